@@ -1,0 +1,123 @@
+"""The build backend: setuptools, plus the search for a CUDA compiler.
+
+KVCOMP_CUDA=auto (the default) builds the CUDA kernels where a compiler can be had, off does not,
+and require fails without one. KVCOMP_CUDA_ARCHS="80;90a" overrides the architectures.
+"""
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they are)
+
+# The compiler as PyPI wheels: the oldest minor of CUDA 13, whose code every 13.x driver runs.
+CUDA_WHEELS = [
+    "nvidia-cuda-nvcc==13.0.*",
+    "nvidia-cuda-crt==13.0.*",
+    "nvidia-nvvm==13.0.*",
+    "nvidia-cuda-runtime==13.0.*",
+    "nvidia-cuda-cccl==13.0.*",
+]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return build_meta.get_requires_for_build_wheel(config_settings) + cuda_requirements()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return build_meta.get_requires_for_build_editable(config_settings) + cuda_requirements()
+
+
+def build_wheel(*args, **kwargs):
+    wants_cuda()  # a build that cannot be is refused before setuptools fills the screen
+    return build_meta.build_wheel(*args, **kwargs)
+
+
+def build_editable(*args, **kwargs):
+    wants_cuda()
+    return build_meta.build_editable(*args, **kwargs)
+
+
+def cuda_requirements():
+    """The compiler wheels, where CUDA kernels are of use and no compiler is installed."""
+    mode = cuda_mode()
+    wanted = mode == "require" or (mode == "auto" and has_driver())
+    if wanted and sys.platform == "linux" and find_installed_nvcc() is None:
+        return CUDA_WHEELS
+    return []
+
+
+def wants_cuda():
+    """Whether to build the CUDA kernels if a compiler is found; exits where one is required."""
+    if cuda_mode() == "require" and find_nvcc() is None:
+        raise SystemExit(
+            "kvcomp: KVCOMP_CUDA=require, but no CUDA compiler was found: looked at CUDACXX,"
+            " CUDA_HOME, PATH, /usr/local/cuda and the nvidia-cuda-nvcc wheel"
+        )
+    return cuda_mode() != "off"
+
+
+def cuda_mode():
+    mode = os.environ.get("KVCOMP_CUDA", "auto").lower()
+    if mode not in ("auto", "off", "require"):
+        raise SystemExit(f"kvcomp: KVCOMP_CUDA: expected auto, off or require, got {mode!r}")
+    return mode
+
+
+def find_nvcc():
+    """Path of nvcc: the user's choice, then the system's, then the wheels'; None without one."""
+    return find_installed_nvcc() or find_wheel_nvcc()
+
+
+def find_installed_nvcc():
+    if chosen := os.environ.get("CUDACXX"):
+        return shutil.which(chosen)
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [f"{home}/bin" for home in homes if home]
+    folders.insert(-1, os.environ.get("PATH", os.defpath))
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def find_wheel_nvcc():
+    spec = importlib.util.find_spec("nvidia")  # a namespace package of all of NVIDIA's wheels
+    for folder in spec.submodule_search_locations if spec else ():
+        for nvcc in sorted(Path(folder).glob("cu*/bin/nvcc")):
+            return str(nvcc)
+    return None
+
+
+def nvcc_environment(nvcc):
+    """The wheels keep their libraries in lib where nvcc looks in lib64: tell the host linker."""
+    library_dir = Path(nvcc).resolve().parent.parent / "lib"
+    if not (library_dir / "libcudart_static.a").exists():
+        return {}
+    known = os.environ.get("LIBRARY_PATH")
+    return {"LIBRARY_PATH": f"{library_dir}:{known}" if known else str(library_dir)}
+
+
+def has_driver():
+    try:
+        ctypes.CDLL("libcuda.so.1")
+        return True
+    except OSError:
+        return Path("/proc/driver/nvidia/version").exists()
+
+
+def cuda_architectures():
+    """Those asked for, else those of the GPUs present, else the common data-centre ones."""
+    if asked := os.environ.get("KVCOMP_CUDA_ARCHS"):
+        return re.split(r"[;,\s]+", asked.strip("; "))
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        lines = ""
+    found = {line.strip().replace(".", "") for line in lines.splitlines() if line.strip()}
+    # 9.0 is built as 90a, which has the instructions of that one architecture.
+    return sorted({"90": "90a"}.get(arch, arch) for arch in found) or ["80", "90a"]

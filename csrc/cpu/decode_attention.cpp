@@ -1,0 +1,291 @@
+// Attention of one query per sequence, K and V read once.
+//
+// A sequence is cut into tiles of 64 tokens, and all tiles of the batch, in order of (sequence, KV
+// heads, tile), into one range per thread, so that ragged lengths balance. A thread walks its range
+// with an online softmax: qk of a tile while its V is fetched, then pv while the K of the next tile
+// is fetched, across the borders of sequences too. Sequences that a border cuts are merged at the
+// end. Bytes: 2 * seq_len * Hkv * D elements per sequence, plus 4 * Hq * seq_len with logits. The
+// cuts depend on the number of threads alone, so the result is the same from run to run.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace kvcomp::cpu {
+namespace {
+
+using simd::kTile;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Where the memory holds the heads of one token together, they are walked together as well.
+int heads_per_walk(const DecodeAttentionParams& p) {
+  return p.stride_k_h < p.stride_k_t && p.num_kv_heads > 1 ? p.num_kv_heads : 1;
+}
+
+// Tile `index` of a row: the position of its first token is index * kTile.
+struct Tile {
+  int batch, walk, index;  // walk: heads [walk, walk + 1) * heads_per_walk
+};
+
+// A tile's rows of one KV head.
+struct TileRows {
+  int count;  // tokens attended; holes are left out
+  int position[kTile];
+  const void *k[kTile], *v[kTile];
+
+  void gather(const DecodeAttentionParams& p, const Tile& tile, int head) {
+    const int first = tile.index * kTile, end = std::min(first + kTile, p.seq_lens[tile.batch]);
+    const int size = size_of(p.dtype);
+    const char* k_base = static_cast<const char*>(p.k) +
+                         (tile.batch * p.stride_k_b + head * p.stride_k_h) * size;
+    const char* v_base = static_cast<const char*>(p.v) +
+                         (tile.batch * p.stride_v_b + head * p.stride_v_h) * size;
+    const std::int64_t step_k = p.stride_k_t * size, step_v = p.stride_v_t * size;
+    count = 0;
+    const auto add = [&](int position_, std::int64_t slot, int length) {
+      for (int i = 0; i < length; ++i, ++count) {
+        position[count] = position_ + i;
+        k[count] = k_base + (slot + i) * step_k;
+        v[count] = v_base + (slot + i) * step_v;
+      }
+    };
+    if (!p.page_ids) {
+      add(first, first, end - first);
+    } else {
+      const std::int32_t* ids =
+          p.page_ids + tile.batch * p.stride_ids_b + head * p.stride_ids_h;
+      for (int at = first, page = first / p.page_size; at < end; ++page) {
+        const int length = std::min((page + 1) * p.page_size, end) - at;
+        const std::int64_t offset = at - page * p.page_size;
+        if (ids[page] >= 0) add(at, ids[page] * std::int64_t{p.page_size} + offset, length);
+        at += length;
+      }
+    }
+    for (int i = count; i < kTile; ++i) {  // full pointer lists, as rows.h wants them
+      k[i] = count ? k[count - 1] : k_base;
+      v[i] = count ? v[count - 1] : v_base;
+    }
+  }
+};
+
+// The running softmax of the heads of a walk.
+struct State {
+  float *max, *sum, *acc;  // [heads], [heads], [heads, D]
+
+  static std::size_t size(int heads, int head_dim) { return heads * (head_dim + 16) + 32; }
+
+  State(float* memory, int heads) : max(memory), sum(memory + heads) {
+    acc = memory + (2 * heads + 15) / 16 * 16;
+  }
+};
+
+class Kernel {
+ public:
+  explicit Kernel(const DecodeAttentionParams& params)
+      : p_(params),
+        rows_(simd::rows()),
+        typed_(typed(rows_, params.dtype)),
+        group_(p_.num_heads / p_.num_kv_heads),
+        walk_heads_(heads_per_walk(p_)),
+        num_walks_(p_.num_kv_heads / walk_heads_),
+        heads_(group_ * walk_heads_) {
+    static thread_local std::vector<std::int64_t> first_tile;
+    first_tile.assign(1, 0);
+    for (int b = 0; b < p_.batch; ++b) {
+      first_tile.push_back(first_tile.back() + std::int64_t{num_walks_} * num_tiles(b));
+    }
+    first_tile_ = first_tile.data();
+  }
+
+  void run() {
+    constexpr std::int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
+    const std::int64_t total = first_tile_[p_.batch];
+    const std::int64_t work = total * kTile * heads_ * p_.head_dim;
+    const int parts = static_cast<int>(
+        std::max<std::int64_t>(1, std::min<std::int64_t>(num_threads(work, kGrain), total)));
+    state_size_ = (State::size(heads_, p_.head_dim) + 15) / 16 * 16;
+    scratch_size_ = state_size_ + heads_ * (kTile + p_.head_dim + 16);
+    static thread_local Workspace workspace;
+    partials_ = workspace.get(parts * (2 * state_size_ + scratch_size_));
+    scratch_ = partials_ + parts * 2 * state_size_;
+
+    if (parts == 1) {
+      run_part(0, 1);
+    } else {
+#pragma omp parallel for schedule(static, 1) num_threads(parts)
+      for (int part = 0; part < parts; ++part) run_part(part, parts);
+    }
+    finish_rest(parts);
+  }
+
+ private:
+  int num_tiles(int batch) const { return (p_.seq_lens[batch] + kTile - 1) / kTile; }
+
+  std::int64_t part_begin(int part, int parts) const {
+    return first_tile_[p_.batch] * part / parts;
+  }
+
+  Tile tile_at(std::int64_t number) const {
+    const std::int64_t* after = std::upper_bound(first_tile_, first_tile_ + p_.batch + 1, number);
+    const int batch = static_cast<int>(after - first_tile_) - 1;
+    const std::int64_t rest = number - first_tile_[batch];
+    return {batch, static_cast<int>(rest / num_tiles(batch)),
+            static_cast<int>(rest % num_tiles(batch))};
+  }
+
+  void advance(Tile& tile) const {
+    if (++tile.index < num_tiles(tile.batch)) return;
+    tile.index = 0;
+    if (++tile.walk < num_walks_) return;
+    tile.walk = 0;
+    do {
+      ++tile.batch;
+    } while (tile.batch < p_.batch && num_tiles(tile.batch) == 0);
+  }
+
+  // A part's first walk may have begun in an earlier part, its last may go on in a later one.
+  State partial(int part, bool begun_before) const {
+    return State(partials_ + (2 * part + begun_before) * state_size_, heads_);
+  }
+
+  void run_part(int part, int parts) const {
+    const std::int64_t begin = part_begin(part, parts), end = part_begin(part + 1, parts);
+    if (begin == end) return;
+    float* memory = scratch_ + part * scratch_size_;
+    const State whole(memory, heads_);
+    float* prepared_q = memory + state_size_;
+    float* logits = prepared_q + heads_ * p_.head_dim;
+    float* rescale = logits + heads_ * kTile;
+
+    TileRows rows[2];
+    TileRows *current = &rows[0], *next = &rows[1];
+    Tile tile = tile_at(begin), following = tile;
+    current->gather(p_, tile, tile.walk * walk_heads_);
+    State state = whole;
+    for (std::int64_t number = begin; number < end; ++number, tile = following) {
+      if (number == begin || tile.index == 0) {
+        if (tile.index > 0) {
+          state = partial(part, true);
+        } else if (number + num_tiles(tile.batch) > end) {
+          state = partial(part, false);
+        } else {
+          state = whole;
+        }
+        start(tile, state, prepared_q);
+      }
+      advance(following);
+      for (int i = 0; i < walk_heads_; ++i) {
+        const int head = tile.walk * walk_heads_ + i;
+        if (i + 1 < walk_heads_) {
+          next->gather(p_, tile, head + 1);
+        } else if (number + 1 < end) {
+          next->gather(p_, following, following.walk * walk_heads_);
+        } else {
+          next = current;
+        }
+        attend(*current, *next, tile.batch, head, i * group_, state, prepared_q, logits, rescale);
+        std::swap(current, next);
+      }
+      if (state.acc == whole.acc && tile.index + 1 == num_tiles(tile.batch)) store(tile, state);
+    }
+  }
+
+  void start(const Tile& tile, const State& state, float* prepared_q) const {
+    const int size = size_of(p_.dtype), first_head = tile.walk * heads_;
+    const char* q = static_cast<const char*>(p_.q) + tile.batch * p_.stride_q_b * size;
+    for (int h = 0; h < heads_; ++h) {
+      typed_.prepare_q(q + (first_head + h) * p_.stride_q_h * size, p_.head_dim,
+                       prepared_q + h * p_.head_dim);
+    }
+    std::fill_n(state.max, heads_, -kInfinity);
+    std::fill_n(state.sum, heads_, 0.0f);
+    std::fill_n(state.acc, heads_ * p_.head_dim, 0.0f);
+  }
+
+  // One tile of one KV head; its query heads are [h, h + G) of the walk.
+  void attend(const TileRows& rows, const TileRows& next, int batch, int head, int h,
+              const State& state, const float* prepared_q, float* logits, float* rescale) const {
+    if (rows.count == 0) return;
+    float* acc = state.acc + h * p_.head_dim;
+    typed_.qk(prepared_q + h * p_.head_dim, group_, p_.head_dim, rows.k, rows.count, rows.v,
+              p_.scale, logits);
+    if (p_.logits) write_logits(rows, batch, head, logits);
+    rows_.softmax(logits, group_, rows.count, state.max + h, state.sum + h, rescale);
+    typed_.pv(logits, group_, p_.head_dim, rows.v, rows.count, next.k, rescale, acc);
+  }
+
+  void write_logits(const TileRows& rows, int batch, int head, const float* logits) const {
+    const bool whole = rows.position[rows.count - 1] - rows.position[0] == rows.count - 1;
+    for (int g = 0; g < group_; ++g, logits += kTile) {
+      float* out = p_.logits + batch * p_.stride_logits_b +
+                   (head * group_ + g) * p_.stride_logits_h;
+      if (whole) {
+        std::copy_n(logits, rows.count, out + rows.position[0]);
+      } else {
+        for (int t = 0; t < rows.count; ++t) out[rows.position[t]] = logits[t];
+      }
+    }
+  }
+
+  void store(const Tile& tile, const State& state) const {
+    for (int h = 0; h < heads_; ++h) {
+      const std::int64_t row = std::int64_t{tile.batch} * p_.num_heads + tile.walk * heads_ + h;
+      const float sum = state.sum[h];
+      typed_.store(state.acc + h * p_.head_dim, sum == 0.0f ? 0.0f : 1.0f / sum, p_.head_dim,
+                   static_cast<char*>(p_.out) + row * p_.head_dim * size_of(p_.dtype));
+      p_.lse[row] = sum == 0.0f ? -kInfinity : state.max[h] + std::log(sum);
+    }
+  }
+
+  // The walks that no part finished: those of empty rows, and those cut by borders between parts.
+  void finish_rest(int parts) const {
+    for (int b = 0; b < p_.batch; ++b) {
+      for (int walk = 0; walk < num_walks_ && num_tiles(b) == 0; ++walk) {
+        const State empty(scratch_, heads_);
+        start({b, walk, 0}, empty, scratch_ + state_size_);
+        store({b, walk, 0}, empty);
+      }
+    }
+    State state = partial(0, false);
+    for (int part = 1; part < parts; ++part) {
+      const std::int64_t border = part_begin(part, parts);
+      const Tile cut = tile_at(border);
+      if (cut.index == 0) continue;
+      const std::int64_t walk_begin = border - cut.index;
+      if (part_begin(part - 1, parts) <= walk_begin) state = partial(part - 1, false);
+      merge(state, partial(part, true));
+      if (part_begin(part + 1, parts) >= walk_begin + num_tiles(cut.batch)) store(cut, state);
+    }
+  }
+
+  void merge(const State& into, const State& from) const {
+    for (int h = 0; h < heads_; ++h) {
+      const float max = std::max(into.max[h], from.max[h]);
+      if (max == -kInfinity) continue;
+      const float a = std::exp(into.max[h] - max), b = std::exp(from.max[h] - max);
+      rows_.accumulate(into.acc + h * p_.head_dim, a, from.acc + h * p_.head_dim, b, p_.head_dim);
+      into.sum[h] = into.sum[h] * a + from.sum[h] * b;
+      into.max[h] = max;
+    }
+  }
+
+  const DecodeAttentionParams& p_;
+  const simd::Rows& rows_;
+  const simd::TypedRows& typed_;
+  const int group_;       // G
+  const int walk_heads_;  // KV heads walked together
+  const int num_walks_;
+  const int heads_;                 // query heads of a walk
+  const std::int64_t* first_tile_;  // [B + 1] tiles of all walks before a row
+  std::size_t state_size_, scratch_size_;
+  float *partials_, *scratch_;
+};
+
+}  // namespace
+
+void decode_attention(const DecodeAttentionParams& params) { Kernel(params).run(); }
+
+}  // namespace kvcomp::cpu

@@ -1,0 +1,25 @@
+// False alarms in the headers of GCC 12.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "rows.h"
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace kvcomp::simd {
+namespace {
+
+#include "avx512.inl"
+#include "rows.inl"
+
+}  // namespace
+
+const Rows& avx512_rows() {
+  static constexpr Rows table = make_rows("avx512");
+  return table;
+}
+
+}  // namespace kvcomp::simd

@@ -1,0 +1,49 @@
+// AVX-512 with the bf16 dot product: exact products of q and k in pairs, added in fp32.
+// False alarms in the headers of GCC 12.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "rows.h"
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace kvcomp::simd {
+namespace {
+
+#include "avx512.inl"
+
+template <class T>
+struct Dot;
+
+template <>
+struct Dot<Bfloat16> {
+  using Query = Bfloat16;
+  static constexpr int kStep = 32;
+
+  static void prepare(const Bfloat16* q, int head_dim, Query* prepared) {
+    for (int i = 0; i < head_dim; ++i) prepared[i] = q[i];
+  }
+  static __m512i row(const Bfloat16* k) { return _mm512_loadu_si512(k); }
+  static __m512i query(const Query* q) { return row(q); }
+  static Vec add(__m512i q, __m512i k, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.x, (__m512bh)q, (__m512bh)k)};
+  }
+
+  static __m512i half_row(const Bfloat16* k) { return _mm512_zextsi256_si512(load_bits(k)); }
+  static __m512i half_query(const Query* q) { return half_row(q); }
+  static Vec half_add(__m512i q, __m512i k, Vec sum) { return add(q, k, sum); }
+};
+
+#include "rows.inl"
+
+}  // namespace
+
+const Rows& avx512bf16_rows() {
+  static constexpr Rows table = make_rows("avx512bf16");
+  return table;
+}
+
+}  // namespace kvcomp::simd

@@ -1,0 +1,84 @@
+// The inner loops over rows that every instruction set provides, and the choice among them. The
+// loops are written once, in rows.inl, over the Vec that each of scalar.cpp, avx2.cpp, avx512.cpp
+// and avx512bf16.cpp defines. Those files are compiled with instructions that the machine may
+// lack, so they include nothing but this and keep everything else to themselves.
+#pragma once
+
+#include <cstdint>
+
+namespace kvcomp::simd {
+
+inline constexpr int kTile = 64;  // tokens between two rescalings; a multiple of every vector
+
+// Storage of the 16-bit types.
+struct Half {
+  std::uint16_t bits;
+};
+struct Bfloat16 {
+  std::uint16_t bits;
+};
+
+// Row t of a tile starts at rows[t]: every layout of K and V, paged or not, comes down to this.
+// All kTile pointers are valid; those past the tile's own count repeat one of its rows.
+using RowPointers = const void* const*;
+
+// Loops over rows of one element type. D is head_dim: a multiple of 16, at most 256.
+struct TypedRows {
+  // q [D] -> prepared [D floats of space], in the order and type that qk multiplies with.
+  void (*prepare_q)(const void* q, int head_dim, float* prepared);
+
+  // logits[h][t] = scale * <q[h], rows[t]> for t < count; logits [num_heads, kTile]. Each row is
+  // read once for all heads; meanwhile the rows of `fetch` are brought into L2.
+  void (*qk)(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, int count,
+             RowPointers fetch, float scale, float* logits);
+
+  // acc[h] = acc[h] * rescale[h] + sum over t of probs[h][t] * rows[t]; acc [num_heads, D] holds a
+  // row's elements in the order of the vector loads.
+  void (*pv)(const float* probs, int num_heads, int head_dim, RowPointers rows, int count,
+             RowPointers fetch, const float* rescale, float* acc);
+
+  // out [D] = acc [D] * factor.
+  void (*store)(const float* acc, float factor, int head_dim, void* out);
+
+  // out [D] = a * weight_a + b * weight_b.
+  void (*blend)(const void* a, float weight_a, const void* b, float weight_b, int head_dim,
+                void* out);
+};
+
+struct Rows {
+  const char* isa;
+  TypedRows f32, f16, bf16;
+
+  // One step of the online softmax, per head: logits [num_heads, kTile] become exp(logit - max),
+  // max and sum advance, rescale = exp(old max - new max) corrects what was accumulated before.
+  void (*softmax)(float* logits, int num_heads, int count, float* max, float* sum, float* rescale);
+
+  // acc[i] = acc[i] * factor + x[i] * weight for i < count, count a multiple of 16.
+  void (*accumulate)(float* acc, float factor, const float* x, float weight, int count);
+
+  // tokens[t] = max (or sum) over heads of exp(logits[h * stride + t] - lse[h]), t < count. tokens
+  // has room for a multiple of 16.
+  void (*token_scores)(const float* logits, std::int64_t stride, const float* lse, int num_heads,
+                       int count, bool use_max, float* tokens);
+  float (*sum)(const float* x, int count);
+
+  // The values with low <= x <= high (NaN counts as -inf), in order; num_above receives how many
+  // lie above high. `inside` has room for count + 16.
+  int (*bracket)(const float* x, int count, float low, float high, float* inside, int* num_above);
+
+  // first + i for every x[i] above threshold and for the first num_equal that equal it, ascending;
+  // NaN counts as -inf. `ids` has room for 16 more than it receives.
+  int (*select)(const float* x, int count, float threshold, int num_equal, int first,
+                std::int32_t* ids);
+};
+
+const Rows& scalar_rows();
+const Rows& avx2_rows();
+const Rows& avx512_rows();
+const Rows& avx512bf16_rows();
+
+// The best set that this machine has and KVCOMP_ISA (scalar, avx2, avx512, avx512bf16) allows; the
+// variable is read once. Throws std::invalid_argument on another value.
+const Rows& rows();
+
+}  // namespace kvcomp::simd

@@ -1,0 +1,338 @@
+// The loops of rows.h, written once. An ISA file defines, in an unnamed namespace, and then
+// includes this:
+//
+//   Vec        kLanes floats; + - * on it; zero(), broadcast(float), load(const float*),
+//              load_first(const float*, n) (zeros after n), store(float*, Vec), fma(a, b, c),
+//              max(a, b) (a where b is NaN... see each), round(x), scale2(x, n) = x * 2^n,
+//              keep_above(value, x, low) (0 where x <= low), first(x), reduce_add, reduce_max,
+//              reduce(Vec[kLanes]): lane i is the sum of vector i
+//   masks      above(a, b), equal(a, b): bit i is lane i; compress(float*, mask, Vec) and
+//              compress_ids(int32*, mask, first): write the marked lanes, return how many
+//   load/store of one Vec of each element type, and Pair load_pair(p), store_pair(p, Pair) of
+//              2 * kLanes elements in whatever order is cheapest
+//   kHeads, kWide   register blocking: heads at once, vectors of a row at once
+
+// --- arithmetic --------------------------------------------------------------------------------
+
+constexpr float kInfinity = __builtin_huge_valf();
+
+inline int min(int a, int b) { return a < b ? a : b; }
+
+// exp(x) for x <= 0 within 2 ulp; 0 below the normal range, so that -inf gives 0 exactly.
+inline Vec exp(Vec x) {
+  constexpr float kLow = -87.336544f;  // log of the smallest normal float
+  const Vec in_range = max(broadcast(kLow), x);
+  const Vec n = round(in_range * broadcast(1.44269504f));
+  Vec r = fma(n, broadcast(-0.693145752f), in_range);  // log 2 in two parts
+  r = fma(n, broadcast(-1.42860677e-6f), r);
+  Vec p = broadcast(1.393373346e-3f);  // (exp(r) - 1 - r) / r^2, Chebyshev fit, error 1e-8
+  p = fma(p, r, broadcast(8.363235385e-3f));
+  p = fma(p, r, broadcast(4.166646416e-2f));
+  p = fma(p, r, broadcast(1.666657664e-1f));
+  p = fma(p, r, broadcast(5.000000014e-1f));
+  p = fma(p, r * r, r) + broadcast(1.0f);
+  return keep_above(scale2(p, n), x, kLow);
+}
+
+// --- q k^T -------------------------------------------------------------------------------------
+
+// How a step of a row multiplies q: in fp32, in the order of load_pair. An instruction set with a
+// dot product of its own specialises it.
+template <class T>
+struct Dot {
+  using Query = float;  // of prepared q
+  static constexpr int kStep = 2 * kLanes;
+
+  static void prepare(const T* q, int head_dim, Query* prepared) {
+    int i = 0;
+    for (; i + kStep <= head_dim; i += kStep) {
+      const Pair pair = load_pair(q + i);
+      store(prepared + i, pair.a);
+      store(prepared + i + kLanes, pair.b);
+    }
+    if (i < head_dim) store(prepared + i, load(q + i));
+  }
+  static Pair query(const Query* q) { return {load(q), load(q + kLanes)}; }
+  static Pair row(const T* k) { return load_pair(k); }
+  static Vec add(Pair q, Pair k, Vec sum) { return fma(q.b, k.b, fma(q.a, k.a, sum)); }
+
+  // The last kLanes elements, where head_dim is not a multiple of kStep.
+  static Vec half_query(const Query* q) { return load(q); }
+  static Vec half_row(const T* k) { return load(k); }
+  static Vec half_add(Vec q, Vec k, Vec sum) { return fma(q, k, sum); }
+};
+
+// The bytes of a row into L2: into L1 they would only displace the tile in work.
+template <class T>
+inline void prefetch_row(const void* row, int head_dim) {
+  const char* bytes = static_cast<const char*>(row);
+  for (int i = 0; i < head_dim * static_cast<int>(sizeof(T)); i += 64) {
+    __builtin_prefetch(bytes + i, 0, 2);
+  }
+}
+
+// H heads against kLanes / H rows at a time: kLanes sums in registers, reduced together.
+template <class T, int H>
+void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count,
+              RowPointers fetch, float scale, float* logits) {
+  using D = Dot<T>;
+  using Query = typename D::Query;
+  constexpr int R = kLanes / H;
+  const auto* q = reinterpret_cast<const Query*>(prepared_q);
+  const int stride_q = head_dim * static_cast<int>(sizeof(float) / sizeof(Query));
+  for (int t = 0; t < count; t += R) {
+    if (fetch) {
+      for (int r = 0; r < R; ++r) prefetch_row<T>(fetch[t + r], head_dim);
+    }
+    Vec sums[kLanes];
+    UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zero();
+    int i = 0;
+    for (; i + D::kStep <= head_dim; i += D::kStep) {
+      decltype(D::query(q)) step_q[H];
+      UNROLL for (int h = 0; h < H; ++h) step_q[h] = D::query(q + h * stride_q + i);
+      UNROLL for (int r = 0; r < R; ++r) {
+        const auto k = D::row(static_cast<const T*>(rows[t + r]) + i);
+        UNROLL for (int h = 0; h < H; ++h) sums[h * R + r] = D::add(step_q[h], k, sums[h * R + r]);
+      }
+    }
+    if (i < head_dim) {
+      UNROLL for (int r = 0; r < R; ++r) {
+        const auto k = D::half_row(static_cast<const T*>(rows[t + r]) + i);
+        UNROLL for (int h = 0; h < H; ++h) {
+          sums[h * R + r] = D::half_add(D::half_query(q + h * stride_q + i), k, sums[h * R + r]);
+        }
+      }
+    }
+    float block[kLanes];
+    store(block, reduce(sums) * broadcast(scale));
+    UNROLL for (int h = 0; h < H; ++h) {
+      __builtin_memcpy(logits + h * kTile + t, block + h * R, R * sizeof(float));
+    }
+  }
+}
+
+template <class T>
+void prepare_q(const void* q, int head_dim, float* prepared) {
+  using Query = typename Dot<T>::Query;
+  Dot<T>::prepare(static_cast<const T*>(q), head_dim, reinterpret_cast<Query*>(prepared));
+}
+
+template <class T>
+void qk(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, int count,
+        RowPointers fetch, float scale, float* logits) {
+  for (int h = 0; h < num_heads; fetch = nullptr) {
+    const int left = num_heads - h;
+    const float* head_q = prepared_q + h * head_dim;
+    float* head_logits = logits + h * kTile;
+    if (left >= 4) {
+      qk_heads<T, 4>(head_q, head_dim, rows, count, fetch, scale, head_logits);
+      h += 4;
+    } else if (left >= 2) {
+      qk_heads<T, 2>(head_q, head_dim, rows, count, fetch, scale, head_logits);
+      h += 2;
+    } else {
+      qk_heads<T, 1>(head_q, head_dim, rows, count, fetch, scale, head_logits);
+      h += 1;
+    }
+  }
+}
+
+// --- softmax -----------------------------------------------------------------------------------
+
+void softmax(float* logits, int num_heads, int count, float* max_, float* sum, float* rescale) {
+  const int padded = (count + kLanes - 1) / kLanes * kLanes;
+  for (int h = 0; h < num_heads; ++h, logits += kTile) {
+    for (int t = count; t < padded; ++t) logits[t] = -kInfinity;
+    Vec top = broadcast(max_[h]);
+    for (int t = 0; t < padded; t += kLanes) top = max(top, load(logits + t));
+    const float new_max = reduce_max(top);
+    const Vec shift = broadcast(new_max == -kInfinity ? 0.0f : new_max);
+    Vec total = zero();
+    for (int t = 0; t < padded; t += kLanes) {
+      const Vec p = exp(load(logits + t) - shift);
+      store(logits + t, p);
+      total = total + p;
+    }
+    rescale[h] = first(exp(broadcast(max_[h]) - shift));
+    sum[h] = sum[h] * rescale[h] + reduce_add(total);
+    max_[h] = new_max;
+  }
+}
+
+// --- probs v -----------------------------------------------------------------------------------
+
+// N vectors of a row from `column` on, for H heads: H * N sums in registers over all rows.
+template <class T, int H, int N>
+void pv_block(const float* probs, int head_dim, RowPointers rows, int count, RowPointers fetch,
+              const float* rescale, int column, float* acc) {
+  Vec sums[H][N];
+  UNROLL for (int h = 0; h < H; ++h) {
+    UNROLL for (int n = 0; n < N; ++n) {
+      sums[h][n] = load(acc + h * head_dim + column + n * kLanes) * broadcast(rescale[h]);
+    }
+  }
+  for (int t = 0; t < count; ++t) {
+    if (fetch) prefetch_row<T>(fetch[t], head_dim);
+    const T* row = static_cast<const T*>(rows[t]) + column;
+    Vec v[N];
+    if constexpr (N == 1) {
+      v[0] = load(row);
+    } else {
+      UNROLL for (int n = 0; n < N; n += 2) {
+        const Pair pair = load_pair(row + n * kLanes);
+        v[n] = pair.a;
+        v[n + 1] = pair.b;
+      }
+    }
+    UNROLL for (int h = 0; h < H; ++h) {
+      const Vec p = broadcast(probs[h * kTile + t]);
+      UNROLL for (int n = 0; n < N; ++n) sums[h][n] = fma(p, v[n], sums[h][n]);
+    }
+  }
+  UNROLL for (int h = 0; h < H; ++h) {
+    UNROLL for (int n = 0; n < N; ++n) store(acc + h * head_dim + column + n * kLanes, sums[h][n]);
+  }
+}
+
+template <class T, int H>
+void pv_heads(const float* probs, int head_dim, RowPointers rows, int count, RowPointers fetch,
+              const float* rescale, float* acc) {
+  for (int column = 0; column < head_dim; fetch = nullptr) {
+    const int left = (head_dim - column) / kLanes;
+    if (left >= kWide) {
+      pv_block<T, H, kWide>(probs, head_dim, rows, count, fetch, rescale, column, acc);
+      column += kWide * kLanes;
+    } else if (left >= 2) {
+      pv_block<T, H, 2>(probs, head_dim, rows, count, fetch, rescale, column, acc);
+      column += 2 * kLanes;
+    } else {
+      pv_block<T, H, 1>(probs, head_dim, rows, count, fetch, rescale, column, acc);
+      column += kLanes;
+    }
+  }
+}
+
+template <class T>
+void pv(const float* probs, int num_heads, int head_dim, RowPointers rows, int count,
+        RowPointers fetch, const float* rescale, float* acc) {
+  for (int h = 0; h < num_heads; fetch = nullptr) {
+    const int left = num_heads - h;
+    const float* head_probs = probs + h * kTile;
+    float* head_acc = acc + h * head_dim;
+    if (left >= 4) {
+      pv_heads<T, 4>(head_probs, head_dim, rows, count, fetch, rescale + h, head_acc);
+      h += 4;
+    } else if (left >= 2) {
+      pv_heads<T, 2>(head_probs, head_dim, rows, count, fetch, rescale + h, head_acc);
+      h += 2;
+    } else {
+      pv_heads<T, 1>(head_probs, head_dim, rows, count, fetch, rescale + h, head_acc);
+      h += 1;
+    }
+  }
+}
+
+// --- whole rows --------------------------------------------------------------------------------
+
+template <class T>
+void store_row(const float* acc, float factor, int head_dim, void* out_) {
+  T* out = static_cast<T*>(out_);
+  const Vec f = broadcast(factor);
+  int i = 0;
+  for (; i + 2 * kLanes <= head_dim; i += 2 * kLanes) {
+    store_pair(out + i, {load(acc + i) * f, load(acc + i + kLanes) * f});
+  }
+  if (i < head_dim) store(out + i, load(acc + i) * f);
+}
+
+template <class T>
+void blend(const void* a_, float weight_a, const void* b_, float weight_b, int head_dim,
+           void* out_) {
+  const T *a = static_cast<const T*>(a_), *b = static_cast<const T*>(b_);
+  T* out = static_cast<T*>(out_);
+  const Vec wa = broadcast(weight_a), wb = broadcast(weight_b);
+  for (int i = 0; i < head_dim; i += kLanes) {
+    store(out + i, fma(load(a + i), wa, load(b + i) * wb));
+  }
+}
+
+void accumulate(float* acc, float factor, const float* x, float weight, int count) {
+  const Vec f = broadcast(factor), w = broadcast(weight);
+  for (int i = 0; i < count; i += kLanes) {
+    store(acc + i, fma(load(acc + i), f, load(x + i) * w));
+  }
+}
+
+// --- page scores -------------------------------------------------------------------------------
+
+void token_scores(const float* logits, std::int64_t stride, const float* lse, int num_heads,
+                  int count, bool use_max, float* tokens) {
+  for (int t = 0; t < count; t += kLanes) {
+    const int n = min(count - t, kLanes);
+    // The exp of the largest exponent is the largest exp: one exp per token for the maximum.
+    Vec score = use_max ? broadcast(-kInfinity) : zero();
+    for (int h = 0; h < num_heads; ++h) {
+      const float* head = logits + h * stride + t;
+      const Vec x = n == kLanes ? load(head) : load_first(head, n);
+      const Vec exponent = x - broadcast(lse[h]);
+      score = use_max ? max(score, exponent) : score + exp(exponent);
+    }
+    store(tokens + t, use_max ? exp(score) : score);
+  }
+}
+
+float sum(const float* x, int count) {
+  Vec total = zero();
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) total = total + load(x + i);
+  if (i < count) total = total + load_first(x + i, count - i);
+  return reduce_add(total);
+}
+
+// --- selection ---------------------------------------------------------------------------------
+
+inline Vec load_ranking(const float* x, int n) {  // NaN becomes -inf; lanes past n are 0
+  return max(n == kLanes ? load(x) : load_first(x, n), broadcast(-kInfinity));
+}
+
+int bracket(const float* x, int count, float low, float high, float* inside, int* num_above) {
+  const Vec lo = broadcast(low), hi = broadcast(high);
+  int num_inside = 0, above_high = 0;
+  for (int i = 0; i < count; i += kLanes) {
+    const int n = min(count - i, kLanes);
+    const Vec v = load_ranking(x + i, n);
+    const unsigned exists = (1u << n) - 1;
+    const unsigned over = above(v, hi) & exists;
+    above_high += __builtin_popcount(over);
+    num_inside += compress(inside + num_inside, exists & ~over & ~above(lo, v), v);
+  }
+  *num_above = above_high;
+  return num_inside;
+}
+
+int select(const float* x, int count, float threshold, int num_equal, int first_id,
+           std::int32_t* ids) {
+  const Vec limit = broadcast(threshold);
+  int selected = 0;
+  for (int i = 0; i < count; i += kLanes) {
+    const int n = min(count - i, kLanes);
+    const Vec v = load_ranking(x + i, n);
+    const unsigned exists = (1u << n) - 1;
+    unsigned take = above(v, limit) & exists, ties = equal(v, limit) & exists;
+    for (; ties && num_equal > 0; ties &= ties - 1, --num_equal) take |= ties & -ties;
+    selected += compress_ids(ids + selected, take, first_id + i);
+  }
+  return selected;
+}
+
+// --- the table ---------------------------------------------------------------------------------
+
+template <class T>
+constexpr TypedRows typed_rows() {
+  return {&prepare_q<T>, &qk<T>, &pv<T>, &store_row<T>, &blend<T>};
+}
+
+constexpr Rows make_rows(const char* isa) {
+  return {isa,          typed_rows<float>(), typed_rows<Half>(), typed_rows<Bfloat16>(), &softmax,
+          &accumulate,  &token_scores,       &sum,               &bracket,               &select};
+}

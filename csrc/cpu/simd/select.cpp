@@ -1,0 +1,58 @@
+// Chooses the instruction set, once.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "rows.h"
+
+namespace kvcomp::simd {
+namespace {
+
+struct Isa {
+  const char* name;
+  bool present;
+  const Rows& (*rows)();
+};
+
+const Rows& choose() {
+  const Isa isas[] = {  // ascending
+      {"scalar", true, &scalar_rows},
+#ifdef __x86_64__
+      {"avx2",
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c"),
+       &avx2_rows},
+      {"avx512",
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+       &avx512_rows},
+      {"avx512bf16", __builtin_cpu_supports("avx512bf16") != 0, &avx512bf16_rows},
+#endif
+  };
+  const char* cap = std::getenv("KVCOMP_ISA");
+  const Isa* best = isas;
+  for (const Isa& isa : isas) {
+    if (!isa.present) break;  // each set contains the one before it
+    best = &isa;
+    if (cap && std::string(cap) == isa.name) break;
+  }
+  bool known = !cap || !*cap;
+  std::string names;
+  for (const Isa& isa : isas) {
+    known = known || std::string(cap) == isa.name;
+    names += (names.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  if (!known) {
+    throw std::invalid_argument("KVCOMP_ISA: expected one of " + names + ", got '" + cap + "'");
+  }
+  return best->rows();
+}
+
+}  // namespace
+
+const Rows& rows() {
+  static const Rows& chosen = choose();
+  return chosen;
+}
+
+}  // namespace kvcomp::simd

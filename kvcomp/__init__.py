@@ -1,0 +1,23 @@
+"""kvcomp: kernels, ops and methods that make long chains of thought cheap to decode.
+
+    with kvcomp.patch(model, kvcomp.Delta(budget=1024)) as run:
+        out = model.generate(**inputs, max_new_tokens=16384)
+    print(run.report())
+"""
+
+import torch  # noqa: F401  (first: the native extension takes OpenMP from torch's runtime)
+
+from kvcomp import ops
+from kvcomp.methods import METHODS, Delta, Full, Method, RandomPages
+
+__version__ = "0.1.0"
+__all__ = ["METHODS", "Delta", "Full", "Method", "RandomPages", "ops", "patch"]
+
+
+def __getattr__(name: str):
+    """`kvcomp.patch` is the one public name that needs transformers, so it is imported late."""
+    if name == "patch":
+        from kvcomp.hf import patch
+
+        return patch
+    raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")

@@ -1,0 +1,7 @@
+"""Caches: one layer's K and V, and the layers of one batch of sequences. No transformers here."""
+
+from kvcomp.cache.kv_cache import KVCache
+from kvcomp.cache.layer import LayerCache
+from kvcomp.cache.meter import Meter
+
+__all__ = ["KVCache", "LayerCache", "Meter"]

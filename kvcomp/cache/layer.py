@@ -1,0 +1,219 @@
+"""LayerCache: the keys and values of one layer, in a slab that grows in place.
+
+Two lengths matter. The *logical* length is what the model has seen: positions, masks and
+`get_seq_length` are about it. The *physical* length is what is kept: kernels see only that. Pad
+tokens never enter the slab, so the rows of a batch are ragged, and no kernel ever sees padding.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvcomp import ops
+
+if TYPE_CHECKING:
+    from kvcomp.cache.kv_cache import KVCache
+
+GROWTH = 1.5  # a full slab is replaced by one this many times larger
+FIRST_CAPACITY = 256  # tokens
+
+
+class LayerCache:
+    """K and V of one layer: [B, Hkv, capacity, D] each, allocated at the first `append`.
+
+    Attributes:
+        position: this layer's place among the layers that the method manages, from 0.
+        seq_lens: [B] int32, physical length of each row.
+        logical_lens: [B] int32, tokens each row has seen, padding not counted.
+        max_len: upper bound of `seq_lens`, known on the host without reading the device.
+        columns: tokens seen counted as columns of the batch, padding included.
+        state: what a method remembers about the rows of this layer; each tensor is [B, ...] and
+            follows the rows through `select`.
+        token_bytes: bytes of K and V of one token, all KV heads.
+    """
+
+    def __init__(self, cache: KVCache, position: int) -> None:
+        self.cache = cache
+        self.position = position
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+        self.seq_lens: Tensor | None = None
+        self.logical_lens: Tensor | None = None
+        self.token_bytes = 0
+        self.max_len = 0
+        self.columns = 0
+        self.state: dict[str, Tensor] = {}
+        self._uniform = True  # every row has max_len tokens: an append is one slice copy
+        self._arrivals: list[tuple[int, Tensor | None]] = []  # (columns, [B, columns] validity)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.columns == 0
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, Hkv, max_len, D]; row b is valid up to seq_lens[b]."""
+        return self._k[:, :, : self.max_len]
+
+    @property
+    def values(self) -> Tensor:
+        """[B, Hkv, max_len, D]; row b is valid up to seq_lens[b]."""
+        return self._v[:, :, : self.max_len]
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self._k is None else self._k.shape[2]
+
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
+        """Add n tokens to every row.
+
+        Args:
+            k, v: [B, Hkv, n, D].
+            valid: [B, n] bool, False for padding, which is seen but not kept; None: all valid.
+
+        Raises:
+            ValueError: another batch size, head count, head size, dtype or device than before.
+        """
+        self._check(k, v, valid)
+        k, v = k.detach(), v.detach()
+        batch, _, count, _ = k.shape
+        if self._k is None:
+            self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=k.device)
+            self.logical_lens = self.seq_lens.clone()
+            self.token_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
+        self._reserve(k, self.max_len + count)
+        if valid is None and self._uniform:
+            self._k[:, :, self.max_len : self.max_len + count] = k
+            self._v[:, :, self.max_len : self.max_len + count] = v
+            added = count
+        else:
+            added = self._scatter(k, v, valid)
+        self.seq_lens += added
+        self.logical_lens += added
+        self.max_len += count
+        self.columns += count
+        self._arrivals.append((count, valid))
+        if len(self._arrivals) > 1 and valid is None and self._arrivals[-2][1] is None:
+            self._arrivals[-2:] = [(self._arrivals[-2][0] + count, None)]
+
+    def attend(
+        self,
+        q: Tensor,
+        scale: float,
+        *,
+        page_ids: Tensor | None = None,
+        page_size: int = 1,
+        seq_lens: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`decode_attention` over this layer, counted: the only door between methods and kernel.
+
+        Returns:
+            out [B, Hq, D] and lse [B, Hq].
+        """
+        lens = self.seq_lens if seq_lens is None else seq_lens
+        self.cache.meter.attended(self.position, lens)
+        return ops.decode_attention(
+            q,
+            self.keys,
+            self.values,
+            lens,
+            page_ids=page_ids,
+            page_size=page_size,
+            scale=scale,
+            logits=logits,
+        )
+
+    def crop(self, count: int) -> None:
+        """Take back the last `count` columns exactly, as if they had never been appended.
+
+        Raises:
+            ValueError: more columns than were seen, or tokens have left the cache since.
+        """
+        if count > self.columns:
+            raise ValueError(
+                f"kvcomp: crop of {count} tokens, but this layer has seen {self.columns}"
+            )
+        self.columns -= count
+        while count > 0:
+            columns, valid = self._arrivals.pop()
+            taken = min(columns, count)
+            removed = taken if valid is None else valid[:, columns - taken :].sum(1).int()
+            self.seq_lens -= removed
+            self.logical_lens -= removed
+            if taken < columns:
+                rest = columns - taken
+                self._arrivals.append((rest, None if valid is None else valid[:, :rest]))
+            count -= taken
+        if self.seq_lens is not None:
+            self.max_len = int(self.seq_lens.max())
+
+    def select(self, rows: Tensor) -> None:
+        """Rows become `rows` ([B'] int64 indices): reorder, repeat or drop sequences."""
+        if self._k is None:
+            return
+        rows = rows.to(self._k.device)
+        self._k, self._v = self._k[rows], self._v[rows]
+        self.seq_lens, self.logical_lens = self.seq_lens[rows], self.logical_lens[rows]
+        self.state = {name: tensor[rows] for name, tensor in self.state.items()}
+        self._arrivals = [(n, None if v is None else v[rows]) for n, v in self._arrivals]
+
+    def _scatter(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor | int:
+        """Write each row's valid tokens behind its last one; returns how many a row received."""
+        batch, _, count, _ = k.shape
+        rows = torch.arange(batch, device=k.device)[:, None]
+        steps = torch.arange(count, device=k.device)
+        added: Tensor | int = count
+        if valid is not None:
+            order = (~valid).argsort(dim=1, stable=True)  # valid tokens first, in order
+            index = order[:, None, :, None].expand_as(k)
+            k, v = k.gather(2, index), v.gather(2, index)
+            added = valid.sum(1).int()
+            self._uniform = False
+        # A row's padding lands behind its valid tokens, where the next append overwrites it.
+        slots = self.seq_lens.long()[:, None] + steps
+        self._k[rows, :, slots] = k.transpose(1, 2)
+        self._v[rows, :, slots] = v.transpose(1, 2)
+        return added
+
+    def _reserve(self, like: Tensor, length: int) -> None:
+        if length <= self.capacity:
+            return
+        capacity = max(length, FIRST_CAPACITY, int(self.capacity * GROWTH))
+        batch, heads, _, dim = like.shape
+        grown = [like.new_empty(batch, heads, capacity, dim) for _ in "kv"]
+        if self._k is not None:
+            grown[0][:, :, : self.max_len] = self.keys
+            grown[1][:, :, : self.max_len] = self.values
+        self._k, self._v = grown
+
+    def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        if k.ndim != 4 or v.shape != k.shape or 0 in k.shape:
+            raise ValueError(
+                "kvcomp: append: expected k and v of one shape [B, Hkv, n, D] with nothing empty,"
+                f" got {list(k.shape)} and {list(v.shape)}"
+            )
+        if valid is not None and valid.shape != (k.shape[0], k.shape[2]):
+            raise ValueError(
+                f"kvcomp: append: argument 'valid': expected [{k.shape[0]}, {k.shape[2]}],"
+                f" got {list(valid.shape)}"
+            )
+        if self._k is None:
+            return
+        have, got = self._k, k
+        for what, old, new in (
+            ("batch size", have.shape[0], got.shape[0]),
+            ("KV heads", have.shape[1], got.shape[1]),
+            ("head size", have.shape[3], got.shape[3]),
+            ("dtype", have.dtype, got.dtype),
+            ("device", have.device, got.device),
+        ):
+            if old != new:
+                raise ValueError(f"kvcomp: append: {what}: the cache has {old}, got {new}")

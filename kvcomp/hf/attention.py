@@ -1,0 +1,123 @@
+"""One attention function and one mask function, registered under one name.
+
+The first forward of a sequence goes to the implementation that the user had, on the very tensors
+it would have seen. A decode step goes to the method. In between (a second turn, a prompt in
+chunks, the checks of assisted decoding) the new tokens attend to what the cache keeps.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvcomp.cache import LayerCache
+from kvcomp.hf.cache import Cache, Layer
+
+if TYPE_CHECKING:
+    from kvcomp.hf.patch import Run
+
+NAME = "kvcomp"
+
+# Keywords by which a model asks for more than softmax(scale * q k^T) v.
+UNSUPPORTED = {
+    "softcap": "a soft cap on the logits",
+    "s_aux": "learned attention sinks",
+    "position_bias": "a position bias on the logits",
+}
+
+RUNS: dict[int, Run] = {}  # id of a patched model's config -> its run, for the mask function
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: query [B, Hq, n, D] -> ([B, n, Hq, D], None)."""
+    run: Run | None = module.__dict__.get("_kvcomp_run")
+    if run is None:
+        raise RuntimeError(
+            f"kvcomp: {type(module).__name__} is set to {NAME!r} attention without kvcomp.patch"
+        )
+    cache = run.current
+    layer = cache.layers[module.layer_idx] if cache is not None else None
+    if not isinstance(layer, Layer):  # a sliding layer, or a forward without a cache
+        return _inner(run, module)(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    for keyword, what in UNSUPPORTED.items():
+        if kwargs.get(keyword) is not None:
+            raise ValueError(f"kvcomp: {type(module).__name__} uses {what} ({keyword}): unsupported")
+    kv = layer.kv
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.shape[2] == 1:
+        return kv.cache.attend(kv, query[:, :, 0], scale)[:, None], None
+    if kv.columns == query.shape[2]:
+        out, _ = _inner(run, module)(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    else:
+        out = attend_many(kv, query, key, value, cache.padding, scale)
+    kv.cache.prefill(kv, query)
+    return out, None
+
+
+def attend_many(
+    kv: LayerCache, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float
+) -> Tensor:
+    """n new tokens, already in `kv`, attend to the tokens kept before them and to each other.
+
+    Returns:
+        out [B, n, Hq, D].
+    """
+    count = query.shape[2]
+    ends = torch.full_like(kv.seq_lens, count) if valid is None else valid.sum(1)
+    slot = torch.arange(kv.max_len, device=query.device)
+    past = slot < (kv.seq_lens - ends)[:, None]  # [B, max_len]
+    causal = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
+    if valid is not None:
+        causal = causal & valid[:, None]
+    mask = torch.cat(
+        [past[:, None].expand(-1, count, -1), causal.expand(query.shape[0], -1, -1)], -1
+    )
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query,
+        torch.cat([kv.keys, key], 2),
+        torch.cat([kv.values, value], 2),
+        attn_mask=mask[:, None],
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out.transpose(1, 2)
+
+
+def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    """The mask of the implementation that the user had; decode steps of our layers ignore it."""
+    run = RUNS.get(id(config))
+    inner = ALL_MASK_ATTENTION_FUNCTIONS["sdpa" if run is None else run.inner_name]
+    return inner(*args, config=config, **kwargs)
+
+
+def _inner(run: Run, module: torch.nn.Module) -> Any:
+    """The attention function that the user had, as the model itself would have found it."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(run.inner_name, eager)
+
+
+def register() -> None:
+    """Make the name known to transformers; patching a model puts it to use."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+__all__ = ["NAME", "RUNS", "Cache", "attention", "mask", "register"]

@@ -1,0 +1,112 @@
+"""KVCache behind transformers' cache interface, from 5.4 on.
+
+Our layer replaces full-attention layers only; sliding-window, linear and dummy layers keep the
+classes that transformers gives them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache as TransformersCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from kvcomp.cache import KVCache, LayerCache, Meter
+from kvcomp.methods import Method
+
+
+class Layer(CacheLayerMixin):
+    """One managed layer: lengths are logical here (tokens seen), physical in `kv`."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, owner: Cache, kv: LayerCache) -> None:
+        super().__init__()
+        self.owner = owner
+        self.kv = kv
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.kv.cache.method.croppable
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Store the new tokens and return just them: the attention function reads `kv` itself."""
+        self.is_initialized = True
+        self.kv.append(key_states, value_states, self.owner.padding)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return self.kv.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.kv.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:  # the name before transformers 5.13
+        return -1
+
+    def reset(self) -> None:
+        self.is_initialized = False
+        self.kv.reset()
+
+    def crop(self, tokens: int) -> None:
+        """From 5.15 on `-tokens` is how many to take back; before, `tokens` was the new length."""
+        count = -tokens if tokens <= 0 else max(self.kv.columns - tokens, 0)
+        if self.kv.position == 0:  # the cache crops all of its layers at once
+            self.kv.cache.crop(count)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.kv.seq_lens is not None:
+            rows = torch.arange(self.kv.seq_lens.shape[0], device=self.kv.seq_lens.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.kv.select(indices)
+
+    def offload(self) -> None:
+        raise NotImplementedError("kvcomp: whole-layer offloading is not what this cache does")
+
+    prefetch = offload
+
+
+class Cache(TransformersCache):
+    """A transformers cache whose full-attention layers belong to a kvcomp method.
+
+    Args:
+        config: of the model (its text part is used).
+        method: what to attend to and what to keep.
+        meter: counts; shared by the caches of one run.
+
+    Raises:
+        ValueError: no full-attention layer in the model, or parameters that do not fit its depth.
+    """
+
+    def __init__(self, config, method: Method, meter: Meter | None = None) -> None:
+        layers = list(DynamicCache(config=config).layers)
+        managed = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not managed:
+            kinds = sorted({type(layer).__name__ for layer in layers})
+            raise ValueError(
+                f"kvcomp: {type(config).__name__} has no full-attention layer to manage: its cache"
+                f" layers are {', '.join(kinds)}"
+            )
+        self.kv = KVCache(method, len(managed), meter)
+        for kv, index in zip(self.kv.layers, managed, strict=True):
+            layers[index] = Layer(self, kv)
+        self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward
+        super().__init__(layers=layers)
+
+    def reset(self) -> None:
+        super().reset()
+        self.kv.reset()

@@ -1,0 +1,276 @@
+"""patch(model, method): put a method under a model's `generate` and forward, and take it back.
+
+No forward is copied. The model's attention implementation becomes ours, a pre-hook on the decoder
+supplies the cache and the padding of each forward, and `generate` is handed our cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcomp.cache import Meter
+from kvcomp.hf import attention
+from kvcomp.hf.cache import Cache
+from kvcomp.hf.report import Report
+from kvcomp.methods import Method
+
+HEAD_SIZES = (32, 64, 80, 96, 128, 256)
+
+
+def patch(model: PreTrainedModel, method: Method) -> Run:
+    """Decode with `method` until `undo()`, or within a `with` block.
+
+        with kvcomp.patch(model, kvcomp.Delta(budget=1024)) as run:
+            out = model.generate(**inputs, max_new_tokens=16384)
+        print(run.report())
+
+    Args:
+        model: a Hugging Face causal LM whose attention goes through `AttentionInterface`.
+        method: a `Method`; its figures are counted by the run.
+
+    Raises:
+        TypeError: not a transformers model, or not a method.
+        ValueError: the model is patched already, or does what a method cannot do exactly (learned
+            sinks, soft-capped logits, latent attention, an unsupported head size), or the method's
+            parameters do not fit its layers. The model is as before.
+    """
+    return Run(model, method)
+
+
+class Run:
+    """One patched model: hands out caches, counts, and undoes itself.
+
+    Attributes:
+        inner_name: the attention implementation that the user had.
+        meter: counts over all caches of this run.
+    """
+
+    def __init__(self, model: PreTrainedModel, method: Method) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"kvcomp.patch: model: expected a PreTrainedModel, got {model!r}"[:200])
+        if not isinstance(method, Method):
+            raise TypeError(
+                f"kvcomp.patch: method: expected a kvcomp method such as Delta(), got {method!r}"
+            )
+        refuse(model)
+        self.model, self.method = model, method
+        self.config = model.config.get_text_config(decoder=True)
+        self.inner_name = self.config._attn_implementation
+        self.meter = Meter(len(Cache(self.config, method).kv.layers))
+        self._decode_seconds = 0.0
+        self._decoded_before = 0
+        self._last_forward: float | None = None  # when the latest forward ended
+        self._running = threading.local()
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._apply()
+        except BaseException:
+            self.undo()
+            raise
+
+    @property
+    def current(self) -> Cache | None:
+        """The cache of the forward that runs in this thread."""
+        return getattr(self._running, "cache", None)
+
+    def new_cache(self) -> Cache:
+        """A fresh cache of this run, for loops that call the model themselves."""
+        return Cache(self.config, self.method, self.meter)
+
+    def report(self, layers: bool = False) -> Report:
+        """What the run has decoded so far; `layers=True` adds the figures of each layer."""
+        return Report.of(self.method, self.meter, self._decode_seconds, layers)
+
+    def undo(self) -> None:
+        """Leave the model as it was; calling it again does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    def _apply(self) -> None:
+        attention.register()
+        model, config = self.model, self.config
+        decoder = model.get_decoder()
+        for module in model.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.__dict__["_kvcomp_run"] = self
+                self._undo.append(lambda module=module: module.__dict__.pop("_kvcomp_run"))
+        attention.RUNS[id(config)] = self
+        self._undo.append(lambda: attention.RUNS.pop(id(config)))
+        self._set_attention(attention.NAME)
+        self._undo.append(lambda: self._set_attention(self.inner_name))
+        for handle in (
+            decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            decoder.register_forward_hook(self._after_forward, always_call=True),
+        ):
+            self._undo.append(handle.remove)
+        model._prepare_cache_for_generation = self._prepare_cache
+        self._undo.append(lambda: model.__dict__.pop("_prepare_cache_for_generation"))
+
+    def _set_attention(self, name: str) -> None:
+        own, text = self.model.config, self.config
+        if text is own:
+            self.model.set_attn_implementation(name)
+        else:  # a multimodal model: its other towers keep what they have
+            key = next(k for k in own.sub_configs if getattr(own, k, None) is text)
+            self.model.set_attn_implementation({key: name})
+        if self.config._attn_implementation != name:
+            raise ValueError(
+                f"kvcomp.patch: {type(self.model).__name__} does not take its attention from"
+                " transformers' AttentionInterface"
+            )
+
+    def _prepare_cache(
+        self, generation_config: Any, model_kwargs: dict, mode: Any, *args: Any
+    ) -> None:
+        """In place of the model's own: `generate` gets our cache."""
+        if generation_config.use_cache is False:
+            raise ValueError("kvcomp: generate(use_cache=False): a method needs its cache")
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                "kvcomp: generate(cache_implementation="
+                f"{generation_config.cache_implementation!r}): the patched model brings its cache"
+            )
+        if "assisted" in str(mode).lower() and not self.method.croppable:
+            raise ValueError(
+                f"kvcomp: assisted decoding takes tokens back, which {self.method.name} cannot do"
+                " exactly once it has dropped some"
+            )
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_cache()
+        self._check_cache(model_kwargs["past_key_values"])
+
+    def _check_cache(self, cache: Any) -> None:
+        if not isinstance(cache, Cache) or cache.kv.meter is not self.meter:
+            raise ValueError(
+                f"kvcomp: past_key_values: expected a cache of this run (run.new_cache(), or the one"
+                f" that generate returned), got {type(cache).__name__}"
+            )
+
+    def _before_forward(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Supply the cache, and work out which of the new tokens are padding."""
+        names = list(inspect.signature(decoder.forward).parameters) if args else []
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("output_attentions") or self.config.output_attentions:
+            raise ValueError("kvcomp: output_attentions: the kernels never form the weights")
+        cache = given.get("past_key_values")
+        if cache is None and (
+            self.config.use_cache if given.get("use_cache") is None else given["use_cache"]
+        ):
+            cache = kwargs["past_key_values"] = self.new_cache()
+        self._running.cache = cache
+        if cache is not None:
+            self._check_cache(cache)
+            tokens = given.get("input_ids")
+            tokens = given.get("inputs_embeds") if tokens is None else tokens
+            cache.padding = self._new_padding(cache, given.get("attention_mask"), tokens.shape[1])
+        if self._last_forward is None:
+            self._last_forward = time.perf_counter()
+        return args, kwargs
+
+    def _new_padding(self, cache: Cache, mask: Any, count: int) -> Tensor | None:
+        """[B, count] bool of the valid new tokens; None when all are."""
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            raise ValueError(
+                "kvcomp: attention_mask: expected [B, tokens] of 0 and 1 (padding only), got"
+                f" {list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+            )
+        seen = cache.get_seq_length()
+        if mask.shape[1] != seen + count:
+            raise ValueError(
+                f"kvcomp: attention_mask: expected {seen + count} columns ({seen} seen, {count}"
+                f" new), got {mask.shape[1]}"
+            )
+        valid = mask[:, -count:].bool()
+        # Reading the device once per prompt is fine; at every decode step it would stall it.
+        return None if (count > 1 or not valid.is_cuda) and bool(valid.all()) else valid
+
+    def _after_forward(self, decoder: Any, args: Any, output: Any) -> None:
+        decoded = self.meter.tokens_decoded
+        now = time.perf_counter()
+        if decoded > self._decoded_before:
+            self._decode_seconds += now - self._last_forward
+        self._decoded_before, self._last_forward = decoded, now
+        self._running.cache = None
+
+
+def refuse(model: PreTrainedModel) -> None:
+    """Raise ValueError, with the reason, for a model that no method can decode exactly."""
+    config = model.config.get_text_config(decoder=True)
+    name = type(model).__name__
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    reasons = {
+        "is patched already; undo() the other run first": "_prepare_cache_for_generation"
+        in model.__dict__,
+        "is an encoder-decoder": model.config.is_encoder_decoder,
+        "caches a latent instead of keys and values (MLA)": getattr(config, "kv_lora_rank", None),
+        "caps its attention logits": getattr(config, "attn_logit_softcapping", None),
+        "has learned attention sinks": any(k.endswith(".sinks") for k in model.state_dict()),
+        "returns attention weights (output_attentions)": config.output_attentions,
+        f"has heads of size {head_dim}; supported are {HEAD_SIZES}": head_dim not in HEAD_SIZES,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"kvcomp.patch: {name} {reason}")
+
+
+def decode_all(
+    model: PreTrainedModel,
+    prompts: list,
+    method: Method,
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int,
+) -> list[Tensor]:
+    """Greedy decoding of every prompt by itself under `method`.
+
+    Args:
+        prompts: texts (with `tokenizer`), or token ids as lists or 1-D tensors.
+
+    Returns:
+        The new token ids of each prompt, [tokens] int64.
+
+    Raises:
+        ValueError: texts without a tokenizer.
+    """
+    outputs = []
+    with patch(model, method):
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                if tokenizer is None:
+                    raise ValueError("kvcomp: prompts are texts, so a tokenizer is needed")
+                ids = tokenizer(prompt, return_tensors="pt").input_ids
+            else:
+                ids = torch.as_tensor(prompt)[None]
+            ids = ids.to(model.device)
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+            outputs.append(out[0, ids.shape[1] :])
+    return outputs

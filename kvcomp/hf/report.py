@@ -1,0 +1,112 @@
+"""Report: what a run decoded, attended to, kept and read. Counted, not computed from a formula."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kvcomp.cache import Meter
+from kvcomp.methods import Method
+
+
+@dataclass
+class Report:
+    """Figures of one run, over all of its sequences and layers that the method manages.
+
+    Attributes:
+        method: its name and parameters.
+        tokens_decoded: by decode steps, all rows; the first token comes from the prefill.
+        decode_seconds: wall time from the end of each prefill to the last decode step after it.
+        tokens_attended: mean tokens that a layer attended to per decoded token.
+        tokens_attended_dense: the same had every layer attended to all.
+        kv_bytes_kept, kv_bytes_dense: K and V rows held now, and by a cache that keeps all.
+        kv_bytes_peak: most bytes of K and V slots in use at once (rows times the longest row).
+        kv_bytes_allocated: the slabs now, spare capacity included.
+        kv_bytes_read: by decode steps in total.
+        layers: per managed layer: position, tokens_attended, kept tokens, bytes read.
+    """
+
+    method: str
+    tokens_decoded: int = 0
+    decode_seconds: float = 0.0
+    tokens_attended: float = 0.0
+    tokens_attended_dense: float = 0.0
+    kv_bytes_kept: int = 0
+    kv_bytes_dense: int = 0
+    kv_bytes_peak: int = 0
+    kv_bytes_allocated: int = 0
+    kv_bytes_read: int = 0
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, method: Method, meter: Meter, seconds: float, layers: bool) -> Report:
+        """Read a meter; this waits for the device."""
+        read = [int(tokens) for tokens in meter.read_tokens]
+        kept, seen = meter.kept_tokens, meter.seen_tokens
+        decoded = max(meter.tokens_decoded, 1)
+        rows = zip(read, meter.token_bytes, kept, strict=False)
+        return cls(
+            method=str(method),
+            tokens_decoded=meter.tokens_decoded,
+            decode_seconds=seconds,
+            tokens_attended=sum(read) / len(read) / decoded,
+            tokens_attended_dense=int(meter.dense_tokens) / decoded,
+            kv_bytes_kept=sum(n * b for n, b in zip(kept, meter.token_bytes, strict=False)),
+            kv_bytes_dense=sum(n * b for n, b in zip(seen, meter.token_bytes, strict=False)),
+            kv_bytes_peak=meter.peak_bytes,
+            kv_bytes_allocated=meter.allocated_bytes,
+            kv_bytes_read=sum(n * b for n, b in zip(read, meter.token_bytes, strict=True)),
+            layers=[
+                {
+                    "position": position,
+                    "tokens_attended": tokens / decoded,
+                    "kv_bytes_read": tokens * size,
+                    "kept_tokens": tokens_kept,
+                }
+                for position, (tokens, size, tokens_kept) in enumerate(rows)
+            ]
+            if layers
+            else [],
+        )
+
+    @property
+    def attended_ratio(self) -> float:
+        """Tokens attended over what dense attention reads; 1.0 before the first step."""
+        dense = self.tokens_attended_dense
+        return self.tokens_attended / dense if dense else 1.0
+
+    @property
+    def kv_bytes_read_per_token(self) -> float:
+        return self.kv_bytes_read / self.tokens_decoded if self.tokens_decoded else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens_decoded / self.decode_seconds if self.decode_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, the derived figures too, ready for JSON."""
+        return asdict(self) | {
+            "attended_ratio": self.attended_ratio,
+            "kv_bytes_read_per_token": self.kv_bytes_read_per_token,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                self.method,
+                f"  decoded   {self.tokens_decoded} tokens in {self.decode_seconds:.2f} s,"
+                f" {self.tokens_per_second:.1f} tokens/s",
+                f"  attended  {self.tokens_attended:.0f} tokens per step and layer,"
+                f" {self.attended_ratio:.0%} of dense ({self.tokens_attended_dense:.0f})",
+                f"  KV kept   {mebibytes(self.kv_bytes_kept)} of"
+                f" {mebibytes(self.kv_bytes_dense)} dense,"
+                f" peak {mebibytes(self.kv_bytes_peak)},"
+                f" allocated {mebibytes(self.kv_bytes_allocated)}",
+                f"  KV read   {mebibytes(self.kv_bytes_read_per_token)} per token",
+            ]
+        )
+
+
+def mebibytes(count: float) -> str:
+    return f"{count / 2**20:.2f} MiB"

@@ -1,0 +1,67 @@
+"""Method: the hooks that decide what a decode step attends to and what the cache keeps.
+
+A method is a dataclass whose fields are the paper's hyper-parameters, in tokens or pages. It
+overrides only the hooks it needs; what it remembers about a batch lives in the cache
+(`cache.state`, `layer.state`), so one method object serves any number of caches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from kvcomp.cache.kv_cache import KVCache
+from kvcomp.cache.layer import LayerCache
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+METHODS: dict[str, type[Method]] = {}
+
+
+class Method:
+    """Dense attention over everything; subclasses say where they differ.
+
+    Class attributes:
+        name: how the command line and the tables call it.
+        baseline: True for methods that exist to be compared with.
+        croppable: whether the last tokens can be taken back exactly.
+    """
+
+    name: ClassVar[str]
+    baseline: ClassVar[bool] = False
+    croppable: ClassVar[bool] = True
+
+    def __init_subclass__(
+        cls, *, name: str | None = None, baseline: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:  # tools that observe a run are methods too, but not in the tables
+            cls.name, cls.baseline = name, baseline
+            METHODS[name] = cls
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """An instance for short contexts (tests, the demo), with `budget` tokens where it has one.
+
+        Raises:
+            ValueError: a budget that the method cannot work with.
+        """
+        return cls()
+
+    def check(self, num_layers: int) -> None:
+        """Raise ValueError where the parameters do not fit a model of `num_layers` layers."""
+
+    def start(self, cache: KVCache) -> None:
+        """New sequences, or a reset."""
+
+    def prefill(self, layer: LayerCache, q: Tensor) -> None:
+        """The prompt is in `layer`; q [B, Hq, n, D] are its queries."""
+
+    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        """One decode step of a layer: q [B, Hq, D] -> out [B, Hq, D]. The new K and V are in."""
+        return layer.attend(q, scale)[0]
+
+    def end_step(self, cache: KVCache) -> None:
+        """After the last layer of a decode step."""

@@ -1,0 +1,92 @@
+"""RandomPages: random pages instead of chosen ones; what a score must beat.
+
+Same shape as layer-aware sparse attention: the dense layers read everything, the others one page
+set per step, drawn uniformly, the newest pages included. Saves exactly what DELTA saves at the same
+budget and dense layers, so that a difference in accuracy is the score's own merit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvcomp import ops
+from kvcomp.cache.kv_cache import KVCache
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.base import Method
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class RandomPages(Method, name="random-pages", baseline=True):
+    """Uniformly random pages, drawn anew every step.
+
+    Attributes:
+        budget: tokens that a sparse layer attends to, the recent pages included.
+        page_size: tokens in a page.
+        recent: newest pages always in the set.
+        dense_layers: layers that read everything.
+        seed: of the draw; a cache started anew repeats it.
+    """
+
+    budget: int = 1024
+    page_size: int = 16
+    recent: int = 8
+    dense_layers: tuple[int, ...] = (0, 1, 2)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.budget % self.page_size:
+            raise ValueError(
+                f"kvcomp.RandomPages: budget: expected a multiple of page_size={self.page_size},"
+                f" got {self.budget}"
+            )
+        if not 1 <= self.recent <= self.budget // self.page_size:
+            raise ValueError(
+                f"kvcomp.RandomPages: recent: expected 1 to {self.budget // self.page_size} pages,"
+                f" got {self.recent}"
+            )
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """Pages of 4 and two recent pages, for contexts of a few hundred tokens."""
+        return cls(budget=128 if budget is None else budget, page_size=4, recent=2)
+
+    def check(self, num_layers: int) -> None:
+        if any(not 0 <= x < num_layers for x in self.dense_layers):
+            raise ValueError(
+                f"kvcomp.RandomPages: dense_layers: expected layers in 0..{num_layers - 1},"
+                f" got {self.dense_layers}"
+            )
+
+    def start(self, cache: KVCache) -> None:
+        cache.state.generator = torch.Generator().manual_seed(self.seed)
+        cache.state.pages = None
+        cache.state.step = -1
+
+    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        if layer.position in self.dense_layers or layer.max_len <= self.budget:
+            return layer.attend(q, scale)[0]
+        cache, state = layer.cache, layer.cache.state
+        if state.step != cache.steps:
+            state.step, state.pages = cache.steps, self._draw(layer, state.generator)
+        page_ids, lens = state.pages
+        return layer.attend(
+            q, scale, page_ids=page_ids, page_size=self.page_size, seq_lens=lens
+        )[0]
+
+    def _draw(self, layer: LayerCache, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        pages = -(-layer.max_len // self.page_size)
+        scores = torch.rand(layer.seq_lens.shape[0], 1, pages, generator=generator)
+        return ops.select_pages(
+            scores.to(layer.seq_lens.device),
+            layer.seq_lens,
+            self.page_size,
+            self.budget // self.page_size,
+            num_recent=self.recent,
+        )

@@ -1,0 +1,267 @@
+"""DELTA: dynamic layer-aware sparse attention (arXiv 2510.09883).
+
+A few layers read everything; the others read the pages that the nearest such layer below found
+important. The rule: (1) warm-up layers attend densely; (2) a delta layer attends densely and scores
+each page by the sum over its tokens of the max over all query heads of the probability; (3) the
+newest L pages and the best K - L others form one set for all heads; (4) the layers up to the next
+delta layer attend to that set; (5) every step selects anew. Saves attention reads, up to
+(layers / dense layers) times fewer tokens; saves no memory, since the whole KV stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kvcomp import ops
+from kvcomp.cache.kv_cache import KVCache
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.base import Method
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Delta layers as published, warm-up layers being 0 and 1. The 7B and 1.5B sets are those of the
+# released scripts, the 14B set the paper's; none was published for other models.
+PUBLISHED = {
+    "DeepSeek-R1-Distill-Qwen-1.5B": (2, 14, 22),
+    "DeepSeek-R1-Distill-Qwen-7B": (2, 14, 22),
+    "DeepSeek-R1-Distill-Qwen-14B": (2, 6, 42),
+}
+
+
+@dataclass(frozen=True)
+class Delta(Method, name="delta"):
+    """Layer-aware sparse attention. Layer numbers count the layers that the method manages.
+
+    Attributes:
+        budget: k = K * P, tokens that a sparse layer attends to, the recent pages included.
+        page_size: P, tokens in a page.
+        recent: L, newest pages always in the set; the partial page counts.
+        warmup: W0, how many first layers attend densely.
+        delta_layers: D, the layers that select; None places the first behind the warm-up and
+            the others at 1/2 and 4/5 of the depth, as the published sets have them.
+        group: torch.distributed group whose ranks hold the other heads of the same layers
+            (tensor parallelism); the probability is then reduced over it.
+    """
+
+    budget: int = 1024
+    page_size: int = 16  # P
+    recent: int = 8  # L
+    warmup: int = 2  # W0
+    delta_layers: tuple[int, ...] | None = None  # D
+    group: Any = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or self.recent < 1 or self.warmup < 0:
+            raise ValueError(
+                "kvcomp.Delta: expected page_size >= 1, recent >= 1 and warmup >= 0, got"
+                f" {self.page_size}, {self.recent} and {self.warmup}"
+            )
+        if self.budget % self.page_size:
+            raise ValueError(
+                f"kvcomp.Delta: budget: expected a multiple of page_size={self.page_size},"
+                f" got {self.budget}"
+            )
+        if self.num_pages < self.recent:
+            raise ValueError(
+                f"kvcomp.Delta: budget: expected at least recent * page_size ="
+                f" {self.recent * self.page_size} tokens, got {self.budget}"
+            )
+
+    @property
+    def num_pages(self) -> int:
+        """K, pages in the set."""
+        return self.budget // self.page_size
+
+    @classmethod
+    def published(cls, model: str, **fields: Any) -> Self:
+        """The published delta layers of a model, by name ("DeepSeek-R1-Distill-Qwen-7B").
+
+        Raises:
+            ValueError: no set was published for that model; `calibrate` finds one.
+        """
+        short = model.rsplit("/", 1)[-1]
+        if short not in PUBLISHED:
+            raise ValueError(
+                f"kvcomp.Delta: no published delta layers for {model!r}, only for"
+                f" {', '.join(PUBLISHED)}; Delta.calibrate(model, prompts) finds them"
+            )
+        return cls(delta_layers=PUBLISHED[short], **fields)
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """Pages of 4 and two recent pages, for contexts of a few hundred tokens."""
+        return cls(budget=128 if budget is None else budget, page_size=4, recent=2)
+
+    def check(self, num_layers: int) -> None:
+        outside = [x for x in self.delta_layers or () if not self.warmup <= x < num_layers]
+        if outside or self.warmup >= num_layers:
+            raise ValueError(
+                f"kvcomp.Delta: delta_layers: expected layers from warmup={self.warmup} up to"
+                f" {num_layers - 1}, got {self.delta_layers}"
+            )
+        if self.delta_layers and min(self.delta_layers) > self.warmup:
+            raise ValueError(
+                f"kvcomp.Delta: delta_layers: the first must follow the {self.warmup} warm-up"
+                f" layers directly, or the layers between have no pages; got {self.delta_layers}"
+            )
+
+    def plan(self, num_layers: int) -> tuple[int, ...]:
+        """The delta layers in a model of `num_layers` layers."""
+        if self.delta_layers is not None:
+            return tuple(sorted(self.delta_layers))
+        return tuple(sorted({self.warmup, *(
+            place for share in (0.5, 0.8) if (place := int(num_layers * share)) > self.warmup
+        )}))
+
+    def start(self, cache: KVCache) -> None:
+        planners = self.plan(len(cache.layers))
+        cache.state.dense = frozenset((*range(self.warmup), *planners))
+        cache.state.planners = frozenset(  # a delta layer plans if a sparse one comes next
+            x for x in planners if x + 1 not in cache.state.dense and x + 1 < len(cache.layers)
+        )
+        cache.state.logits = None  # [B, Hq, capacity] fp32, shared by the delta layers
+        cache.state.pages = None  # (page_ids [B, 1, K], selected_lens [B]) of this step
+
+    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        state = layer.cache.state
+        if layer.max_len <= self.budget:  # nothing to leave out in any row
+            return layer.attend(q, scale)[0]
+        if layer.position not in state.dense:
+            page_ids, lens = state.pages
+            return layer.attend(
+                q, scale, page_ids=page_ids, page_size=self.page_size, seq_lens=lens
+            )[0]
+        if layer.position not in state.planners:
+            return layer.attend(q, scale)[0]
+        logits = self._logits_buffer(layer, q)
+        out, lse = layer.attend(q, scale, logits=logits)
+        scores = self.score(logits[:, :, : layer.max_len], lse, layer.seq_lens)
+        state.pages = ops.select_pages(
+            scores, layer.seq_lens, self.page_size, self.num_pages, num_recent=self.recent
+        )
+        return out
+
+    def score(self, logits: Tensor, lse: Tensor, seq_lens: Tensor) -> Tensor:
+        """Page scores [B, 1, pages]; over all ranks of `group` where heads are split."""
+        if self.group is None:
+            return ops.page_scores(logits, lse, seq_lens, self.page_size)
+        tokens = ops.page_scores(logits, lse, seq_lens, 1)  # the max over this rank's heads
+        dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=self.group)
+        tokens = torch.nn.functional.pad(tokens, (0, -tokens.shape[-1] % self.page_size))
+        return tokens.unflatten(-1, (-1, self.page_size)).sum(-1)
+
+    def _logits_buffer(self, layer: LayerCache, q: Tensor) -> Tensor:
+        state, shape = layer.cache.state, (*q.shape[:2], layer.capacity)
+        if state.logits is None or state.logits.shape != shape:
+            state.logits = q.new_empty(shape, dtype=torch.float32)
+        return state.logits
+
+    @classmethod
+    def calibrate(
+        cls,
+        model: Any,
+        prompts: list,
+        *,
+        tokenizer: Any = None,
+        num_delta: int = 3,
+        max_new_tokens: int = 1024,
+        every: int = 64,
+        **fields: Any,
+    ) -> Self:
+        """Find the delta layers of a model: the set that keeps most of each layer's top pages.
+
+        The model decodes every prompt greedily with dense attention; every `every` steps the page
+        scores of all layers are recorded. A dynamic programme then places `num_delta` delta layers,
+        the first directly behind the warm-up, so that the mean share of a layer's best-K page mass
+        that the pages of its delta layer cover is largest.
+
+        Args:
+            model: a Hugging Face causal LM.
+            prompts: texts (with `tokenizer`) or lists of token ids.
+            num_delta: how many delta layers to place.
+            fields: the other fields of the result (budget, page_size, ...).
+
+        Raises:
+            ValueError: the contexts never exceed the budget, so that there is nothing to select.
+        """
+        recorder = _PageRecorder(method=cls(**fields), every=every)
+        # The one reach upwards: decoding needs a patched model, and methods know no transformers.
+        decode = import_module("kvcomp.hf").decode_all
+        decode(model, prompts, recorder, tokenizer=tokenizer, max_new_tokens=max_new_tokens)
+        if not recorder.recalls:
+            raise ValueError(
+                f"kvcomp.Delta.calibrate: no recorded step had more than budget="
+                f"{recorder.method.budget} tokens; decode more, or choose a smaller budget"
+            )
+        recall = torch.stack(recorder.recalls).mean(0)
+        chosen = best_layers(recall.tolist(), recorder.method.warmup, num_delta)
+        return replace(recorder.method, delta_layers=chosen)
+
+
+def best_layers(recall: list[list[float]], first: int, count: int) -> tuple[int, ...]:
+    """Layers d0 = first < d1 < ... that maximise the sum over b of recall[last d <= b][b].
+
+    Args:
+        recall: [layers][layers], share of layer b's best pages covered by layer a's.
+        first: the first layer of the set.
+        count: size of the set, cut to the layers there are.
+    """
+    num_layers = len(recall)
+    count = min(count, num_layers - first)
+    # best[d]: (value of layers first..d-1, set) for sets of the current size that end at d.
+    best = {first: (0.0, (first,))}
+    for _ in range(count - 1):
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for last, (value, chosen) in best.items():
+            for new in range(last + 1, num_layers):
+                total = value + sum(recall[last][last:new])
+                if new not in longer or total > longer[new][0]:
+                    longer[new] = (total, (*chosen, new))
+        best = longer
+    return max((value + sum(recall[last][last:]), chosen) for last, (value, chosen) in best.items())[1]
+
+
+@dataclass(frozen=True)
+class _PageRecorder(Method):
+    """Dense attention that records, at sampled steps, how well each layer's pages serve others."""
+
+    method: Delta
+    every: int
+    recalls: list[Tensor] = field(default_factory=list)  # [layers, layers] per sampled step
+
+    def start(self, cache: KVCache) -> None:
+        cache.state.logits = None
+        cache.state.scores = []
+
+    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        cache, state = layer.cache, layer.cache.state
+        if cache.steps % self.every or layer.max_len <= self.method.budget:
+            return layer.attend(q, scale)[0]
+        logits = self.method._logits_buffer(layer, q)
+        out, lse = layer.attend(q, scale, logits=logits)
+        state.scores.append(self.method.score(logits[:, :, : layer.max_len], lse, layer.seq_lens))
+        if len(state.scores) == len(cache.layers):
+            self.recalls.append(self._recall(torch.stack(state.scores), layer.seq_lens))
+            state.scores = []
+        return out
+
+    def _recall(self, scores: Tensor, seq_lens: Tensor) -> Tensor:
+        """scores [layers, B, 1, pages] -> [layers, layers]: b's best-K mass that a's pages keep."""
+        method = self.method
+        masks = []
+        for layer_scores in scores:
+            page_ids, _ = ops.select_pages(
+                layer_scores, seq_lens, method.page_size, method.num_pages, num_recent=method.recent
+            )
+            mask = torch.zeros(*layer_scores.shape[:-1], layer_scores.shape[-1] + 1)
+            masks.append(mask.scatter(-1, page_ids.long().cpu() % mask.shape[-1], 1.0)[..., :-1])
+        kept = torch.einsum("abip,cbip->acb", torch.stack(masks), scores.cpu())
+        own = kept.diagonal(dim1=0, dim2=1).T[None]  # [1, layers, B]
+        return (kept / own).mean(-1)

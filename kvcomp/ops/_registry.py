@@ -1,0 +1,134 @@
+"""bind(): one schema, one reference, and every implementation of an op.
+
+The dispatcher gets the best implementation per device once, at import; the table OPS keeps all of
+them, for tests, benchmarks and ``kvcomp info``. Nothing here looks anything up during a call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+
+from kvcomp import _C
+
+LIBRARY = torch.library.Library("kvcomp", "DEF")
+OPS: dict[str, Op] = {}
+
+# What the dispatcher prefers per device, best first. cuda-host (device code run by the emulator)
+# is never bound: it exists to be tested.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+BACKENDS = {
+    "cpu": _C.Backend.cpu,
+    "cuda": _C.Backend.cuda,
+    "cuda-host": _C.Backend.cuda_host,
+}
+
+
+@dataclass
+class Op:
+    """One op: its schema and all of its implementations, called with the schema's arguments."""
+
+    name: str
+    schema: str
+    reference: Callable
+    impls: dict[str, Callable] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # implementation -> why it is absent
+    bound: dict[str, str] = field(default_factory=dict)  # device type -> implementation
+
+    def impl(self, name: str) -> Callable:
+        """The implementation called `name`; KeyError with the reason where there is none."""
+        if name not in self.impls:
+            why = self.missing.get(name, f"known: {', '.join(self.impls)}")
+            raise KeyError(f"kvcomp.{self.name} has no implementation {name!r} here: {why}")
+        return self.impls[name]
+
+
+def bind(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    native: Callable[[int], Callable],
+    backends: tuple[str, ...] = ("cpu",),
+    triton: bool = False,
+) -> Callable:
+    """Register the op and return the callable that goes straight to the dispatcher.
+
+    Args:
+        schema: argument list and returns, mutation included, without the name.
+        reference: the specification, in plain PyTorch without dtype casts.
+        fake: shapes and dtypes of the outputs.
+        native: from a backend number to a function of the schema's arguments.
+        backends: the native backends that exist in the sources ("cpu", "cuda", "cuda-host").
+        triton: whether ``kvcomp.ops.triton.<name>`` exists.
+    """
+    op = Op(name, f"{name}{schema}", reference)
+    check = native(_C.Backend.check)  # so that each boundary check is written once, in C++
+    op.impls["reference"] = _checked(check, _float32_fallback(reference, fake))
+    for backend in BACKENDS:
+        if backend not in backends:
+            op.missing[backend] = "not written"
+        elif backend == "cuda" and not _C.build_info()["with_cuda"]:
+            op.missing[backend] = "this build has no CUDA kernels"
+        else:
+            op.impls[backend] = native(BACKENDS[backend])
+    if not triton:
+        op.missing["triton"] = "not written"
+    elif importlib.util.find_spec("triton") is None:
+        op.missing["triton"] = "triton is not installed"
+    else:
+        op.impls["triton"] = _checked(check, _lazy_triton(name))
+
+    LIBRARY.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device, preference in PREFERENCE.items():
+        op.bound[device] = next(choice for choice in preference if choice in op.impls)
+        LIBRARY.impl(name, op.impls[op.bound[device]], device.upper())
+    torch.library.register_fake(f"kvcomp::{name}", fake, lib=LIBRARY)
+    OPS[name] = op
+    return getattr(torch.ops.kvcomp, name).default
+
+
+def raw_stream(tensor: torch.Tensor) -> int:
+    """The current CUDA stream of the tensor's device as an integer; 0 for a CPU tensor."""
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else 0
+
+
+def _checked(check: Callable, run: Callable) -> Callable:
+    def checked(*args):
+        check(*args)
+        return run(*args)
+
+    return checked
+
+
+def _lazy_triton(name: str) -> Callable:
+    @cache
+    def launch() -> Callable:
+        return importlib.import_module(f"kvcomp.ops.triton.{name}").launch
+
+    return lambda *args: launch()(*args)
+
+
+def _float32_fallback(reference: Callable, fake: Callable) -> Callable:
+    """The reference computed in fp32 for 16-bit inputs, with the op's own output dtypes."""
+
+    def run(*args):
+        expected = fake(*args)
+        wide = (
+            a.float() if isinstance(a, torch.Tensor) and a.dtype in _HALF else a for a in args
+        )
+        result = reference(*wide)
+        if isinstance(result, tuple):
+            return tuple(r.to(e.dtype) for r, e in zip(result, expected, strict=True))
+        return result.to(expected.dtype) if result is not None else None
+
+    return run
+
+
+_HALF = (torch.float16, torch.bfloat16)

@@ -1,0 +1,107 @@
+"""decode_attention: one query per sequence over all cached tokens, or over listed pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvcomp import _C
+from kvcomp.ops._registry import bind, raw_stream
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_lens: Tensor,
+    *,
+    page_ids: Tensor | None = None,
+    page_size: int = 1,
+    scale: float | None = None,
+    logits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query per sequence: softmax(scale * q k^T) v, grouped-query heads.
+
+    Dense (no `page_ids`): row b attends to slots [0, seq_lens[b]). Paged: the listed pages, in
+    order, form one sequence of tokens (page u holds slots [u * page_size, (u + 1) * page_size)),
+    and row b attends to its first seq_lens[b] tokens. An id of -1 skips its page: the positions
+    stay counted, nothing is attended. So the partial page of a sequence must be listed last,
+    which is how a serving engine's block table and `select_pages` list it.
+
+    A row with nothing to attend to gives out = 0 and lse = -inf, the neutral element of
+    `merge_states`.
+
+    Args:
+        q: [B, Hq, D]; fp32, fp16 or bf16; D one of 32, 64, 80, 96, 128, 256.
+        k, v: [B, Hkv, T, D] of q's dtype, any strides on B, Hkv and T, D contiguous.
+        seq_lens: [B] int32, tokens attended, at most T (dense) or K * page_size (paged).
+        page_ids: [B, 1, K] (one set for all heads) or [B, Hkv, K], int32.
+        page_size: tokens in a page: 1, 16, 32 or 64; any positive size works.
+        scale: factor on q k^T; 1 / sqrt(D) by default.
+        logits: optional fp32 output [B, Hq, N], N >= T (dense) or K * page_size (paged):
+            receives the scaled logits of each attended position; other positions are left alone
+            or set to -inf.
+
+    Returns:
+        out [B, Hq, D] of q's dtype, and lse [B, Hq] fp32, the natural log of the sum of exp.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or layout. Values of `seq_lens` and
+            `page_ids` are checked on the CPU; on a GPU, where reading them would stall, an id out
+            of range gives NaN.
+    """
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return _op(q, k, v, seq_lens, page_ids, page_size, scale, logits)
+
+
+def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits):
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads, num_slots = k.shape[1:3]
+    if page_ids is None:
+        valid = torch.arange(num_slots, device=q.device) < seq_lens[:, None, None]  # [B, 1, T]
+    else:
+        offsets = torch.arange(page_size, device=q.device)
+        slots = (page_ids.long()[..., None] * page_size + offsets).flatten(-2)  # [B, 1|Hkv, N]
+        position = torch.arange(slots.shape[-1], device=q.device)
+        valid = (slots >= 0) & (position < seq_lens[:, None, None])
+        slots = slots.where(valid, 0).expand(-1, num_kv_heads, -1)
+        k = k.gather(2, slots[..., None].expand(-1, -1, -1, head_dim))
+        v = v.gather(2, slots[..., None].expand(-1, -1, -1, head_dim))
+    grouped = q.view(batch, num_kv_heads, -1, head_dim)
+    x = (grouped @ k.transpose(-1, -2) * scale).masked_fill(~valid[:, :, None], -torch.inf)
+    if logits is not None:
+        logits[..., : x.shape[-1]] = x.flatten(1, 2)
+    lse = x.logsumexp(-1)  # [B, Hkv, G]
+    probs = (x - lse[..., None]).exp().nan_to_num(0.0)  # -inf minus -inf: nothing attended
+    v = v.masked_fill(~valid[..., None], 0.0)  # slots never written may hold anything
+    return (probs @ v).view(batch, num_heads, head_dim), lse.view(batch, num_heads)
+
+
+def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits):
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def native(backend: int) -> Callable:
+    def run(q, k, v, seq_lens, page_ids, page_size, scale, logits):
+        out, lse = fake(q, k, v, seq_lens, page_ids, page_size, scale, logits)
+        _C.decode_attention(
+            backend, q, k, v, seq_lens, page_ids, logits, out, lse, page_size, scale, raw_stream(q)
+        )
+        return out, lse
+
+    return run
+
+
+_op = bind(
+    "decode_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? page_ids, int page_size, float scale,"
+    " Tensor(a!)? logits) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=fake,
+    native=native,
+    backends=("cpu",),
+    triton=True,
+)

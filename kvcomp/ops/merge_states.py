@@ -1,0 +1,60 @@
+"""merge_states: combine two partial attentions over disjoint token sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvcomp import _C
+from kvcomp.ops._registry import bind, raw_stream
+
+
+def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention over the union of two disjoint token sets, from their (out, lse).
+
+    Exact and associative; (0, -inf) is neutral, so rows that attended to nothing merge cleanly.
+
+    Args:
+        out_a, out_b: [B, Hq, D], fp32, fp16 or bf16, the same dtype.
+        lse_a, lse_b: [B, Hq] fp32, natural log.
+
+    Returns:
+        out [B, Hq, D] of the inputs' dtype and lse [B, Hq] fp32.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or layout.
+    """
+    return _op(out_a, lse_a, out_b, lse_b)
+
+
+def reference(out_a, lse_a, out_b, lse_b):
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a = (lse_a - lse).exp().nan_to_num(0.0)  # both empty: -inf minus -inf
+    weight_b = (lse_b - lse).exp().nan_to_num(0.0)
+    return out_a * weight_a[..., None] + out_b * weight_b[..., None], lse
+
+
+def fake(out_a, lse_a, out_b, lse_b):
+    return torch.empty_like(out_a), torch.empty_like(lse_a)
+
+
+def native(backend: int) -> Callable:
+    def run(out_a, lse_a, out_b, lse_b):
+        out, lse = fake(out_a, lse_a, out_b, lse_b)
+        _C.merge_states(backend, out_a, lse_a, out_b, lse_b, out, lse, raw_stream(out_a))
+        return out, lse
+
+    return run
+
+
+_op = bind(
+    "merge_states",
+    "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
+    reference=reference,
+    fake=fake,
+    native=native,
+    backends=("cpu",),
+    triton=True,
+)

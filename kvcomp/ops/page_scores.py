@@ -1,0 +1,88 @@
+"""page_scores: how much attention each page of a sequence receives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvcomp import _C
+from kvcomp.ops._registry import bind, raw_stream
+
+REDUCTIONS = ("max", "sum")
+
+
+def page_scores(
+    logits: Tensor,
+    lse: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    *,
+    num_groups: int = 1,
+    reduction: str = "max",
+) -> Tensor:
+    """Sum over a page's tokens of the probability, reduced over the heads of a group.
+
+    "max" is DELTA's score (arXiv 2510.09883, section 3): the max over heads sits inside the sum
+    over tokens. "sum" is the probability mass of the page. `num_groups` 1 scores one set for all
+    heads, Hkv one set per KV head.
+
+    Args:
+        logits: [B, Hq, N] fp32, scaled logits from `decode_attention`; rows may be strided.
+        lse: [B, Hq] fp32.
+        seq_lens: [B] int32, valid tokens of each row, at most N.
+        page_size: tokens in a page.
+        num_groups: divides Hq.
+        reduction: "max" or "sum" over the heads of a group.
+
+    Returns:
+        scores [B, num_groups, P] fp32 with P = ceil(N / page_size); pages past the end are 0.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or layout, an unknown reduction.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"kvcomp.page_scores: argument 'reduction': expected one of {REDUCTIONS},"
+            f" got {reduction!r}"
+        )
+    return _op(logits, lse, seq_lens, page_size, num_groups, reduction == "max")
+
+
+def reference(logits, lse, seq_lens, page_size, num_groups, use_max):
+    batch, num_heads, num_slots = logits.shape
+    valid = torch.arange(num_slots, device=logits.device) < seq_lens[:, None, None]
+    probs = (logits - lse[..., None]).exp().where(valid, 0.0)
+    probs = probs.view(batch, num_groups, -1, num_slots)
+    tokens = probs.amax(2) if use_max else probs.sum(2)  # [B, num_groups, N]
+    tokens = torch.nn.functional.pad(tokens, (0, -num_slots % page_size))
+    return tokens.unflatten(-1, (-1, page_size)).sum(-1)
+
+
+def fake(logits, lse, seq_lens, page_size, num_groups, use_max):
+    batch, _, num_slots = logits.shape
+    return logits.new_empty(batch, num_groups, -(-num_slots // page_size))
+
+
+def native(backend: int) -> Callable:
+    def run(logits, lse, seq_lens, page_size, num_groups, use_max):
+        out = fake(logits, lse, seq_lens, max(page_size, 1), num_groups, use_max)
+        _C.page_scores(
+            backend, logits, lse, seq_lens, out, page_size, num_groups, use_max, raw_stream(logits)
+        )
+        return out
+
+    return run
+
+
+_op = bind(
+    "page_scores",
+    "(Tensor logits, Tensor lse, Tensor seq_lens, int page_size, int num_groups, bool use_max)"
+    " -> Tensor",
+    reference=reference,
+    fake=fake,
+    native=native,
+    backends=("cpu", "cuda", "cuda-host"),
+    triton=True,
+)

@@ -1,0 +1,104 @@
+"""select_pages: the best pages of each sequence, with forced recent and sink pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvcomp import _C
+from kvcomp.ops._registry import bind, raw_stream
+
+
+def select_pages(
+    scores: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    num_pages: int,
+    *,
+    num_recent: int = 1,
+    num_sink: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The `num_pages` best pages of a row by score, ascending, ready for `decode_attention`.
+
+    A row has ceil(seq_lens / page_size) pages. Its last `num_recent` (the partial one counts) and
+    first `num_sink` are always selected and are part of `num_pages`; the others compete by score,
+    ties to the older page, NaN last. A row with no more than `num_pages` pages keeps them all, and
+    the rest of its list is -1.
+
+    Args:
+        scores: [B, H, P] fp32, H = 1 (one set for all heads) or Hkv.
+        seq_lens: [B] int32 tokens in each row, at most P * page_size.
+        page_size: tokens in a page.
+        num_pages: K, pages in the set.
+        num_recent: at least 1, so that the partial page is always there and listed last.
+        num_sink: first pages always kept; num_recent + num_sink <= num_pages.
+
+    Returns:
+        page_ids [B, H, K] int32 and selected_lens [B] int32: the tokens in a row's set, to pass to
+        `decode_attention` as its `seq_lens`.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or layout; counts that do not fit.
+    """
+    return _op(scores, seq_lens, page_size, num_pages, num_recent, num_sink)
+
+
+def reference(scores, seq_lens, page_size, num_pages, num_recent, num_sink):
+    total = scores.shape[-1]
+    if total < num_pages:  # so that there are num_pages columns to choose from
+        scores = torch.nn.functional.pad(scores, (0, num_pages - total))
+        total = num_pages
+    used = -(-seq_lens.long() // page_size)  # [B] pages of each row
+    page = torch.arange(total, device=scores.device)
+    exists = page < used[:, None, None]
+    forced = (page >= used[:, None, None] - num_recent) | (page < num_sink)
+    ranking = scores.nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    # Three classes, then score, then age: a stable sort of (class, score) keeps the older page.
+    order = ranking.argsort(dim=-1, descending=True, stable=True)
+    tier = (exists.long() + (exists & forced).long()).expand_as(order).gather(-1, order)
+    order = order.gather(-1, tier.argsort(dim=-1, descending=True, stable=True))[..., :num_pages]
+    kept = order.where(order < used[:, None, None], total).sort(-1).values
+    page_ids = kept.where(kept < total, -1).int()
+    last_page = seq_lens - (used - 1) * page_size
+    full = (num_pages - 1) * page_size + last_page
+    return page_ids, torch.where(used > num_pages, full, seq_lens).int()
+
+
+def fake(scores, seq_lens, page_size, num_pages, num_recent, num_sink):
+    page_ids = scores.new_empty(*scores.shape[:2], num_pages, dtype=torch.int32)
+    return page_ids, torch.empty_like(seq_lens)
+
+
+def native(backend: int) -> Callable:
+    def run(scores, seq_lens, page_size, num_pages, num_recent, num_sink):
+        page_ids, selected_lens = fake(
+            scores, seq_lens, page_size, max(num_pages, 0), num_recent, num_sink
+        )
+        _C.select_pages(
+            backend,
+            scores,
+            seq_lens,
+            page_ids,
+            selected_lens,
+            page_size,
+            num_recent,
+            num_sink,
+            raw_stream(scores),
+        )
+        return page_ids, selected_lens
+
+    return run
+
+
+_op = bind(
+    "select_pages",
+    "(Tensor scores, Tensor seq_lens, int page_size, int num_pages, int num_recent, int num_sink)"
+    " -> (Tensor, Tensor)",
+    reference=reference,
+    fake=fake,
+    native=native,
+    backends=("cpu",),
+    triton=True,
+)

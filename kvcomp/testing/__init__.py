@@ -1,0 +1,1 @@
+"""Shared by tests and benchmarks: cases per op, comparisons, tiny models, timing."""

@@ -1,0 +1,92 @@
+"""Tiny random-weight models, one per architecture that transformers offers a decoder for."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+# What every tiny model shares: grouped queries, a supported head size, a short vocabulary.
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,  # wide, so that greedy tokens depend on all of the context
+}
+
+_MOE = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+
+# model type -> what it needs beyond COMMON
+ARCHITECTURES: dict[str, dict] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": _MOE,
+    "mistral": {"sliding_window": None},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 32},
+    "phi": {"partial_rotary_factor": 0.5},
+    "phi3": {"sliding_window": None},
+    "gpt_oss": {**_MOE, "sliding_window": 16},
+    "smollm3": {"sliding_window": None},
+    "olmo3": {"sliding_window": 16},
+    "glm4": {"partial_rotary_factor": 0.5},
+    "granite": {},
+    "cohere2": {"sliding_window": 16},
+    "deepseek_v3": {
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 2,
+    },
+    "qwen3_next": {
+        **_MOE,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "shared_expert_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+    },
+}
+
+# model type -> why a method cannot decode it exactly, as the refusal says it
+REFUSED = {
+    "gemma2": "caps its attention logits",
+    "gpt_oss": "learned attention sinks",
+    "deepseek_v3": "caches a latent",
+}
+
+
+def tiny_model(kind: str, seed: int = 0, **overrides) -> PreTrainedModel:
+    """A random model of the architecture, float32, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: the installed transformers does not know the architecture.
+    """
+    config = AutoConfig.for_model(kind, **{**COMMON, **ARCHITECTURES[kind], **overrides})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None  # random weights would stop at random
+    model.generation_config.pad_token_id = 0
+    return model

@@ -1,0 +1,240 @@
+"""The build as users run it, what the extension links, and the native boundary."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcomp import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def backend():
+    """A fresh copy of the build backend's module, whose functions a test may replace."""
+    spec = importlib.util.spec_from_file_location("build_backend", ROOT / "build_backend.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- one isolated build: source tree -> sdist -> wheel -----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of the unpacked wheel, and what the build said."""
+    folder = tmp_path_factory.mktemp("build")
+    # Only what is not hidden or built: the sdist must need nothing else.
+    ignored = shutil.ignore_patterns(".*", "*.so", "*.egg-info", "build", "dist", "__pycache__")
+    shutil.copytree(ROOT, folder / "source", ignore=ignored)
+    run = subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", folder / "dist", folder / "source"],
+        cwd=folder,
+        env=os.environ | {"KVCOMP_CUDA": "auto", "KVCOMP_CUDA_ARCHS": "90a", "KVCOMP_SANITIZE": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if re.search("No matching distribution found|Failed to establish a new connection", run.stdout):
+        pytest.skip("the package registry is out of reach, and an isolated build needs it")
+    assert run.returncode == 0, run.stdout
+    [wheel] = (folder / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "wheel")
+    return folder / "wheel", run.stdout
+
+
+@pytest.fixture(scope="module")
+def extension(built):
+    [path] = (built[0] / "kvcomp").glob("_C*.so")
+    return path
+
+
+def test_the_build_ends_with_a_summary(built):
+    assert re.search(r"^kvcomp: CPU kernels: scalar.*; CUDA kernels: ", built[1], re.MULTILINE)
+
+
+def test_wheel_holds_the_package_and_nothing_else(built):
+    folder, _ = built
+    assert {path.name.split("-")[0] for path in folder.iterdir()} == {"kvcomp"}
+    assert (folder / "kvcomp" / "py.typed").exists()
+    modules = {path.relative_to(ROOT) for path in (ROOT / "kvcomp").rglob("*.py")}
+    assert modules == {path.relative_to(folder) for path in folder.rglob("*.py")}
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="readelf is not installed")
+def test_extension_needs_neither_torch_nor_openmp_nor_cuda(extension):
+    dynamic = subprocess.check_output(["readelf", "-d", extension], text=True)
+    needed = set(re.findall(r"NEEDED.*\[(.*?)\.so", dynamic))
+    assert needed <= {"libc", "libm", "libgcc_s", "libstdc++", "libdl", "librt", "libpthread"} | {
+        name for name in needed if name.startswith("ld-linux")
+    }
+    symbols = subprocess.check_output(["readelf", "-W", "--dyn-syms", extension], text=True)
+    undefined = re.findall(r" UND (\S+)", symbols)
+    assert not [name for name in undefined if re.search("torch|c10|N2at|^cu[A-Z]|^cuda", name)]
+
+
+def test_wheel_imports_without_a_gpu(built, tmp_path):
+    code = "import json, kvcomp, kvcomp._C as c; print(json.dumps([c.__file__, c.build_info()]))"
+    output = subprocess.check_output(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(built[0]), "CUDA_VISIBLE_DEVICES": ""},
+        text=True,
+    )
+    path, info = json.loads(output)
+    assert Path(path).is_relative_to(built[0])
+    assert info["version"] == "0.1.0" and info["cpu_isas"][0] == "scalar"
+
+
+def test_cuda_half_is_present_where_a_compiler_is(built, extension, backend):
+    if backend.find_installed_nvcc() is None and not backend.has_driver():
+        assert "CUDA kernels: none (no nvcc" in built[1]
+        pytest.skip("no nvcc, and no driver to fetch it for")
+    assert re.search(r"CUDA kernels: 90a \(nvcc \d", built[1])
+    assert b".nv_fatbin" in extension.read_bytes()
+
+
+# --- the search for a CUDA compiler ------------------------------------------------------------
+
+
+def test_require_without_a_compiler_is_one_clear_line():
+    code = (
+        "import build_backend as b; b.find_nvcc = lambda: None; b.build_wheel('unused')"  # no build
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"KVCOMP_CUDA": "require"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    [line] = (run.stdout + run.stderr).splitlines()
+    assert line.startswith("kvcomp: KVCOMP_CUDA=require, but no CUDA compiler was found")
+
+
+def test_unknown_mode_is_refused(backend, monkeypatch):
+    monkeypatch.setenv("KVCOMP_CUDA", "on")
+    with pytest.raises(SystemExit, match="expected auto, off or require, got 'on'"):
+        backend.cuda_mode()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the compiler's wheels are for Linux")
+@pytest.mark.parametrize(
+    ("mode", "driver", "nvcc", "fetched"),
+    [
+        ("auto", True, None, True),
+        ("auto", False, None, False),
+        ("auto", True, "/usr/bin/nvcc", False),
+        ("require", False, None, True),
+        ("off", True, None, False),
+    ],
+)
+def test_compiler_is_fetched_where_it_is_of_use(backend, monkeypatch, mode, driver, nvcc, fetched):
+    monkeypatch.setenv("KVCOMP_CUDA", mode)
+    monkeypatch.setattr(backend, "has_driver", lambda: driver)
+    monkeypatch.setattr(backend, "find_installed_nvcc", lambda: nvcc)
+    assert bool(backend.cuda_requirements()) == fetched
+
+
+def test_compiler_is_searched_in_order(backend, monkeypatch, tmp_path):
+    for name in ("chosen", "home/bin", "path"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "nvcc").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    for variable, value, found in [
+        ("CUDACXX", str(tmp_path / "chosen" / "nvcc"), "chosen"),
+        ("CUDA_HOME", str(tmp_path / "home"), "home/bin"),
+        ("PATH", str(tmp_path / "path"), "path"),
+    ]:
+        for other in {"CUDACXX", "CUDA_HOME"} - {variable}:
+            monkeypatch.delenv(other, raising=False)
+        monkeypatch.setenv(variable, value)
+        assert backend.find_nvcc() == str(tmp_path / found / "nvcc")
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "expected"),
+    [
+        ("80; 90a", "", ["80", "90a"]),
+        ("", "9.0\n9.0\n8.6\n", ["86", "90a"]),
+        ("", "", ["80", "90a"]),
+    ],
+)
+def test_architectures(backend, monkeypatch, tmp_path, asked, gpus, expected):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\nprintf '{gpus}'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("KVCOMP_CUDA_ARCHS", asked)
+    assert backend.cuda_architectures() == expected
+
+
+# --- the native boundary -----------------------------------------------------------------------
+
+# Through DLPack's C exchange API where torch has it, and through attributes: both must agree.
+through = pytest.mark.parametrize("dlpack", [True, False], ids=["dlpack", "attributes"])
+
+
+@through
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
+        *(torch.int32, torch.int64, torch.uint8, torch.bool),
+    ],
+)
+def test_view_of_every_dtype(dlpack, dtype):
+    tensor = torch.zeros(2, 3, dtype=dtype)
+    view = _C.view_tensor(tensor, dlpack)
+    assert view == (tensor.data_ptr(), [2, 3], [3, 1], f"{dtype}".removeprefix("torch."), "cpu")
+
+
+@through
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(1.0),
+        torch.zeros(0, 4),
+        torch.zeros(4, 6)[1:, 2::2],
+        torch.zeros(2, 3, 4).permute(2, 0, 1),
+        torch.zeros(1, 3).expand(5, 3),
+        torch.nn.Parameter(torch.zeros(3)),
+        torch.zeros(3, requires_grad=True) * 2,
+    ],
+    ids=["scalar", "empty", "slice", "permuted", "expanded", "parameter", "in a graph"],
+)
+def test_view_of_every_layout(dlpack, tensor):
+    pointer, shape, strides, _, _ = _C.view_tensor(tensor, dlpack)
+    assert (pointer, tuple(shape)) == (tensor.data_ptr(), tensor.shape)
+    assert tuple(strides) == tensor.stride()
+
+
+@through
+@pytest.mark.parametrize(
+    ("argument", "error", "message"),
+    [
+        (None, TypeError, "argument 'tensor': expected a torch.Tensor, got NoneType"),
+        ([1.0], TypeError, "argument 'tensor': expected a torch.Tensor, got list"),
+        (torch.zeros(2, dtype=torch.complex64), TypeError, "got torch.complex64"),
+        (torch.zeros(2, device="meta"), ValueError, "expected a dense CPU or CUDA tensor"),
+        (torch.zeros(2, 2).to_sparse(), ValueError, "expected a dense CPU or CUDA tensor"),
+        (torch.zeros((1,) * 7), ValueError, "got more than 6 dimensions"),
+    ],
+    ids=["none", "list", "complex", "meta", "sparse", "7 dimensions"],
+)
+def test_what_cannot_be_viewed_is_refused(dlpack, argument, error, message):
+    with pytest.raises(error, match=re.escape(message)) as refusal:
+        _C.view_tensor(argument, dlpack)
+    assert str(refusal.value).startswith("kvcomp.view_tensor: ")
