@@ -2,18 +2,50 @@
 #include <pybind11/pybind11.h>
 
 #include "backend.h"
+#include "cpu/simd/rows.h"
 #include "tensor.h"
+
+// Python holds a Backend as a plain int, which costs a call a few nanoseconds.
+template <>
+struct pybind11::detail::type_caster<kvcomp::Backend> {
+  PYBIND11_TYPE_CASTER(kvcomp::Backend, const_name("int"));
+
+  bool load(handle source, bool) {
+    if (!PyLong_Check(source.ptr())) return false;
+    const Py_ssize_t number = PyLong_AsSsize_t(source.ptr());
+    if (PyErr_Occurred()) PyErr_Clear();  // out of range: -1
+    if (number < 0 || number > static_cast<Py_ssize_t>(kvcomp::Backend::cuda_host)) return false;
+    value = static_cast<kvcomp::Backend>(number);
+    return true;
+  }
+
+  static handle cast(kvcomp::Backend backend, return_value_policy, handle) {
+    return PyLong_FromLong(static_cast<long>(backend));
+  }
+};
 
 namespace py = pybind11;
 
 namespace kvcomp {
 
 // One declaration per op; the definitions are csrc/ops/<op>.cpp.
+void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
+                      py::handle seq_lens, py::handle page_ids, py::handle logits, py::handle out,
+                      py::handle lse, std::int64_t page_size, double scale, std::uintptr_t stream);
+void merge_states(Backend backend, py::handle out_a, py::handle lse_a, py::handle out_b,
+                  py::handle lse_b, py::handle out, py::handle lse, std::uintptr_t stream);
+void page_scores(Backend backend, py::handle logits, py::handle lse, py::handle seq_lens,
+                 py::handle out, std::int64_t page_size, std::int64_t num_groups, bool use_max,
+                 std::uintptr_t stream);
+void select_pages(Backend backend, py::handle scores, py::handle seq_lens, py::handle page_ids,
+                  py::handle selected_lens, std::int64_t page_size, std::int64_t num_recent,
+                  std::int64_t num_sink, std::uintptr_t stream);
 
 }  // namespace kvcomp
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using namespace kvcomp;
+  load_torch();
 
   py::object backend = py::module_::import("types").attr("SimpleNamespace")();
   backend.attr("check") = Backend::check;
@@ -34,6 +66,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return info;
   });
 
+  m.def("cpu_isa", [] { return simd::rows().isa; });
+
   // How the boundary sees a tensor: for tests.
   m.def("view_tensor", [](py::handle tensor, bool dlpack) {
     const TensorView view = Boundary{"view_tensor"}.tensor(
@@ -48,5 +82,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
 
   // Ops, in the order of kvcomp/ops/__init__.py:
-  //   m.def("page_scores", &page_scores);
+  m.def("decode_attention", &decode_attention);
+  m.def("merge_states", &merge_states);
+  m.def("page_scores", &page_scores);
+  m.def("select_pages", &select_pages);
 }

@@ -1,5 +1,8 @@
 #include "tensor.h"
 
+#include <pybind11/cast.h>  // error_already_set needs it
+
+#include <algorithm>
 #include <stdexcept>
 
 namespace kvcomp {
@@ -84,7 +87,8 @@ struct Torch {
   PyObject* get_device = PyUnicode_InternFromString("get_device");
 
   Torch() {
-    const py::module_ torch = py::module_::import("torch");
+    const auto torch = py::reinterpret_steal<py::object>(PyImport_ImportModule("torch"));
+    if (!torch) throw py::error_already_set();
     py::object type = torch.attr("Tensor");
     if (py::hasattr(type, "__dlpack_c_exchange_api__")) {
       const py::object capsule = type.attr("__dlpack_c_exchange_api__");
@@ -107,7 +111,7 @@ struct Torch {
   }
 };
 
-std::string text(py::handle object) { return py::str(object).cast<std::string>(); }
+std::string text(py::handle object) { return py::str(object); }
 
 // --- the two ways to read a tensor: false where the dtype has no name here ---------------------
 
@@ -172,6 +176,11 @@ bool view_through_attributes(py::handle tensor, TensorView& view) {
   return false;
 }
 
+bool is_empty(const TensorView& view) {
+  return std::find(view.shape.begin(), view.shape.begin() + view.ndim, 0) !=
+         view.shape.begin() + view.ndim;
+}
+
 // --- messages ----------------------------------------------------------------------------------
 
 std::string message(const char* op, const char* argument, const std::string& expected,
@@ -203,6 +212,8 @@ std::string to_text(Device device) {
 
 }  // namespace
 
+void load_torch() { Torch::get(); }
+
 TensorView Boundary::tensor(const char* argument, py::handle object, ViewThrough through) const {
   const Torch& torch = Torch::get();
   if (!PyObject_TypeCheck(object.ptr(), torch.tensor_type)) {
@@ -213,6 +224,7 @@ TensorView Boundary::tensor(const char* argument, py::handle object, ViewThrough
   view.name = argument;
   try {
     if (dlpack ? view_through_dlpack(object, view) : view_through_attributes(object, view)) {
+      if (!view.data && !is_empty(view)) throw std::invalid_argument("one without memory");
       return view;
     }
   } catch (const std::exception& error) {  // a fake, sparse or meta tensor, for example

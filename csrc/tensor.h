@@ -14,7 +14,7 @@
 //   kvcomp.page_scores: argument 'lse': expected shape [B=2, Hq=8], got [2, 7]
 #pragma once
 
-#include <pybind11/pybind11.h>
+#include <pybind11/pytypes.h>  // not all of pybind11, which takes seconds to compile
 
 #include <array>
 #include <cstdint>
@@ -73,6 +73,9 @@ struct Size {
   Dim* dim = nullptr;
   std::int64_t number = kAny;
 };
+
+// Looks up what views need of torch. Once, when the extension is imported.
+void load_torch();
 
 // How a tensor is read: the DLPack exchange API where torch has it, else attributes. Tests ask for
 // each; ops take the default.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvcomp import _C
 
@@ -238,3 +239,10 @@ def test_what_cannot_be_viewed_is_refused(dlpack, argument, error, message):
     with pytest.raises(error, match=re.escape(message)) as refusal:
         _C.view_tensor(argument, dlpack)
     assert str(refusal.value).startswith("kvcomp.view_tensor: ")
+
+
+def test_a_fake_tensor_has_no_memory_to_view():
+    with FakeTensorMode():
+        fake = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="got one without memory"):
+        _C.view_tensor(fake, True)

@@ -1,11 +1,13 @@
 """Every Triton kernel compiles ahead of time for sm_80, sm_90 and sm_100, without spills.
 
 No GPU is needed. `python tests/test_triton_compile.py` prints a line per kernel: registers, shared
-memory, spills. A kernel enters with one line in CALLS: the arguments of its op's launch().
+memory and what was spilled. A kernel enters with one line in CALLS, the arguments of its op's
+launch(): the configurations compiled are those that launch() chooses.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -13,29 +15,41 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 
-CAPABILITIES = (80, 90, 100)
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Compute capability -> bytes of shared memory that one block may ask for.
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")  # shapes are all that launch() looks at
+    return torch.empty(shape, dtype=dtype, device="meta")  # launch() looks at shapes only
 
 
-def attention(dtype, head_dim, group=4, slots=16384, page_size=0, logits=False):
-    """Arguments of decode_attention for two KV heads; page_size 0 is dense."""
-    kv = empty(2, 2, slots, head_dim, dtype=dtype)
-    ids = empty(2, 2, 4096 // page_size, dtype=torch.int32) if page_size else None
-    side = empty(2, 2 * group, slots) if logits else None
+LENS = empty(2, dtype=INT32)
+
+
+def attention(dtype, head_dim, group=4, page_size=0, logits=False):
+    """Arguments of decode_attention, two KV heads; page_size 0 is dense."""
+    kv = empty(2, 2, 16384, head_dim, dtype=dtype)
+    ids = empty(2, 2, 4096 // page_size, dtype=INT32) if page_size else None
+    side = empty(2, 2 * group, 16384) if logits else None
     q = empty(2, 2 * group, head_dim, dtype=dtype)
-    return q, kv, kv, lens(2), ids, max(page_size, 1), head_dim**-0.5, side
+    return q, kv, kv, LENS, ids, max(page_size, 1), head_dim**-0.5, side
 
 
-def lens(batch):
-    return empty(batch, dtype=torch.int32)
+def sides(dtype, head_dim):
+    """Arguments of merge_states."""
+    return 2 * (empty(2, 32, head_dim, dtype=dtype), empty(2, 32))
+
+
+def scored(page_size, num_groups, use_max):
+    """Arguments of page_scores."""
+    return empty(2, 32, 16384), empty(2, 32), LENS, page_size, num_groups, use_max
 
 
 # (op, what is special about the call, arguments of launch)
@@ -46,7 +60,6 @@ CALLS = [
     ("decode_attention", "bf16 D96 page 1", attention(BF16, 96, page_size=1)),
     ("decode_attention", "bf16 D128", attention(BF16, 128)),
     ("decode_attention", "bf16 D128 logits", attention(BF16, 128, logits=True)),
-    ("decode_attention", "bf16 D128 page 1", attention(BF16, 128, page_size=1)),
     ("decode_attention", "bf16 D128 page 16", attention(BF16, 128, page_size=16)),
     ("decode_attention", "bf16 D128 page 64", attention(BF16, 128, page_size=64)),
     ("decode_attention", "bf16 D128 G 40", attention(BF16, 128, group=40)),
@@ -54,70 +67,117 @@ CALLS = [
     ("decode_attention", "bf16 D256 page 16 G 40", attention(BF16, 256, 40, page_size=16)),
     ("decode_attention", "fp16 D64 page 16", attention(FP16, 64, page_size=16)),
     ("decode_attention", "fp16 D128", attention(FP16, 128)),
-    ("decode_attention", "fp32 D32", attention(FP32, 32)),
+    ("decode_attention", "fp32 D64 G 1", attention(FP32, 64, group=1)),
     ("decode_attention", "fp32 D128 logits", attention(FP32, 128, logits=True)),
     ("decode_attention", "fp32 D256 page 16 G 40", attention(FP32, 256, 40, page_size=16)),
+    ("merge_states", "bf16 D80", sides(BF16, 80)),
+    ("merge_states", "fp16 D128", sides(FP16, 128)),
+    ("merge_states", "fp32 D256", sides(FP32, 256)),
+    ("page_scores", "max page 16", scored(16, 1, True)),
+    ("page_scores", "sum page 1", scored(1, 8, False)),
+    ("page_scores", "max page 2000", scored(2000, 8, True)),
+    ("select_pages", "P 100", (empty(2, 8, 100), LENS, 16, 64, 8, 0)),
+    ("select_pages", "P 1024", (empty(2, 1, 1024), LENS, 16, 64, 8, 0)),
+    ("select_pages", "P 128K", (empty(2, 8, 1 << 17), LENS, 1, 2048, 128, 4)),
 ]
 
 
-def recorded_launches(capability):
-    """(label, source, options) of each distinct kernel that the calls launch."""
-    import importlib
+def test_compiles_without_spills():
+    pytest.importorskip("triton", reason="triton is not installed")
+    # In a process of its own: this one has set Triton up for its interpreter.
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, __file__, "--json"], env=env, capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
+    rows = json.loads(run.stdout)
+    print(table(rows))
+    assert {row["sm"] for row in rows} == set(SHARED_LIMIT)
+    bad = [row for row in rows if row["spilled"] or row["shared"] > SHARED_LIMIT[row["sm"]]]
+    assert not bad, "\n" + table(bad)
 
+
+def test_every_op_is_compiled():
+    folder = Path(importlib.import_module("kvcomp").__file__).parent / "ops" / "triton"
+    assert {op for op, *_ in CALLS} == {path.stem for path in folder.glob("[a-z]*.py")}
+
+
+def table(rows: list[dict]) -> str:
+    line = (
+        "sm_{sm:<4} {kernel:24} {call:24} {registers:3} registers"
+        " {shared:6} B shared {spilled:5} B spilled"
+    )
+    return "\n".join(line.format(**row) for row in rows)
+
+
+def compile_all() -> list[dict]:
+    """One row per architecture and distinct kernel, on two cores."""
+    jobs = [(sm, part) for sm in SHARED_LIMIT for part in range(4)]
+    with ProcessPoolExecutor(2) as pool:
+        rows = [row for rows in pool.map(compile_part, *zip(*jobs, strict=True)) for row in rows]
+    return sorted(rows, key=lambda row: (row["sm"], row["kernel"], row["call"]))
+
+
+def compile_part(capability: int, part: int) -> list[dict]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", capability, 32)
+    rows = []
+    for kernel, call, source, options in recorded_launches()[part::4]:
+        compiled = triton.compile(source, target=target, options=options)
+        rows.append({"sm": capability, "kernel": kernel, "call": call, **resources(compiled)})
+    return rows
+
+
+@cache
+def recorded_launches() -> list[tuple]:
+    """(kernel, call, source, options) of each distinct kernel that the calls launch."""
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
     launches = []
-    JITFunction.run = lambda kernel, *args, **kwargs: launches.append((kernel, args, kwargs))
+    JITFunction.run = lambda kernel, *args, **keywords: launches.append((kernel, args, keywords))
     found = {}
-    for op, label, args in CALLS:
+    for op, call, args in CALLS:
         importlib.import_module(f"kvcomp.ops.triton.{op}").launch(*args)
         for kernel, values, keywords in launches:
-            signature, constants, attributes = specialize(kernel, values, keywords)
-            options = {name: keywords[name] for name in ("num_warps", "num_stages") if name in keywords}
-            key = (kernel.__name__, str(signature), str(constants), str(options), str(attributes))
-            source = ASTSource(kernel, signature, constants, attributes)
-            found.setdefault(key, (f"{kernel.__name__:24} {label}", source, options))
+            signature, constants, hints = specialize(kernel, values, keywords)
+            names = set(keywords) - set(kernel.arg_names) - {"grid", "warmup"}
+            options = {name: keywords[name] for name in sorted(names)}
+            source = ASTSource(kernel, signature, constants, hints)
+            key = (kernel.__name__, str(signature), str(constants), str(hints), str(options))
+            found.setdefault(key, (kernel.__name__, call, source, options))
         launches.clear()
     return list(found.values())
 
 
-def specialize(kernel, values, keywords):
-    """What Triton's own launcher derives from the arguments: types, constants, divisibility."""
-    types = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", torch.int32: "*i32"}
-    bound = dict(zip(kernel.arg_names, values, strict=False))
-    bound.update((name, keywords[name]) for name in kernel.arg_names if name in keywords)
-    signature, constants, attributes = {}, {}, {}
+DIVISIBLE = [["tt.divisibility", 16]]
+
+
+def specialize(kernel, values, keywords) -> tuple[dict, dict, dict]:
+    """What Triton's launcher derives from arguments: types, constants, which divide by 16."""
+    pointers = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", INT32: "*i32"}
+    bound = {**keywords, **dict(zip(kernel.arg_names, values, strict=False))}
+    signature, constants, hints = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
-        value, name = bound[parameter.name], parameter.name
-        by_value = isinstance(value, int) and not parameter.do_not_specialize
+        name, value = parameter.name, bound[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[name], hints[(index,)] = pointers[value.dtype], DIVISIBLE
+            continue
+        by_value = not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or (by_value and value == 1):
             signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = types[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
+            continue
+        if isinstance(value, float):
             signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if by_value and value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
-def compile_all(capability: int) -> list[dict]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    rows = []
-    for label, source, options in recorded_launches(capability):
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        rows.append({"kernel": label, "sm": capability, **resources(compiled)})
-    return rows
+            continue
+        signature[name] = "i32" if abs(value) < 2**31 else "i64"
+        if by_value and value % 16 == 0:
+            hints[(index,)] = DIVISIBLE
+    return signature, constants, hints
 
 
 def resources(compiled) -> dict:
-    """Registers and stack (where spills go) of the machine code, as its own header tells."""
+    """Registers, and the stack, where spills go: from the header of the machine code."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -125,24 +185,14 @@ def resources(compiled) -> dict:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    used = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return {
-        "registers": usage["REG"],
+        "registers": used["REG"],
         "shared": compiled.metadata.shared,
-        "spilled": usage["STACK"] + usage["LOCAL"],
-        "warps": compiled.metadata.num_warps,
-        **({"asm": dict(compiled.asm)} if os.environ.get("KEEP") else {}),
+        "spilled": used["STACK"] + used["LOCAL"],
     }
 
 
-def report() -> list[dict]:
-    with ProcessPoolExecutor(2) as pool:
-        return [row for rows in pool.map(compile_all, CAPABILITIES) for row in rows]
-
-
 if __name__ == "__main__":
-    import time
-    t = time.time()
-    for r in report():
-        print(r["sm"], r["kernel"], r["registers"], r["shared"], r["spilled"], r["warps"])
-    print(time.time() - t)
+    ROWS = compile_all()
+    print(json.dumps(ROWS) if "--json" in sys.argv else table(ROWS))

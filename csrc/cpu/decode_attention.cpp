@@ -1,11 +1,11 @@
 // Attention of one query per sequence, K and V read once.
 //
-// A sequence is cut into tiles of 64 tokens, and all tiles of the batch, in order of (sequence, KV
-// heads, tile), into one range per thread, so that ragged lengths balance. A thread walks its range
-// with an online softmax: qk of a tile while its V is fetched, then pv while the K of the next tile
-// is fetched, across the borders of sequences too. Sequences that a border cuts are merged at the
-// end. Bytes: 2 * seq_len * Hkv * D elements per sequence, plus 4 * Hq * seq_len with logits. The
-// cuts depend on the number of threads alone, so the result is the same from run to run.
+// A sequence is cut into tiles of at most 64 tokens, and the tiles of the batch, in the order of
+// sequence, KV head and token, into one range per thread, so that ragged lengths balance. A thread
+// walks its range with an online softmax: qk and pv of a tile while the rows it needs next are
+// fetched, across the borders of sequences too. What the border of a range cuts is merged at the
+// end. The cuts depend on the number of threads alone: the result is the same from run to run.
+// Bytes: 2 * seq_len * Hkv * D elements per sequence, and 4 * Hq * seq_len with logits.
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -25,9 +25,16 @@ int heads_per_walk(const DecodeAttentionParams& p) {
   return p.stride_k_h < p.stride_k_t && p.num_kv_heads > 1 ? p.num_kv_heads : 1;
 }
 
-// Tile `index` of a row: the position of its first token is index * kTile.
+// Whether a head's rows lie about in pieces under 2 KiB.
+bool is_scattered(const DecodeAttentionParams& p) {
+  const bool adjacent = p.stride_k_t == p.head_dim;
+  return !adjacent || (p.page_ids && p.page_size * p.head_dim * size_of(p.dtype) < 2048);
+}
+
 struct Tile {
-  int batch, walk, index;  // walk: heads [walk, walk + 1) * heads_per_walk
+  int batch;
+  int walk;   // heads [walk, walk + 1) * heads_per_walk
+  int index;  // tokens [index, index + 1) * tile_size
 };
 
 // A tile's rows of one KV head.
@@ -36,13 +43,14 @@ struct TileRows {
   int position[kTile];
   const void *k[kTile], *v[kTile];
 
-  void gather(const DecodeAttentionParams& p, const Tile& tile, int head) {
-    const int first = tile.index * kTile, end = std::min(first + kTile, p.seq_lens[tile.batch]);
+  void gather(const DecodeAttentionParams& p, const Tile& tile, int head, int tile_size) {
+    const int first = tile.index * tile_size;
+    const int end = std::min(first + tile_size, p.seq_lens[tile.batch]);
     const int size = size_of(p.dtype);
-    const char* k_base = static_cast<const char*>(p.k) +
-                         (tile.batch * p.stride_k_b + head * p.stride_k_h) * size;
-    const char* v_base = static_cast<const char*>(p.v) +
-                         (tile.batch * p.stride_v_b + head * p.stride_v_h) * size;
+    const char* k_base =
+        static_cast<const char*>(p.k) + (tile.batch * p.stride_k_b + head * p.stride_k_h) * size;
+    const char* v_base =
+        static_cast<const char*>(p.v) + (tile.batch * p.stride_v_b + head * p.stride_v_h) * size;
     const std::int64_t step_k = p.stride_k_t * size, step_v = p.stride_v_t * size;
     count = 0;
     const auto add = [&](int position_, std::int64_t slot, int length) {
@@ -55,8 +63,7 @@ struct TileRows {
     if (!p.page_ids) {
       add(first, first, end - first);
     } else {
-      const std::int32_t* ids =
-          p.page_ids + tile.batch * p.stride_ids_b + head * p.stride_ids_h;
+      const std::int32_t* ids = p.page_ids + tile.batch * p.stride_ids_b + head * p.stride_ids_h;
       for (int at = first, page = first / p.page_size; at < end; ++page) {
         const int length = std::min((page + 1) * p.page_size, end) - at;
         const std::int64_t offset = at - page * p.page_size;
@@ -64,7 +71,7 @@ struct TileRows {
         at += length;
       }
     }
-    for (int i = count; i < kTile; ++i) {  // full pointer lists, as rows.h wants them
+    for (int i = count; i < tile_size; ++i) {  // full lists, as rows.h wants them
       k[i] = count ? k[count - 1] : k_base;
       v[i] = count ? v[count - 1] : v_base;
     }
@@ -88,6 +95,8 @@ class Kernel {
       : p_(params),
         rows_(simd::rows()),
         typed_(typed(rows_, params.dtype)),
+        scattered_(is_scattered(p_)),
+        tile_size_(std::clamp((scattered_ ? 8192 : 4096) / p_.head_dim / 16 * 16, 16, kTile)),
         group_(p_.num_heads / p_.num_kv_heads),
         walk_heads_(heads_per_walk(p_)),
         num_walks_(p_.num_kv_heads / walk_heads_),
@@ -103,7 +112,7 @@ class Kernel {
   void run() {
     constexpr std::int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
     const std::int64_t total = first_tile_[p_.batch];
-    const std::int64_t work = total * kTile * heads_ * p_.head_dim;
+    const std::int64_t work = total * tile_size_ * heads_ * p_.head_dim;
     const int parts = static_cast<int>(
         std::max<std::int64_t>(1, std::min<std::int64_t>(num_threads(work, kGrain), total)));
     state_size_ = (State::size(heads_, p_.head_dim) + 15) / 16 * 16;
@@ -122,7 +131,7 @@ class Kernel {
   }
 
  private:
-  int num_tiles(int batch) const { return (p_.seq_lens[batch] + kTile - 1) / kTile; }
+  int num_tiles(int batch) const { return (p_.seq_lens[batch] + tile_size_ - 1) / tile_size_; }
 
   std::int64_t part_begin(int part, int parts) const {
     return first_tile_[p_.batch] * part / parts;
@@ -163,7 +172,7 @@ class Kernel {
     TileRows rows[2];
     TileRows *current = &rows[0], *next = &rows[1];
     Tile tile = tile_at(begin), following = tile;
-    current->gather(p_, tile, tile.walk * walk_heads_);
+    current->gather(p_, tile, tile.walk * walk_heads_, tile_size_);
     State state = whole;
     for (std::int64_t number = begin; number < end; ++number, tile = following) {
       if (number == begin || tile.index == 0) {
@@ -180,9 +189,9 @@ class Kernel {
       for (int i = 0; i < walk_heads_; ++i) {
         const int head = tile.walk * walk_heads_ + i;
         if (i + 1 < walk_heads_) {
-          next->gather(p_, tile, head + 1);
+          next->gather(p_, tile, head + 1, tile_size_);
         } else if (number + 1 < end) {
-          next->gather(p_, following, following.walk * walk_heads_);
+          next->gather(p_, following, following.walk * walk_heads_, tile_size_);
         } else {
           next = current;
         }
@@ -210,18 +219,19 @@ class Kernel {
               const State& state, const float* prepared_q, float* logits, float* rescale) const {
     if (rows.count == 0) return;
     float* acc = state.acc + h * p_.head_dim;
-    typed_.qk(prepared_q + h * p_.head_dim, group_, p_.head_dim, rows.k, rows.count, rows.v,
-              p_.scale, logits);
+    typed_.qk(prepared_q + h * p_.head_dim, group_, p_.head_dim, rows.k, rows.count,
+              scattered_ ? next.k : rows.v, p_.scale, logits);
     if (p_.logits) write_logits(rows, batch, head, logits);
     rows_.softmax(logits, group_, rows.count, state.max + h, state.sum + h, rescale);
-    typed_.pv(logits, group_, p_.head_dim, rows.v, rows.count, next.k, rescale, acc);
+    typed_.pv(logits, group_, p_.head_dim, rows.v, rows.count, scattered_ ? next.v : next.k,
+              rescale, acc);
   }
 
   void write_logits(const TileRows& rows, int batch, int head, const float* logits) const {
     const bool whole = rows.position[rows.count - 1] - rows.position[0] == rows.count - 1;
     for (int g = 0; g < group_; ++g, logits += kTile) {
-      float* out = p_.logits + batch * p_.stride_logits_b +
-                   (head * group_ + g) * p_.stride_logits_h;
+      float* out =
+          p_.logits + batch * p_.stride_logits_b + (head * group_ + g) * p_.stride_logits_h;
       if (whole) {
         std::copy_n(logits, rows.count, out + rows.position[0]);
       } else {
@@ -275,6 +285,10 @@ class Kernel {
   const DecodeAttentionParams& p_;
   const simd::Rows& rows_;
   const simd::TypedRows& typed_;
+  // Memory delivers rows in sequence best when K and V are fetched by turns, 8 to 16 KiB each, and
+  // each while the other is in work; scattered rows take longer and are fetched a tile ahead.
+  const bool scattered_;
+  const int tile_size_;   // tokens
   const int group_;       // G
   const int walk_heads_;  // KV heads walked together
   const int num_walks_;

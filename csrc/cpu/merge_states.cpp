@@ -32,8 +32,8 @@ void merge_states(const MergeStatesParams& p) {
   for (std::int64_t row = 0; row < p.num_rows; ++row) {
     const float a = p.lse_a[row], b = p.lse_b[row], lse = log_add_exp(a, b);
     p.lse[row] = lse;
-    rows.blend(out_a + row * bytes, weight(a, lse), out_b + row * bytes, weight(b, lse),
-               p.head_dim, out + row * bytes);
+    rows.blend(out_a + row * bytes, weight(a, lse), out_b + row * bytes, weight(b, lse), p.head_dim,
+               out + row * bytes);
   }
 }
 

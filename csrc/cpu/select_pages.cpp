@@ -2,7 +2,7 @@
 // one pass takes what lies above it and the oldest of what equals it. That value lies between two
 // values of a small sample, so one pass leaves a fraction of the scores, and so on until few are
 // left. Bytes: the scores, read twice.
-#include <functional>
+#include <cmath>
 #include <limits>
 
 #include "kernels.h"
@@ -23,40 +23,87 @@ struct Range {
   float low, high;
 };
 
-// Two sampled values that hold the `rank`-th largest of x between them, nearly always.
-Range sampled_range(const float* x, int count, int rank) {
-  constexpr int kSamples = 128, kMargin = 12;  // 2 to 4 standard deviations of the rank
+// Two sampled values that hold the `rank`-th largest of x between them, nearly always: four
+// standard deviations of the rank to either side.
+Range sampled_range(const simd::Rows& rows, const float* x, int count, int rank) {
+  constexpr int kSamples = 256;
   float sample[kSamples];
-  const std::int64_t step = count / kSamples;
-  for (int i = 0; i < kSamples; ++i) {
-    const float value = x[i * step];
-    sample[i] = value == value ? value : -kInfinity;
-  }
-  std::sort(sample, sample + kSamples, std::greater<>());
-  const int at = static_cast<int>(std::int64_t{rank} * kSamples / count);
-  return {at + kMargin < kSamples ? sample[at + kMargin] : -kInfinity,
-          at >= kMargin ? sample[at - kMargin] : kInfinity};
+  const int step = count / kSamples;
+  for (int i = 0; i < kSamples; ++i) sample[i] = x[i * step];
+  const float at = static_cast<float>(rank) * kSamples / count;
+  const float margin = 2 + 4 * std::sqrt(at * (kSamples - at) / kSamples);
+  const int after = static_cast<int>(at + margin), before = static_cast<int>(at - margin);
+  int ignored;
+  return {after <= kSamples ? rows.nth_largest(sample, kSamples, after, &ignored) : -kInfinity,
+          before >= 1 ? rows.nth_largest(sample, kSamples, before, &ignored) : kInfinity};
 }
 
 // The rank-th largest of x, 1 <= rank <= count; `space` holds count + kSlack floats.
 Threshold find_threshold(const simd::Rows& rows, const float* x, int count, int rank,
                          float* space) {
-  constexpr int kFew = 384;
-  while (count > kFew) {
-    Range range = sampled_range(x, count, rank);
-    int num_above;
-    int inside = rows.bracket(x, count, range.low, range.high, space, &num_above);
-    if (rank <= num_above || rank > num_above + inside) break;  // an unlucky sample
-    rank -= num_above;
-    if (range.low == range.high) return {range.low, rank};
-    x = space;
-    const bool shrunk = inside <= count - count / 4;
-    count = inside;
-    if (!shrunk) break;
+  constexpr int kFew = 1024;
+  const float* left = x;
+  int num_left = count, place = rank, num_above;
+  for (bool shrinks = true; shrinks && num_left > kFew;) {
+    const Range range = sampled_range(rows, left, num_left, place);
+    const int num_inside = rows.bracket(left, num_left, range.low, range.high, space, &num_above);
+    if (place <= num_above || place > num_above + num_inside) {  // an unlucky sample: start again
+      left = x, num_left = count, place = rank;
+      break;
+    }
+    shrinks = num_inside < num_left - num_left / 4;
+    left = space, num_left = num_inside, place -= num_above;
+    if (range.low == range.high) return {range.low, place};
   }
-  return {};
+  const float value = rows.nth_largest(left, num_left, place, &num_above);
+  return {value, place - num_above};
+}
+
+// One row's pages: forced sinks, the best of the middle, forced recent ones, in page order.
+void select_row(const SelectPagesParams& p, const simd::Rows& rows, int batch, int set) {
+  const int used =
+      static_cast<int>((std::int64_t{p.seq_lens[batch]} + p.page_size - 1) / p.page_size);
+  std::int32_t* ids = p.page_ids + (std::int64_t{batch} * p.num_sets + set) * p.num_selected;
+  std::int32_t* const end = ids + p.num_selected;
+  const auto append = [&ids](int first, int last) {
+    for (int page = first; page < last; ++page) *ids++ = page;
+  };
+  if (used <= p.num_selected) {
+    append(0, used);
+    std::fill(ids, end, -1);
+    return;
+  }
+  const int first = p.num_sink, count = used - p.num_recent - p.num_sink;
+  const int chosen = p.num_selected - p.num_recent - p.num_sink;
+  append(0, p.num_sink);
+  if (chosen > 0) {
+    static thread_local Workspace workspace;
+    float* space = workspace.get(count + kSlack);
+    const float* x = p.scores + batch * p.stride_scores_b + set * p.stride_scores_h + first;
+    const Threshold threshold = find_threshold(rows, x, count, chosen, space);
+    auto* found = reinterpret_cast<std::int32_t*>(space);
+    rows.select(x, count, threshold.value, threshold.num_equal, first, found);
+    ids = std::copy_n(found, chosen, ids);
+  }
+  append(used - p.num_recent, used);
 }
 
 }  // namespace
+
+void select_pages(const SelectPagesParams& p) {
+  constexpr std::int64_t kGrain = 1 << 15;  // scores that are worth a thread
+  const simd::Rows& rows = simd::rows();
+  for (int b = 0; b < p.batch; ++b) {
+    const std::int64_t length = p.seq_lens[b], used = (length + p.page_size - 1) / p.page_size;
+    const std::int64_t dropped = std::max<std::int64_t>(0, used - p.num_selected);
+    p.selected_lens[b] = static_cast<std::int32_t>(length - dropped * p.page_size);
+  }
+  const int num_rows = p.batch * p.num_sets;
+  const int threads = std::min(num_rows, num_threads(std::int64_t{num_rows} * p.num_pages, kGrain));
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int row = 0; row < num_rows; ++row) {
+    select_row(p, rows, row / p.num_sets, row % p.num_sets);
+  }
+}
 
 }  // namespace kvcomp::cpu

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.meter import Meter
 
-if TYPE_CHECKING:
-    from kvcomp.methods.base import Method
+
+class Policy(Protocol):
+    """What a cache asks of its method; `kvcomp.methods.Method` says what each hook is for."""
+
+    croppable: ClassVar[bool]
+
+    def check(self, num_layers: int) -> None: ...
+    def start(self, cache: KVCache) -> None: ...
+    def prefill(self, layer: LayerCache, q: Tensor) -> None: ...
+    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor: ...
+    def end_step(self, cache: KVCache) -> None: ...
 
 
 class KVCache:
@@ -28,7 +37,7 @@ class KVCache:
         ValueError: the method's parameters do not fit `num_layers` layers.
     """
 
-    def __init__(self, method: Method, num_layers: int, meter: Meter | None = None) -> None:
+    def __init__(self, method: Policy, num_layers: int, meter: Meter | None = None) -> None:
         method.check(num_layers)
         self.method = method
         self.meter = Meter(num_layers) if meter is None else meter

@@ -59,6 +59,7 @@ class Layer(CacheLayerMixin):
 
     def crop(self, tokens: int) -> None:
         """From 5.15 on `-tokens` is how many to take back; before, `tokens` was the new length."""
+        tokens = int(tokens)  # some versions pass a tensor
         count = -tokens if tokens <= 0 else max(self.kv.columns - tokens, 0)
         if self.kv.position == 0:  # the cache crops all of its layers at once
             self.kv.cache.crop(count)

@@ -226,6 +226,7 @@ def refuse(model: PreTrainedModel) -> None:
         "is patched already; undo() the other run first": "_prepare_cache_for_generation"
         in model.__dict__,
         "is an encoder-decoder": model.config.is_encoder_decoder,
+        "insists on a cache class of its own": not model._supports_default_dynamic_cache(),
         "caches a latent instead of keys and values (MLA)": getattr(config, "kv_lora_rank", None),
         "caps its attention logits": getattr(config, "attn_logit_softcapping", None),
         "has learned attention sinks": any(k.endswith(".sinks") for k in model.state_dict()),

@@ -116,9 +116,11 @@ class Delta(Method, name="delta"):
         """The delta layers in a model of `num_layers` layers."""
         if self.delta_layers is not None:
             return tuple(sorted(self.delta_layers))
-        return tuple(sorted({self.warmup, *(
-            place for share in (0.5, 0.8) if (place := int(num_layers * share)) > self.warmup
-        )}))
+        places = [self.warmup]
+        for share in (0.5, 0.8):
+            if (place := int(num_layers * share)) >= places[-1] + 2:  # a sparse layer between
+                places.append(place)
+        return tuple(places)
 
     def start(self, cache: KVCache) -> None:
         planners = self.plan(len(cache.layers))

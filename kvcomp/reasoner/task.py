@@ -73,8 +73,8 @@ def random_graphs(
     return target, weight, live
 
 
-def is_high(total):
-    """The switch: 1 for sums 5 to 9, 0 for sums 0 to 4. Takes an int or an array."""
+def is_high(total: int | np.ndarray) -> int | np.ndarray:
+    """The switch: 1 for sums 5 to 9, 0 for sums 0 to 4. Elementwise for arrays."""
     return total // 5
 
 
@@ -96,7 +96,7 @@ class Problem:
 
     @property
     def facts(self) -> dict[str, tuple[str, int]]:
-        """Source with parity -> (target, weight)."""
+        """Source with switch -> (target, weight)."""
         return {source: (target, weight) for source, target, weight in self.edges}
 
     def walk(self) -> list[tuple[str, str, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 # What every tiny model shares: grouped queries, a supported head size, a short vocabulary.
@@ -22,6 +23,11 @@ COMMON = {
     "initializer_range": 0.3,  # wide, so that greedy tokens depend on all of the context
 }
 
+_HYBRID = {
+    "sliding_window": 16,
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}
 _MOE = {
     "num_experts": 4,
     "num_local_experts": 4,
@@ -36,17 +42,19 @@ ARCHITECTURES: dict[str, dict] = {
     "qwen3": {},
     "qwen3_moe": _MOE,
     "mistral": {"sliding_window": None},
-    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 32},
-    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 32},
+    "gemma2": {**_HYBRID, "query_pre_attn_scalar": 32},
+    "gemma3_text": {**_HYBRID, "query_pre_attn_scalar": 32},
     "phi": {"partial_rotary_factor": 0.5},
     "phi3": {"sliding_window": None},
-    "gpt_oss": {**_MOE, "sliding_window": 16},
+    "gpt_oss": {**_MOE, **_HYBRID},
     "smollm3": {"sliding_window": None},
-    "olmo3": {"sliding_window": 16},
+    "olmo3": _HYBRID,
     "glm4": {"partial_rotary_factor": 0.5},
     "granite": {},
-    "cohere2": {"sliding_window": 16},
+    "cohere2": _HYBRID,
     "deepseek_v3": {
+        "head_dim": 16,
+        "num_key_value_heads": 4,
         "q_lora_rank": 16,
         "kv_lora_rank": 16,
         "qk_rope_head_dim": 16,
@@ -61,6 +69,8 @@ ARCHITECTURES: dict[str, dict] = {
     },
     "qwen3_next": {
         **_MOE,
+        "num_hidden_layers": 6,
+        "layer_types": ["linear_attention", "full_attention"] * 3,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 16,
@@ -82,9 +92,12 @@ def tiny_model(kind: str, seed: int = 0, **overrides) -> PreTrainedModel:
     """A random model of the architecture, float32, on the CPU, in eval mode.
 
     Raises:
-        ValueError: the installed transformers does not know the architecture.
+        ValueError: the installed transformers cannot make this configuration.
     """
-    config = AutoConfig.for_model(kind, **{**COMMON, **ARCHITECTURES[kind], **overrides})
+    try:
+        config = AutoConfig.for_model(kind, **{**COMMON, **ARCHITECTURES[kind], **overrides})
+    except Exception as error:  # unknown, or its own validation is broken in that version
+        raise ValueError(f"transformers {transformers.__version__} has no {kind}: {error}") from error
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None  # random weights would stop at random

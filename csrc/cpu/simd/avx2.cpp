@@ -57,6 +57,9 @@ inline Vec reduce(const Vec (&v)[kLanes]) {
 inline unsigned above(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.x, b.x, _CMP_GT_OQ));
 }
+inline unsigned at_least(Vec a, Vec b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.x, b.x, _CMP_GE_OQ));
+}
 inline unsigned equal(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a.x, b.x, _CMP_EQ_OQ));
 }
@@ -105,8 +108,7 @@ inline void store(Half* p, Vec v) { store_bits(p, _mm256_cvtps_ph(v.x, 0)); }
 inline __m256i round_bf16(Vec v) {
   const __m256i bits = _mm256_castps_si256(v.x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v.x, v.x, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan);
 }

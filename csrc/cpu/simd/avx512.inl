@@ -34,8 +34,8 @@ inline Vec reduce(const Vec (&v)[kLanes]) {
     const __m512 a = v[4 * i].x, b = v[4 * i + 1].x, c = v[4 * i + 2].x, d = v[4 * i + 3].x;
     const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
     const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
-    fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) +
-               _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    fours[i] =
+        _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
   }
   const __m512 low = _mm512_shuffle_f32x4(fours[0], fours[1], 0x88) +
                      _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd);
@@ -45,6 +45,7 @@ inline Vec reduce(const Vec (&v)[kLanes]) {
 }
 
 inline unsigned above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_GT_OQ); }
+inline unsigned at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_GE_OQ); }
 inline unsigned equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_EQ_OQ); }
 // Compressed in a register and stored whole: the compressing store is slow on some machines.
 inline int compress(float* out, unsigned mask, Vec v) {
@@ -59,9 +60,7 @@ inline int compress_ids(std::int32_t* out, unsigned mask, int first) {
 }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Vec load_first(const float* p, int n) {
-  return {_mm512_maskz_loadu_ps((1u << n) - 1, p)};
-}
+inline Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps((1u << n) - 1, p)}; }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v.x); }
 
 inline __m256i load_bits(const void* p) {
@@ -77,8 +76,7 @@ inline void store(Half* p, Vec v) { store_bits(p, _mm512_cvtps_ph(v.x, 0)); }
 inline __m512i round_bf16(Vec v) {
   const __m512i bits = _mm512_castps_si512(v.x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(v.x, v.x, _CMP_UNORD_Q);
   return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
 }

@@ -19,7 +19,8 @@ struct Bfloat16 {
 };
 
 // Row t of a tile starts at rows[t]: every layout of K and V, paged or not, comes down to this.
-// All kTile pointers are valid; those past the tile's own count repeat one of its rows.
+// Lists have as many pointers as the longest tile, a multiple of 16; past its own count a tile
+// repeats one of its rows.
 using RowPointers = const void* const*;
 
 // Loops over rows of one element type. D is head_dim: a multiple of 16, at most 256.
@@ -62,12 +63,16 @@ struct Rows {
                        int count, bool use_max, float* tokens);
   float (*sum)(const float* x, int count);
 
-  // The values with low <= x <= high (NaN counts as -inf), in order; num_above receives how many
-  // lie above high. `inside` has room for count + 16.
+  // Three steps of a selection, in which NaN counts as -inf.
+  // The rank-th largest of x, 1 <= rank <= count, and how many are larger. 32 passes: for few x.
+  float (*nth_largest)(const float* x, int count, int rank, int* num_above);
+
+  // The values with low <= x <= high, in order, and how many lie above high. `inside` has room for
+  // count + 16 and may be x.
   int (*bracket)(const float* x, int count, float low, float high, float* inside, int* num_above);
 
-  // first + i for every x[i] above threshold and for the first num_equal that equal it, ascending;
-  // NaN counts as -inf. `ids` has room for 16 more than it receives.
+  // first + i for every x[i] above threshold and for the first num_equal that equal it, ascending.
+  // `ids` has room for 16 more than it receives.
   int (*select)(const float* x, int count, float threshold, int num_equal, int first,
                 std::int32_t* ids);
 };

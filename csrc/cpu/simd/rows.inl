@@ -3,10 +3,11 @@
 //
 //   Vec        kLanes floats; + - * on it; zero(), broadcast(float), load(const float*),
 //              load_first(const float*, n) (zeros after n), store(float*, Vec), fma(a, b, c),
-//              max(a, b) (a where b is NaN... see each), round(x), scale2(x, n) = x * 2^n,
+//              max(a, b) (b where either is NaN), round(x), scale2(x, n) = x * 2^n,
 //              keep_above(value, x, low) (0 where x <= low), first(x), reduce_add, reduce_max,
 //              reduce(Vec[kLanes]): lane i is the sum of vector i
-//   masks      above(a, b), equal(a, b): bit i is lane i; compress(float*, mask, Vec) and
+//   masks      above(a, b), at_least(a, b), equal(a, b): bit i is lane i; compress(float*, mask,
+//   Vec) and
 //              compress_ids(int32*, mask, first): write the marked lanes, return how many
 //   load/store of one Vec of each element type, and Pair load_pair(p), store_pair(p, Pair) of
 //              2 * kLanes elements in whatever order is cheapest
@@ -62,28 +63,25 @@ struct Dot {
   static Vec half_add(Vec q, Vec k, Vec sum) { return fma(q, k, sum); }
 };
 
-// The bytes of a row into L2: into L1 they would only displace the tile in work.
-template <class T>
-inline void prefetch_row(const void* row, int head_dim) {
-  const char* bytes = static_cast<const char*>(row);
-  for (int i = 0; i < head_dim * static_cast<int>(sizeof(T)); i += 64) {
-    __builtin_prefetch(bytes + i, 0, 2);
+// The next kBytes of a row into L2: into L1 they would only displace the tile in work. Asked for
+// piece by piece, as the row in work is read, so that few requests wait at a time.
+template <int kBytes>
+inline void prefetch(const void* piece) {
+  for (int i = 0; i < kBytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(piece) + i, 0, 2);
   }
 }
 
 // H heads against kLanes / H rows at a time: kLanes sums in registers, reduced together.
 template <class T, int H>
-void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count,
-              RowPointers fetch, float scale, float* logits) {
+void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count, RowPointers fetch,
+              float scale, float* logits) {
   using D = Dot<T>;
   using Query = typename D::Query;
-  constexpr int R = kLanes / H;
+  constexpr int R = kLanes / (H == 3 ? 4 : H);  // of three heads, a quarter of the lanes idle
   const auto* q = reinterpret_cast<const Query*>(prepared_q);
   const int stride_q = head_dim * static_cast<int>(sizeof(float) / sizeof(Query));
   for (int t = 0; t < count; t += R) {
-    if (fetch) {
-      for (int r = 0; r < R; ++r) prefetch_row<T>(fetch[t + r], head_dim);
-    }
     Vec sums[kLanes];
     UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zero();
     int i = 0;
@@ -91,6 +89,7 @@ void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count
       decltype(D::query(q)) step_q[H];
       UNROLL for (int h = 0; h < H; ++h) step_q[h] = D::query(q + h * stride_q + i);
       UNROLL for (int r = 0; r < R; ++r) {
+        if (fetch) prefetch<D::kStep * sizeof(T)>(static_cast<const T*>(fetch[t + r]) + i);
         const auto k = D::row(static_cast<const T*>(rows[t + r]) + i);
         UNROLL for (int h = 0; h < H; ++h) sums[h * R + r] = D::add(step_q[h], k, sums[h * R + r]);
       }
@@ -120,19 +119,15 @@ void prepare_q(const void* q, int head_dim, float* prepared) {
 template <class T>
 void qk(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, int count,
         RowPointers fetch, float scale, float* logits) {
-  for (int h = 0; h < num_heads; fetch = nullptr) {
-    const int left = num_heads - h;
-    const float* head_q = prepared_q + h * head_dim;
-    float* head_logits = logits + h * kTile;
-    if (left >= 4) {
-      qk_heads<T, 4>(head_q, head_dim, rows, count, fetch, scale, head_logits);
-      h += 4;
-    } else if (left >= 2) {
-      qk_heads<T, 2>(head_q, head_dim, rows, count, fetch, scale, head_logits);
-      h += 2;
-    } else {
-      qk_heads<T, 1>(head_q, head_dim, rows, count, fetch, scale, head_logits);
-      h += 1;
+  for (int h = 0, n; h < num_heads; h += n, fetch = nullptr) {  // later heads find the rows in L1
+    n = min(num_heads - h, 4);
+    const float* q = prepared_q + h * head_dim;
+    float* x = logits + h * kTile;
+    switch (n) {
+      case 1: qk_heads<T, 1>(q, head_dim, rows, count, fetch, scale, x); break;
+      case 2: qk_heads<T, 2>(q, head_dim, rows, count, fetch, scale, x); break;
+      case 3: qk_heads<T, 3>(q, head_dim, rows, count, fetch, scale, x); break;
+      case 4: qk_heads<T, 4>(q, head_dim, rows, count, fetch, scale, x); break;
     }
   }
 }
@@ -172,7 +167,7 @@ void pv_block(const float* probs, int head_dim, RowPointers rows, int count, Row
     }
   }
   for (int t = 0; t < count; ++t) {
-    if (fetch) prefetch_row<T>(fetch[t], head_dim);
+    if (fetch) prefetch<N * kLanes * sizeof(T)>(static_cast<const T*>(fetch[t]) + column);
     const T* row = static_cast<const T*>(rows[t]) + column;
     Vec v[N];
     if constexpr (N == 1) {
@@ -197,7 +192,7 @@ void pv_block(const float* probs, int head_dim, RowPointers rows, int count, Row
 template <class T, int H>
 void pv_heads(const float* probs, int head_dim, RowPointers rows, int count, RowPointers fetch,
               const float* rescale, float* acc) {
-  for (int column = 0; column < head_dim; fetch = nullptr) {
+  for (int column = 0; column < head_dim;) {
     const int left = (head_dim - column) / kLanes;
     if (left >= kWide) {
       pv_block<T, H, kWide>(probs, head_dim, rows, count, fetch, rescale, column, acc);
@@ -215,19 +210,15 @@ void pv_heads(const float* probs, int head_dim, RowPointers rows, int count, Row
 template <class T>
 void pv(const float* probs, int num_heads, int head_dim, RowPointers rows, int count,
         RowPointers fetch, const float* rescale, float* acc) {
-  for (int h = 0; h < num_heads; fetch = nullptr) {
-    const int left = num_heads - h;
-    const float* head_probs = probs + h * kTile;
-    float* head_acc = acc + h * head_dim;
-    if (left >= 4) {
-      pv_heads<T, 4>(head_probs, head_dim, rows, count, fetch, rescale + h, head_acc);
-      h += 4;
-    } else if (left >= 2) {
-      pv_heads<T, 2>(head_probs, head_dim, rows, count, fetch, rescale + h, head_acc);
-      h += 2;
-    } else {
-      pv_heads<T, 1>(head_probs, head_dim, rows, count, fetch, rescale + h, head_acc);
-      h += 1;
+  for (int h = 0, n; h < num_heads; h += n, fetch = nullptr) {  // later heads find the rows in L1
+    n = min(num_heads - h, 4);
+    const float *p = probs + h * kTile, *alpha = rescale + h;
+    float* sums = acc + h * head_dim;
+    switch (n) {
+      case 1: pv_heads<T, 1>(p, head_dim, rows, count, fetch, alpha, sums); break;
+      case 2: pv_heads<T, 2>(p, head_dim, rows, count, fetch, alpha, sums); break;
+      case 3: pv_heads<T, 3>(p, head_dim, rows, count, fetch, alpha, sums); break;
+      case 4: pv_heads<T, 4>(p, head_dim, rows, count, fetch, alpha, sums); break;
     }
   }
 }
@@ -295,6 +286,32 @@ inline Vec load_ranking(const float* x, int n) {  // NaN becomes -inf; lanes pas
   return max(n == kLanes ? load(x) : load_first(x, n), broadcast(-kInfinity));
 }
 
+// Floats in their order have a place among the unsigned integers; its bits are found one by one.
+inline float float_at(std::uint32_t place) {
+  const bool negative = place < 0x80000000u;
+  if (place < 0x007fffffu) return -kInfinity;  // what would be NaN
+  return __builtin_bit_cast(float, negative ? ~place : place & 0x7fffffffu);
+}
+
+float nth_largest(const float* x, int count, int rank, int* num_above) {
+  const auto count_if = [&](auto test) {
+    int matches = 0;
+    for (int i = 0; i < count; i += kLanes) {
+      const int n = min(count - i, kLanes);
+      matches += __builtin_popcount(test(load_ranking(x + i, n)) & ((1u << n) - 1));
+    }
+    return matches;
+  };
+  std::uint32_t place = 0;
+  for (std::uint32_t bit = 0x80000000u; bit; bit >>= 1) {
+    const Vec limit = broadcast(float_at(place | bit));
+    if (count_if([&](Vec v) { return at_least(v, limit); }) >= rank) place |= bit;
+  }
+  const Vec limit = broadcast(float_at(place));
+  *num_above = count_if([&](Vec v) { return above(v, limit); });
+  return float_at(place);
+}
+
 int bracket(const float* x, int count, float low, float high, float* inside, int* num_above) {
   const Vec lo = broadcast(low), hi = broadcast(high);
   int num_inside = 0, above_high = 0;
@@ -333,6 +350,15 @@ constexpr TypedRows typed_rows() {
 }
 
 constexpr Rows make_rows(const char* isa) {
-  return {isa,          typed_rows<float>(), typed_rows<Half>(), typed_rows<Bfloat16>(), &softmax,
-          &accumulate,  &token_scores,       &sum,               &bracket,               &select};
+  return {isa,
+          typed_rows<float>(),
+          typed_rows<Half>(),
+          typed_rows<Bfloat16>(),
+          &softmax,
+          &accumulate,
+          &token_scores,
+          &sum,
+          &nth_largest,
+          &bracket,
+          &select};
 }

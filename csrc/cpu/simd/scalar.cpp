@@ -79,6 +79,9 @@ inline unsigned mask_of(F f) {
 inline unsigned above(Vec a, Vec b) {
   return mask_of([&](int i) { return a.x[i] > b.x[i]; });
 }
+inline unsigned at_least(Vec a, Vec b) {
+  return mask_of([&](int i) { return a.x[i] >= b.x[i]; });
+}
 inline unsigned equal(Vec a, Vec b) {
   return mask_of([&](int i) { return a.x[i] == b.x[i]; });
 }

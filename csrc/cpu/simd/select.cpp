@@ -15,7 +15,8 @@ struct Isa {
 };
 
 const Rows& choose() {
-  const Isa isas[] = {  // ascending
+  const Isa isas[] = {
+      // ascending
       {"scalar", true, &scalar_rows},
 #ifdef __x86_64__
       {"avx2",

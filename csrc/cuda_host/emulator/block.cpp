@@ -64,10 +64,6 @@ std::string message(const Thread* thread, const std::string& what) {
          (thread ? ", thread " + to_text(thread->index) : "") + ": " + what;
 }
 
-[[noreturn]] void pause_for_good() {
-  while (true) running->fiber.suspend();
-}
-
 void wait(State state) {
   running->state = state;
   running->fiber.suspend();
@@ -80,6 +76,8 @@ void thread_main(void*) {
     exception = std::current_exception();
   }
   running->state = State::returned;
+  running->what = nullptr;
+  running->where = {};
   --num_live;
 }
 
@@ -97,13 +95,13 @@ std::string who_waits() {
     while (!same(first)) ++first;
     if (first < i) continue;
     for (unsigned j = i; j < num_threads; ++j) count += same(j);
-    text += (text.empty() ? "" : "; ") + std::to_string(count) + " from thread " +
-            to_text(thread.index);
+    text += (text.empty() ? "thread " : "; thread ") + to_text(thread.index);
+    if (count > 1) text += " and " + std::to_string(count - 1) + " more";
     if (thread.state == State::returned) {
-      text += " on have returned";
+      text += " returned";
       continue;
     }
-    text += std::string(" on wait at ") + thread.what;
+    text += std::string(" at ") + thread.what;
     if (thread.state == State::at_collective) {
       char mask[16];
       std::snprintf(mask, sizeof mask, "0x%08x", thread.mask);
@@ -122,7 +120,8 @@ void release_barrier() {
     if (thread.state != State::at_barrier) continue;
     if (!first) first = &thread;
     if (!thread.waits_like(*first)) {
-      throw std::runtime_error(message(&thread, "the block is split over barriers: " + who_waits()));
+      throw std::runtime_error(
+          message(&thread, "the block is split over barriers: " + who_waits()));
     }
     votes.yes += thread.predicate;
   }
@@ -140,8 +139,6 @@ void run_block() {
     Thread& thread = *threads[i];
     thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
     thread.state = State::ready;
-    thread.what = "return";
-    thread.where = {};
     thread.fiber.start(&thread_main, nullptr);
   }
   shared_memory::begin_block();
@@ -184,10 +181,12 @@ void run_grid(const char* kernel_name, dim3 grid, dim3 block, std::size_t shared
   blockIdx = {0, 0, 0};
   const std::uint64_t size = std::uint64_t{block.x} * block.y * block.z;
   if (size == 0 || size > kMaxThreads || block.z > 64 || grid.x == 0 || grid.y == 0 ||
-      grid.z == 0 || grid.y > 65535 || grid.z > 65535 || shared_bytes > shared_memory::kMaxDynamic) {
-    throw std::runtime_error(message(nullptr, "invalid launch: grid " + to_text({grid.x, grid.y, grid.z}) +
-                                              ", block " + to_text({block.x, block.y, block.z}) +
-                                              ", shared bytes " + std::to_string(shared_bytes)));
+      grid.z == 0 || grid.y > 65535 || grid.z > 65535 ||
+      shared_bytes > shared_memory::kMaxDynamic) {
+    throw std::runtime_error(
+        message(nullptr, "invalid launch: grid " + to_text({grid.x, grid.y, grid.z}) + ", block " +
+                             to_text({block.x, block.y, block.z}) + ", shared bytes " +
+                             std::to_string(shared_bytes)));
   }
   num_threads = static_cast<unsigned>(size);
   while (threads.size() < num_threads) threads.push_back(std::make_unique<Thread>());
@@ -201,9 +200,9 @@ void run_grid(const char* kernel_name, dim3 grid, dim3 block, std::size_t shared
 
 // Does not throw from here: device code is compiled by the rules of code that does not expect it,
 // and nothing on a fiber's stack needs to be destroyed.
-void fail(const std::string& what) {
-  failure = message(running, what);
-  pause_for_good();
+void fail(const std::string& what, const Where* where) {
+  failure = message(running, what + (where ? " (" + to_text(*where) + ")" : ""));
+  while (true) running->fiber.suspend();
 }
 
 bool in_kernel() { return running != nullptr; }
@@ -231,7 +230,7 @@ void warp_collective(const char* what, unsigned mask, void* operands, Evaluate e
                      Where where) {
   const unsigned warp_start = running_rank / kWarpSize * kWarpSize;
   if (!(mask >> (running_rank - warp_start) & 1)) {
-    fail(std::string(what) + " (" + to_text(where) + ") does not name its own lane");
+    fail(std::string(what) + ": its mask lacks its own lane", &where);
   }
   running->what = what;
   running->where = where;

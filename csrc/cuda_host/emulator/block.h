@@ -21,8 +21,9 @@ using Where = std::source_location;
 void run_grid(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
               const std::function<void()>& thread);
 
-// For device code's mistakes: ends the launch with a std::runtime_error that says who did it.
-[[noreturn]] void fail(const std::string& what);
+// For device code's mistakes: ends the launch with a std::runtime_error that says who did it. A
+// debugger's breakpoint here shows the line.
+[[noreturn]] void fail(const std::string& what, const Where* where = nullptr);
 
 bool in_kernel();        // whether a thread runs
 unsigned thread_rank();  // of the running thread in its block

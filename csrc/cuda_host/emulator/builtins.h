@@ -12,10 +12,10 @@
 // A kernel is static so that its shared arrays are its own variables, with redzones, even where
 // the kernel is a template.
 #define __global__ static
-#define __device__
+#define __device__  // of functions: a variable would be taken for a shared array
 #define __host__
 #define __shared__ static
-#define __constant__ static
+#define __constant__ static const
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -25,7 +25,8 @@ struct uint3 {
   unsigned x, y, z;
 };
 struct dim3 {
-  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned x, y, z;
 };
 
 inline constexpr int warpSize = 32;

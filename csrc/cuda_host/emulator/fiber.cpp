@@ -30,8 +30,8 @@ char* stack_of(void* mapping) { return static_cast<char*>(mapping) + getpagesize
 
 #if defined(__x86_64__) && !defined(KVCOMP_UCONTEXT)
 
-// Saves the registers that a call preserves on the stack, and the stack pointer in *from. About
-// 100 times faster than swapcontext, which asks the kernel for the signal mask at every switch.
+// Saves the registers that a call preserves on the stack, and the stack pointer in *from. With
+// swapcontext, which makes a system call at every switch, device code runs about 8 times slower.
 __attribute__((naked, noinline)) void switch_context(void** /*from*/, void* /*to*/) {
   asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
       "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
@@ -44,7 +44,8 @@ __attribute__((naked, noinline)) void enter() { asm("movq %rbx, %rdi\n callq *%r
 
 void prepare(void*& context, char* stack, void (*run)(Fiber*), Fiber* fiber) {
   auto* top = reinterpret_cast<std::uintptr_t*>(stack + kStackSize);  // 16-byte aligned
-  std::uintptr_t* saved = top - 8;  // r15 r14 r13 r12 rbx rbp, return address, end of backtraces
+  // r15 r14 r13 r12 rbx rbp, return address, end of backtraces: a call from there is aligned.
+  std::uintptr_t* saved = top - 9;
   saved[4] = reinterpret_cast<std::uintptr_t>(fiber);
   saved[5] = reinterpret_cast<std::uintptr_t>(run);
   saved[6] = reinterpret_cast<std::uintptr_t>(&enter);
@@ -83,7 +84,7 @@ void destroy(void* context) { delete static_cast<ucontext_t*>(context); }
 
 }  // namespace
 
-Fiber::Fiber() : inside_(nullptr), outside_(nullptr) {
+Fiber::Fiber() {
   mapping_ = mmap(nullptr, getpagesize() + kStackSize, PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping_ == MAP_FAILED) throw std::bad_alloc();

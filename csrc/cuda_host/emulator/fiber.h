@@ -25,9 +25,9 @@ class Fiber {
 
   Entry entry_ = nullptr;
   void* argument_ = nullptr;
-  void* mapping_;   // a guard page, then the stack
-  void* inside_;    // saved context of the fiber
-  void* outside_;   // saved context of whoever resumed it
+  void* mapping_;               // a guard page, then the stack
+  void* inside_ = nullptr;      // saved context of the fiber
+  void* outside_ = nullptr;     // saved context of whoever resumed it
   void* fake_stack_ = nullptr;  // AddressSanitizer's, of whoever is paused
   const void* outside_stack_ = nullptr;
   std::size_t outside_stack_size_ = 0;

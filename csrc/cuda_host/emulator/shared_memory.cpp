@@ -18,7 +18,8 @@ extern "C" __attribute__((visibility("hidden"))) unsigned char __bss_start[], _e
 namespace kvcomp::cuda_host::shared_memory {
 namespace {
 
-#ifdef __SANITIZE_ADDRESS__
+// Without reports of plain accesses, those of atomics alone would tell a wrong story.
+#if defined(__SANITIZE_ADDRESS__) || defined(__clang__)
 constexpr bool kWatched = false;
 #else
 constexpr bool kWatched = true;
@@ -97,7 +98,8 @@ void access(const void* address, std::size_t size, Access kind) {
          " of dynamic shared memory; the launch asked for " + std::to_string(dynamic_size));
   }
   const Who me = static_cast<Who>(thread_rank());
-  for (Byte* byte = bytes() + offset; byte != bytes() + offset + size; ++byte) {
+  Byte* const first = bytes() + offset;
+  for (Byte* byte = first; byte != first + size; ++byte) {
     const bool written = byte->write_time >= block_start;
     if (!written && kind != Access::write) {
       fail("reads shared memory that no thread of the block has written");
@@ -109,12 +111,12 @@ void access(const void* address, std::size_t size, Access kind) {
     const bool unordered_reader =
         byte->read_time >= block_start && !ordered(byte->read_time, byte->reader, me);
     if (kind == Access::read) {
-      byte->reader = !unordered_reader              ? me
+      byte->reader = !unordered_reader             ? me
                      : same_warp(byte->reader, me) ? Who(kOfWarp + me / kWarpSize)
                                                    : kAnyone;
       byte->read_time = now;
     } else {
-      if (unordered_reader) fail_race(kind, "reads", byte->reader);
+      if (unordered_reader) fail_race(kind, "read", byte->reader);
       byte->writer = me;
       byte->write_time = now;
       byte->atomic = kind == Access::atomic;
@@ -132,10 +134,10 @@ extern "C" {
 using kvcomp::cuda_host::Access;
 using kvcomp::cuda_host::shared_memory::access;
 
-#define KVCOMP_ACCESSES_OF(SIZE)                                                                \
-  void __tsan_read##SIZE(void* address) { access(address, SIZE, Access::read); }                \
-  void __tsan_write##SIZE(void* address) { access(address, SIZE, Access::write); }              \
-  void __tsan_unaligned_read##SIZE(void* address) { access(address, SIZE, Access::read); }      \
+#define KVCOMP_ACCESSES_OF(SIZE)                                                           \
+  void __tsan_read##SIZE(void* address) { access(address, SIZE, Access::read); }           \
+  void __tsan_write##SIZE(void* address) { access(address, SIZE, Access::write); }         \
+  void __tsan_unaligned_read##SIZE(void* address) { access(address, SIZE, Access::read); } \
   void __tsan_unaligned_write##SIZE(void* address) { access(address, SIZE, Access::write); }
 KVCOMP_ACCESSES_OF(1)
 KVCOMP_ACCESSES_OF(2)

@@ -31,8 +31,8 @@ inline void __threadfence_system() {}
 
 inline void __syncwarp(unsigned mask = ~0u, KVCOMP_WHERE) {
   using namespace kvcomp::cuda_host;
-  warp_collective<int>("__syncwarp", mask, 0, [](Lanes<int>) { shared_memory::order_warp(); },
-                       where);
+  warp_collective<int>(
+      "__syncwarp", mask, 0, [](Lanes<int>) { shared_memory::order_warp(); }, where);
 }
 
 // --- exchanges ---------------------------------------------------------------------------------
@@ -50,7 +50,8 @@ T shuffle(const char* what, unsigned mask, T value, int source, Where where) {
     int source;
   };
   if (!(mask >> source & 1)) {
-    fail(std::string(what) + ": reads lane " + std::to_string(source) + ", which its mask lacks");
+    fail(std::string(what) + ": reads lane " + std::to_string(source) + ", which its mask lacks",
+         &where);
   }
   const auto evaluate = [](Lanes<Operands> lanes) {
     for (unsigned i = 0; i < kWarpSize; ++i) {

@@ -5,14 +5,27 @@ masks. Offsets are int64 before they meet a stride. Configurations are fixed tab
 run time. Arguments have been checked before launch().
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 
 import torch
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) is exp2(x * LOG2E), one instruction
+COMPILE = {"enable_fp_fusion": True}  # for every launch: Triton's default differs by version
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def on_its_device(launch: Callable) -> Callable:
+    """Triton launches on the current device; the tensors may live on another one."""
+
+    @wraps(launch)
+    def guarded(first: torch.Tensor, *args):
+        with torch.cuda.device_of(first):  # nothing for a CPU tensor
+            return launch(first, *args)
+
+    return guarded
 
 
 @cache

@@ -1,12 +1,12 @@
 """decode_attention in Triton: flash decoding with split KV, then a merge of the splits.
 
-Grid (splits, KV heads x tiles of the group, B). One program takes one split of the tokens of one
-KV head and, together, the BLOCK_G query heads that share it, so each K and V row is read once. K is
-the tall operand of both products, S = K qᵀ [BLOCK_N, BLOCK_G] and Oᵀ = Vᵀ P [D, BLOCK_G]: the group is
-narrow, the tokens fill the tensor cores. Paged input differs only in where a token's slot comes
-from. Programs beyond a row's length find no tokens and leave an empty state. Bytes: 2 T D elements
-per KV head read once, 4 T / page_size of page ids, 8 (D + 1) per query head and split for the partial
-states, written and read again by the merge; optional logits 4 T per query head.
+Grid (splits, KV heads x tiles of the group, B). One program takes one split of the tokens of one KV
+head and, together, the BLOCK_G query heads that share it, so each K and V row is read once. K and V
+are the tall operands, S = K qᵀ [BLOCK_N, BLOCK_G] and Oᵀ = Vᵀ P [D, BLOCK_G]: tokens fill the rows
+that tensor cores insist on, the group is their narrow side. Paged input differs only in where a
+token's slot comes from. A program past the end of its row leaves the empty state. Bytes: 2 T D
+elements per KV head, 4 T / page_size of page ids, 4 (D + 1) per query head and split written and
+read again by the merge; with logits 4 T per query head.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcomp.ops.triton import INTERPRETED, LOG2E, num_multiprocessors
+from kvcomp.ops.triton import COMPILE, INTERPRETED, LOG2E, num_multiprocessors, on_its_device
 
 MIN_SPLIT = 256  # tokens: below this, a split costs more to merge than it saves
 MAX_SPLITS = 128
 PROGRAMS_PER_SM = 2  # what shared memory and registers allow on Hopper
 
+# These grow while a sequence is decoded: no second compilation at a multiple of 16.
+GROWING = ["num_slots", "num_positions", "split_size", "stride_ids_b", "stride_ids_h"]
+GROWING += ["stride_logits_b", "stride_logits_h"]
+
 
 @cache
 def config(head_dim: int, dtype: torch.dtype, group: int, paged: bool) -> dict[str, int]:
-    """Tile sizes and pipeline depth. On Hopper three K and V tiles of 32 KiB, two programs per SM."""
+    """Tiles and pipeline depth: 32 KiB of K and V a tile, three in flight, two programs per SM."""
     block_g = triton.next_power_of_2(group)
     if dtype == torch.float32:  # full-precision products run on the CUDA cores: tests, small jobs
         block_g, block_n, num_warps, num_stages = min(block_g, 4), 16, 4, 2
@@ -38,10 +42,10 @@ def config(head_dim: int, dtype: torch.dtype, group: int, paged: bool) -> dict[s
     else:
         block_g, block_n, num_warps, num_stages = min(block_g, 32), 32, 4, 3
     return {
-        "BLOCK_G": block_g if dtype == torch.float32 else max(block_g, 8),  # 8: the narrowest MMA
+        "BLOCK_G": block_g if dtype == torch.float32 else max(block_g, 16),  # 16: what wgmma takes
         "BLOCK_N": block_n,
         "num_warps": num_warps,
-        "num_stages": num_stages + paged,  # page ids are fetched one stage ahead of K and V
+        "num_stages": num_stages + 2 * paged,  # ids arrive two tiles ahead of K and V
     }
 
 
@@ -53,7 +57,7 @@ def dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_positions", "split_size"])
+@triton.jit(do_not_specialize=GROWING)
 def decode_attention_kernel(
     q,
     k,
@@ -120,14 +124,13 @@ def decode_attention_kernel(
             p_ids = page_ids + i_b * stride_ids_b + i_kv * stride_ids_h + o_page
             b_page = tl.load(p_ids, mask=o_page * PAGE_SIZE < b_len, other=-1).to(tl.int64)
             b_slot = b_page * PAGE_SIZE + o_n % PAGE_SIZE
-            m_hole = b_page == -1
             m_n = m_len & (b_slot >= 0) & (b_slot < num_slots)
         m_nd = m_n[:, None] & m_d[None, :]
         b_k = tl.load(p_k + b_slot[:, None] * stride_k_t, mask=m_nd, other=0.0)
         b_logits = dot(b_k, b_q, tl.zeros([BLOCK_N, BLOCK_G], tl.float32)) * scale
         b_logits = tl.where(m_n[:, None], b_logits, float("-inf"))
         if page_ids is not None:  # an id out of range reads nothing and poisons the row
-            m_wild = m_len & ~m_n & ~m_hole
+            m_wild = m_len & ((b_page < -1) | (b_slot >= num_slots))
             b_logits = tl.where(m_wild[:, None], float("nan"), b_logits)
         if logits is not None:
             p_logits = logits + i_b * stride_logits_b + o_h[None, :] * stride_logits_h
@@ -146,19 +149,19 @@ def decode_attention_kernel(
     b_sum = tl.sum(b_sums, 0)
     m_wrong = (b_asked < 0) | (b_asked > num_positions)  # a length that cannot be: poison
     b_sum = tl.where(m_wrong, float("nan"), b_sum)
-    m_empty = b_sum == 0.0
-    b_lse = tl.where(m_empty, float("-inf"), b_max + tl.log(b_sum))
-    b_out = tl.where(m_empty[None, :], 0.0, b_out / b_sum[None, :])
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # nothing attended: b_out is 0
+    b_lse = b_max + tl.log(b_sum)  # -inf where nothing was attended
+    b_out = b_out / b_sum[None, :]
     num_heads = tl.num_programs(1) // tl.cdiv(G, BLOCK_G) * G
     o_row = (i_b * num_heads + o_h) * num_splits + i_split
     tl.store(lse + o_row, b_lse, mask=m_g)
     p_out = out + o_row[None, :] * D + o_d[:, None]
-    # An empty split's output is never read, an empty row's is.
-    m_out = m_g & ((num_splits == 1) | ~m_empty)
+    # The output of an empty split is never read, so not written; that of an empty row is.
+    m_out = m_g & (tl.where(num_splits > 1, b_lse, 0.0) != float("-inf"))
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_d[:, None] & m_out[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def merge_splits_kernel(
     partial_out,  # [rows, splits, D] fp32
     partial_lse,  # [rows, splits]
@@ -177,9 +180,9 @@ def merge_splits_kernel(
     p_lse = partial_lse + i_row * num_splits
     b_lse = tl.load(p_lse + o_s, mask=o_s < num_splits, other=float("-inf"))
     b_max = tl.max(b_lse, 0)
-    b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
-    b_sum = tl.sum(tl.exp2((b_lse - b_max) * LOG2E), 0)
-    b_total = tl.where(b_sum == 0.0, float("-inf"), b_max + tl.log(b_sum))
+    b_base = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_sum = tl.sum(tl.exp2((b_lse - b_base) * LOG2E), 0)
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = tl.zeros([BLOCK_D], tl.float32)
     for i_s in range(0, num_splits, CHUNK):
         o_c = i_s + tl.arange(0, CHUNK)
@@ -187,11 +190,10 @@ def merge_splits_kernel(
         m_c = b_part != float("-inf")  # empty splits are not read
         p_part = partial_out + (i_row * num_splits + o_c[:, None]) * D + o_d[None, :]
         b_part_out = tl.load(p_part, mask=m_c[:, None] & m_d[None, :], other=0.0)
-        b_weight = tl.where(m_c, tl.exp2((b_part - b_max) * LOG2E), 0.0)
+        b_weight = tl.where(m_c, tl.exp2((b_part - b_base) * LOG2E), 0.0)
         b_out += tl.sum(b_part_out * b_weight[:, None], 0)
-    b_out = tl.where(b_sum == 0.0, 0.0, b_out / b_sum)
-    tl.store(lse + i_row, b_total)
-    tl.store(out + i_row * D + o_d, b_out.to(out.dtype.element_ty), mask=m_d)
+    tl.store(lse + i_row, b_max + tl.log(b_sum))  # -inf where all splits are empty
+    tl.store(out + i_row * D + o_d, (b_out / b_sum).to(out.dtype.element_ty), mask=m_d)
 
 
 @lru_cache(maxsize=4096)
@@ -217,6 +219,7 @@ def plan_splits(programs: int, chunks: int, num_sms: int) -> tuple[int, int]:
     return -(-chunks // size), size * MIN_SPLIT
 
 
+@on_its_device
 def launch(
     q: Tensor,
     k: Tensor,
@@ -270,6 +273,7 @@ def launch(
         PAGE_SIZE=page_size,
         BLOCK_D=block_d,
         **meta,
+        **COMPILE,
     )
     if num_splits > 1:
         merge_splits_kernel[(batch * num_heads,)](
@@ -280,8 +284,9 @@ def launch(
             num_splits,
             D=head_dim,
             BLOCK_D=block_d,
-            BLOCK_S=triton.next_power_of_2(num_splits),
+            BLOCK_S=MAX_SPLITS,
             CHUNK=8,
             num_warps=4,
+            **COMPILE,
         )
     return out, lse

@@ -1,0 +1,265 @@
+"""Charts from the JSON of the benchmarks.
+
+    python benchmarks/plot.py ops.json --out charts
+
+One PNG per chart, named after the JSON file. A benchmark (`meta["benchmark"]`) has its functions
+in CHARTS; each takes meta and rows, and yields (name, figure).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+from PIL import Image
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; ours first.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F7F7F")
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "savefig.dpi": 110,
+}
+OURS = ("cpu", "cuda", "triton")
+PLAIN = re.compile(r"n=\d+$")  # a shape of decode_attention without a variant
+
+
+# --- bench_ops ------------------------------------------------------------------------------------
+
+
+def bandwidth(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
+    """GB/s of each implementation by shape, one panel per dtype, the probe as a line."""
+    for op, chosen in _by(rows, "op").items():
+        impls = _impls(chosen)
+        chosen = [r for r in chosen if r["gbps"] is not None and r["impl"] != "reference"]
+        if op == "decode_attention":
+            chosen = [r for r in chosen if PLAIN.search(r["shape"])]
+        if not chosen or op == "select_pages":  # a selection is about latency, not bandwidth
+            continue
+        panels = _by(chosen, "dtype")
+        most = max(len(_by(part, "shape")) for part in panels.values())
+        figure, axes = plt.subplots(
+            len(panels), figsize=(2 + 0.95 * max(most, 4), 1 + 2.2 * len(panels)), squeeze=False
+        )
+        for axis, (dtype, part) in zip(axes[:, 0], panels.items(), strict=True):
+            _bandwidth_panel(axis, part, impls)
+            axis.set_ylabel(f"{dtype}, GB/s")
+        _title(figure, facts, f"{op}: bytes that must be moved per second")
+        _legend(figure)
+        yield f"{op}-bandwidth", figure
+
+
+def _bandwidth_panel(axis: Axes, rows: list[dict], impls: list[str]) -> None:
+    shapes = list(_by(rows, "shape"))
+    shown = _impls(rows)
+    width = 0.8 / len(shown)
+    for index, impl in enumerate(shown):
+        at = {r["shape"]: r["gbps"] for r in rows if r["impl"] == impl}
+        x = [shapes.index(s) + (index - (len(shown) - 1) / 2) * width for s in at]
+        bars = axis.bar(x, at.values(), width, color=_color(impl, impls), label=_label(impl))
+        axis.bar_label(bars, [_short(v) for v in at.values()], fontsize=6, padding=1)
+    probe = {r["shape"]: r["gbps"] for r in rows if r["impl"] == "probe"}
+    for index, (shape, gbps) in enumerate(probe.items()):
+        middle = shapes.index(shape)
+        label = "bandwidth probe, same rounds" if index == 0 else None
+        axis.hlines(gbps, middle - 0.45, middle + 0.45, colors="#333333", ls="--", label=label)
+    axis.set_xticks(range(len(shapes)), [s.replace(" ", "\n") for s in shapes], fontsize=7)
+    axis.grid(axis="x", visible=False)
+
+
+def speedup(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
+    """How many times faster than each baseline, on a log axis; 1 is drawn."""
+    for op, chosen in _by(rows, "op").items():
+        kept = [r for r in chosen if set(r["ratios"]) - {"own-dense"}]
+        if not kept:
+            continue
+        impls = _impls(chosen)
+        baselines = list(dict.fromkeys(b for r in kept for b in r["ratios"] if b != "own-dense"))
+        figure, panels = _dot_panels(kept, facts, f"{op}: times faster than each baseline")
+        for axis, part, at in panels:
+            for baseline in baselines:
+                points = [
+                    (r["ratios"][baseline], at[_name(r)]) for r in part if baseline in r["ratios"]
+                ]
+                _dots(axis, points, _color(baseline, impls), baseline)
+            _dot_axis(axis, at)
+        _legend(figure)
+        yield f"{op}-speedup", figure
+
+
+def variants(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
+    """Paged, sparse and scoring variants against the same kernel dense; the ideal as a bar."""
+    kept = [r for r in rows if "own-dense" in r["ratios"]]
+    if not kept:
+        return
+    title = "decode_attention: times faster than the same kernel on all tokens, dense"
+    figure, panels = _dot_panels(kept, facts, title)
+    for axis, part, at in panels:
+        ideal = [r["ideal_ratios"]["own-dense"] for r in part]
+        places = [at[_name(r)] for r in part]
+        axis.barh(places, ideal, 0.6, color="#DDDDDD", label="what the bytes allow")
+        points = [(r["ratios"]["own-dense"], y) for r, y in zip(part, places, strict=True)]
+        _dots(axis, points, COLORS[0], "measured")
+        _dot_axis(axis, at)
+    _legend(figure)
+    yield "decode_attention-variants", figure
+
+
+# --- drawing --------------------------------------------------------------------------------------
+
+
+def _dot_panels(
+    rows: list[dict], facts: dict, title: str
+) -> tuple[Figure, list[tuple[Axes, list[dict], dict[str, int]]]]:
+    """One panel per dtype. All share their rows, so one without a result leaves a gap."""
+    names = {name: place for place, name in enumerate(dict.fromkeys(map(_name, rows)))}
+    panels = _by(rows, "dtype")
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(2.4 + 2.9 * len(panels), 1.5 + 0.27 * len(names)),
+        sharey=True,
+        squeeze=False,
+    )
+    for axis, dtype in zip(axes[0], panels, strict=True):
+        axis.set_title(dtype)
+    _title(figure, facts, title)
+    return figure, [(axis, panels[d], names) for axis, d in zip(axes[0], panels, strict=True)]
+
+
+def _dots(axis: Axes, points: list[tuple[float, int]], color: str, label: str) -> None:
+    if points:
+        axis.plot(*zip(*points, strict=True), "o", ms=5, color=color, label=label)
+    for x, y in points:
+        axis.annotate(
+            _short(x), (x, y), (0, 4), textcoords="offset points", ha="center", fontsize=6
+        )
+
+
+def _dot_axis(axis: Axes, names: dict[str, int]) -> None:
+    axis.set_xscale("log")
+    axis.axvline(1, color="#333333", lw=1)
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low, 0.6), max(high * 1.3, 2.2))
+    axis.set_yticks(list(names.values()), list(names), fontsize=7)
+    axis.set_ylim(len(names) - 0.4, -0.8)  # first row on top
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 else (1,)))
+    axis.xaxis.set_major_formatter("{x:g}x")
+    axis.minorticks_off()
+
+
+def _title(figure: Figure, facts: dict, title: str) -> None:
+    figure.set_layout_engine("constrained")
+    machine = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
+    version = f"kvcomp {facts['kvcomp']}, torch {facts['torch']}"
+    figure.suptitle(f"{title}\n{machine}; {version}", x=0.01, ha="left", fontsize=9)
+
+
+def _legend(figure: Figure) -> None:
+    """One for all panels, each label once."""
+    labels: dict[str, Artist] = {}
+    for axis in figure.axes:
+        handles, names = axis.get_legend_handles_labels()
+        labels |= dict(zip(names, handles, strict=True))
+    columns = max(2, int(figure.get_figwidth() / 1.7))
+    figure.legend(
+        labels.values(), labels.keys(), loc="outside lower center", ncols=columns, fontsize=7.5
+    )
+
+
+def _by(rows: list[dict], key: str) -> dict[str, list[dict]]:
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return groups
+
+
+def _impls(rows: list[dict]) -> list[str]:
+    """Ours first."""
+    return sorted({r["impl"] for r in rows} - {"probe"}, key=lambda i: (i not in OURS, i))
+
+
+def _name(row: dict) -> str:
+    return f"{row['shape']}  {row['impl']}"
+
+
+def _label(impl: str) -> str:
+    return f"kvcomp {impl}" if impl in OURS else impl
+
+
+def _color(impl: str, impls: list[str]) -> str:
+    """The same for an implementation in all charts of its op: `impls` are all of the op's."""
+    return COLORS[impls.index(impl) % len(COLORS)]
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}" if value < 1 else f"{value:.3g}"
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+CHARTS = {"ops": (bandwidth, speedup, variants)}
+
+
+def plot(path: Path, out: Path) -> list[Path]:
+    """Draw all charts of one JSON file; the PNGs written."""
+    content = json.loads(path.read_text())
+    kind = content["meta"]["benchmark"]
+    if kind not in CHARTS:
+        raise ValueError(f"{path}: no charts for benchmark {kind!r}; known: {', '.join(CHARTS)}")
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    with plt.rc_context(STYLE):
+        for chart in CHARTS[kind]:
+            for name, figure in chart(content["meta"], content["rows"]):
+                written.append(out / f"{path.stem}-{name}.png")
+                _save(figure, written[-1])
+    return written
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """As a PNG of 64 colours, a third of the size."""
+    pixels = io.BytesIO()
+    figure.savefig(pixels)
+    plt.close(figure)
+    Image.open(pixels).convert("RGB").quantize(64).save(path, optimize=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="DIR")
+    options = parser.parse_args(argv)
+    try:
+        for path in options.files:
+            print(*plot(path, options.out), sep="\n")
+    except (OSError, ValueError, KeyError) as error:
+        print(f"plot: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

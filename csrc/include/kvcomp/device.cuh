@@ -1,0 +1,41 @@
+// What every kernel includes first: CUDA, or the emulator that runs device code on the CPU, and the
+// device functions that kernels share. Torch-free.
+#pragma once
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#else
+#include "cuda_host/emulator/cuda_host.h"  // CUDA's words as plain C++
+#endif
+
+namespace kvcomp {
+
+inline constexpr unsigned kFullMask = 0xffffffffu;
+inline constexpr float kLog2e = 1.4426950408889634f;
+
+#ifdef __CUDACC__
+// The launch's dynamic shared memory: a declaration that means nothing in C++, so it is made here.
+template <typename T>
+__device__ T* dynamic_shared() {
+  extern __shared__ uint4 kvcomp_dynamic_shared[];
+  return reinterpret_cast<T*>(kvcomp_dynamic_shared);
+}
+#endif
+
+// Loads that nothing will ask for again.
+__device__ inline void load_streaming(const float* from, float (&to)[1]) { to[0] = __ldcs(from); }
+__device__ inline void load_streaming(const float* from, float (&to)[4]) {
+  const float4 vector = __ldcs(reinterpret_cast<const float4*>(from));
+  to[0] = vector.x, to[1] = vector.y, to[2] = vector.z, to[3] = vector.w;
+}
+
+// Sum over aligned groups of `width` lanes (a power of two), in all of its lanes.
+__device__ inline float group_sum(float value, int width) {
+  for (int lanes = width / 2; lanes > 0; lanes /= 2) {
+    value += __shfl_xor_sync(kFullMask, value, lanes);
+  }
+  return value;
+}
+
+}  // namespace kvcomp

@@ -1,0 +1,152 @@
+// Native entry of decode_attention: checks, params, implementation.
+#include <pybind11/gil_simple.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "backend.h"
+#include "cpu/kernels.h"
+#include "ops/checks.h"
+#include "tensor.h"
+
+namespace kvcomp {
+namespace {
+
+constexpr int kMaxTokens = std::numeric_limits<std::int32_t>::max() - 64;  // a tile beyond fits
+
+// seq_lens and page_ids hold what they may; readable tensors only.
+void check_values(const Boundary& at, const DecodeAttentionParams& p) {
+  const std::int64_t limit =
+      p.page_ids ? std::int64_t{p.num_listed} * p.page_size : std::int64_t{p.num_slots};
+  check_seq_lens(at, p.seq_lens, p.batch, p.page_ids ? "K * page_size" : "T", limit);
+  if (!p.page_ids) return;
+  const int num_sets = p.stride_ids_h == 0 ? 1 : p.num_kv_heads;
+  const std::int32_t num_pages = p.num_slots / p.page_size;  // that lie in the cache whole
+  for (int b = 0; b < p.batch; ++b) {
+    const int full = p.seq_lens[b] / p.page_size, rest = p.seq_lens[b] % p.page_size;
+    for (int set = 0; set < num_sets; ++set) {
+      const std::int32_t* ids = p.page_ids + b * p.stride_ids_b + set * p.stride_ids_h;
+      std::int32_t low = 0, high = -1;
+      for (int i = 0; i < full; ++i) {
+        low = std::min(low, ids[i]);
+        high = std::max(high, ids[i]);
+      }
+      bool good = low >= -1 && high < num_pages;
+      if (rest > 0) {  // of the last page only the attended tokens must exist
+        const std::int64_t id = ids[full];
+        good = good && id >= -1 && id * p.page_size + rest <= p.num_slots;
+        if (id >= 0 && id * p.page_size + rest > p.num_slots) high = ids[full];
+        low = std::min(low, ids[full]);
+      }
+      if (good) continue;
+      at.fail("page_ids",
+              "-1 or pages of " + std::to_string(p.page_size) +
+                  " within T=" + std::to_string(p.num_slots),
+              std::to_string(low < -1 ? low : high) + " in row " + std::to_string(b));
+    }
+  }
+}
+
+}  // namespace
+
+void decode_attention(Backend backend, py::handle q_, py::handle k_, py::handle v_,
+                      py::handle seq_lens_, py::handle page_ids_, py::handle logits_,
+                      py::handle out_, py::handle lse_, std::int64_t page_size, double scale,
+                      std::uintptr_t) {
+  const Boundary at{"decode_attention"};
+  const TensorView q = at.tensor("q", q_), k = at.tensor("k", k_), v = at.tensor("v", v_);
+  const TensorView seq_lens = at.tensor("seq_lens", seq_lens_);
+  const std::optional<TensorView> page_ids = at.optional("page_ids", page_ids_);
+  const std::optional<TensorView> logits = at.optional("logits", logits_);
+
+  at.device(backend, {&q, &k, &v, &seq_lens, page_ids ? &*page_ids : &q, logits ? &*logits : &q});
+  at.dtype(q, {DType::f32, DType::f16, DType::bf16});
+  at.same_dtype(k, q);
+  at.same_dtype(v, q);
+  at.dtype(seq_lens, {DType::i32});
+  for (const TensorView* view : {&q, &k, &v, &seq_lens}) at.last_contiguous(*view);
+
+  Dim B{"B"}, Hq{"Hq"}, Hkv{"Hkv"}, T{"T"}, D{"D"}, K{"K"};
+  at.shape(q, {B, Hq, D});
+  at.shape(k, {B, Hkv, T, D});
+  at.shape(v, {B, Hkv, T, D});
+  at.shape(seq_lens, {B});
+  if (B.size < 1) at.fail("q", "at least one sequence", B.size);
+  if (Hkv.size < 1 || Hq.size < 1 || Hq.size % Hkv.size != 0) {
+    at.fail("q", "Hq a multiple of Hkv=" + std::to_string(Hkv.size), Hq.size);
+  }
+  check_head_dim(at, "q", D.size);
+  if (page_size < 1) at.fail("page_size", "at least 1", page_size);
+  std::int64_t positions = T.size;
+  if (page_ids) {
+    at.dtype(*page_ids, {DType::i32});
+    at.last_contiguous(*page_ids);
+    if (page_ids->ndim == 3 && page_ids->shape[1] == 1) {
+      at.shape(*page_ids, {B, 1, K});
+    } else {
+      at.shape(*page_ids, {B, Hkv, K});
+    }
+    if (K.size > 0 && page_size > kMaxTokens / K.size) {
+      at.fail("page_size", "K * page_size within " + std::to_string(kMaxTokens), page_size);
+    }
+    positions = K.size * page_size;
+  }
+  if (positions > kMaxTokens || T.size > kMaxTokens) {
+    at.fail("k", "at most " + std::to_string(kMaxTokens) + " tokens", std::max(positions, T.size));
+  }
+  if (logits) {
+    at.dtype(*logits, {DType::f32});
+    at.last_contiguous(*logits);
+    at.shape(*logits, {B, Hq, kAny});
+    if (logits->shape[2] < positions) {
+      at.fail("logits", "room for " + std::to_string(positions) + " tokens", logits->shape[2]);
+    }
+  }
+  if (backend == Backend::check) return;
+
+  const TensorView out = at.tensor("out", out_), lse = at.tensor("lse", lse_);
+  at.device(backend, {&q, &out, &lse});
+  at.same_dtype(out, q);
+  at.dtype(lse, {DType::f32});
+  at.shape(out, {B, Hq, D});
+  at.shape(lse, {B, Hq});
+  at.contiguous(out);
+  at.contiguous(lse);
+
+  const DecodeAttentionParams params{
+      .dtype = at.scalar_type(q),
+      .q = q.data,
+      .k = k.data,
+      .v = v.data,
+      .seq_lens = seq_lens.as<std::int32_t>(),
+      .page_ids = page_ids ? page_ids->as<std::int32_t>() : nullptr,
+      .out = out.data,
+      .lse = lse.as<float>(),
+      .logits = logits ? logits->as<float>() : nullptr,
+      .stride_q_b = q.strides[0],
+      .stride_q_h = q.strides[1],
+      .stride_k_b = k.strides[0],
+      .stride_k_h = k.strides[1],
+      .stride_k_t = k.strides[2],
+      .stride_v_b = v.strides[0],
+      .stride_v_h = v.strides[1],
+      .stride_v_t = v.strides[2],
+      .stride_ids_b = page_ids ? page_ids->strides[0] : 0,
+      .stride_ids_h = page_ids && page_ids->shape[1] > 1 ? page_ids->strides[1] : 0,
+      .stride_logits_b = logits ? logits->strides[0] : 0,
+      .stride_logits_h = logits ? logits->strides[1] : 0,
+      .batch = static_cast<std::int32_t>(B.size),
+      .num_heads = static_cast<std::int32_t>(Hq.size),
+      .num_kv_heads = static_cast<std::int32_t>(Hkv.size),
+      .head_dim = static_cast<std::int32_t>(D.size),
+      .num_slots = static_cast<std::int32_t>(T.size),
+      .num_listed = page_ids ? static_cast<std::int32_t>(K.size) : 0,
+      .page_size = static_cast<std::int32_t>(page_size),
+      .scale = static_cast<float>(scale),
+  };
+  check_values(at, params);
+  const py::gil_scoped_release_simple released;
+  cpu::decode_attention(params);
+}
+
+}  // namespace kvcomp

@@ -1,0 +1,66 @@
+// Native entry of select_pages: checks, params, implementation.
+#include <limits>
+
+#include "backend.h"
+#include "cpu/kernels.h"
+#include "ops/checks.h"
+#include "tensor.h"
+
+namespace kvcomp {
+
+void select_pages(Backend backend, py::handle scores_, py::handle seq_lens_, py::handle page_ids_,
+                  py::handle selected_lens_, std::int64_t page_size, std::int64_t num_recent,
+                  std::int64_t num_sink, std::uintptr_t) {
+  const Boundary at{"select_pages"};
+  const TensorView scores = at.tensor("scores", scores_);
+  const TensorView seq_lens = at.tensor("seq_lens", seq_lens_);
+  const TensorView page_ids = at.tensor("page_ids", page_ids_);
+  at.device(backend, {&scores, &seq_lens, &page_ids});
+  at.dtype(scores, {DType::f32});
+  at.dtype(seq_lens, {DType::i32});
+  at.dtype(page_ids, {DType::i32});
+  at.last_contiguous(scores);
+  at.last_contiguous(seq_lens);
+  at.contiguous(page_ids);
+  Dim B{"B"}, H{"H"}, P{"P"}, K{"K"};
+  at.shape(scores, {B, H, P});
+  at.shape(seq_lens, {B});
+  at.shape(page_ids, {B, H, K});
+  if (B.size < 1) at.fail("scores", "at least one sequence", B.size);
+  constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
+  if (page_size < 1 || page_size > kMax) at.fail("page_size", "at least 1", page_size);
+  if (num_recent < 1) at.fail("num_recent", "at least 1", num_recent);
+  if (num_sink < 0) at.fail("num_sink", "at least 0", num_sink);
+  if (num_recent > K.size || num_sink > K.size - num_recent) {
+    at.fail("num_pages",
+            "at least num_recent + num_sink = " + std::to_string(num_recent) + " + " +
+                std::to_string(num_sink),
+            K.size);
+  }
+  if (P.size > kMax / 2 || K.size > kMax / 2) at.fail("scores", "fewer pages", P.size);
+  if (backend == Backend::check) return;
+
+  const TensorView selected_lens = at.tensor("selected_lens", selected_lens_);
+  at.device(backend, {&scores, &selected_lens});
+  at.dtype(selected_lens, {DType::i32});
+  at.shape(selected_lens, {B});
+  at.contiguous(selected_lens);
+  check_seq_lens(at, seq_lens.as<std::int32_t>(), B.size, "P * page_size", P.size * page_size);
+  cpu::select_pages({
+      .scores = scores.as<float>(),
+      .seq_lens = seq_lens.as<std::int32_t>(),
+      .page_ids = page_ids.as<std::int32_t>(),
+      .selected_lens = selected_lens.as<std::int32_t>(),
+      .stride_scores_b = scores.strides[0],
+      .stride_scores_h = scores.strides[1],
+      .batch = static_cast<std::int32_t>(B.size),
+      .num_sets = static_cast<std::int32_t>(H.size),
+      .num_pages = static_cast<std::int32_t>(P.size),
+      .num_selected = static_cast<std::int32_t>(K.size),
+      .page_size = static_cast<std::int32_t>(page_size),
+      .num_recent = static_cast<std::int32_t>(num_recent),
+      .num_sink = static_cast<std::int32_t>(num_sink),
+  });
+}
+
+}  // namespace kvcomp

@@ -1,0 +1,326 @@
+"""The command line: kvcomp info | demo | generate.
+
+Every error that a user can cause is one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    print(
+        f"kvcomp: error: the command line needs {missing.name}: pip install 'kvcomp[hf]'",
+        file=sys.stderr,
+    )
+    raise SystemExit(2) from None
+
+import torch
+
+from kvcomp import METHODS, Method, reasoner
+from kvcomp.reasoner import task
+
+app = typer.Typer(
+    add_completion=False,
+    help="Kernels and methods that make long chains of thought cheap to decode.",
+    rich_markup_mode=None,
+)
+
+# What typer raises for a bad command line. typer has its own copy of click from some version on,
+# so the class is taken from where both have it: BadParameter, UsageError, ClickException.
+UsageProblem = typer.BadParameter.__mro__[2]
+
+PROVIDERS = {"matplotlib": "bench"}  # module -> the extra that brings it; the others are in [hf]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: the process's own) and return the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    command = typer.main.get_command(app)
+    try:
+        return command.main(args, prog_name="kvcomp", standalone_mode=False) or 0
+    except UsageProblem as error:
+        return _fail(error.format_message())
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "kvcomp":
+            raise
+        extra = PROVIDERS.get(error.name, "hf")
+        return _fail(f"this needs {error.name}: pip install 'kvcomp[{extra}]'")
+    except typer.Abort:  # Ctrl-C, in versions of typer that do not turn it into an exit code
+        return 130
+    except (ValueError, TypeError) as error:
+        if not str(error).lower().startswith("kvcomp"):
+            raise  # not one of ours but a bug, which needs its traceback
+        return _fail(str(error).removeprefix("kvcomp.").removeprefix("kvcomp: "))
+
+
+def _fail(message: str) -> int:
+    print("kvcomp: error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+# --- options that commands share ------------------------------------------------------------------
+
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one.", metavar="NAME")
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", metavar="NAME")]
+
+
+def pick_device(name: str | None) -> str:
+    """The device asked for, if it is there; without a wish, the GPU where there is one."""
+    gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if gpu else "cpu"))
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"kvcomp: --device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count() * gpu:
+        raise ValueError(f"kvcomp: --device: torch finds no GPU {name!r} here")
+    return str(device)
+
+
+def pick_dtype(name: str | None) -> str | None:
+    known = ("float32", "float16", "bfloat16")
+    if name is not None and name not in known:
+        raise ValueError(f"kvcomp: --dtype: expected one of {', '.join(known)}, got {name!r}")
+    return name
+
+
+def pick_method(name: str) -> type[Method]:
+    if name not in METHODS:
+        raise ValueError(f"kvcomp: --method: expected one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]
+
+
+def all_methods() -> list[str]:
+    """Dense attention first, then the methods, then the other baselines."""
+    return sorted(METHODS, key=lambda name: (name != "full", METHODS[name].baseline))
+
+
+def output_console() -> Console:
+    """Tables in a pipe or a file are not folded to the 80 columns that rich would assume."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def check_output(file: Path | None) -> None:
+    """Minutes of work should not end at a folder that does not exist."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ValueError(f"kvcomp: cannot write {str(file)!r}: no such folder, or it is one")
+
+
+# --- commands -------------------------------------------------------------------------------------
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Versions, devices, and which implementation of each op runs where."""
+    from kvcomp.info import gather, tables
+
+    found = gather()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console = output_console()
+    for table in tables(found):
+        console.print(table)
+        console.print()
+
+
+@app.command()
+def demo(
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A method by name; repeat for several. Default: all.", metavar="NAME"),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens per layer; default: a fifth of the final context.", min=1),
+    ] = None,
+    problems: Annotated[int, typer.Option(help="Problems, decoded as one batch.", min=1)] = 8,
+    nodes: Annotated[
+        int, typer.Option(help="Size of a problem: 2 facts a node.", min=2, max=len(task.NAMES))
+    ] = 16,
+    steps: Annotated[int, typer.Option(help="Reasoning steps, 4 tokens each.", min=1)] = 256,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(help="Of the problems.", min=0)] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write meta and rows.", metavar="FILE")
+    ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw a PNG.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Decode problems of the bundled reasoner with every method, and compare."""
+    names = list(dict.fromkeys(method)) if method else all_methods()
+    for name in names:
+        pick_method(name)
+    for file in (json_file, plot_file):
+        check_output(file)
+    where, kind = pick_device(device), pick_dtype(dtype)
+    if plot_file is not None:
+        import matplotlib  # noqa: F401  (better missed now than after the work)
+    from kvcomp import demo as work
+
+    result = work.run(
+        names,
+        work.Settings(problems, nodes, steps, seed, budget, where, kind),
+        Console(stderr=True),
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+    if plot_file is not None:
+        work.plot(result, plot_file)
+    console = output_console()
+    console.print(work.headline(result), highlight=False)
+    console.print(work.table(result))
+
+
+@app.command()
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(help="A folder or hub name of a causal LM; 'reasoner' is the bundled one."),
+    ],
+    prompt: Annotated[str, typer.Option(help="The text, or - for standard input.")],
+    method: Annotated[str, typer.Option(help="By name.", metavar="NAME")] = "delta",
+    budget: Annotated[
+        int | None, typer.Option(help="Tokens per layer; default: the method's own.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another field of the method.", metavar="FIELD=VALUE"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 4096,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; default: the model's own.", min=0.0)
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    chat: Annotated[
+        bool, typer.Option(help="Use the tokenizer's chat template where it has one.")
+    ] = True,
+) -> None:
+    """Stream text from a model under a method; the report goes to standard error."""
+    chosen = build_method(method, budget, settings or [])
+    sampling = pick_sampling(temperature, top_p)
+    where, kind = pick_device(device), pick_dtype(dtype)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise ValueError("kvcomp: --prompt: expected some text, got none")
+
+    import transformers
+
+    from kvcomp.hf import patch
+
+    network, tokenizer = load(model, where, kind)
+    inputs = encode(tokenizer, text, chat).to(where)
+    transformers.set_seed(seed)
+    with patch(network, chosen) as run:
+        try:
+            network.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                streamer=transformers.TextStreamer(
+                    tokenizer, skip_prompt=True, skip_special_tokens=True
+                ),
+                **sampling,
+            )
+        except KeyboardInterrupt:  # enough seen: the report is of what was decoded
+            print()
+    print(run.report(), file=sys.stderr)
+
+
+def build_method(name: str, budget: int | None, settings: list[str]) -> Method:
+    """The method `name` at its real-size defaults, with what the command line asks for."""
+    cls = pick_method(name)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    given: dict[str, Any] = {}
+    if budget is not None:
+        if "budget" not in fields:
+            raise ValueError(f"kvcomp: --budget: method {name!r} has none")
+        given["budget"] = budget
+    for setting in settings:
+        field, _, text = setting.partition("=")
+        if field not in fields:
+            known = ", ".join(fields) or "none"
+            raise ValueError(f"kvcomp: --set: {name!r} has no field {field!r}; it has: {known}")
+        given[field] = parse(setting, fields[field], text)
+    return cls(**given)
+
+
+def parse(setting: str, hint: Any, text: str) -> Any:
+    """`text` as a value of a field's type: a number, word, flag, tuple (1,2,3) or none."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if is_union else (hint,)
+    if type(None) in options and text.lower() == "none":
+        return None
+    kind = next(option for option in options if option is not type(None))
+    try:
+        if typing.get_origin(kind) is tuple:
+            return tuple(typing.get_args(kind)[0](part) for part in text.split(","))
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if kind in (int, float, str):
+            return kind(text)
+    except (ValueError, KeyError):
+        pass
+    raise ValueError(
+        f"kvcomp: --set {setting}: expected a value of type {getattr(hint, '__name__', hint)}"
+    )
+
+
+def pick_sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """What to tell `generate`; nothing, where nothing was asked: the model has its own defaults."""
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    asked = {"temperature": temperature, "top_p": top_p}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    return asked | {"do_sample": True} if asked else {}
+
+
+def load(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer, from a folder, the hub, or the box ("reasoner")."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = reasoner.path() if name == "reasoner" else name
+    if source.startswith((".", "/")) and not Path(source).is_dir():
+        raise ValueError(f"kvcomp: cannot load model {name!r}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+    except (OSError, ValueError, ImportError) as error:  # messages of many lines, some very long
+        reason = textwrap.shorten(str(error).strip().partition("\n")[0], 240)
+        raise ValueError(f"kvcomp: cannot load model {name!r}: {reason}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def encode(tokenizer: Any, text: str, chat: bool) -> Any:
+    if not (chat and tokenizer.chat_template):
+        return tokenizer(text, return_tensors="pt")
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )

@@ -1,0 +1,233 @@
+"""The demo: problems of the bundled reasoner, decoded by every method and graded.
+
+One batch of switch walks (`kvcomp.reasoner.task`), the same for all methods, decoded greedily. What
+is compared is measured: steps graded against the prompt, tokens and bytes counted by the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from kvcomp import METHODS, Method
+from kvcomp.hf import patch
+from kvcomp.info import cpu_model, versions
+from kvcomp.reasoner import path, task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BUDGET_SHARE = 5  # the default budget is the final context over this, rounded down to
+BUDGET_STEP = 16  # whole pages of any method's size
+WARM_UP_TOKENS = 4
+FIGURES = (
+    "attended_ratio",
+    "kv_bytes_peak",
+    "kv_bytes_read_per_token",
+    "tokens_per_second",
+    "tokens_decoded",
+    "decode_seconds",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to decode. A budget of None is a fifth of the final context."""
+
+    problems: int = 8
+    nodes: int = 16
+    steps: int = 256
+    seed: int = 0
+    budget: int | None = None
+    device: str = "cpu"
+    dtype: str | None = None  # float32 on a CPU, bfloat16 on a GPU
+
+
+class Workload:
+    """The model and one batch of problems, ready to be decoded by any number of methods."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.device = torch.device(settings.device)
+        default = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.dtype = settings.dtype or default
+        logging.disable_progress_bar()
+        self.tokenizer = AutoTokenizer.from_pretrained(path())
+        self.model = AutoModelForCausalLM.from_pretrained(path(), dtype=self.dtype)
+        self.model.to(self.device).eval()
+        self.problems = [
+            task.make_problem(settings.nodes, settings.steps, settings.seed + i)
+            for i in range(settings.problems)
+        ]
+        self.inputs = self._tokens([problem.prompt for problem in self.problems])
+        self.prompt_tokens = self.inputs["input_ids"].shape[1]
+        self.new_tokens = settings.steps * self.problems[0].tokens_per_step
+        self.context = self.prompt_tokens + self.new_tokens
+        longest = self.model.config.max_position_embeddings
+        if self.context + WARM_UP_TOKENS > longest:
+            raise ValueError(
+                f"kvcomp: {settings.steps} steps make a context of {self.context} tokens; the"
+                f" reasoner knows {longest}"
+            )
+        self.budget = settings.budget or max(
+            self.context // BUDGET_SHARE // BUDGET_STEP * BUDGET_STEP, BUDGET_STEP
+        )
+
+    def warm_up(self, method: Method) -> None:
+        """Continue the right answers a little: compiles and allocates what the run will use."""
+        answered = self._tokens([f"{p.prompt} {p.gold()}" for p in self.problems])
+        with patch(self.model, method):
+            self.model.generate(**answered, do_sample=False, max_new_tokens=WARM_UP_TOKENS)
+
+    def decode(self, method: Method, advance: Callable[[], None]) -> dict[str, Any]:
+        """One row of the result; calls `advance` at each step."""
+        with patch(self.model, method) as run:
+            output = self.model.generate(
+                **self.inputs,
+                do_sample=False,
+                max_new_tokens=self.new_tokens,
+                streamer=_Ticker(advance),
+            )
+        texts = self.tokenizer.batch_decode(
+            output[:, self.prompt_tokens :], skip_special_tokens=True
+        )
+        grades = [task.grade(p, text) for p, text in zip(self.problems, texts, strict=True)]
+        figures = run.report().to_dict()
+        return {
+            "method": method.name,
+            "parameters": str(method),
+            "baseline": method.baseline,
+            "step_accuracy": mean(grade.step_accuracy for grade in grades),
+            "final_accuracy": mean(float(grade.final_correct) for grade in grades),
+            **{name: figures[name] for name in FIGURES},
+        }
+
+    def _tokens(self, texts: list[str]) -> Any:
+        return self.tokenizer(texts, return_tensors="pt", padding=True).to(self.device)
+
+
+class _Ticker(BaseStreamer):
+    """What `generate` calls with the prompt and then at each step."""
+
+    def __init__(self, advance: Callable[[], None]) -> None:
+        self.advance = advance
+
+    def put(self, value: torch.Tensor) -> None:
+        self.advance()
+
+    def end(self) -> None:
+        pass
+
+
+def run(names: list[str], settings: Settings, console: Console) -> dict[str, Any]:
+    """Decode with each method of METHODS that is named; a progress bar goes to `console`.
+
+    Returns:
+        {"meta": {...}, "rows": [{"method", "step_accuracy", ...}]}, in the order of `names`.
+
+    Raises:
+        ValueError: a budget that a method cannot work with, or a context too long for the model.
+    """
+    work = Workload(settings)
+    methods = [METHODS[name].example(work.budget) for name in names]
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    rows = []
+    with bar:
+        total = bar.add_task("", total=len(methods) * (work.new_tokens + 1))
+        for method in methods:
+            bar.update(total, description=method.name)
+            work.warm_up(method)
+            rows.append(work.decode(method, lambda: bar.advance(total)))
+    return {"meta": _meta(settings, work), "rows": rows}
+
+
+def _meta(settings: Settings, work: Workload) -> dict[str, Any]:
+    gpu = work.device.type == "cuda"
+    return {
+        "versions": versions(),
+        "device_name": torch.cuda.get_device_name(work.device) if gpu else cpu_model(),
+        "threads": torch.get_num_threads(),
+        "model": "reasoner",
+        **asdict(settings),
+        "dtype": work.dtype,
+        "budget": work.budget,
+        "prompt_tokens": work.prompt_tokens,
+        "new_tokens": work.new_tokens,
+        "context": work.context,
+    }
+
+
+def headline(result: dict[str, Any]) -> str:
+    """What was decoded, and on what."""
+    meta = result["meta"]
+    return (
+        f"{meta['problems']} problems of {meta['nodes']} nodes, {meta['steps']} steps each:"
+        f" {meta['context']} tokens of context, budget {meta['budget']};"
+        f" {meta['dtype']} on {meta['device_name']}"
+    )
+
+
+def table(result: dict[str, Any]) -> Table:
+    """A row per method: steps that follow from the one before, answers with all steps right, ..."""
+    out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    out.add_column("method")
+    for heading in ("steps", "answers", "attended", "KV peak", "KV read/token", "tokens/s"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    for row in result["rows"]:
+        out.add_row(
+            row["method"],
+            f"{row['step_accuracy']:.1%}",
+            f"{row['final_accuracy']:.0%}",
+            f"{row['attended_ratio']:.0%}",
+            f"{row['kv_bytes_peak'] / 2**20:.1f} MiB",
+            f"{row['kv_bytes_read_per_token'] / 2**10:.0f} KiB",
+            f"{row['tokens_per_second']:.0f}",
+        )
+    return out
+
+
+def plot(result: dict[str, Any], file: Path) -> None:
+    """Two bars a method: steps right, and tokens attended."""
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
+
+    rows, meta = result["rows"][::-1], result["meta"]
+    names = [row["method"] for row in rows]
+    figure = Figure(figsize=(7.2, 1.1 + 0.42 * len(rows)), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, key, title in (
+        (left, "step_accuracy", "steps right"),
+        (right, "attended_ratio", "tokens attended, of dense"),
+    ):
+        values = [100 * row[key] for row in rows]
+        colours = ["#9aa5b1" if row["baseline"] else "#2563eb" for row in rows]
+        bars = axes.barh(names, values, color=colours, height=0.62)
+        axes.bar_label(bars, [f"{value:.1f} %" for value in values], padding=4, fontsize=9)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlim(0, 122)  # room for the labels
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0, labelbottom=False)
+    figure.suptitle(
+        f"budget {meta['budget']} of {meta['context']} tokens, {meta['problems']} problems",
+        x=0.01,
+        ha="left",
+        fontsize=9,
+        color="#52606d",
+    )
+    figure.savefig(file, format="png")

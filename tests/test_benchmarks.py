@@ -1,0 +1,139 @@
+"""The benchmarks run, write what they promise, and give no speed-up for a wrong result."""
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcomp.ops import OPS
+from kvcomp.testing import bench
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+KEYS = {"op", "shape", "dtype", "device", "impl", "ms", "gbps"}
+KEYS |= {"ms_min", "ceiling_share", "ratios", "max_error"}
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for its dataclasses
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "ops.json"
+    assert script("bench_ops").main(["--smoke", "--json", str(path)]) == 0
+    return path
+
+
+def test_rows_are_complete_and_finite(smoke):
+    content = json.loads(smoke.read_text())
+    assert set(content) == {"meta", "rows"}
+    for key in ("benchmark", "kvcomp", "torch", "python", "commit", "cpu", "threads", "ceiling"):
+        assert key in content["meta"]
+    for row in content["rows"]:
+        assert set(row) >= KEYS
+        numbers = [row["ms"], row["ms_min"], *row["ratios"].values()]
+        assert all(math.isfinite(x) and x >= 0 for x in numbers), row
+        assert row["correct"]
+        if row["gbps"] is not None:
+            assert row["gbps"] > 0 and row["ceiling_share"] > 0
+
+
+def test_every_op_and_implementation_of_the_cpu_has_a_row(smoke):
+    rows = json.loads(smoke.read_text())["rows"]
+    seen = {(row["op"], row["impl"]) for row in rows}
+    for name, op in OPS.items():
+        for impl in {"cpu", "reference"} & set(op.impls):
+            assert (name, impl) in seen
+        assert (name, "probe") in seen and (name, "difference") in seen
+    ours = [r for r in rows if r["op"] == "decode_attention" and r["impl"] == "cpu"]
+    assert {"sdpa-gqa", "sdpa-repeat-kv", "bmm"} <= set(ours[0]["ratios"])
+    assert all("own-dense" in r["ratios"] for r in ours if not r["shape"].endswith("n=256"))
+
+
+def test_a_wrong_result_gets_no_ratio(monkeypatch, tmp_path, capsys):
+    def wrong(out_a, lse_a, out_b, lse_b):
+        return (out_a + out_b) / 2, lse_a
+
+    monkeypatch.setitem(OPS["merge_states"].impls, "cpu", wrong)
+    path = tmp_path / "ops.json"
+    command = ["--smoke", "--op", "merge_states", "--dtype", "fp32", "bf16", "--json", str(path)]
+    assert script("bench_ops").main(command) == 1
+    rows = [r for r in json.loads(path.read_text())["rows"] if r["impl"] == "cpu"]
+    assert len(rows) == 4 and not any(r["correct"] or r["ratios"] for r in rows)
+    printed = [x for x in capsys.readouterr().out.splitlines() if " cpu " in x and "GB/s" in x]
+    assert len(printed) == 4 and all("WRONG" in x and "torch-logaddexp" not in x for x in printed)
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["--op", "nothing"], "invalid choice"),
+        (["--shape", "32x128"], "expected Hq/HkvxD"),
+        (["--tokens", "100"], "multiples of 16"),
+        (["--device", "cuda"], "no GPU"),
+    ],
+)
+def test_a_bad_command_line_says_why(command, message, capsys):
+    if command[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="2"):
+        script("bench_ops").main(command)
+    assert message in capsys.readouterr().err
+
+
+def test_plots(smoke, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = script("plot")
+    pictures = plot.plot(smoke, tmp_path)
+    assert {p.stem for p in pictures} >= {
+        "ops-decode_attention-bandwidth",
+        "ops-decode_attention-speedup",
+        "ops-decode_attention-variants",
+        "ops-select_pages-speedup",
+    }
+    assert all(1_000 < p.stat().st_size < 100_000 for p in pictures)
+    other = tmp_path / "other.json"
+    bench.write_json(other, {"benchmark": "unheard of"}, [])
+    assert plot.main([str(other)]) == 2
+
+
+def test_interleave_bounds_the_slow_and_never_starves_them():
+    timings = bench.interleave(
+        {"slow": lambda: time.sleep(0.01), "fast": lambda: None}, repeats=20, budget=0.05
+    )
+    assert bench.LEAST_SAMPLES <= timings["slow"].samples <= 5
+    assert timings["fast"].samples == 20
+    assert timings["slow"].minimum >= 0.01 > timings["fast"].median
+
+
+def test_rotation_gives_every_set_to_whoever_asks():
+    taken = []
+    rotation = bench.Rotation("abc")
+    first, second = rotation.calling(taken.append), rotation.calling(taken.append)
+    for _ in range(3):
+        first()
+        second()
+    assert "".join(taken) == "abcabc"
+
+
+def test_lists_of_a_set_are_disjoint_and_cover_everything():
+    lists = script("bench_ops")._disjoint_lists(2, 3, 40, 10, "cpu")
+    assert len(lists) == 4
+    everything = torch.cat(lists, dim=-1).sort(-1).values
+    assert torch.equal(everything, torch.arange(40).int().expand(2, 3, 40))
+    assert all(torch.equal(one, one.sort(-1).values) for one in lists)
+
+
+def test_a_file_never_holds_nan(tmp_path):
+    row = bench.Row("op", "shape", "fp32", "cpu", "cpu", ms=math.nan)
+    with pytest.raises(ValueError, match="JSON"):
+        bench.write_json(tmp_path / "x.json", {}, [row])
+    assert not (tmp_path / "x.json").exists()

@@ -1,0 +1,132 @@
+"""The slab cache: ragged rows, growth, crop and row selection, against lists of tokens."""
+
+import pytest
+import torch
+
+from kvcomp.cache import KVCache
+from kvcomp.cache.layer import FIRST_CAPACITY
+from kvcomp.methods import Full
+
+BATCH, HEADS, DIM = 3, 2, 32
+
+
+class Rows:
+    """What a row should hold, kept the slow way: one list of token tensors per row."""
+
+    def __init__(self) -> None:
+        self.cache = KVCache(Full(), 1)
+        self.layer = self.cache.layers[0]
+        self.rows = [[] for _ in range(BATCH)]
+        self.columns = []  # per column, which rows it was valid for
+
+    def append(self, count, valid=None):
+        k = torch.randn(len(self.rows), HEADS, count, DIM)
+        self.layer.append(k, k + 1, valid)
+        for column in range(count):
+            took = [valid is None or bool(valid[row, column]) for row in range(len(self.rows))]
+            for row, tokens in enumerate(self.rows):
+                if took[row]:
+                    tokens.append(k[row, :, column])
+            self.columns.append(took)
+
+    def crop(self, count):
+        self.cache.crop(count)
+        for _ in range(count):
+            for tokens, took in zip(self.rows, self.columns.pop(), strict=True):
+                if took:
+                    tokens.pop()
+
+    def select(self, rows):
+        self.cache.select(torch.tensor(rows))
+        self.rows = [list(self.rows[row]) for row in rows]
+        self.columns = [[took[row] for row in rows] for took in self.columns]
+
+    def check(self):
+        layer = self.layer
+        assert layer.columns == len(self.columns)
+        assert layer.seq_lens.tolist() == [len(tokens) for tokens in self.rows]
+        assert layer.max_len >= max(len(tokens) for tokens in self.rows)
+        for row, tokens in enumerate(self.rows):
+            if tokens:
+                want = torch.stack(tokens, 1)
+                assert torch.equal(layer.keys[row, :, : len(tokens)], want)
+                assert torch.equal(layer.values[row, :, : len(tokens)], want + 1)
+
+
+def left_padding(*lengths):
+    width = max(lengths)
+    return torch.tensor([[column >= width - n for column in range(width)] for n in lengths])
+
+
+def test_append_grows_in_place():
+    rows = Rows()
+    rows.append(FIRST_CAPACITY - 1)
+    before = rows.layer.keys.data_ptr()
+    rows.append(1)
+    assert rows.layer.keys.data_ptr() == before
+    rows.append(1)
+    assert rows.layer.capacity > FIRST_CAPACITY + 1
+    rows.check()
+
+
+def test_padding_is_dropped_per_row():
+    rows = Rows()
+    rows.append(9, left_padding(9, 2, 5))
+    rows.append(1)
+    rows.append(4, torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool())
+    rows.append(2)
+    rows.check()
+
+
+def test_crop_is_exact():
+    rows = Rows()
+    rows.append(7, left_padding(7, 3, 1))
+    for _ in range(5):
+        rows.append(1)
+    rows.crop(3)
+    rows.check()
+    rows.append(2)
+    rows.crop(6)  # into the padded prompt
+    rows.check()
+    rows.append(3)
+    rows.check()
+    with pytest.raises(ValueError, match="has seen"):
+        rows.crop(100)
+
+
+def test_rows_move_together():
+    rows = Rows()
+    rows.append(6, left_padding(6, 2, 4))
+    rows.select([2, 2, 0, 1])
+    rows.append(2)
+    rows.check()
+    rows.select([3, 0])
+    rows.crop(1)
+    rows.check()
+
+
+def test_reset_gives_memory_back():
+    rows = Rows()
+    rows.append(10)
+    assert rows.layer.capacity > 0
+    rows.cache.reset()
+    assert rows.layer.capacity == 0
+    assert rows.layer.is_empty
+
+
+def test_mismatch_is_refused_and_nothing_is_lost():
+    rows = Rows()
+    rows.append(4)
+    k = torch.randn(BATCH, HEADS, 1, DIM)
+    for bad_k, bad_v, what in (
+        (k[:2], k[:2], "batch size"),
+        (k[..., :16], k[..., :16], "head size"),
+        (k.half(), k.half(), "dtype"),
+        (k, k[..., :16], "one shape"),
+        (k[:, :, :0], k[:, :, :0], "nothing empty"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            rows.layer.append(bad_k, bad_v)
+    with pytest.raises(ValueError, match="valid"):
+        rows.layer.append(k, k, torch.ones(BATCH, 2, dtype=torch.bool))
+    rows.check()

@@ -1,0 +1,208 @@
+"""The command line and what the README promises."""
+
+import io
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("typer")
+
+from kvcomp import METHODS, cli
+from kvcomp.ops import OPS
+from kvcomp.reasoner import task
+
+README = Path(__file__).parents[1] / "README.md"
+PROBLEM = task.make_problem(nodes=4, steps=8, seed=1)
+SHORT = ["--set", "page_size=4", "--set", "recent=2"]
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run a command line in this process: exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "140")
+
+    def run(*args):
+        code = cli.main([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+# --- info -----------------------------------------------------------------------------------------
+
+
+def test_info_names_every_op_and_package(call):
+    code, out, _ = call("info")
+    assert code == 0
+    for word in (*OPS, "kvcomp", "torch", "transformers", "triton", "CPU kernels", "CUDA kernels"):
+        assert word in out
+
+
+def test_info_json(call):
+    code, out, _ = call("info", "--json")
+    info = json.loads(out)
+    assert code == 0
+    assert set(info) == {"versions", "cpu", "gpus", "cuda", "build", "ops"}
+    assert info["cpu"]["isa"] in info["cpu"]["isas_built"]
+    assert info["cpu"]["threads"] >= 1
+    for name, op in info["ops"].items():
+        assert op["bound"] == OPS[name].bound
+        assert set(op["bound"].values()) <= set(op["implementations"]) == set(OPS[name].impls)
+        for device, better in op["passed_over"].items():
+            assert better and op["bound"][device] not in better
+            assert all(op["missing"][choice] == reason for choice, reason in better.items())
+
+
+# --- demo -----------------------------------------------------------------------------------------
+
+
+def test_demo(call, tmp_path):
+    pytest.importorskip("matplotlib")
+    result_file, picture = tmp_path / "demo.json", tmp_path / "demo.png"
+    code, out, _ = call(
+        *("demo", "--problems", 2, "--nodes", 4, "--steps", 20, "--budget", 32),
+        *("--device", "cpu", "--json", result_file, "--plot", picture),
+    )
+    assert code == 0
+    assert all(name in out for name in METHODS)
+    result = json.loads(result_file.read_text())
+    meta, rows = result["meta"], {row["method"]: row for row in result["rows"]}
+    assert meta["budget"] == 32 and meta["context"] == meta["prompt_tokens"] + 80
+    assert meta["versions"]["torch"]
+    assert next(iter(rows)) == "full" and set(rows) == set(METHODS)
+    for row in rows.values():
+        assert 0 <= row["step_accuracy"] <= 1 and 0 <= row["final_accuracy"] <= 1
+        assert 0 < row["attended_ratio"] <= 1
+        assert row["tokens_decoded"] == 2 * 79  # each row's first token comes from the prefill
+        assert row["tokens_per_second"] > 0
+        assert 0 < row["kv_bytes_read_per_token"] <= rows["full"]["kv_bytes_read_per_token"]
+    assert rows["full"]["attended_ratio"] == 1
+    assert rows["delta"]["attended_ratio"] < 1
+    assert rows["delta"]["kv_bytes_peak"] == rows["full"]["kv_bytes_peak"]  # it drops nothing
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_default_budget_is_a_fifth_of_the_context(call, tmp_path):
+    file = tmp_path / "demo.json"
+    assert call("demo", "--method", "full", "--problems", 1, "--steps", 16, "--json", file)[0] == 0
+    meta = json.loads(file.read_text())["meta"]
+    assert meta["context"] / 6 < meta["budget"] <= meta["context"] / 5
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+def test_generate_streams_what_dense_decoding_says(call, monkeypatch):
+    tokens = ("--max-new-tokens", PROBLEM.steps * PROBLEM.tokens_per_step)
+    wanted = ("generate", "reasoner", "--prompt", PROBLEM.prompt, "--temperature", 0, *tokens)
+    code, dense, report = call(*wanted, "--method", "full")
+    assert code == 0
+    assert len(dense.split()) == PROBLEM.steps * PROBLEM.tokens_per_step
+    assert "Full()" in report and "tokens/s" in report
+    code, out, report = call(*wanted, "--method", "delta", "--budget", 512)
+    assert (code, out) == (0, dense)  # the budget is never exceeded
+    assert "Delta(budget=512" in report
+
+    stdin = io.StringIO(PROBLEM.prompt)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code, out, report = call(
+        *("generate", "reasoner", "--prompt", "-", "--budget", 16, *SHORT, *tokens),
+        *("--set", "delta_layers=2,4", "--temperature", 1, "--top-p", 0.9, "--seed", 3),
+    )
+    assert stdin.read() == ""
+    assert code == 0 and out.strip()
+    assert "delta_layers=(2, 4)" in report
+
+
+@pytest.mark.parametrize(
+    "args, named",
+    [
+        (["generate", "./no-such-model", "--prompt", "x"], "./no-such-model"),
+        (["generate", "reasoner", "--prompt", "x", "--method", "magic"], "magic"),
+        (["generate", "reasoner", "--prompt", "x", "--budget", "100"], "page_size=16"),
+        (["generate", "reasoner", "--prompt", "x", "--budget", "16"], "128 tokens"),
+        (["generate", "reasoner", "--prompt", "x", "--budget", "-64"], "budget"),
+        (["generate", "reasoner", "--prompt", "x", "--budget", "many"], "--budget"),
+        (["generate", "reasoner", "--prompt", "x", "--method", "full", "--budget", "64"], "full"),
+        (["generate", "reasoner", "--prompt", "x", "--set", "speed=9"], "speed"),
+        (["generate", "reasoner", "--prompt", "x", "--set", "recent=few"], "recent=few"),
+        (["generate", "reasoner", "--prompt", "x", "--set", "delta_layers=2,99"], "99"),
+        (["generate", "reasoner", "--prompt", " "], "--prompt"),
+        (["generate", "reasoner", "--prompt", "x", "--device", "abacus"], "abacus"),
+        (["generate", "reasoner", "--prompt", "x", "--dtype", "int3"], "int3"),
+        (["generate", "reasoner"], "--prompt"),
+        (["demo", "--method", "magic"], "magic"),
+        (["demo", "--budget", "6"], "page_size=4"),
+        (["demo", "--nodes", "999"], "--nodes"),
+        (["demo", "--steps", "9999"], "9999"),
+        (["demo", "--json", "no/such/folder/x.json"], "no/such/folder"),
+        (["dance"], "dance"),
+    ],
+    ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else "",
+)
+def test_mistakes_get_one_line(call, args, named):
+    code, out, err = call(*args)
+    assert code == 2 and out == ""
+    assert err.startswith("kvcomp: error: ") and err.count("\n") == 1
+    assert named in err
+
+
+def test_the_program_itself_exits_with_2():
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kvcomp", "generate", "nobody/no-such-model", "--prompt", "x"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("kvcomp: error: cannot load model 'nobody/no-such-model': ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_arguments_it_helps(call):
+    code, out, _ = call()
+    assert code == 0
+    assert all(command in out for command in ("info", "demo", "generate"))
+
+
+@pytest.mark.parametrize("package", ["typer", "rich.console"])
+def test_a_missing_package_is_named(monkeypatch, capsys, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(cli.__file__)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert package.split(".")[0] in err and "kvcomp[hf]" in err and err.count("\n") == 1
+
+
+def test_a_missing_extra_is_named(monkeypatch, call):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = call("demo", "--plot", "x.png")
+    assert code == 2 and "matplotlib" in err and "kvcomp[bench]" in err
+
+
+# --- README ---------------------------------------------------------------------------------------
+
+
+def test_readme_has_a_row_for_every_method_and_op():
+    rows = [line for line in README.read_text().splitlines() if line.startswith("| ")]
+    for name in [name for name, cls in METHODS.items() if not cls.baseline] + list(OPS):
+        assert any(f"`{name}`" in row for row in rows), name
+
+
+def test_readme_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokens per step and layer" in done.stdout

@@ -1,0 +1,127 @@
+"""The emulated CUDA execution model: what it computes, and the mistakes that it does not let pass.
+
+The probes are small kernels in cuda_host_probes.cpp, built here against the emulator's sources, as
+kernels are in the extension ("watched") and under the address and undefined-behaviour sanitizers.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcomp.ops import OPS
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+
+BUILDS = {
+    "watched": (["-fsanitize=thread"], []),
+    "ucontext": (["-fsanitize=thread"], ["-DKVCOMP_UCONTEXT"]),  # fibers as on other processors
+    "asan": 2 * (["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],),
+}
+
+RIGHT = (
+    *("indices", "softmax", "dynamic_shared", "shuffles", "votes", "atomics", "warp_memory"),
+    *("intrinsics", "after_failure"),
+)
+
+WHO = r"^kvcomp cuda-host: kernel probe, block \(0, 0, 0\), thread \(%d, 0, 0\): "
+REFUSED = {
+    "divergent_barrier": (WHO % 40) + r"the block is split over barriers: thread \(0, 0, 0\) and 39"
+    r" more at __syncthreads \(cuda_host_probes.cpp:\d+\); thread \(40, 0, 0\) and 23 more at",
+    "early_warp": (WHO % 0) + r"waits for ever: .*at __syncthreads .*; thread \(1, 0, 0\) and 31"
+    r" more at __shfl_xor_sync of lanes 0xffffffff",
+    "returned_lane": (WHO % 0) + r"waits for ever: .*30 more at __ballot_sync of lanes 0xffffffff"
+    r" .*; thread \(5, 0, 0\) returned",
+    "foreign_mask": (WHO % 31) + r"__syncwarp: its mask lacks its own lane",
+    "foreign_lane": (WHO % 0) + r"__shfl_sync: reads lane 20, which its mask lacks",
+    "throwing": r"^thrown by a kernel$",
+    "too_many_threads": r"invalid launch: .*block \(64, 32, 1\)",
+}
+# What takes the compiler's report of every access.
+REFUSED_WATCHED = {
+    "unwritten": (WHO % 63) + r"reads shared memory that no thread of the block has written",
+    "unwritten_in_second_block": (WHO % 10) + r"reads shared memory that no thread of the block",
+    "race": (WHO % 1) + r"writes shared memory that thread 0 read, with no barrier in between",
+    "warp_race": (WHO % 31) + r"reads shared memory that thread 30 wrote, with no barrier",
+    "past_dynamic": (WHO % 0)
+    + r"touches byte 67 of dynamic shared memory; the launch asked for 64",
+}
+REFUSED_ASAN = {
+    "past_dynamic": r"AddressSanitizer: use-after-poison",
+    "past_static": r"AddressSanitizer: global-buffer-overflow",
+    "past_global": r"AddressSanitizer: heap-buffer-overflow",
+}
+
+
+def runs():
+    refused_by = {"watched": REFUSED_WATCHED, "ucontext": REFUSED_WATCHED, "asan": REFUSED_ASAN}
+    for build, refused in refused_by.items():
+        for probe in RIGHT:
+            yield build, probe, r"^ok$"
+        for probe, error in (REFUSED | refused).items():
+            yield build, probe, error
+
+
+def build_probes(target: Path, probe_flags: list[str], link_flags: list[str]) -> Path:
+    base = [COMPILER, "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
+    base += ["-Wno-unknown-pragmas", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    probes = target.with_suffix(".o")
+    emulator = sorted((CSRC / "cuda_host" / "emulator").glob("*.cpp"))
+    source = TESTS / "cuda_host_probes.cpp"
+    subprocess.run([*base, *probe_flags, "-c", source, "-o", probes], check=True)
+    subprocess.run([*base, *link_flags, *emulator, probes, "-o", target], check=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def executables(tmp_path_factory):
+    """build -> path of the probes."""
+    if COMPILER is None or not CSRC.exists():
+        pytest.skip("needs a C++ compiler and the sources")
+    folder = tmp_path_factory.mktemp("probes")
+    with ThreadPoolExecutor() as pool:
+        built = {name: pool.submit(build_probes, folder / name, *BUILDS[name]) for name in BUILDS}
+    return {name: future.result() for name, future in built.items()}
+
+
+@pytest.mark.parametrize(
+    "build, probe, output", [pytest.param(*run, id=run[0] + "-" + run[1]) for run in runs()]
+)
+def test_probe(executables, build, probe, output):
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+    # An abandoned thread never frees what its stack owned.
+    environment["ASAN_OPTIONS"] = "detect_leaks=0"
+    run = subprocess.run(
+        [executables[build], probe], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert re.search(output, run.stdout + run.stderr, re.MULTILINE), run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 4, 6, 7, 12, 16, 48, 100, 128, 130, 512, 520, 1000])
+@pytest.mark.parametrize("heads", [3, 9, 37])
+def test_every_tile_of_page_scores(page_size, heads):
+    """Page sizes against the tile, slices of heads, 16-byte loads and single ones, long tails."""
+    op = OPS["page_scores"]
+    for slots, use_max in (700, True), (1100, False), (1101, True):
+        logits = torch.randn(2, 2 * heads, slots) * 2
+        lse = logits.logsumexp(-1)
+        lens = torch.tensor([slots - slots // 3, slots], dtype=torch.int32)
+        args = lse, lens, page_size, 2, use_max
+        got = op.impl("cuda-host")(logits, *args)
+        want = op.reference(logits.double(), lse.double(), *args[1:])
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-7)
+
+
+def test_nothing_attended_scores_zero():
+    """Rows whose every logit is masked have lse -inf; their scores are 0, not NaN."""
+    logits, lse = torch.full((1, 3, 40), -torch.inf), torch.full((1, 3), -torch.inf)
+    lens = torch.tensor([40], dtype=torch.int32)
+    scores = OPS["page_scores"].impl("cuda-host")(logits, lse, lens, 16, 1, True)
+    assert torch.equal(scores, torch.zeros(1, 1, 3))

@@ -1,0 +1,223 @@
+"""Methods under Hugging Face models: the tokens of stock `generate`, or a refusal with a reason."""
+
+import pytest
+import torch
+from transformers import DynamicCache, TextStreamer
+
+import kvcomp
+from kvcomp import METHODS, Delta, Full
+from kvcomp.testing.models import ARCHITECTURES, REFUSED, tiny_model
+
+STEPS = 24
+DENSE_DELTA = Delta(budget=256, page_size=16, recent=2, warmup=1)  # covers every context here
+SPARSE_DELTA = Delta(budget=16, page_size=4, recent=2, warmup=1)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama", num_hidden_layers=6)
+
+
+def padded_batch(width=21, pad=6):
+    """Token ids [2, width] and their mask; the first row is left-padded by `pad`."""
+    ids = torch.randint(3, 128, (2, width), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :pad] = mask[0, :pad] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, batch, **options):
+    return model.generate(**batch, **{"max_new_tokens": STEPS, "do_sample": False, **options})
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in REFUSED])
+def test_greedy_tokens_are_those_of_stock_generate(kind):
+    try:
+        model = tiny_model(kind)
+    except ValueError as unknown:
+        pytest.skip(str(unknown)[:80])
+    batch = padded_batch()
+    stock = generate(model, batch)
+    assert stock[:, batch["input_ids"].shape[1] :].unique().numel() > 4, "the model is degenerate"
+    if not model._supports_default_dynamic_cache():  # transformers 5.4: Qwen3-Next
+        with pytest.raises(ValueError, match="cache class of its own"):
+            kvcomp.patch(model, Full())
+        return
+    for method in (Full(), DENSE_DELTA):
+        with kvcomp.patch(model, method):
+            assert torch.equal(generate(model, batch), stock), method
+    assert torch.equal(generate(model, batch), stock), "undo left something behind"
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_exact_is_refused(kind):
+    model = tiny_model(kind)
+    batch = padded_batch()
+    stock = generate(model, batch)
+    with pytest.raises(ValueError, match=REFUSED[kind]):
+        kvcomp.patch(model, Full())
+    assert torch.equal(generate(model, batch), stock)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"prompt_lookup_num_tokens": 3, "eos_token_id": 2},  # transformers 5.4 wants an EOS here
+        {"prefill_chunk_size": 5},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("method", [Full(), DENSE_DELTA], ids=["full", "delta"])
+def test_ways_to_generate(llama, options, method):
+    batch = padded_batch()
+    if "prompt_lookup_num_tokens" in options:  # transformers: one sequence at a time
+        batch = {name: tensor[1:] for name, tensor in batch.items()}
+    torch.manual_seed(7)
+    stock = generate(llama, batch, **options)
+    with kvcomp.patch(llama, method):
+        torch.manual_seed(7)
+        assert torch.equal(generate(llama, batch, **options), stock)
+
+
+def test_two_turns_on_one_cache(llama):
+    batch = padded_batch()
+    extra = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(2))
+
+    def conversation(**kwargs):
+        first = generate(llama, batch, return_dict_in_generate=True, **kwargs)
+        ids = torch.cat([first.sequences, extra], 1)
+        mask = torch.ones_like(ids)
+        mask[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"]
+        second = {"input_ids": ids, "attention_mask": mask}
+        return generate(llama, second, past_key_values=first.past_key_values)
+
+    stock = conversation()
+    for method in (Full(), DENSE_DELTA):
+        with kvcomp.patch(llama, method):
+            assert torch.equal(conversation(), stock), method
+
+
+def test_a_loop_of_ones_own(llama):
+    ids = padded_batch()["input_ids"][1:]
+    stock = generate(llama, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    with kvcomp.patch(llama, Full()) as run, torch.no_grad():
+        cache, tokens = None, ids
+        for step in range(STEPS):
+            out = llama(tokens, past_key_values=cache)
+            cache, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, tokens], 1)
+            assert cache.get_seq_length() == ids.shape[1] - 1
+    assert torch.equal(ids, stock)
+    assert run.report().tokens_decoded == STEPS - 1
+
+
+def test_streamer(llama, capsys):
+    class Tokenizer:
+        def decode(self, ids, **kwargs):
+            return "".join(f"{int(token)} " for token in ids)
+
+    batch = {name: tensor[1:] for name, tensor in padded_batch().items()}
+    generate(llama, batch, streamer=TextStreamer(Tokenizer()))
+    stock = capsys.readouterr().out
+    with kvcomp.patch(llama, Full()):
+        generate(llama, batch, streamer=TextStreamer(Tokenizer()))
+    assert capsys.readouterr().out == stock
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_of_a_batch_do_not_touch_each_other(llama, name):
+    """A padded row decodes as it does alone, under a budget far below its length."""
+    method = METHODS[name].example(16)
+    if not method.baseline or name == "full":
+        batch = padded_batch(60, 11)
+        with kvcomp.patch(llama, method):
+            together = generate(llama, batch)
+            alone = {k: v[:1, 11:] for k, v in batch.items()}
+            assert torch.equal(generate(llama, alone)[0], together[0, 11:])
+
+
+def test_report_counts_what_the_formula_says(llama):
+    """Delta over 6 layers, dense in 0, 1 and 3: counted figures against spec and cache sizes."""
+    prompt, budget = 40, 16
+    batch = {"input_ids": torch.randint(3, 128, (1, prompt))}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    with kvcomp.patch(llama, SPARSE_DELTA) as run:
+        generate(llama, batch)
+    report = run.report(layers=True)
+    steps = STEPS - 1  # the first token comes from the prefill
+    lengths = range(prompt + 1, prompt + STEPS)
+    selected = sum(budget - 4 + (n - 1) % 4 + 1 for n in lengths)
+    assert report.tokens_decoded == steps
+    assert report.tokens_attended_dense == pytest.approx(sum(lengths) / steps)
+    dense_layers = {0, 1, 3, 4} & {0, *SPARSE_DELTA.plan(6)}
+    for layer in report.layers:
+        expected = sum(lengths) if layer["position"] in dense_layers else selected
+        assert layer["tokens_attended"] == pytest.approx(expected / steps)
+    token_bytes = 2 * 2 * 32 * 4  # K and V, 2 heads of 32 floats
+    total = prompt + steps
+    assert report.kv_bytes_kept == report.kv_bytes_dense == 6 * total * token_bytes
+    assert report.kv_bytes_peak == report.kv_bytes_kept <= report.kv_bytes_allocated
+    assert report.decode_seconds > 0
+    assert report.to_dict()["attended_ratio"] == report.attended_ratio < 1
+    assert "tokens/s" in str(report)
+
+
+def test_calibrate_returns_a_delta_that_fits(llama):
+    prompts = [list(range(3, 60)), list(range(90, 20, -1))]
+    found = Delta.calibrate(
+        llama, prompts, num_delta=2, max_new_tokens=20, every=5, budget=16, page_size=4, recent=2
+    )
+    assert found.delta_layers[0] == found.warmup == 2
+    assert len(found.delta_layers) == 2
+    found.check(6)
+    with pytest.raises(ValueError, match="smaller budget"):
+        Delta.calibrate(llama, prompts, max_new_tokens=4, budget=1024)
+    with pytest.raises(ValueError, match="tokenizer"):
+        Delta.calibrate(llama, ["text"], max_new_tokens=4)
+
+
+def test_an_exception_leaves_the_model_usable(llama):
+    batch = padded_batch()
+    stock = generate(llama, batch)
+
+    def fail(*args):
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"), kvcomp.patch(llama, Full()):
+        generate(llama, batch, logits_processor=[fail])
+    assert torch.equal(generate(llama, batch), stock)
+    assert "_kvcomp_run" not in llama.model.layers[0].self_attn.__dict__
+    assert "_prepare_cache_for_generation" not in llama.__dict__
+
+
+def test_refusals(llama):
+    batch = padded_batch()
+    with pytest.raises(TypeError, match="expected a kvcomp method"):
+        kvcomp.patch(llama, "delta")
+    with pytest.raises(TypeError, match="PreTrainedModel"):
+        kvcomp.patch(torch.nn.Linear(2, 2), Full())
+    with pytest.raises(ValueError, match="delta_layers"):
+        kvcomp.patch(llama, Delta(delta_layers=(2, 40)))
+    with pytest.raises(ValueError, match="heads of size 16"):
+        kvcomp.patch(tiny_model("llama", head_dim=16), Full())
+    with kvcomp.patch(llama, Full()) as run:
+        with pytest.raises(ValueError, match="patched already"):
+            kvcomp.patch(llama, Full())
+        for options, what in (
+            ({"use_cache": False}, "use_cache"),
+            ({"cache_implementation": "static"}, "brings its cache"),
+            ({"past_key_values": DynamicCache()}, "cache of this run"),
+            ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        ):
+            with pytest.raises(ValueError, match=what):
+                generate(llama, batch, **options)
+        with pytest.raises(ValueError, match="attention_mask"):
+            llama(batch["input_ids"], attention_mask=torch.ones(2, 1, 21, 21).bool())
+        with pytest.raises(ValueError, match="columns"):
+            llama(batch["input_ids"], attention_mask=torch.ones(2, 5))
+        assert run.report().tokens_decoded == 0
+    generate(llama, batch)
