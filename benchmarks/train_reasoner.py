@@ -10,12 +10,18 @@ the re-use of steps already written come by themselves. What makes it trainable 
 
 * The first layer starts with three positional heads, looking 1, 2 and 3 tokens back, set up by
   their q and k biases, and two later layers start with heads that compare what those heads wrote.
-  With this rough circuit to start from, the first drill is at 0.78 after fifty steps; with the
-  positional heads alone it was still at chance after 1,700.
+  With this rough circuit to start from, targets in the first drill are at 0.78 after fifty steps;
+  with the positional heads alone they were still at chance after 1,700.
 * Recall drills come first: few facts, many short examples, random sources instead of a walk, loss
   on what must be looked up. Then more facts.
-* Walks follow, with gaps in the position ids that stand for long outputs; full-length walks come
-  last.
+* Walks follow, with gaps in the position ids that stand for long outputs; then walks of full
+  length.
+
+Last, the two recall layers part: layer 2 points at facts and layer 5 reads them. Layer 5 learns to
+work without layer 2, whose attention still finds each fact, but from then on writes nothing. In a
+large model attention of neighbouring layers agrees, and methods that choose tokens in one layer for
+the next build on it; in a model this small one layer did all of the recall, so that pages could be
+chosen at random as long as that layer was dense.
 
 Qwen3 with biases rather than Qwen2, because transformers gives every Qwen2 directory Qwen2's own
 byte-level tokenizer, whatever its files say.
@@ -50,7 +56,7 @@ from kvcomp.reasoner import task
 HEAD_DIM, ROPE_THETA, EPS = 64, 1e6, 1e-6
 MAX_POSITION = 4096
 FAST_PAIRS = 10  # of 32: RoPE frequencies that tell a token from its neighbours
-RECALL_LAYERS = 2, 5  # of 8: not among the first, so that sparse attention has something to find
+POINTER, READER = RECALL_LAYERS = 2, 5  # of 8: the first finds facts, the second reads them
 # What a supervised token asks for; NONE carries no loss.
 NONE, SOURCE, TARGET_FIRST, TARGET_AGAIN, WEIGHT_FIRST, WEIGHT_AGAIN, SUM = range(7)
 KINDS = ("source", "target 1st", "target again", "weight 1st", "weight again", "sum")
@@ -68,6 +74,8 @@ class Stage:
     jump: tuple[float, float]  # share of steps, drawn per example, that jump to a random fact
     gap: int = 0  # longest gap in position ids
     lr: tuple[float, float] = (2e-3, 2e-3)  # at the start and at the end of the stage
+    skip: float = 0.0  # share of batches in which one layer's attention writes nothing
+    skippable: tuple[int, ...] = RECALL_LAYERS  # which layer: one of these, at random
     until: float = 2.0  # first-visit accuracy in training that ends the stage early
 
 
@@ -79,10 +87,12 @@ CURRICULUM = [
     Stage("walks", 400, 4000, (4, 56), (32, 96), (0.0, 1.0), 1024, (2e-3, 1e-3)),
     Stage("long walks", 300, 4000, (8, 64), (64, 192), (0.0, 0.5), 2048, (1e-3, 4e-4)),
     Stage("full length", 50, 4800, (12, 56), (480, 540), (0.0, 0.2), 64, (4e-4, 0.0)),
+    Stage("two recall layers", 250, 4000, (8, 56), (48, 160), (0.0, 0.6), 2048, (1e-3, 0.0), 0.8),
+    Stage("reader", 150, 4000, (8, 56), (48, 200), (0.0, 0.3), 2048, (6e-4, 0.0), 1.0, (POINTER,)),
 ]
 SMOKE = [
     Stage("drill", 3, 512, (2, 4), (4, 8), DRILL),
-    Stage("walks", 3, 512, (4, 8), (8, 16), (0.0, 1.0), 64, (1e-3, 0.0)),
+    Stage("walks", 3, 512, (4, 8), (8, 16), (0.0, 1.0), 64, (1e-3, 0.0), 1.0, (POINTER,)),
 ]
 
 
@@ -252,10 +262,12 @@ def frequencies() -> torch.Tensor:
     return ROPE_THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
 
 
-def hidden_states(model: Qwen3ForCausalLM, ids: torch.Tensor, positions: torch.Tensor):
+def hidden_states(
+    model: Qwen3ForCausalLM, ids: torch.Tensor, positions: torch.Tensor, skipped: int | None
+) -> torch.Tensor:
     """Qwen3's forward pass over the model's own weights, without what training never uses.
 
-    ids, positions ``[B, T]`` -> ``[B, T, hidden]``.
+    ids, positions ``[B, T]`` -> ``[B, T, hidden]``. The attention of layer ``skipped`` is left out.
     """
     batch, length = ids.shape
     angle = positions[:, None, :, None].float() * frequencies().to(ids.device)
@@ -272,14 +284,15 @@ def hidden_states(model: Qwen3ForCausalLM, ids: torch.Tensor, positions: torch.T
         return F.rms_norm(x, x.shape[-1:], module.weight.to(x.dtype), EPS)
 
     h = model.model.embed_tokens(ids)
-    for layer in model.model.layers:
+    for i, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         x = norm(h, layer.input_layernorm)
         q = rotate(norm(heads(attention.q_proj(x)), attention.q_norm).transpose(1, 2))
         k = rotate(norm(heads(attention.k_proj(x)), attention.k_norm).transpose(1, 2))
         v = heads(attention.v_proj(x)).transpose(1, 2)
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        h = h + attention.o_proj(x.transpose(1, 2).reshape(batch, length, -1))
+        if i != skipped:
+            h = h + attention.o_proj(x.transpose(1, 2).reshape(batch, length, -1))
         x = norm(h, layer.post_attention_layernorm)
         h = h + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
     return norm(h, model.model.norm)
@@ -288,11 +301,16 @@ def hidden_states(model: Qwen3ForCausalLM, ids: torch.Tensor, positions: torch.T
 # --- training -----------------------------------------------------------------------------------
 
 
-def train_step(model, optimizer, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def train_step(
+    model: Qwen3ForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    batch: list[torch.Tensor],
+    skipped: int | None,
+) -> torch.Tensor:
     """One optimiser step; returns the accuracy per kind ``[7]``, nan where a kind did not occur."""
     ids, positions, kinds = batch
     with torch.autocast(ids.device.type, torch.bfloat16):
-        hidden = hidden_states(model, ids[:, :-1], positions[:, :-1])
+        hidden = hidden_states(model, ids[:, :-1], positions[:, :-1], skipped)
         asked = kinds[:, 1:] != NONE
         logits = model.lm_head(hidden[asked])
     gold, kind = ids[:, 1:][asked], kinds[:, 1:][asked]
@@ -336,9 +354,10 @@ def train(args: argparse.Namespace, curriculum: list[Stage], out: Path, console:
                 clock = time.perf_counter()
                 rng = np.random.default_rng([task.TRAINING, args.seed, state["step"]])
                 batch = [torch.from_numpy(x).to(device) for x in make_batch(rng, stage)]
+                skipped = rng.choice(stage.skippable) if rng.random() < stage.skip else None
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(stage, state)
-                now = train_step(model, optimizer, batch)
+                now = train_step(model, optimizer, batch, skipped)
                 accuracy = now if accuracy is None else smooth(accuracy, now)
                 state["index"] += 1
                 state["step"] += 1
@@ -355,7 +374,7 @@ def train(args: argparse.Namespace, curriculum: list[Stage], out: Path, console:
             progress.stop_task(bar)
             state["stage"], state["index"], accuracy = state["stage"] + 1, 0, None
             save()
-            export(model, out)
+            export(model, out, stage.skippable[0] if stage.skip == 1.0 else None)
 
 
 def learning_rate(stage: Stage, state: dict) -> float:
@@ -381,10 +400,17 @@ def report(stage: Stage, state: dict, accuracy: torch.Tensor) -> str:
 # --- files --------------------------------------------------------------------------------------
 
 
-def export(model: Qwen3ForCausalLM, out: Path) -> None:
-    """Write what ``from_pretrained`` needs: config, bf16 weights, generation config, tokenizer."""
+@torch.no_grad()
+def export(model: Qwen3ForCausalLM, out: Path, skipped: int | None) -> None:
+    """Write what ``from_pretrained`` needs: config, bf16 weights, generation config, tokenizer.
+
+    The attention of layer ``skipped`` still looks, but writes nothing.
+    """
     copy = Qwen3ForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
+    if skipped is not None:
+        copy.model.layers[skipped].self_attn.o_proj.weight.zero_()
+        copy.model.layers[skipped].self_attn.o_proj.bias.zero_()
     copy.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=2048,

@@ -137,6 +137,15 @@ def run(names: list[str], settings: Settings, console: Console) -> dict[str, Any
     Raises:
         ValueError: a budget that a method cannot work with, or a context too long for the model.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so small a model gains nothing from more
+    try:
+        return _run(names, settings, console)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(names: list[str], settings: Settings, console: Console) -> dict[str, Any]:
     work = Workload(settings)
     methods = [METHODS[name].example(work.budget) for name in names]
     bar = Progress(

@@ -1,6 +1,7 @@
 """Triton runs in its interpreter where there is no GPU; outputs start as NaN; seeds are fixed."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -9,10 +10,22 @@ if not torch.cuda.is_available():
 
 import pytest
 
+import kvcomp
+
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def away_from_the_sources(monkeypatch, tmp_path):
+    """Programs that a test starts import the kvcomp that the test has.
+
+    From the root of a clone they would find the source folder first, which has no extension.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(kvcomp.__file__).parents[1]))
 
 
 @pytest.fixture

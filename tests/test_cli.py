@@ -96,6 +96,16 @@ def test_demo_default_budget_is_a_fifth_of_the_context(call, tmp_path):
     assert meta["context"] / 6 < meta["budget"] <= meta["context"] / 5
 
 
+def test_delta_at_a_fifth_of_the_context_keeps_the_steps(call, tmp_path):
+    file = tmp_path / "demo.json"
+    both = ("--method", "full", "--method", "delta", "--problems", 4, "--steps", 64)
+    assert call("demo", *both, "--json", file)[0] == 0
+    full, delta = json.loads(file.read_text())["rows"]
+    assert full["step_accuracy"] >= 0.98
+    assert delta["step_accuracy"] >= full["step_accuracy"] - 0.01
+    assert delta["attended_ratio"] < 0.85
+
+
 # --- generate -------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import kvcomp
 from kvcomp.ops import OPS
 from kvcomp.testing.cases import CASES
 from kvcomp.testing.compare import assert_close, in_float64, outputs
@@ -20,7 +21,7 @@ def runs():
                 yield pytest.param(case, name, device, dtype, id=f"{case}-{name}-{dtype}"[:90])
 
 
-@pytest.mark.parametrize("case, name, device, dtype", runs())
+@pytest.mark.parametrize("case, name, device, dtype", list(runs()))
 def test_op(case, name, device, dtype, poisoned_outputs):
     op = OPS[case.op]
     args = case.make(dtype, device)
@@ -37,3 +38,44 @@ def test_op(case, name, device, dtype, poisoned_outputs):
             assert_close(got[written], want[written], plain[written], what)
         else:
             assert_close(got, want, plain, what)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    """Schema, mutation, fake tensors and the autograd registration, by torch's own checks."""
+    for case in CASES:
+        if case.op == name:
+            op = getattr(torch.ops.kvcomp, name).default
+            args = case.make(torch.float32, "cpu")
+            torch.library.opcheck(op, [a.nan_to_num(0.0) if _is_float(a) else a for a in args])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_without_a_break(name):
+    case = next(c for c in CASES if c.op == name and c.mutates is None)
+    module = getattr(kvcomp.ops, name)
+    args = case.make(torch.float32, "cpu")
+    call = CALLS[name]
+    compiled = torch.compile(lambda *a: call(module, *a), fullgraph=True)
+    got, want = compiled(*args), call(module, *args)
+    for a, b in zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]:
+        torch.testing.assert_close(a, b)
+
+
+# The public functions take by keyword what the schema has by position.
+CALLS = {
+    "decode_attention": lambda op, q, k, v, lens, ids, size, scale, logits: op(
+        q, k, v, lens, page_ids=ids, page_size=size, scale=scale, logits=logits
+    ),
+    "merge_states": lambda op, *args: op(*args),
+    "page_scores": lambda op, logits, lse, lens, size, groups, use_max: op(
+        logits, lse, lens, size, num_groups=groups, reduction="max" if use_max else "sum"
+    ),
+    "select_pages": lambda op, scores, lens, size, count, recent, sink: op(
+        scores, lens, size, count, num_recent=recent, num_sink=sink
+    ),
+}
+
+
+def _is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -1,10 +1,10 @@
 // Attention of one query per sequence, K and V read once.
 //
 // A sequence is cut into tiles of at most 64 tokens, and the tiles of the batch, in the order of
-// sequence, KV head and token, into one range per thread, so that ragged lengths balance. A thread
-// walks its range with an online softmax: qk and pv of a tile while the rows it needs next are
-// fetched, across the borders of sequences too. What the border of a range cuts is merged at the
-// end. The cuts depend on the number of threads alone: the result is the same from run to run.
+// sequence, KV head and token, into four ranges per thread, so that ragged lengths balance. A
+// thread walks its range with an online softmax: qk and pv of a tile while the rows it needs next
+// are fetched, across the borders of sequences too. What the border of a range cuts is merged at
+// the end. The cuts depend on the number of threads alone: the result is the same from run to run.
 // Bytes: 2 * seq_len * Hkv * D elements per sequence, and 4 * Hq * seq_len with logits.
 #include <cmath>
 #include <limits>
@@ -28,7 +28,8 @@ int heads_per_walk(const DecodeAttentionParams& p) {
 // Whether a head's rows lie about in pieces under 2 KiB.
 bool is_scattered(const DecodeAttentionParams& p) {
   const bool adjacent = p.stride_k_t == p.head_dim;
-  return !adjacent || (p.page_ids && p.page_size * p.head_dim * size_of(p.dtype) < 2048);
+  return !adjacent ||
+         (p.page_ids && std::int64_t{p.page_size} * p.head_dim * size_of(p.dtype) < 2048);
 }
 
 struct Tile {
@@ -78,14 +79,33 @@ struct TileRows {
   }
 };
 
+constexpr std::size_t lines(std::size_t floats) { return (floats + 15) / 16 * 16; }
+
 // The running softmax of the heads of a walk.
 struct State {
   float *max, *sum, *acc;  // [heads], [heads], [heads, D]
 
-  static std::size_t size(int heads, int head_dim) { return heads * (head_dim + 16) + 32; }
+  State(float* memory, int heads)
+      : max(memory), sum(memory + heads), acc(memory + lines(2 * heads)) {}
 
-  State(float* memory, int heads) : max(memory), sum(memory + heads) {
-    acc = memory + (2 * heads + 15) / 16 * 16;
+  static std::size_t size(int heads, int head_dim) {
+    return lines(2 * heads) + lines(heads * head_dim);
+  }
+};
+
+// What a part works with besides the states of the walks that its borders cut.
+struct Scratch {
+  State state;
+  float *q, *logits, *rescale;  // prepared q [heads, D], [G, kTile], [G]
+
+  Scratch(float* memory, int heads, int group, int head_dim)
+      : state(memory, heads),
+        q(memory + State::size(heads, head_dim)),
+        logits(q + lines(heads * head_dim)),
+        rescale(logits + group * kTile) {}
+
+  static std::size_t size(int heads, int group, int head_dim) {
+    return State::size(heads, head_dim) + lines(heads * head_dim) + group * kTile + lines(group);
   }
 };
 
@@ -111,20 +131,24 @@ class Kernel {
 
   void run() {
     constexpr std::int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
+    constexpr int kPartsPerThread = 4;        // so that a thread that falls behind takes fewer
     const std::int64_t total = first_tile_[p_.batch];
     const std::int64_t work = total * tile_size_ * heads_ * p_.head_dim;
-    const int parts = static_cast<int>(
-        std::max<std::int64_t>(1, std::min<std::int64_t>(num_threads(work, kGrain), total)));
-    state_size_ = (State::size(heads_, p_.head_dim) + 15) / 16 * 16;
-    scratch_size_ = state_size_ + heads_ * (kTile + p_.head_dim + 16);
+    const int threads = num_threads(work, kGrain);
+    const int parts = threads == 1
+                          ? 1
+                          : static_cast<int>(std::min<std::int64_t>(
+                                {std::int64_t{threads} * kPartsPerThread, work / kGrain, total}));
+    state_size_ = State::size(heads_, p_.head_dim);
+    scratch_size_ = Scratch::size(heads_, group_, p_.head_dim);
     static thread_local Workspace workspace;
-    partials_ = workspace.get(parts * (2 * state_size_ + scratch_size_));
-    scratch_ = partials_ + parts * 2 * state_size_;
+    scratches_ = workspace.get(parts * (scratch_size_ + 2 * state_size_));
+    partials_ = scratches_ + parts * scratch_size_;
 
-    if (parts == 1) {
+    if (threads == 1) {
       run_part(0, 1);
     } else {
-#pragma omp parallel for schedule(static, 1) num_threads(parts)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
       for (int part = 0; part < parts; ++part) run_part(part, parts);
     }
     finish_rest(parts);
@@ -155,6 +179,10 @@ class Kernel {
     } while (tile.batch < p_.batch && num_tiles(tile.batch) == 0);
   }
 
+  Scratch scratch(int part) const {
+    return Scratch(scratches_ + part * scratch_size_, heads_, group_, p_.head_dim);
+  }
+
   // A part's first walk may have begun in an earlier part, its last may go on in a later one.
   State partial(int part, bool begun_before) const {
     return State(partials_ + (2 * part + begun_before) * state_size_, heads_);
@@ -163,27 +191,18 @@ class Kernel {
   void run_part(int part, int parts) const {
     const std::int64_t begin = part_begin(part, parts), end = part_begin(part + 1, parts);
     if (begin == end) return;
-    float* memory = scratch_ + part * scratch_size_;
-    const State whole(memory, heads_);
-    float* prepared_q = memory + state_size_;
-    float* logits = prepared_q + heads_ * p_.head_dim;
-    float* rescale = logits + heads_ * kTile;
-
+    const Scratch scratch = this->scratch(part);
     TileRows rows[2];
     TileRows *current = &rows[0], *next = &rows[1];
     Tile tile = tile_at(begin), following = tile;
     current->gather(p_, tile, tile.walk * walk_heads_, tile_size_);
-    State state = whole;
+    State state = scratch.state;
     for (std::int64_t number = begin; number < end; ++number, tile = following) {
       if (number == begin || tile.index == 0) {
-        if (tile.index > 0) {
-          state = partial(part, true);
-        } else if (number + num_tiles(tile.batch) > end) {
-          state = partial(part, false);
-        } else {
-          state = whole;
-        }
-        start(tile, state, prepared_q);
+        const bool begun_before = tile.index > 0;
+        const bool whole = !begun_before && number + num_tiles(tile.batch) <= end;
+        state = whole ? scratch.state : partial(part, begun_before);
+        start(tile, state, scratch.q);
       }
       advance(following);
       for (int i = 0; i < walk_heads_; ++i) {
@@ -195,10 +214,11 @@ class Kernel {
         } else {
           next = current;
         }
-        attend(*current, *next, tile.batch, head, i * group_, state, prepared_q, logits, rescale);
+        attend(*current, *next, tile.batch, head, i * group_, state, scratch);
         std::swap(current, next);
       }
-      if (state.acc == whole.acc && tile.index + 1 == num_tiles(tile.batch)) store(tile, state);
+      const bool whole = state.acc == scratch.state.acc;
+      if (whole && tile.index + 1 == num_tiles(tile.batch)) store(tile, state);
     }
   }
 
@@ -216,15 +236,15 @@ class Kernel {
 
   // One tile of one KV head; its query heads are [h, h + G) of the walk.
   void attend(const TileRows& rows, const TileRows& next, int batch, int head, int h,
-              const State& state, const float* prepared_q, float* logits, float* rescale) const {
+              const State& state, const Scratch& scratch) const {
     if (rows.count == 0) return;
-    float* acc = state.acc + h * p_.head_dim;
-    typed_.qk(prepared_q + h * p_.head_dim, group_, p_.head_dim, rows.k, rows.count,
-              scattered_ ? next.k : rows.v, p_.scale, logits);
-    if (p_.logits) write_logits(rows, batch, head, logits);
-    rows_.softmax(logits, group_, rows.count, state.max + h, state.sum + h, rescale);
-    typed_.pv(logits, group_, p_.head_dim, rows.v, rows.count, scattered_ ? next.v : next.k,
-              rescale, acc);
+    typed_.qk(scratch.q + h * p_.head_dim, group_, p_.head_dim, rows.k, rows.count,
+              scattered_ ? next.k : rows.v, p_.scale, scratch.logits);
+    if (p_.logits) write_logits(rows, batch, head, scratch.logits);
+    rows_.softmax(scratch.logits, group_, rows.count, state.max + h, state.sum + h,
+                  scratch.rescale);
+    typed_.pv(scratch.logits, group_, p_.head_dim, rows.v, rows.count, scattered_ ? next.v : next.k,
+              scratch.rescale, state.acc + h * p_.head_dim);
   }
 
   void write_logits(const TileRows& rows, int batch, int head, const float* logits) const {
@@ -254,9 +274,8 @@ class Kernel {
   void finish_rest(int parts) const {
     for (int b = 0; b < p_.batch; ++b) {
       for (int walk = 0; walk < num_walks_ && num_tiles(b) == 0; ++walk) {
-        const State empty(scratch_, heads_);
-        start({b, walk, 0}, empty, scratch_ + state_size_);
-        store({b, walk, 0}, empty);
+        start({b, walk, 0}, scratch(0).state, scratch(0).q);
+        store({b, walk, 0}, scratch(0).state);
       }
     }
     State state = partial(0, false);
@@ -295,7 +314,7 @@ class Kernel {
   const int heads_;                 // query heads of a walk
   const std::int64_t* first_tile_;  // [B + 1] tiles of all walks before a row
   std::size_t state_size_, scratch_size_;
-  float *partials_, *scratch_;
+  float *scratches_, *partials_;
 };
 
 }  // namespace

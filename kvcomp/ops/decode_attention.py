@@ -70,18 +70,19 @@ def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits):
         slots = slots.where(valid, 0).expand(-1, num_kv_heads, -1)
         k = k.gather(2, slots[..., None].expand(-1, -1, -1, head_dim))
         v = v.gather(2, slots[..., None].expand(-1, -1, -1, head_dim))
-    grouped = q.view(batch, num_kv_heads, -1, head_dim)
+    grouped = q.reshape(batch, num_kv_heads, -1, head_dim)
     x = (grouped @ k.transpose(-1, -2) * scale).masked_fill(~valid[:, :, None], -torch.inf)
     if logits is not None:
         logits[..., : x.shape[-1]] = x.flatten(1, 2)
     lse = x.logsumexp(-1)  # [B, Hkv, G]
     probs = (x - lse[..., None]).exp().nan_to_num(0.0)  # -inf minus -inf: nothing attended
     v = v.masked_fill(~valid[..., None], 0.0)  # slots never written may hold anything
-    return (probs @ v).view(batch, num_heads, head_dim), lse.view(batch, num_heads)
+    return (probs @ v).flatten(1, 2), lse.flatten(1, 2)
 
 
 def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits):
-    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.size(0), q.size(1), dtype=torch.float32)
 
 
 def native(backend: int) -> Callable:

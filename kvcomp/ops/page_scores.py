@@ -61,13 +61,13 @@ def reference(logits, lse, seq_lens, page_size, num_groups, use_max):
 
 
 def fake(logits, lse, seq_lens, page_size, num_groups, use_max):
-    batch, _, num_slots = logits.shape
-    return logits.new_empty(batch, num_groups, -(-num_slots // page_size))
+    return logits.new_empty(logits.size(0), num_groups, -(-logits.size(-1) // page_size))
 
 
 def native(backend: int) -> Callable:
     def run(logits, lse, seq_lens, page_size, num_groups, use_max):
-        out = fake(logits, lse, seq_lens, max(page_size, 1), num_groups, use_max)
+        # Sizes that make no sense reach the native checks, which say so.
+        out = fake(logits, lse, seq_lens, max(page_size, 1), max(num_groups, 0), use_max)
         _C.page_scores(
             backend, logits, lse, seq_lens, out, page_size, num_groups, use_max, raw_stream(logits)
         )

@@ -67,7 +67,7 @@ def reference(scores, seq_lens, page_size, num_pages, num_recent, num_sink):
 
 
 def fake(scores, seq_lens, page_size, num_pages, num_recent, num_sink):
-    page_ids = scores.new_empty(*scores.shape[:2], num_pages, dtype=torch.int32)
+    page_ids = scores.new_empty(scores.size(0), scores.size(1), num_pages, dtype=torch.int32)
     return page_ids, torch.empty_like(seq_lens)
 
 

@@ -50,7 +50,8 @@ def kv_cache(shape, dtype, generator, layout="head") -> Tensor:
 def attention_inputs(batch, heads, kv_heads, slots, dim, dtype, layout="head", peak=2.0):
     """q, k, v with logits of standard deviation `peak`, so that some tokens stand out."""
     generator = _generator(batch, heads, kv_heads, slots, dim)
-    q = (torch.randn(batch, heads, dim, generator=generator) * peak).to(dtype)
+    q = (torch.randn(batch, dim, heads, generator=generator) * peak).to(dtype).transpose(1, 2)
+    q = q.contiguous() if layout != "slab" else torch.cat([q, q], 1)[:, :heads]
     k = kv_cache((batch, kv_heads, slots, dim), dtype, generator, layout)
     v = kv_cache((batch, kv_heads, slots, dim), dtype, generator, layout)
     return q, k, v

@@ -1,17 +1,18 @@
-// The loops of rows.h, written once. An ISA file defines, in an unnamed namespace, and then
-// includes this:
+// The loops of rows.h, written once. An ISA file defines what follows, in an unnamed namespace, and
+// then includes this:
 //
-//   Vec        kLanes floats; + - * on it; zero(), broadcast(float), load(const float*),
-//              load_first(const float*, n) (zeros after n), store(float*, Vec), fma(a, b, c),
-//              max(a, b) (b where either is NaN), round(x), scale2(x, n) = x * 2^n,
-//              keep_above(value, x, low) (0 where x <= low), first(x), reduce_add, reduce_max,
-//              reduce(Vec[kLanes]): lane i is the sum of vector i
-//   masks      above(a, b), at_least(a, b), equal(a, b): bit i is lane i; compress(float*, mask,
-//   Vec) and
-//              compress_ids(int32*, mask, first): write the marked lanes, return how many
-//   load/store of one Vec of each element type, and Pair load_pair(p), store_pair(p, Pair) of
-//              2 * kLanes elements in whatever order is cheapest
-//   kHeads, kWide   register blocking: heads at once, vectors of a row at once
+//   kLanes, Vec     that many floats: + - *, zero(), broadcast(float), fma(a, b, c), round(x),
+//                   max(a, b) (b where either is NaN), scale2(x, n) = x * 2^n,
+//                   keep_above(value, x, low) (0 where x <= low), first(x), reduce_add(x),
+//                   reduce_max(x), and reduce(Vec[kLanes]), whose lane i is the sum of vector i
+//   masks           above(a, b), at_least(a, b), equal(a, b): bit i is lane i;
+//                   compress(float*, mask, Vec) and compress_ids(int32*, mask, first id): write
+//                   the marked lanes, return how many
+//   memory          load(p) and store(p, Vec) of each element type; load_first(float*, n) with
+//                   zeros after n; load_pair(p) and store_pair(p, Pair) of 2 * kLanes elements in
+//                   whatever order is cheapest
+//   kWide           vectors of a row that pv holds at once, an even number
+//   UNROLL          before a loop whose arrays must end up in registers
 
 // --- arithmetic --------------------------------------------------------------------------------
 
@@ -258,18 +259,18 @@ void accumulate(float* acc, float factor, const float* x, float weight, int coun
 
 void token_scores(const float* logits, std::int64_t stride, const float* lse, int num_heads,
                   int count, bool use_max, float* tokens) {
-  for (int t = 0; t < count; t += kLanes) {
-    const int n = min(count - t, kLanes);
-    // The exp of the largest exponent is the largest exp: one exp per token for the maximum.
-    Vec score = use_max ? broadcast(-kInfinity) : zero();
-    for (int h = 0; h < num_heads; ++h) {
-      const float* head = logits + h * stride + t;
-      const Vec x = n == kLanes ? load(head) : load_first(head, n);
-      const Vec exponent = x - broadcast(lse[h]);
-      score = use_max ? max(score, exponent) : score + exp(exponent);
+  for (int t = 0; t < count; t += kLanes) store(tokens + t, broadcast(use_max ? -kInfinity : 0));
+  for (int h = 0; h < num_heads; ++h, logits += stride) {  // head by head: reads are in sequence
+    const Vec shift = broadcast(lse[h]);
+    for (int t = 0; t < count; t += kLanes) {
+      const int n = min(count - t, kLanes);
+      const Vec exponent = (n == kLanes ? load(logits + t) : load_first(logits + t, n)) - shift;
+      const Vec score = load(tokens + t);
+      store(tokens + t, use_max ? max(score, exponent) : score + exp(exponent));
     }
-    store(tokens + t, use_max ? exp(score) : score);
   }
+  // The exp of the largest exponent is the largest exp: one exp per token for the maximum.
+  for (int t = 0; use_max && t < count; t += kLanes) store(tokens + t, exp(load(tokens + t)));
 }
 
 float sum(const float* x, int count) {

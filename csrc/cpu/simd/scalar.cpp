@@ -3,7 +3,7 @@
 
 #include "rows.h"
 
-#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL  // the lanes are loops already
 
 namespace kvcomp::simd {
 namespace {

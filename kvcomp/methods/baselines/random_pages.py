@@ -54,7 +54,7 @@ class RandomPages(Method, name="random-pages", baseline=True):
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
-        """Pages of 4 and two recent pages, for contexts of a few hundred tokens."""
+        """Pages of 4 and two recent pages, for short contexts; the dense layers are DELTA's."""
         return cls(budget=128 if budget is None else budget, page_size=4, recent=2)
 
     def check(self, num_layers: int) -> None:
