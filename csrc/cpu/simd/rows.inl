@@ -157,15 +157,14 @@ void softmax(float* logits, int num_heads, int count, float* max_, float* sum, f
 
 // --- probs v -----------------------------------------------------------------------------------
 
-// N vectors of a row from `column` on, for H heads: H * N sums in registers over all rows.
+// N vectors of a row from `column` on, for H heads: H * N sums in registers over all rows. They
+// start from zero, not from acc: rounding then grows with the number of tiles, not of tokens.
 template <class T, int H, int N>
 void pv_block(const float* probs, int head_dim, RowPointers rows, int count, RowPointers fetch,
               const float* rescale, int column, float* acc) {
   Vec sums[H][N];
   UNROLL for (int h = 0; h < H; ++h) {
-    UNROLL for (int n = 0; n < N; ++n) {
-      sums[h][n] = load(acc + h * head_dim + column + n * kLanes) * broadcast(rescale[h]);
-    }
+    UNROLL for (int n = 0; n < N; ++n) sums[h][n] = zero();
   }
   for (int t = 0; t < count; ++t) {
     if (fetch) prefetch<N * kLanes * sizeof(T)>(static_cast<const T*>(fetch[t]) + column);
@@ -186,7 +185,10 @@ void pv_block(const float* probs, int head_dim, RowPointers rows, int count, Row
     }
   }
   UNROLL for (int h = 0; h < H; ++h) {
-    UNROLL for (int n = 0; n < N; ++n) store(acc + h * head_dim + column + n * kLanes, sums[h][n]);
+    UNROLL for (int n = 0; n < N; ++n) {
+      float* sum = acc + h * head_dim + column + n * kLanes;
+      store(sum, fma(load(sum), broadcast(rescale[h]), sums[h][n]));
+    }
   }
 }
 
