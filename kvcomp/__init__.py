@@ -1,8 +1,8 @@
 """kvcomp: kernels, ops and methods that make long chains of thought cheap to decode.
 
-    with kvcomp.patch(model, kvcomp.Delta(budget=1024)) as run:
-        out = model.generate(**inputs, max_new_tokens=16384)
-    print(run.report())
+with kvcomp.patch(model, kvcomp.Delta(budget=1024)) as run:
+    out = model.generate(**inputs, max_new_tokens=16384)
+print(run.report())
 """
 
 import torch  # noqa: F401  (first: the native extension takes OpenMP from torch's runtime)

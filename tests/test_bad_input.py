@@ -38,9 +38,7 @@ def merge(**changes):
 def scores(page_size=16, num_groups=1, reduction="max", **changes):
     args = {"logits": torch.randn(B, HQ, T), "lse": torch.randn(B, HQ), "seq_lens": ints(T, T)}
     args |= changes
-    return ops.page_scores(
-        *args.values(), page_size, num_groups=num_groups, reduction=reduction
-    )
+    return ops.page_scores(*args.values(), page_size, num_groups=num_groups, reduction=reduction)
 
 
 def select(page_size=16, num_pages=2, **changes):

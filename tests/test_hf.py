@@ -106,7 +106,7 @@ def test_a_loop_of_ones_own(llama):
     stock = generate(llama, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     with kvcomp.patch(llama, Full()) as run, torch.no_grad():
         cache, tokens = None, ids
-        for step in range(STEPS):
+        for _ in range(STEPS):
             out = llama(tokens, past_key_values=cache)
             cache, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
             ids = torch.cat([ids, tokens], 1)

@@ -27,7 +27,9 @@ def test_one_way():
         above = {f"kvcomp.{name}" for name in ORDER[rank + 1 :]}
         above |= FORBIDDEN_BELOW_HF if room != "hf" else {"kvcomp.cli"}
         for path in (ROOT / room).rglob("*.py"):
-            wrong = {n for n in imported(path) if any(n == a or n.startswith(a + ".") for a in above)}
+            wrong = {
+                n for n in imported(path) if any(n == a or n.startswith(a + ".") for a in above)
+            }
             assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
 
 

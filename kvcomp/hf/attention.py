@@ -57,7 +57,9 @@ def attention(
         )
     for keyword, what in UNSUPPORTED.items():
         if kwargs.get(keyword) is not None:
-            raise ValueError(f"kvcomp: {type(module).__name__} uses {what} ({keyword}): unsupported")
+            raise ValueError(
+                f"kvcomp: {type(module).__name__} uses {what} ({keyword}): unsupported"
+            )
     kv = layer.kv
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.shape[2] == 1:

@@ -162,7 +162,7 @@ class Run:
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, Cache) or cache.kv.meter is not self.meter:
             raise ValueError(
-                f"kvcomp: past_key_values: expected a cache of this run (run.new_cache(), or the one"
+                "kvcomp: past_key_values: expected a cache of this run (run.new_cache(), or the one"
                 f" that generate returned), got {type(cache).__name__}"
             )
 

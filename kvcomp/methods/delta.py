@@ -228,7 +228,9 @@ def best_layers(recall: list[list[float]], first: int, count: int) -> tuple[int,
                 if new not in longer or total > longer[new][0]:
                     longer[new] = (total, (*chosen, new))
         best = longer
-    return max((value + sum(recall[last][last:]), chosen) for last, (value, chosen) in best.items())[1]
+    return max(
+        (value + sum(recall[last][last:]), chosen) for last, (value, chosen) in best.items()
+    )[1]
 
 
 @dataclass(frozen=True)

@@ -102,25 +102,26 @@ def _shortcut(dispatched: Callable, op: Op) -> Callable:
     """
     on_cpu, on_cuda = op.impls[op.bound["cpu"]], op.impls[op.bound["cuda"]]
 
-    def call(first: torch.Tensor, *rest):
+    def call(*args):
+        first = args[0]
         if (
             not torch.compiler.is_compiling()
             and type(first) is torch.Tensor
             and not first.requires_grad
-            and torch._C._len_torch_dispatch_stack() == 0
+            and not torch._C._len_torch_dispatch_stack()
         ):
             if first.is_cpu:
-                return on_cpu(first, *rest)
+                return on_cpu(*args)
             if first.is_cuda:
-                return on_cuda(first, *rest)
-        return dispatched(first, *rest)
+                return on_cuda(*args)
+        return dispatched(*args)
 
     return call
 
 
 def raw_stream(tensor: torch.Tensor) -> int:
     """The current CUDA stream of the tensor's device as an integer; 0 for a CPU tensor."""
-    return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else 0
+    return 0 if tensor.is_cpu else torch._C._cuda_getCurrentRawStream(tensor.device.index)
 
 
 def _checked(check: Callable, run: Callable) -> Callable:
@@ -144,9 +145,7 @@ def _float32_fallback(reference: Callable, fake: Callable) -> Callable:
 
     def run(*args):
         expected = fake(*args)
-        wide = (
-            a.float() if isinstance(a, torch.Tensor) and a.dtype in _HALF else a for a in args
-        )
+        wide = (a.float() if isinstance(a, torch.Tensor) and a.dtype in _HALF else a for a in args)
         result = reference(*wide)
         if isinstance(result, tuple):
             return tuple(r.to(e.dtype) for r, e in zip(result, expected, strict=True))

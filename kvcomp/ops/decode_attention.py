@@ -58,7 +58,7 @@ def decode_attention(
 
 
 def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits):
-    batch, num_heads, head_dim = q.shape
+    batch, _, head_dim = q.shape
     num_kv_heads, num_slots = k.shape[1:3]
     if page_ids is None:
         valid = torch.arange(num_slots, device=q.device) < seq_lens[:, None, None]  # [B, 1, T]

@@ -11,7 +11,9 @@ from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
 
 
-def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
     """The attention over the union of two disjoint token sets, from their (out, lse).
 
     Exact and associative; (0, -inf) is neutral, so rows that attended to nothing merge cleanly.

@@ -51,7 +51,7 @@ def page_scores(
 
 
 def reference(logits, lse, seq_lens, page_size, num_groups, use_max):
-    batch, num_heads, num_slots = logits.shape
+    batch, _, num_slots = logits.shape
     valid = torch.arange(num_slots, device=logits.device) < seq_lens[:, None, None]
     probs = (logits - lse[..., None]).exp().where(valid, 0.0)
     probs = probs.view(batch, num_groups, -1, num_slots)

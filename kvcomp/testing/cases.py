@@ -67,8 +67,20 @@ def _dense(name, batch, heads, kv_heads, slots, dim, lens, layout="head", logits
     return Case("decode_attention", name, make, HALF_AND_FULL, mutates=7 if logits else None)
 
 
-def _paged(name, batch, heads, kv_heads, slots, dim, page_size, count, shared, layout="head",
-           holes=False, logits=False):
+def _paged(
+    name,
+    batch,
+    heads,
+    kv_heads,
+    slots,
+    dim,
+    page_size,
+    count,
+    shared,
+    layout="head",
+    holes=False,
+    logits=False,
+):
     def make(dtype, device):
         q, k, v = attention_inputs(batch, heads, kv_heads, slots, dim, dtype, layout)
         generator = _generator(name)

@@ -10,9 +10,7 @@ from torch import Tensor
 
 def in_float64(args: tuple) -> tuple:
     """The same arguments with every floating tensor widened: the reference on them is the truth."""
-    return tuple(
-        a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
-    )
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
 def outputs(impl: Callable, args: tuple, mutates: int | None) -> tuple[Tensor, ...]:

@@ -97,7 +97,9 @@ def tiny_model(kind: str, seed: int = 0, **overrides) -> PreTrainedModel:
     try:
         config = AutoConfig.for_model(kind, **{**COMMON, **ARCHITECTURES[kind], **overrides})
     except Exception as error:  # unknown, or its own validation is broken in that version
-        raise ValueError(f"transformers {transformers.__version__} has no {kind}: {error}") from error
+        raise ValueError(
+            f"transformers {transformers.__version__} has no {kind}: {error}"
+        ) from error
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     model.generation_config.eos_token_id = None  # random weights would stop at random

@@ -163,9 +163,7 @@ template <class T, int H, int N>
 void pv_block(const float* probs, int head_dim, RowPointers rows, int count, RowPointers fetch,
               const float* rescale, int column, float* acc) {
   Vec sums[H][N];
-  UNROLL for (int h = 0; h < H; ++h) {
-    UNROLL for (int n = 0; n < N; ++n) sums[h][n] = zero();
-  }
+  UNROLL for (int h = 0; h < H; ++h) { UNROLL for (int n = 0; n < N; ++n) sums[h][n] = zero(); }
   for (int t = 0; t < count; ++t) {
     if (fetch) prefetch<N * kLanes * sizeof(T)>(static_cast<const T*>(fetch[t]) + column);
     const T* row = static_cast<const T*>(rows[t]) + column;

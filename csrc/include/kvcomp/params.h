@@ -11,15 +11,15 @@ namespace kvcomp {
 enum class ScalarType : int32_t { f32, f16, bf16 };
 
 struct DecodeAttentionParams {
-  ScalarType dtype;          // of q, k, v and out
-  const void* q;             // [B, Hq, D]
-  const void* k;             // [B, Hkv, T, D]
-  const void* v;             // [B, Hkv, T, D]
-  const int32_t* seq_lens;   // [B] tokens attended
-  const int32_t* page_ids;   // [B, 1 or Hkv, K], -1 skips; nullptr: dense
-  void* out;                 // [B, Hq, D], contiguous
-  float* lse;                // [B, Hq], contiguous
-  float* logits;             // [B, Hq, N] or nullptr
+  ScalarType dtype;         // of q, k, v and out
+  const void* q;            // [B, Hq, D]
+  const void* k;            // [B, Hkv, T, D]
+  const void* v;            // [B, Hkv, T, D]
+  const int32_t* seq_lens;  // [B] tokens attended
+  const int32_t* page_ids;  // [B, 1 or Hkv, K], -1 skips; nullptr: dense
+  void* out;                // [B, Hq, D], contiguous
+  float* lse;               // [B, Hq], contiguous
+  float* logits;            // [B, Hq, N] or nullptr
   int64_t stride_q_b, stride_q_h;
   int64_t stride_k_b, stride_k_h, stride_k_t;
   int64_t stride_v_b, stride_v_h, stride_v_t;
@@ -33,14 +33,14 @@ struct DecodeAttentionParams {
 };
 
 struct MergeStatesParams {
-  ScalarType dtype;      // of out_a, out_b and out
-  const void* out_a;     // [B, Hq, D], contiguous
-  const float* lse_a;    // [B, Hq], contiguous
-  const void* out_b;     // [B, Hq, D], contiguous
-  const float* lse_b;    // [B, Hq], contiguous
-  void* out;             // [B, Hq, D], contiguous
-  float* lse;            // [B, Hq], contiguous
-  int64_t num_rows;      // B * Hq
+  ScalarType dtype;    // of out_a, out_b and out
+  const void* out_a;   // [B, Hq, D], contiguous
+  const float* lse_a;  // [B, Hq], contiguous
+  const void* out_b;   // [B, Hq, D], contiguous
+  const float* lse_b;  // [B, Hq], contiguous
+  void* out;           // [B, Hq, D], contiguous
+  float* lse;          // [B, Hq], contiguous
+  int64_t num_rows;    // B * Hq
   int32_t head_dim;
 };
 

@@ -76,9 +76,7 @@ class RandomPages(Method, name="random-pages", baseline=True):
         if state.step != cache.steps:
             state.step, state.pages = cache.steps, self._draw(layer, state.generator)
         page_ids, lens = state.pages
-        return layer.attend(
-            q, scale, page_ids=page_ids, page_size=self.page_size, seq_lens=lens
-        )[0]
+        return layer.attend(q, scale, page_ids=page_ids, page_size=self.page_size, seq_lens=lens)[0]
 
     def _draw(self, layer: LayerCache, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         pages = -(-layer.max_len // self.page_size)
