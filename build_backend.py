@@ -77,6 +77,8 @@ def find_nvcc():
 
 def find_installed_nvcc():
     if chosen := os.environ.get("CUDACXX"):
+        if shutil.which(chosen) is None:
+            raise SystemExit(f"kvcomp: CUDACXX={chosen}: there is no such compiler")
         return shutil.which(chosen)
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders = [f"{home}/bin" for home in homes if home]

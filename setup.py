@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -31,7 +32,9 @@ class CMakeBuild(build_ext):
             "KVCOMP_CUDA": "ON" if nvcc else "OFF",
             "KVCOMP_SANITIZE": os.environ.get("KVCOMP_SANITIZE", ""),
         }
-        environment = dict(os.environ)
+        # The environment that builds may not be activated; its cmake and ninja come first.
+        tools = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
+        environment = os.environ | {"PATH": os.pathsep.join(tools)}
         if nvcc:
             settings["CMAKE_CUDA_COMPILER"] = nvcc
             settings["KVCOMP_CUDA_ARCHS"] = ";".join(cuda_architectures())

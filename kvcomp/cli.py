@@ -218,7 +218,7 @@ def generate(
     ] = True,
 ) -> None:
     """Stream text from a model under a method; the report goes to standard error."""
-    chosen = build_method(method, budget, settings or [])
+    chosen = build_method(method, model, budget, settings or [])
     sampling = pick_sampling(temperature, top_p)
     where, kind = pick_device(device), pick_dtype(dtype)
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -247,8 +247,8 @@ def generate(
     print(run.report(), file=sys.stderr)
 
 
-def build_method(name: str, budget: int | None, settings: list[str]) -> Method:
-    """The method `name` at its real-size defaults, with what the command line asks for."""
+def build_method(name: str, model: str, budget: int | None, settings: list[str]) -> Method:
+    """The method `name` as published for the model, with what the command line asks for."""
     cls = pick_method(name)
     hints = typing.get_type_hints(cls)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -263,7 +263,7 @@ def build_method(name: str, budget: int | None, settings: list[str]) -> Method:
             known = ", ".join(fields) or "none"
             raise ValueError(f"kvcomp: --set: {name!r} has no field {field!r}; it has: {known}")
         given[field] = parse(setting, fields[field], text)
-    return cls(**given)
+    return cls.for_model(model, **given)
 
 
 def parse(setting: str, hint: Any, text: str) -> Any:

@@ -81,6 +81,7 @@ BAD = [
     ),
     (lambda: paged(ints(0, 1).view(1, 1, 2).expand(B, 1, 2) + 9), "'page_ids'.*T=40.*row 0"),
     (lambda: paged(torch.full((B, 1, 2), -2, dtype=torch.int32)), "'page_ids'.*-2"),
+    (lambda: paged(torch.zeros(B, 1, 0, dtype=torch.int32)), "'seq_lens'.*page_size=0.*16"),
     (lambda: paged(torch.zeros(B, 3, 2, dtype=torch.int32)), "'page_ids'"),
     (lambda: paged(torch.zeros(B, 1, 2, dtype=torch.int64)), "'page_ids'.*int32"),
     (lambda: paged(torch.zeros(B, 1, 2, dtype=torch.int32), page_size=0), "'page_size'.*0"),

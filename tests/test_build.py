@@ -46,7 +46,7 @@ def built(tmp_path_factory):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    if re.search("No matching distribution found|Failed to establish a new connection", run.stdout):
+    if re.search("Failed to establish a new connection|Name or service not known", run.stdout):
         pytest.skip("the package registry is out of reach, and an isolated build needs it")
     assert run.returncode == 0, run.stdout
     [wheel] = (folder / "dist").glob("*.whl")

@@ -94,6 +94,18 @@ def test_crop_is_exact():
         rows.crop(100)
 
 
+def test_crop_is_refused_where_tokens_are_gone():
+    class Forgetful(Full):
+        croppable = False
+
+    cache = KVCache(Forgetful(), 1)
+    k = torch.randn(BATCH, HEADS, 4, DIM)
+    cache.layers[0].append(k, k)
+    with pytest.raises(ValueError, match="Forgetful cannot take tokens back"):
+        cache.crop(1)
+    assert cache.layers[0].columns == 4
+
+
 def test_rows_move_together():
     rows = Rows()
     rows.append(6, left_padding(6, 2, 4))
@@ -111,7 +123,6 @@ def test_reset_gives_memory_back():
     assert rows.layer.capacity > 0
     rows.cache.reset()
     assert rows.layer.capacity == 0
-    assert rows.layer.is_empty
 
 
 def test_mismatch_is_refused_and_nothing_is_lost():

@@ -98,12 +98,14 @@ def test_demo_default_budget_is_a_fifth_of_the_context(call, tmp_path):
 
 def test_delta_at_a_fifth_of_the_context_keeps_the_steps(call, tmp_path):
     file = tmp_path / "demo.json"
-    both = ("--method", "full", "--method", "delta", "--problems", 4, "--steps", 64)
-    assert call("demo", *both, "--json", file)[0] == 0
-    full, delta = json.loads(file.read_text())["rows"]
+    names = ("--method", "full", "--method", "delta", "--method", "random-pages")
+    assert call("demo", *names, "--problems", 4, "--steps", 64, "--json", file)[0] == 0
+    full, delta, at_random = json.loads(file.read_text())["rows"]
     assert full["step_accuracy"] >= 0.98
     assert delta["step_accuracy"] >= full["step_accuracy"] - 0.01
+    assert delta["attended_ratio"] == pytest.approx(at_random["attended_ratio"])
     assert delta["attended_ratio"] < 0.85
+    assert at_random["step_accuracy"] < full["step_accuracy"] - 0.1
 
 
 # --- generate -------------------------------------------------------------------------------------

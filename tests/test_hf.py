@@ -1,11 +1,15 @@
 """Methods under Hugging Face models: the tokens of stock `generate`, or a refusal with a reason."""
 
+import copy
+
 import pytest
 import torch
-from transformers import DynamicCache, TextStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 import kvcomp
-from kvcomp import METHODS, Delta, Full
+from kvcomp import METHODS, Delta, Full, reasoner
+from kvcomp.hf import decode_all
+from kvcomp.methods.delta import _PageRecorder
 from kvcomp.testing.models import ARCHITECTURES, REFUSED, tiny_model
 
 STEPS = 24
@@ -83,7 +87,7 @@ def test_ways_to_generate(llama, options, method):
         assert torch.equal(generate(llama, batch, **options), stock)
 
 
-def test_two_turns_on_one_cache(llama):
+def test_two_turns_on_one_cache(llama, poisoned_outputs):
     batch = padded_batch()
     extra = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(2))
 
@@ -99,6 +103,50 @@ def test_two_turns_on_one_cache(llama):
     for method in (Full(), DENSE_DELTA):
         with kvcomp.patch(llama, method):
             assert torch.equal(conversation(), stock), method
+
+
+def test_a_mask_that_hides_old_tokens_is_refused(llama):
+    batch = padded_batch()
+    with kvcomp.patch(llama, Full()):
+        first = generate(llama, batch, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, batch["input_ids"][:, -3:]], 1)
+        mask = torch.ones_like(ids)
+        mask[:, :21] = batch["attention_mask"]
+        mask[0, -8:-4] = 0
+        with pytest.raises(ValueError, match="hides tokens that are in the cache"):
+            generate(
+                llama,
+                {"input_ids": ids, "attention_mask": mask},
+                past_key_values=first.past_key_values,
+            )
+
+
+def test_a_copied_cache_goes_on_by_itself(llama):
+    """The recipe for prefix caching: fill once, deep-copy, continue each copy."""
+    ids = padded_batch()["input_ids"][1:]
+    mask = torch.ones_like(ids)
+    stock = generate(llama, {"input_ids": ids, "attention_mask": mask})
+    with kvcomp.patch(llama, Full()) as run, torch.no_grad():
+        filled = run.new_cache()
+        llama(ids[:, :12], past_key_values=filled)
+        for _ in range(2):
+            batch = {"input_ids": ids, "attention_mask": mask}
+            out = generate(llama, batch, past_key_values=copy.deepcopy(filled))
+            assert torch.equal(out, stock)
+
+
+def test_a_prompt_of_one_token(llama):
+    batch = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.tensor([[1]])}
+    stock = generate(llama, batch)
+    with kvcomp.patch(llama, Full()) as run:
+        assert torch.equal(generate(llama, batch), stock)
+    assert run.report().tokens_decoded == STEPS - 1
+
+
+def test_attention_that_rearranges_after_the_cache_is_refused():
+    model = tiny_model("diffllama")
+    with kvcomp.patch(model, Full()), pytest.raises(ValueError, match="after the cache"):
+        generate(model, padded_batch())
 
 
 def test_a_loop_of_ones_own(llama):
@@ -128,16 +176,50 @@ def test_streamer(llama, capsys):
     assert capsys.readouterr().out == stock
 
 
-@pytest.mark.parametrize("name", METHODS)
+def test_rows_through_the_cache_interface(llama):
+    """What beam search and contrastive search do to a cache, then a step of each row by itself."""
+    batch = padded_batch()
+
+    def next_logits(change, rows):
+        with kvcomp.patch(llama, Full()) as run, torch.no_grad():
+            cache = run.new_cache()
+            llama(**batch, past_key_values=cache)
+            change(cache)
+            positions = batch["attention_mask"].sum(1)[rows, None]
+            out = llama(
+                torch.full_like(positions, 9), position_ids=positions, past_key_values=cache
+            )
+        return out.logits[:, -1]
+
+    plain = next_logits(lambda cache: None, [0, 1])
+
+    for change, rows in (
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+    ):
+        got = next_logits(change, rows)
+        torch.testing.assert_close(got, plain[rows], rtol=1e-4, atol=1e-4)
+
+
+def test_reset_starts_a_new_sequence(llama):
+    ids = padded_batch()["input_ids"][1:]
+    with kvcomp.patch(llama, Full()) as run, torch.no_grad():
+        cache = run.new_cache()
+        first = llama(ids, past_key_values=cache).logits
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(llama(ids, past_key_values=cache).logits, first)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "random-pages"])
 def test_rows_of_a_batch_do_not_touch_each_other(llama, name):
     """A padded row decodes as it does alone, under a budget far below its length."""
-    method = METHODS[name].example(16)
-    if not method.baseline or name == "full":
-        batch = padded_batch(60, 11)
-        with kvcomp.patch(llama, method):
-            together = generate(llama, batch)
-            alone = {k: v[:1, 11:] for k, v in batch.items()}
-            assert torch.equal(generate(llama, alone)[0], together[0, 11:])
+    batch = padded_batch(60, 11)
+    with kvcomp.patch(llama, METHODS[name].example(16)):
+        together = generate(llama, batch)
+        alone = {k: v[:1, 11:] for k, v in batch.items()}
+        assert torch.equal(generate(llama, alone)[0], together[0, 11:])
 
 
 def test_report_counts_what_the_formula_says(llama):
@@ -153,7 +235,7 @@ def test_report_counts_what_the_formula_says(llama):
     selected = sum(budget - 4 + (n - 1) % 4 + 1 for n in lengths)
     assert report.tokens_decoded == steps
     assert report.tokens_attended_dense == pytest.approx(sum(lengths) / steps)
-    dense_layers = {0, 1, 3, 4} & {0, *SPARSE_DELTA.plan(6)}
+    dense_layers = {0, 1, 3}
     for layer in report.layers:
         expected = sum(lengths) if layer["position"] in dense_layers else selected
         assert layer["tokens_attended"] == pytest.approx(expected / steps)
@@ -161,9 +243,24 @@ def test_report_counts_what_the_formula_says(llama):
     total = prompt + steps
     assert report.kv_bytes_kept == report.kv_bytes_dense == 6 * total * token_bytes
     assert report.kv_bytes_peak == report.kv_bytes_kept <= report.kv_bytes_allocated
+    assert report.kv_bytes_read == (3 * sum(lengths) + 3 * selected) * token_bytes
     assert report.decode_seconds > 0
     assert report.to_dict()["attended_ratio"] == report.attended_ratio < 1
     assert "tokens/s" in str(report)
+
+
+def test_calibrate_finds_the_layer_that_points_and_the_one_that_reads():
+    """The reasoner's layer 2 points at the facts and layer 5 reads them: one serves the other."""
+    model = AutoModelForCausalLM.from_pretrained(reasoner.path(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(reasoner.path())
+    prompts = [reasoner.task.make_problem(nodes=24, steps=60, seed=seed).prompt for seed in (1, 2)]
+    method = Delta(budget=64, page_size=4, recent=2)
+    recorder = _PageRecorder(method, every=10)
+    decode_all(model, prompts, recorder, tokenizer=tokenizer, max_new_tokens=120)
+    recall = torch.stack(recorder.recalls).mean(0)
+    assert torch.allclose(recall.diagonal(), torch.ones(8))
+    assert recall[:5, 5].argmax() == 2
+    assert recall[2, 5] > recall[[0, 1, 3, 4], 5].max() + 0.1
 
 
 def test_calibrate_returns_a_delta_that_fits(llama):
@@ -198,15 +295,17 @@ def test_refusals(llama):
     batch = padded_batch()
     with pytest.raises(TypeError, match="expected a kvcomp method"):
         kvcomp.patch(llama, "delta")
-    with pytest.raises(TypeError, match="PreTrainedModel"):
-        kvcomp.patch(torch.nn.Linear(2, 2), Full())
+    for not_a_model in (torch.nn.Linear(2, 2), llama.model):
+        with pytest.raises(TypeError, match="that can generate"):
+            kvcomp.patch(not_a_model, Full())
     with pytest.raises(ValueError, match="delta_layers"):
         kvcomp.patch(llama, Delta(delta_layers=(2, 40)))
     with pytest.raises(ValueError, match="heads of size 16"):
         kvcomp.patch(tiny_model("llama", head_dim=16), Full())
     with kvcomp.patch(llama, Full()) as run:
-        with pytest.raises(ValueError, match="patched already"):
-            kvcomp.patch(llama, Full())
+        for model in (llama, type(llama)(llama.config)):
+            with pytest.raises(ValueError, match="patched already, or shares its config"):
+                kvcomp.patch(model, Full())
         for options, what in (
             ({"use_cache": False}, "use_cache"),
             ({"cache_implementation": "static"}, "brings its cache"),

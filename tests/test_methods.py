@@ -114,6 +114,8 @@ def test_delta_rows_with_few_pages_stay_dense():
 
 def test_published_and_planned_layers():
     assert Delta.published("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B").delta_layers == (2, 14, 22)
+    assert Delta.for_model("DeepSeek-R1-Distill-Qwen-14B", budget=2048).delta_layers == (2, 6, 42)
+    assert Delta.for_model("another", delta_layers=(2,)) == Delta(delta_layers=(2,))
     assert Delta().plan(28) == (2, 14, 22)
     assert Delta().plan(4) == (2,)
     with pytest.raises(ValueError, match="calibrate"):
@@ -142,6 +144,8 @@ def test_best_layers_finds_the_best_set():
         (lambda: KVCache(Delta(delta_layers=(2, 30)), 28), "up to 27"),
         (lambda: KVCache(Delta(delta_layers=(1, 14)), 28), "from warmup=2"),
         (lambda: KVCache(Delta(delta_layers=(5, 14)), 28), "directly"),
+        (lambda: KVCache(Delta(delta_layers=()), 28), "directly"),
+        (lambda: KVCache(Delta(), 2), "warmup=2 needs more layers"),
         (lambda: RandomPages(budget=100), "multiple of page_size"),
         (lambda: RandomPages(budget=64), "expected 1 to 4 pages"),
         (lambda: KVCache(RandomPages(dense_layers=(9,)), 8), "0..7"),

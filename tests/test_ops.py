@@ -1,5 +1,10 @@
 """THE op test: op x implementation x case x dtype against the reference in float64."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -79,3 +84,13 @@ CALLS = {
 
 def _is_float(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+@pytest.mark.parametrize("isa, said", [("scalar", "^scalar$"), ("sse", "expected one of scalar")])
+def test_the_cap_on_the_instruction_set_is_obeyed(isa, said):
+    code = "import torch, kvcomp._C as c\ntry: print(c.cpu_isa())\nexcept ValueError as e: print(e)"
+    environment = os.environ | {"KVCOMP_ISA": isa}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert re.search(said, run.stdout.strip()), run.stdout + run.stderr

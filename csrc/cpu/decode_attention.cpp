@@ -292,8 +292,8 @@ class Kernel {
 
   void merge(const State& into, const State& from) const {
     for (int h = 0; h < heads_; ++h) {
+      if (from.sum[h] == 0.0f) continue;  // nothing attended
       const float max = std::max(into.max[h], from.max[h]);
-      if (max == -kInfinity) continue;
       const float a = std::exp(into.max[h] - max), b = std::exp(from.max[h] - max);
       rows_.accumulate(into.acc + h * p_.head_dim, a, from.acc + h * p_.head_dim, b, p_.head_dim);
       into.sum[h] = into.sum[h] * a + from.sum[h] * b;

@@ -1,6 +1,7 @@
 // Two partial attentions over disjoint tokens into one, a row per head. Bytes: two outputs read,
 // one written.
 #include <cmath>
+#include <limits>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -15,8 +16,7 @@ float log_add_exp(float a, float b) {
 
 // 0 for a side that attended to nothing, even where the other did not either.
 float weight(float lse, float total) {
-  const float weight = std::exp(lse - total);
-  return std::isnan(weight) ? 0.0f : weight;
+  return total == -std::numeric_limits<float>::infinity() ? 0.0f : std::exp(lse - total);
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 namespace kvcomp::cpu {
 namespace {
 
-constexpr int kTokens =
-    1024;  // scored at once: their row of each head is 4 KiB, the sums stay in L1
+// Tokens scored at once: their row of each head is 4 KiB, the sums stay in L1.
+constexpr int kTokens = 1024;
 
 // Pages [first, last) of one row and group.
 void score_pages(const PageScoresParams& p, const simd::Rows& rows, int batch, int group, int first,

@@ -15,7 +15,8 @@
 namespace kvcomp::cpu {
 
 // Threads for a task of `work` units when a thread is worth waking for `grain` of them. Obeys
-// torch.set_num_threads; 1 inside somebody else's parallel region.
+// torch.set_num_threads (in a new Python thread, once any op of torch has run there); 1 inside
+// somebody else's parallel region.
 inline int num_threads(std::int64_t work, std::int64_t grain) {
   if (work < 2 * grain || omp_in_parallel()) return 1;
   return static_cast<int>(std::min<std::int64_t>(omp_get_max_threads(), work / grain));

@@ -144,6 +144,8 @@ void decode_attention(Backend backend, py::handle q_, py::handle k_, py::handle 
       .page_size = static_cast<std::int32_t>(page_size),
       .scale = static_cast<float>(scale),
   };
+  // An empty list has no memory, so it would pass for no list; with lengths of 0 that is the same.
+  if (page_ids && K.size == 0) check_seq_lens(at, params.seq_lens, B.size, "K * page_size", 0);
   check_values(at, params);
   const py::gil_scoped_release_simple released;
   cpu::decode_attention(params);

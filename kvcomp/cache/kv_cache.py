@@ -12,7 +12,8 @@ from kvcomp.cache.meter import Meter
 
 
 class Policy(Protocol):
-    """What a cache asks of its method; `kvcomp.methods.Method` says what each hook is for."""
+    """What a cache asks of its method. It is written out here because methods import caches and
+    not the other way round; `kvcomp.methods.Method` says what each hook is for."""
 
     croppable: ClassVar[bool]
 

@@ -54,10 +54,6 @@ class LayerCache:
         self._arrivals: list[tuple[int, Tensor | None]] = []  # (columns, [B, columns] validity)
 
     @property
-    def is_empty(self) -> bool:
-        return self.columns == 0
-
-    @property
     def keys(self) -> Tensor:
         """[B, Hkv, max_len, D]; row b is valid up to seq_lens[b]."""
         return self._k[:, :, : self.max_len]
@@ -83,6 +79,7 @@ class LayerCache:
         """
         self._check(k, v, valid)
         k, v = k.detach(), v.detach()
+        valid = None if valid is None else valid.to(k.device)
         batch, _, count, _ = k.shape
         if self._k is None:
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=k.device)
@@ -155,11 +152,19 @@ class LayerCache:
         if self.seq_lens is not None:
             self.max_len = int(self.seq_lens.max())
 
+    def seen(self) -> Tensor:
+        """[B, columns] bool: which of the columns were tokens, and not padding."""
+        rows = self.seq_lens.new_ones(self.seq_lens.shape[0], 1, dtype=torch.bool)
+        pieces = [rows.expand(-1, n) if valid is None else valid for n, valid in self._arrivals]
+        return torch.cat(pieces, 1)
+
     def select(self, rows: Tensor) -> None:
         """Rows become `rows` ([B'] int64 indices): reorder, repeat or drop sequences."""
         if self._k is None:
             return
         rows = rows.to(self._k.device)
+        if any(valid is not None for _, valid in self._arrivals):
+            self._arrivals = [(self.columns, self.seen())]  # one piece to reorder, not one per step
         self._k, self._v = self._k[rows], self._v[rows]
         self.seq_lens, self.logical_lens = self.seq_lens[rows], self.logical_lens[rows]
         self.state = {name: tensor[rows] for name, tensor in self.state.items()}
@@ -172,9 +177,10 @@ class LayerCache:
         steps = torch.arange(count, device=k.device)
         added: Tensor | int = count
         if valid is not None:
-            order = (~valid).argsort(dim=1, stable=True)  # valid tokens first, in order
-            index = order[:, None, :, None].expand_as(k)
-            k, v = k.gather(2, index), v.gather(2, index)
+            if count > 1:
+                order = (~valid).argsort(dim=1, stable=True)  # valid tokens first, in order
+                index = order[:, None, :, None].expand_as(k)
+                k, v = k.gather(2, index), v.gather(2, index)
             added = valid.sum(1).int()
             self._uniform = False
         # A row's padding lands behind its valid tokens, where the next append overwrites it.
@@ -188,7 +194,8 @@ class LayerCache:
             return
         capacity = max(length, FIRST_CAPACITY, int(self.capacity * GROWTH))
         batch, heads, _, dim = like.shape
-        grown = [like.new_empty(batch, heads, capacity, dim) for _ in "kv"]
+        # Zeros, because a mask does not stop the NaN that memory never written may hold.
+        grown = [like.new_zeros(batch, heads, capacity, dim) for _ in "kv"]
         if self._k is not None:
             grown[0][:, :, : self.max_len] = self.keys
             grown[1][:, :, : self.max_len] = self.values

@@ -31,6 +31,9 @@ class Meter:
         self.allocated_bytes = 0
         self._lens: list[tuple[Tensor, Tensor]] = []  # of the latest cache: kept and seen
 
+    def __deepcopy__(self, memo: dict) -> Meter:
+        return self  # a copied cache belongs to the same run
+
     def attended(self, position: int, lens: Tensor) -> None:
         """Attention of layer `position` reads lens [B] tokens."""
         self.read_tokens[position] = self.read_tokens[position].to(lens.device) + lens.sum()

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcomp.cache import LayerCache
-from kvcomp.hf.cache import Cache, Layer
+from kvcomp.hf.cache import Layer
 
 if TYPE_CHECKING:
     from kvcomp.hf.patch import Run
@@ -60,11 +60,18 @@ def attention(
             raise ValueError(
                 f"kvcomp: {type(module).__name__} uses {what} ({keyword}): unsupported"
             )
+    fresh, layer.fresh = layer.fresh, None
+    if fresh is None or key is not fresh[0] or value is not fresh[1]:
+        raise ValueError(
+            f"kvcomp: {type(module).__name__} changes K or V after the cache has stored them, or"
+            " attends more than once: unsupported"
+        )
     kv = layer.kv
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.shape[2] == 1:
+    first = kv.columns == query.shape[2]
+    if query.shape[2] == 1 and not first:
         return kv.cache.attend(kv, query[:, :, 0], scale)[:, None], None
-    if kv.columns == query.shape[2]:
+    if first:
         out, _ = _inner(run, module)(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -106,8 +113,9 @@ def attend_many(
 def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
     """The mask of the implementation that the user had; decode steps of our layers ignore it."""
     run = RUNS.get(id(config))
-    inner = ALL_MASK_ATTENTION_FUNCTIONS["sdpa" if run is None else run.inner_name]
-    return inner(*args, config=config, **kwargs)
+    if run is None:
+        raise RuntimeError(f"kvcomp: a config is set to {NAME!r} attention without kvcomp.patch")
+    return ALL_MASK_ATTENTION_FUNCTIONS[run.inner_name](*args, config=config, **kwargs)
 
 
 def _inner(run: Run, module: torch.nn.Module) -> Any:
@@ -120,6 +128,3 @@ def register() -> None:
     """Make the name known to transformers; patching a model puts it to use."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
-
-
-__all__ = ["NAME", "RUNS", "Cache", "attention", "mask", "register"]

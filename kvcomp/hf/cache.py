@@ -25,6 +25,7 @@ class Layer(CacheLayerMixin):
         super().__init__()
         self.owner = owner
         self.kv = kv
+        self.fresh: tuple[Tensor, Tensor] | None = None  # handed out by update, not yet attended
 
     @property
     def is_croppable(self) -> bool:
@@ -39,7 +40,8 @@ class Layer(CacheLayerMixin):
         """Store the new tokens and return just them: the attention function reads `kv` itself."""
         self.is_initialized = True
         self.kv.append(key_states, value_states, self.owner.padding)
-        return key_states, value_states
+        self.fresh = key_states, value_states
+        return self.fresh
 
     def get_seq_length(self) -> int:
         return self.kv.columns

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from kvcomp.cache import Meter
 from kvcomp.hf import attention
@@ -55,8 +55,11 @@ class Run:
     """
 
     def __init__(self, model: PreTrainedModel, method: Method) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"kvcomp.patch: model: expected a PreTrainedModel, got {model!r}"[:200])
+        if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+            raise TypeError(
+                "kvcomp.patch: model: expected a transformers model that can generate, got"
+                f" {type(model).__name__}"
+            )
         if not isinstance(method, Method):
             raise TypeError(
                 f"kvcomp.patch: method: expected a kvcomp method such as Delta(), got {method!r}"
@@ -127,12 +130,7 @@ class Run:
         self._undo.append(lambda: model.__dict__.pop("_prepare_cache_for_generation"))
 
     def _set_attention(self, name: str) -> None:
-        own, text = self.model.config, self.config
-        if text is own:
-            self.model.set_attn_implementation(name)
-        else:  # a multimodal model: its other towers keep what they have
-            key = next(k for k in own.sub_configs if getattr(own, k, None) is text)
-            self.model.set_attn_implementation({key: name})
+        self.model.set_attn_implementation(name)
         if self.config._attn_implementation != name:
             raise ValueError(
                 f"kvcomp.patch: {type(self.model).__name__} does not take its attention from"
@@ -196,11 +194,20 @@ class Run:
                 "kvcomp: attention_mask: expected [B, tokens] of 0 and 1 (padding only), got"
                 f" {list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
             )
-        seen = cache.get_seq_length()
+        seen, first = cache.get_seq_length(), cache.kv.layers[0]
         if mask.shape[1] != seen + count:
             raise ValueError(
                 f"kvcomp: attention_mask: expected {seen + count} columns ({seen} seen, {count}"
                 f" new), got {mask.shape[1]}"
+            )
+        if (
+            seen
+            and count > 1
+            and not torch.equal(mask[:, :seen].bool(), first.seen().to(mask.device))
+        ):
+            raise ValueError(
+                "kvcomp: attention_mask: hides tokens that are in the cache already, or shows"
+                " padding that never entered it"
             )
         valid = mask[:, -count:].bool()
         # Reading the device once per prompt is fine; at every decode step it would stall it.
@@ -208,6 +215,8 @@ class Run:
 
     def _after_forward(self, decoder: Any, args: Any, output: Any) -> None:
         decoded = self.meter.tokens_decoded
+        if decoded == self._decoded_before and self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # once per prompt: its work is not decoding
         now = time.perf_counter()
         if decoded > self._decoded_before:
             self._decode_seconds += now - self._last_forward
@@ -223,11 +232,13 @@ def refuse(model: PreTrainedModel) -> None:
         config.hidden_size // config.num_attention_heads
     )
     reasons = {
-        "is patched already; undo() the other run first": "_prepare_cache_for_generation"
-        in model.__dict__,
+        "is patched already, or shares its config with a model that is; undo() the other run"
+        " first": config._attn_implementation == attention.NAME,
+        "is multimodal; methods know text models": config is not model.config,
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "insists on a cache class of its own": not model._supports_default_dynamic_cache(),
         "caches a latent instead of keys and values (MLA)": getattr(config, "kv_lora_rank", None),
+        "shares K and V between layers": getattr(config, "num_kv_shared_layers", None),
         "caps its attention logits": getattr(config, "attn_logit_softcapping", None),
         "has learned attention sinks": any(k.endswith(".sinks") for k in model.state_dict()),
         "returns attention weights (output_attentions)": config.output_attentions,

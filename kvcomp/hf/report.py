@@ -15,7 +15,9 @@ class Report:
 
     Attributes:
         method: its name and parameters.
-        tokens_decoded: by decode steps, all rows; the first token comes from the prefill.
+        tokens_decoded: by decode steps, all rows, those past their end included. The first token
+            comes from the prefill; tokens that assisted decoding checks several at a time are not
+            decode steps and are not counted.
         decode_seconds: wall time from the end of each prefill to the last decode step after it.
         tokens_attended: mean tokens that a layer attended to per decoded token.
         tokens_attended_dense: the same had every layer attended to all.

@@ -50,6 +50,16 @@ class Method:
         """
         return cls()
 
+    @classmethod
+    def for_model(cls, model: str, **fields: Any) -> Self:
+        """An instance with the settings published for a model, by name, where there are some.
+
+        Args:
+            model: hub name or path.
+            fields: of the dataclass; they win over what was published.
+        """
+        return cls(**fields)
+
     def check(self, num_layers: int) -> None:
         """Raise ValueError where the parameters do not fit a model of `num_layers` layers."""
 

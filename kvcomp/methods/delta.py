@@ -55,7 +55,7 @@ class Delta(Method, name="delta"):
     recent: int = 8  # L
     warmup: int = 2  # W0
     delta_layers: tuple[int, ...] | None = None  # D
-    group: Any = field(default=None, compare=False)
+    group: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.recent < 1 or self.warmup < 0:
@@ -86,13 +86,17 @@ class Delta(Method, name="delta"):
         Raises:
             ValueError: no set was published for that model; `calibrate` finds one.
         """
-        short = model.rsplit("/", 1)[-1]
-        if short not in PUBLISHED:
+        if _short(model) not in PUBLISHED:
             raise ValueError(
                 f"kvcomp.Delta: no published delta layers for {model!r}, only for"
                 f" {', '.join(PUBLISHED)}; Delta.calibrate(model, prompts) finds them"
             )
-        return cls(delta_layers=PUBLISHED[short], **fields)
+        return cls.for_model(model, **fields)
+
+    @classmethod
+    def for_model(cls, model: str, **fields: Any) -> Self:
+        """The published delta layers where there are some, else those of the same depths."""
+        return cls(**{"delta_layers": PUBLISHED.get(_short(model)), **fields})
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
@@ -102,12 +106,17 @@ class Delta(Method, name="delta"):
 
     def check(self, num_layers: int) -> None:
         outside = [x for x in self.delta_layers or () if not self.warmup <= x < num_layers]
-        if outside or self.warmup >= num_layers:
+        if self.warmup >= num_layers:
+            raise ValueError(
+                f"kvcomp.Delta: warmup={self.warmup} needs more layers than the {num_layers} of"
+                " this model"
+            )
+        if outside:
             raise ValueError(
                 f"kvcomp.Delta: delta_layers: expected layers from warmup={self.warmup} up to"
                 f" {num_layers - 1}, got {self.delta_layers}"
             )
-        if self.delta_layers and min(self.delta_layers) > self.warmup:
+        if self.delta_layers is not None and self.warmup not in self.delta_layers:
             raise ValueError(
                 f"kvcomp.Delta: delta_layers: the first must follow the {self.warmup} warm-up"
                 f" layers directly, or the layers between have no pages; got {self.delta_layers}"
@@ -137,7 +146,7 @@ class Delta(Method, name="delta"):
         if layer.max_len <= self.budget:  # nothing to leave out in any row
             return layer.attend(q, scale)[0]
         if layer.position not in state.dense:
-            page_ids, lens = state.pages
+            page_ids, lens = (x.to(q.device) for x in state.pages)  # layers may be spread
             return layer.attend(
                 q, scale, page_ids=page_ids, page_size=self.page_size, seq_lens=lens
             )[0]
@@ -162,7 +171,7 @@ class Delta(Method, name="delta"):
 
     def _logits_buffer(self, layer: LayerCache, q: Tensor) -> Tensor:
         state, shape = layer.cache.state, (*q.shape[:2], layer.capacity)
-        if state.logits is None or state.logits.shape != shape:
+        if state.logits is None or state.logits.shape != shape or state.logits.device != q.device:
             state.logits = q.new_empty(shape, dtype=torch.float32)
         return state.logits
 
@@ -206,6 +215,10 @@ class Delta(Method, name="delta"):
         recall = torch.stack(recorder.recalls).mean(0)
         chosen = best_layers(recall.tolist(), recorder.method.warmup, num_delta)
         return replace(recorder.method, delta_layers=chosen)
+
+
+def _short(model: str) -> str:
+    return model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def best_layers(recall: list[list[float]], first: int, count: int) -> tuple[int, ...]:

@@ -75,7 +75,8 @@ def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits):
     if logits is not None:
         logits[..., : x.shape[-1]] = x.flatten(1, 2)
     lse = x.logsumexp(-1)  # [B, Hkv, G]
-    probs = (x - lse[..., None]).exp().nan_to_num(0.0)  # -inf minus -inf: nothing attended
+    base = lse.masked_fill(lse == -torch.inf, 0.0)  # nothing attended: probabilities of 0
+    probs = (x - base[..., None]).exp()
     v = v.masked_fill(~valid[..., None], 0.0)  # slots never written may hold anything
     return (probs @ v).flatten(1, 2), lse.flatten(1, 2)
 

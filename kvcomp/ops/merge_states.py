@@ -33,8 +33,8 @@ def merge_states(
 
 def reference(out_a, lse_a, out_b, lse_b):
     lse = torch.logaddexp(lse_a, lse_b)
-    weight_a = (lse_a - lse).exp().nan_to_num(0.0)  # both empty: -inf minus -inf
-    weight_b = (lse_b - lse).exp().nan_to_num(0.0)
+    base = lse.masked_fill(lse == -torch.inf, 0.0)  # both empty: weights of 0
+    weight_a, weight_b = (lse_a - base).exp(), (lse_b - base).exp()
     return out_a * weight_a[..., None] + out_b * weight_b[..., None], lse
 
 

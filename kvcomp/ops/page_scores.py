@@ -53,6 +53,7 @@ def page_scores(
 def reference(logits, lse, seq_lens, page_size, num_groups, use_max):
     batch, _, num_slots = logits.shape
     valid = torch.arange(num_slots, device=logits.device) < seq_lens[:, None, None]
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # nothing attended: 0, not NaN
     probs = (logits - lse[..., None]).exp().where(valid, 0.0)
     probs = probs.view(batch, num_groups, -1, num_slots)
     tokens = probs.amax(2) if use_max else probs.sum(2)  # [B, num_groups, N]

@@ -24,6 +24,7 @@ import torch
 
 import kvcomp
 from kvcomp import _C
+from kvcomp.info import cpu_model
 
 SHORTEST_SAMPLE = 2e-4  # seconds; quicker calls are timed several at a time
 CALLS_IN_GRAPH = 20
@@ -246,7 +247,7 @@ def meta(benchmark: str, device: str, **more) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_model(),
         "cpu_isa": _C.cpu_isa(),
         "threads": torch.get_num_threads(),
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
@@ -316,11 +317,3 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

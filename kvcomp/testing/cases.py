@@ -166,6 +166,12 @@ def _page_scores_cases() -> list[Case]:
         lens[0], lse[0], logits[0] = 0, -torch.inf, torch.nan
         return _to(device, logits, lse, lens, 16, 1, True)
 
+    def all_masked(dtype, device):
+        """A row whose pages were all holes: its logits and lse are -inf, its scores 0."""
+        logits, lse, lens = scored_logits(2, 4, 50, _generator("masked"))
+        logits[0], lse[0] = -torch.inf, -torch.inf
+        return _to(device, logits, lse, lens, 16, 2, True)
+
     return [
         build("one-token", 1, 1, 1, 16),
         build("max", 3, 8, 333, 16),
@@ -175,6 +181,7 @@ def _page_scores_cases() -> list[Case]:
         build("strided", 2, 7, 257, 64, spare=31),
         build("many-heads-long", 1, 40, 4100, 16),
         Case("page_scores", "empty-row", empty_row),
+        Case("page_scores", "all-masked", all_masked),
     ]
 
 

@@ -80,6 +80,9 @@ ARCHITECTURES: dict[str, dict] = {
     },
 }
 
+# The same, for architectures that only show a refusal.
+OTHERS: dict[str, dict] = {"diffllama": {}}
+
 # model type -> why a method cannot decode it exactly, as the refusal says it
 REFUSED = {
     "gemma2": "caps its attention logits",
@@ -95,7 +98,9 @@ def tiny_model(kind: str, seed: int = 0, **overrides) -> PreTrainedModel:
         ValueError: the installed transformers cannot make this configuration.
     """
     try:
-        config = AutoConfig.for_model(kind, **{**COMMON, **ARCHITECTURES[kind], **overrides})
+        config = AutoConfig.for_model(
+            kind, **{**COMMON, **(ARCHITECTURES | OTHERS)[kind], **overrides}
+        )
     except Exception as error:  # unknown, or its own validation is broken in that version
         raise ValueError(
             f"transformers {transformers.__version__} has no {kind}: {error}"

@@ -1,7 +1,4 @@
 // AVX-512 with the bf16 dot product: exact products of q and k in pairs, added in fp32.
-// False alarms in the headers of GCC 12.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 
 #include <cstdint>

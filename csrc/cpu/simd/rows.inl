@@ -261,7 +261,7 @@ void token_scores(const float* logits, std::int64_t stride, const float* lse, in
                   int count, bool use_max, float* tokens) {
   for (int t = 0; t < count; t += kLanes) store(tokens + t, broadcast(use_max ? -kInfinity : 0));
   for (int h = 0; h < num_heads; ++h, logits += stride) {  // head by head: reads are in sequence
-    const Vec shift = broadcast(lse[h]);
+    const Vec shift = broadcast(lse[h] == -kInfinity ? kInfinity : lse[h]);  // all masked: 0
     for (int t = 0; t < count; t += kLanes) {
       const int n = min(count - t, kLanes);
       const Vec exponent = (n == kLanes ? load(logits + t) : load_first(logits + t, n)) - shift;

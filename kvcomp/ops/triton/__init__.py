@@ -30,7 +30,7 @@ def on_its_device(launch: Callable) -> Callable:
 
 @cache
 def num_multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side; the interpreter plays an H200."""
+    """How many programs run side by side; 132 as on Hopper in the interpreter."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
