@@ -135,6 +135,14 @@ def test_a_copied_cache_goes_on_by_itself(llama):
             assert torch.equal(out, stock)
 
 
+def test_arguments_by_position(llama):
+    ids = padded_batch()["input_ids"][1:]
+    with torch.no_grad():
+        stock = llama.model(ids, torch.ones_like(ids)).last_hidden_state
+        with kvcomp.patch(llama, Full()):
+            assert torch.equal(llama.model(ids, torch.ones_like(ids), None, None)[0], stock)
+
+
 def test_a_prompt_of_one_token(llama):
     batch = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.tensor([[1]])}
     stock = generate(llama, batch)

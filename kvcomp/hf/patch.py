@@ -166,15 +166,17 @@ class Run:
 
     def _before_forward(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Supply the cache, and work out which of the new tokens are padding."""
-        names = list(inspect.signature(decoder.forward).parameters) if args else []
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = kwargs
+        if args:  # by position: name them
+            names = inspect.signature(decoder.forward).parameters
+            given = dict(zip(names, args, strict=False)) | kwargs
         if given.get("output_attentions") or self.config.output_attentions:
             raise ValueError("kvcomp: output_attentions: the kernels never form the weights")
         cache = given.get("past_key_values")
         if cache is None and (
             self.config.use_cache if given.get("use_cache") is None else given["use_cache"]
         ):
-            cache = kwargs["past_key_values"] = self.new_cache()
+            cache = given["past_key_values"] = self.new_cache()
         self._running.cache = cache
         if cache is not None:
             self._check_cache(cache)
@@ -183,7 +185,7 @@ class Run:
             cache.padding = self._new_padding(cache, given.get("attention_mask"), tokens.shape[1])
         if self._last_forward is None:
             self._last_forward = time.perf_counter()
-        return args, kwargs
+        return (), given
 
     def _new_padding(self, cache: Cache, mask: Any, count: int) -> Tensor | None:
         """[B, count] bool of the valid new tokens; None when all are."""
