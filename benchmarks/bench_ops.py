@@ -7,7 +7,8 @@
 
 GB/s counts what must be moved (K and V once, plus side inputs and outputs), whatever a contender
 really touches, and is compared with a bandwidth probe that runs in the same rounds. A contender
-whose result is wrong gets no ratio, and the exit code is 1.
+whose result is wrong gets no ratio, and the exit code is 1. All ops are in this one long file, each
+under its heading: what it is timed on, what it is compared with, and what it must return.
 """
 
 from __future__ import annotations
@@ -30,22 +31,17 @@ from kvcomp.ops import OPS
 from kvcomp.testing.bench import (
     LEAST_SAMPLES,
     OtherLoad,
-    Probe,
-    Rotation,
     Row,
     bandwidth_probe,
-    cold_sets,
     header,
     interleave,
     meta,
     write_json,
 )
-from kvcomp.testing.compare import in_float64, max_error
+from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations, measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPES = ("32/8x128", "28/4x128", "12/2x128", "16/8x64")  # query heads / KV heads x head size
-KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # worth timing on a device
-REFERENCE_BYTES = 40 << 20  # larger inputs are not run through the reference
 PAGE, RECENT = 16, 8  # DELTA's defaults
 # Logits of this spread put 90 % of the probability on 5 % of the tokens, as attention does:
 # the share of the top 5 % of N(0, s^2) logits is Phi(s - 1.645).
@@ -54,132 +50,6 @@ SELECTIONS = (  # scores, selected: DELTA's pages of 16, then tokens
     *((1024, 64), (4096, 128), (8192, 128)),
     *((4096, 256), (4096, 2048), (16384, 2048), (65536, 4096)),
 )
-
-
-# --- one group of contenders, timed together ------------------------------------------------------
-
-
-@dataclass
-class Settings:
-    device: str
-    repeats: int
-    budget: float  # seconds for one contender of a group
-    cold: bool
-    probe: Probe
-
-    def num_sets(self, touched_bytes: int) -> int:
-        return cold_sets(touched_bytes, self.device) if self.cold else 2
-
-
-class Against(NamedTuple):
-    """A ratio to report: to which contender, under which name, and what the bytes allow."""
-
-    name: str
-    key: str
-    ideal: float | None = None
-
-
-class Expected:
-    """What a contender must return for the first set of inputs; it may return less."""
-
-    def __init__(self, reference: Callable, args: tuple, *, ids_may_differ: float = 0.0) -> None:
-        self.truth = _as_tuple(reference(*in_float64(args)))
-        wide = (a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args)
-        self.plain = _as_tuple(reference(*wide))
-        self.ids_may_differ = ids_may_differ
-
-    def error(self, result: object, *, ours: bool) -> float:
-        """The error of the first output. AssertionError where an output is wrong."""
-        results = _as_tuple(result)
-        for got, truth, plain in zip(results, self.truth, self.plain, strict=False):
-            if not got.is_floating_point():
-                missing = (~_isin_rows(truth, got)).double().mean().item()
-                assert missing <= self.ids_may_differ, f"{missing:.1%} of the indices are missing"
-                continue
-            error = max_error(got, truth)
-            budget = self._budget(got, truth, plain, ours)
-            assert error <= budget, f"error {error:.1e} over the budget {budget:.1e}"
-        floating = results[0].is_floating_point()
-        return max_error(results[0], self.truth[0]) if floating else 0.0
-
-    @staticmethod
-    def _budget(got: Tensor, truth: Tensor, plain: Tensor, ours: bool) -> float:
-        """The tests' budget for ours. A baseline only has to compute the same thing, in its own
-        precision.
-        """
-        largest = truth.abs().max().item()
-        if not ours:
-            return (0.05 if got.dtype in _HALF else 1e-3) * largest
-        own = max_error(plain.to(got.dtype), truth)
-        return 2 * (own + torch.finfo(got.dtype).eps * largest)
-
-
-@dataclass
-class Contender:
-    impl: str
-    call: Callable  # one set of inputs -> result
-    num_bytes: int  # that must be moved
-    variant: str = ""
-    expected: Expected | None = None
-    ours: bool = True
-    against: tuple[Against, ...] = ()
-
-    @property
-    def key(self) -> str:
-        return f"{self.impl} {self.variant}".strip()
-
-    def check(self, inputs: object) -> tuple[float | None, bool]:
-        """The error against float64, and whether the result is right."""
-        result = self.call(inputs)
-        if self.expected is None:
-            return None, True
-        try:
-            return self.expected.error(result, ours=self.ours), True
-        except AssertionError as wrong:
-            print(f"{self.key}: {wrong}", file=sys.stderr)
-            return None, False
-
-
-def measure(
-    op: str, shape: str, dtype: str, sets: Sequence, contenders: list[Contender], run: Settings
-) -> list[Row]:
-    """Check each contender, then time all of them and the probe in turn."""
-    checks = {c.key: c.check(sets[0]) for c in contenders}
-    rotation = Rotation(sets)
-    runs = {c.key: rotation.calling(c.call) for c in contenders} | {"probe": run.probe.run}
-    timings = interleave(
-        runs,
-        run.repeats,
-        device=run.device,
-        budget=run.budget,
-        calls_in_graph=min(max(20, len(sets)), 200),
-    )
-    ceiling = run.probe.bytes / timings["probe"].median
-    rows = []
-    for c in contenders:
-        timing, (error, correct) = timings[c.key], checks[c.key]
-        gbps = c.num_bytes / timing.median
-        row = Row(op, f"{shape} {c.variant}".strip(), dtype, run.device, c.impl, max_error=error)
-        row.ms, row.ms_min = timing.median * 1e3, timing.minimum * 1e3
-        row.gbps, row.ceiling_share, row.correct = gbps / 1e9, gbps / ceiling, correct
-        for other in c.against:
-            if not correct or not checks[other.key][1]:
-                continue
-            row.ratios[other.name] = timings[other.key].median / timing.median
-            row.ratios_min[other.name] = timings[other.key].minimum / timing.minimum
-            if other.ideal is not None:
-                row.ideal_ratios[other.name] = other.ideal
-        rows.append(row)
-    timing = timings["probe"]
-    probe = Row(op, shape, dtype, run.device, "probe", timing.median * 1e3, timing.minimum * 1e3)
-    probe.gbps, probe.ceiling_share = ceiling / 1e9, 1.0
-    return [*rows, probe]
-
-
-def implementations(op: str, device: str, num_bytes: int = 0) -> list[str]:
-    """What can run there: kernels first, and the reference where the input is small."""
-    names = [name for name in KERNELS[device] if name in OPS[op].impls]
-    return names + ["reference"] * (num_bytes <= REFERENCE_BYTES)
 
 
 # --- decode_attention -----------------------------------------------------------------------------
@@ -684,21 +554,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wrong:
         print(f"{wrong} rows with a wrong result", file=sys.stderr)
     return 1 if wrong else 0
-
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def _as_tuple(result: object) -> tuple:
-    return result if isinstance(result, tuple) else (result,)
-
-
-def _isin_rows(wanted: Tensor, got: Tensor) -> Tensor:
-    """Which of the integers [..., n] are among those that were got [..., m] in the same row."""
-    rows = zip(
-        torch.atleast_2d(wanted).flatten(0, -2), torch.atleast_2d(got).flatten(0, -2), strict=True
-    )
-    return torch.stack([torch.isin(want, have) for want, have in rows])
 
 
 if __name__ == "__main__":

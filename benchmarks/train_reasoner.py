@@ -23,6 +23,7 @@ large model attention of neighbouring layers agrees, and methods that choose tok
 the next build on it; in a model this small one layer did all of the recall, so that pages could be
 chosen at random as long as that layer was dense.
 
+All of it is in this one long file, from the data to the table, so that the weights have one recipe.
 Qwen3 with biases rather than Qwen2, because transformers gives every Qwen2 directory Qwen2's own
 byte-level tokenizer, whatever its files say.
 """

@@ -78,7 +78,7 @@ class Layer(CacheLayerMixin):
         self.kv.select(indices)
 
     def offload(self) -> None:
-        raise NotImplementedError("kvcomp: whole-layer offloading is not what this cache does")
+        raise RuntimeError("kvcomp: whole-layer offloading is not what this cache does")
 
     prefetch = offload
 

@@ -241,7 +241,7 @@ def meta(benchmark: str, device: str, **more) -> dict:
     """Machine, versions and commit: what a reader needs to judge or repeat the rows."""
     facts = {
         "benchmark": benchmark,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).partition(" --json")[0],
         "date": time.strftime("%Y-%m-%d"),
         "kvcomp": kvcomp.__version__,
         "torch": torch.__version__,
