@@ -153,8 +153,10 @@ def test_a_prompt_of_one_token(llama):
 
 def test_attention_that_rearranges_after_the_cache_is_refused():
     model = tiny_model("diffllama")
-    with kvcomp.patch(model, Full()), pytest.raises(ValueError, match="after the cache"):
+    reasons = "after the cache|AttentionInterface"  # the second: transformers 5.4, at once
+    with pytest.raises(ValueError, match=reasons), kvcomp.patch(model, Full()):
         generate(model, padded_batch())
+    generate(model, padded_batch())
 
 
 def test_a_loop_of_ones_own(llama):
