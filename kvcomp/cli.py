@@ -298,11 +298,13 @@ def pick_sampling(temperature: float | None, top_p: float | None) -> dict[str, A
 
 def load(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     """Model and tokenizer, from a folder, the hub, or the box ("reasoner")."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # its retries would bury the one line of ours
     source = reasoner.path() if name == "reasoner" else name
     if source.startswith((".", "/")) and not Path(source).is_dir():
         raise ValueError(f"kvcomp: cannot load model {name!r}: no such folder")
