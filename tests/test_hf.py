@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 import kvcomp
@@ -39,6 +41,8 @@ def test_greedy_tokens_are_those_of_stock_generate(kind):
     try:
         model = tiny_model(kind)
     except ValueError as unknown:
+        if version.parse(transformers.__version__) >= version.parse("5.17"):
+            raise
         pytest.skip(str(unknown)[:80])
     batch = padded_batch()
     stock = generate(model, batch)

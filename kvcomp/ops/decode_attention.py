@@ -82,7 +82,7 @@ def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits):
 
 
 def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits):
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    out = torch.empty_like(q) if q.is_contiguous() else q.new_empty(q.shape)
     return out, q.new_empty(q.size(0), q.size(1), dtype=torch.float32)
 
 
