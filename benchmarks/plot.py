@@ -49,12 +49,13 @@ PLAIN = re.compile(r"n=\d+$")  # a shape of decode_attention without a variant
 
 def bandwidth(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     """GB/s of each implementation by shape, one panel per dtype, the probe as a line."""
+    latency = ("select_pages", "select_victims")  # not about bandwidth
     for op, chosen in _by(rows, "op").items():
         impls = _impls(chosen)
         chosen = [r for r in chosen if r["gbps"] is not None and r["impl"] != "reference"]
         if op == "decode_attention":
             chosen = [r for r in chosen if PLAIN.search(r["shape"])]
-        if not chosen or op == "select_pages":  # a selection is about latency, not bandwidth
+        if not chosen or op in latency:
             continue
         panels = _by(chosen, "dtype")
         most = max(len(_by(part, "shape")) for part in panels.values())
@@ -91,7 +92,7 @@ def speedup(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     """How many times faster than each baseline, on a log axis; 1 is drawn."""
     for op, chosen in _by(rows, "op").items():
         kept = [r for r in chosen if set(r["ratios"]) - {"own-dense"}]
-        if not kept:
+        if not kept or op == "lazy_eviction":
             continue
         impls = _impls(chosen)
         baselines = list(dict.fromkeys(b for r in kept for b in r["ratios"] if b != "own-dense"))
@@ -123,6 +124,62 @@ def variants(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
         _dot_axis(axis, at)
     _legend(figure)
     yield "decode_attention-variants", figure
+
+
+def overhead(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
+    """What tracking and evictions add to the attention of a decode step, in per cent of it."""
+    layers = {}
+    for row in rows:
+        if row["op"] == "lazy_eviction":
+            key = f"{row['shape']}  {row['dtype']}".replace(" n=", "\nn=")
+            layers.setdefault(key, {})[row["impl"]] = row
+    if not layers:
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 1.6 + 0.42 * len(layers)), sharey=True)
+    bars = (
+        (left, [100 * x["tracked, all"]["overhead"] for x in layers.values()], "{:.1f} %"),
+        (right, [x["evict"]["ms"] / x["decode"]["ms"] for x in layers.values()], "{:.2g}"),
+    )
+    for axis, values, form in bars:
+        shown = axis.barh(range(len(layers)), values, 0.6, color=COLORS[0])
+        axis.bar_label(shown, [form.format(v) for v in values], fontsize=7, padding=2)
+        axis.set_yticks(range(len(layers)), list(layers), fontsize=7)
+        axis.margins(x=0.15)
+        axis.grid(axis="y", visible=False)
+    left.invert_yaxis()  # and with it the right one
+    left.set_xlabel("tracking, % more time than the attention of a step")
+    right.set_xlabel("an eviction, in times the attention of a step")
+    left.axvline(5, color="#333333", ls="--", lw=1, label="5 %, or one step")
+    right.axvline(1, color="#333333", ls="--", lw=1)
+    _title(figure, facts, "LazyEviction: what one layer pays")
+    _legend(figure)
+    yield "lazy_eviction-overhead", figure
+
+
+# --- bench_memory ---------------------------------------------------------------------------------
+
+
+def memory(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
+    """Bytes of all tensors over the tokens generated; on a log axis, as Full outgrows the rest."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.8))
+    methods = _by(rows, "method")
+    for index, (name, part) in enumerate(methods.items()):
+        x, y = [r["tokens"] for r in part], [r["bytes"] / 1e6 for r in part]
+        label = f"{name}, {_short(y[-1])} MB"
+        # Every other one in dashes: methods with the same budget lie upon each other.
+        style = "--" if index % 2 else "-"
+        axis.plot(x, y, color=COLORS[index % len(COLORS)], lw=1.6, ls=style, label=label)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.minorticks_off()
+    axis.set_xlabel("tokens generated")
+    axis.set_ylabel("MB allocated")
+    heads, kv_heads, dim = facts["shape"]
+    model = f"{facts['layers']} layers of {heads}/{kv_heads} heads x {dim}, {facts['dtype']}"
+    _title(figure, facts, f"Memory while decoding, at most {facts['budget']} tokens kept; {model}")
+    _legend(figure)
+    yield "bytes", figure
 
 
 # --- drawing --------------------------------------------------------------------------------------
@@ -218,7 +275,7 @@ def _short(value: float) -> str:
 
 # --- command line ---------------------------------------------------------------------------------
 
-CHARTS = {"ops": (bandwidth, speedup, variants)}
+CHARTS = {"memory": (memory,), "ops": (bandwidth, speedup, variants, overhead)}
 
 
 def plot(path: Path, out: Path) -> list[Path]:

@@ -29,6 +29,10 @@ namespace py = pybind11;
 namespace kvcomp {
 
 // One declaration per op; the definitions are csrc/ops/<op>.cpp.
+void attention_hits(Backend backend, py::handle logits, py::handle lse, py::handle seq_lens,
+                    py::handle hits, double log_threshold, std::uintptr_t stream);
+void compact_kv(Backend backend, py::handle k, py::handle v, py::handle state, py::handle victims,
+                py::handle seq_lens, std::uintptr_t stream);
 void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
                       py::handle seq_lens, py::handle page_ids, py::handle logits, py::handle out,
                       py::handle lse, std::int64_t page_size, double scale, std::uintptr_t stream);
@@ -37,9 +41,17 @@ void merge_states(Backend backend, py::handle out_a, py::handle lse_a, py::handl
 void page_scores(Backend backend, py::handle logits, py::handle lse, py::handle seq_lens,
                  py::handle out, std::int64_t page_size, std::int64_t num_groups, bool use_max,
                  std::uintptr_t stream);
+void recurrence_update(Backend backend, py::handle hits, py::handle last_hit, py::handle longest,
+                       py::handle seq_lens, py::handle born, std::int64_t first_step,
+                       std::uintptr_t stream);
+void rotate_keys(Backend backend, py::handle k, py::handle cos, py::handle sin,
+                 std::uintptr_t stream);
 void select_pages(Backend backend, py::handle scores, py::handle seq_lens, py::handle page_ids,
                   py::handle selected_lens, std::int64_t page_size, std::int64_t num_recent,
                   std::int64_t num_sink, std::uintptr_t stream);
+void select_victims(Backend backend, py::handle scores, py::handle positions, py::handle seq_lens,
+                    py::handle kept_lens, py::handle victims, std::int64_t num_victims,
+                    std::int64_t num_recent, std::uintptr_t stream);
 
 }  // namespace kvcomp
 
@@ -82,8 +94,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
 
   // Ops, in the order of kvcomp/ops/__init__.py:
+  m.def("attention_hits", &attention_hits);
+  m.def("compact_kv", &compact_kv);
   m.def("decode_attention", &decode_attention);
   m.def("merge_states", &merge_states);
   m.def("page_scores", &page_scores);
+  m.def("recurrence_update", &recurrence_update);
+  m.def("rotate_keys", &rotate_keys);
   m.def("select_pages", &select_pages);
+  m.def("select_victims", &select_victims);
 }

@@ -8,10 +8,46 @@ print(run.report())
 import torch  # noqa: F401  (first: the native extension takes OpenMP from torch's runtime)
 
 from kvcomp import ops
-from kvcomp.methods import METHODS, Delta, Full, Method, RandomPages
+from kvcomp.methods import (
+    H2O,
+    METHODS,
+    RKV,
+    TOVA,
+    Delta,
+    Full,
+    LagKV,
+    LazyEviction,
+    LMInfinite,
+    Method,
+    RaaS,
+    RandomEviction,
+    RandomPages,
+    RecencyWindow,
+    SnapKV,
+    StreamingLLM,
+)
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "Delta", "Full", "Method", "RandomPages", "ops", "patch"]
+__all__ = [
+    "H2O",
+    "METHODS",
+    "RKV",
+    "TOVA",
+    "Delta",
+    "Full",
+    "LMInfinite",
+    "LagKV",
+    "LazyEviction",
+    "Method",
+    "RaaS",
+    "RandomEviction",
+    "RandomPages",
+    "RecencyWindow",
+    "SnapKV",
+    "StreamingLLM",
+    "ops",
+    "patch",
+]
 
 
 def __getattr__(name: str):

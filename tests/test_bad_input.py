@@ -47,6 +47,46 @@ def select(page_size=16, num_pages=2, **changes):
     return ops.select_pages(*args.values(), page_size, num_pages, **counts)
 
 
+def hits(threshold=0.01, **changes):
+    args = {"logits": torch.randn(B, HQ, T), "lse": torch.randn(B, HQ), "seq_lens": ints(T, T)}
+    args |= {"hits": torch.zeros(B, HKV, 2, dtype=torch.int32), **changes}
+    return ops.attention_hits(*args.values(), threshold)
+
+
+def recurrence(first_step=7, **changes):
+    args = {"hits": torch.zeros(B, 3, HKV, 2, dtype=torch.int32)}
+    args |= {name: torch.zeros(B, HKV, T, dtype=torch.int32) for name in ("last_hit", "longest")}
+    args |= {"seq_lens": ints(T, T), "born": ints(3, 3), **changes}
+    return ops.recurrence_update(*args.values(), first_step)
+
+
+def victims(num_victims=10, num_recent=5, **changes):
+    args = {"scores": torch.rand(B, HKV, T)}
+    args |= {"positions": torch.arange(T, dtype=torch.int32).expand(B, HKV, T)}
+    args |= {"seq_lens": ints(T, T), "kept_lens": ints(T - 10, T), **changes}
+    return ops.select_victims(*args.values(), num_victims, num_recent=num_recent)
+
+
+def compact(**changes):
+    args = {"k": torch.randn(B, HKV, T, D), "v": torch.randn(B, HKV, T, D)}
+    args |= {"state": [torch.zeros(B, HKV, T, dtype=torch.int32), torch.zeros(B, HKV, T)]}
+    args |= {"victims": gone([1, 5, -1], [0, 39, -1]), "seq_lens": ints(T, T), **changes}
+    return ops.compact_kv(*args.values())
+
+
+def gone(*units):
+    """Victims [B, U, V]: in row 0 these, in row 1 none."""
+    victims = torch.full((B, len(units), len(units[0])), -1, dtype=torch.int32)
+    victims[0] = torch.tensor(units)
+    return victims
+
+
+def rotate(**changes):
+    args = {"k": torch.randn(B, HKV, T, D), "shift": torch.tensor([-3, 5])}
+    args |= {"inv_freq": torch.rand(D // 2), **changes}
+    return ops.rotate_keys(*args.values())
+
+
 BAD = [
     (lambda: attention(k=torch.randn(B, HKV, T, D).half()), "decode_attention.*'k'.*float32"),
     (lambda: attention(q=torch.randn(B, HQ, D).double()), "'q'.*float64"),
@@ -104,6 +144,75 @@ BAD = [
     (lambda: select(seq_lens=ints(T, 49)), "'seq_lens'.*49"),
     (lambda: select(num_pages=0), "'num_(pages|recent)'"),
     (lambda: select(scores=torch.rand(B, 3)), "'scores'"),
+    (lambda: hits(threshold=0.0), "attention_hits.*'threshold'.*0.0"),
+    (lambda: hits(threshold=1.0), "'threshold'.*1.0"),
+    (lambda: hits(threshold=float("nan")), "'threshold'.*nan"),
+    (lambda: hits(logits=torch.randn(B, HQ, T).half()), "attention_hits.*'logits'.*float32"),
+    (lambda: hits(logits=torch.randn(B, T, HQ).transpose(1, 2)), "'logits'.*contiguous"),
+    (lambda: hits(lse=torch.randn(B, 7)), "'lse'.*Hq=8.*7"),
+    (lambda: hits(seq_lens=ints(T, 41)), "'seq_lens'.*N=40.*41 in row 1"),
+    (lambda: hits(hits=torch.zeros(B, HKV, 1, dtype=torch.int32)), "'hits'.*N=40.*1"),
+    (lambda: hits(hits=torch.zeros(B, HKV, 2)), "'hits'.*int32"),
+    (lambda: hits(hits=torch.zeros(B, 3, 2, dtype=torch.int32)), "'hits'.*divisor of Hq=8.*3"),
+    (lambda: hits(hits=torch.zeros(B, 0, 2, dtype=torch.int32)), "'hits'.*divisor of Hq=8.*0"),
+    (
+        lambda: hits(hits=torch.zeros(B, HKV, 3, dtype=torch.int32)[..., :2]),
+        "'hits'.*last two dimensions contiguous.*3.*2",
+    ),
+    (lambda: recurrence(first_step=-1), "recurrence_update.*'first_step'.*-1"),
+    (lambda: recurrence(first_step=2**31 - 8), "'first_step'.*2147483640"),
+    (lambda: recurrence(born=ints(3, -1)), "'born'.*-1 in row 1"),
+    (lambda: recurrence(born=ints(3)), "'born'.*B=2.*1"),
+    (lambda: recurrence(seq_lens=ints(41, T)), "'seq_lens'.*N=40.*41 in row 0"),
+    (lambda: recurrence(hits=torch.zeros(B, 33, HKV, 2, dtype=torch.int32)), "'hits'.*32.*33"),
+    (lambda: recurrence(hits=torch.zeros(B, 0, HKV, 2, dtype=torch.int32)), "'hits'.*32.*0"),
+    (lambda: recurrence(hits=torch.zeros(B, 3, HKV, 1, dtype=torch.int32)), "'hits'.*N=40.*1"),
+    (lambda: recurrence(hits=torch.zeros(B, 3, HKV, 2)), "'hits'.*int32"),
+    (lambda: recurrence(last_hit=torch.zeros(B, HKV, T)), "'last_hit'.*int32"),
+    (
+        lambda: recurrence(last_hit=torch.zeros(B, T, HKV, dtype=torch.int32).transpose(1, 2)),
+        "'last_hit'.*contiguous",
+    ),
+    (lambda: recurrence(longest=torch.zeros(B, HKV, 39, dtype=torch.int32)), "'longest'.*40.*39"),
+    (lambda: victims(num_victims=-1), "select_victims.*'num_victims'.*-1"),
+    (lambda: victims(num_victims=9), "'num_victims'.*10 victims in row 0.*9"),
+    (lambda: victims(num_recent=-1), "'num_recent'.*-1"),
+    (lambda: victims(num_recent=31), "'num_recent'.*kept_lens=30 in row 0.*31"),
+    (lambda: victims(kept_lens=ints(T, -1)), "'kept_lens'.*-1 in row 1"),
+    (lambda: victims(kept_lens=ints(T)), "'kept_lens'.*B=2.*1"),
+    (lambda: victims(seq_lens=ints(T, 41)), "'seq_lens'.*N=40.*41 in row 1"),
+    (lambda: victims(scores=torch.rand(B, HKV, T).half()), "'scores'.*float32"),
+    (lambda: victims(scores=torch.rand(B, T, HKV).transpose(1, 2)), "'scores'.*contiguous"),
+    (lambda: victims(positions=torch.zeros(B, HKV, T)), "'positions'.*int32"),
+    (lambda: victims(positions=torch.zeros(B, 1, T, dtype=torch.int32)), "'positions'.*U=2.*1"),
+    (lambda: compact(k=torch.randn(B, HKV, T, D).double()), "compact_kv.*'k'.*float64"),
+    (lambda: compact(v=torch.randn(B, HKV, T, D).half()), "'v'.*dtype of 'k'"),
+    (lambda: compact(v=torch.randn(B, HKV, T + 1, D)), "'v'.*T=40.*41"),
+    (lambda: compact(k=torch.randn(B, HKV, D, T).transpose(2, 3)), "'k'.*contiguous"),
+    (lambda: compact(state=[torch.zeros(B, HKV, T, dtype=torch.int64)]), "'state.0.'.*int64"),
+    (
+        lambda: compact(state=[torch.zeros(B, HKV, T), torch.zeros(B, HKV, 39)]),
+        "'state.1.'.*40 tokens.*39",
+    ),
+    (lambda: compact(state=[torch.zeros(B, 1, T)]), "'state.0.'.*U=2.*1"),
+    (lambda: compact(state=[torch.zeros(B, HKV, T)] * 9), "'state'.*at most 8.*9"),
+    (lambda: compact(state=[torch.zeros(B, T, HKV).transpose(1, 2)]), "'state.0.'.*contiguous"),
+    (lambda: compact(state=[torch.zeros(B, HKV, T, device="meta")]), "'state.0.'"),
+    (lambda: compact(seq_lens=ints(T, 41)), "'seq_lens'.*T=40.*41 in row 1"),
+    (lambda: compact(victims=gone([1], [2], [3])), "'victims'.*1 or H=2.*3"),
+    (lambda: compact(victims=gone([1, 5], [0, 40])), "'victims'.*40 in row 0, unit 1"),
+    (lambda: compact(victims=gone([1, 5], [5, 1])), "'victims'.*1 in row 0, unit 1"),
+    (lambda: compact(victims=gone([5, 5], [5, 6])), "'victims'.*5 in row 0, unit 0"),
+    (lambda: compact(victims=gone([1, 5], [-2, 1])), "'victims'.*-2 in row 0, unit 1"),
+    (lambda: compact(victims=gone([1, -1], [-1, 1])), "'victims'.*1 in row 0, unit 1"),
+    (lambda: compact(victims=gone([1, 2], [3, -1])), "'victims'.*2 as in unit 0.*1 in row 0"),
+    (lambda: compact(victims=gone([1], [2]).long()), "'victims'.*int32"),
+    (lambda: rotate(shift=torch.tensor([1.0, 2.0])), "rotate_keys.*'shift'.*float32"),
+    (lambda: rotate(shift=torch.tensor([1])), "'cos'.*B=2.*1"),
+    (lambda: rotate(inv_freq=torch.rand(33)), "'cos'.*D / 2 = 32.*33"),
+    (lambda: rotate(inv_freq=torch.rand(0)), "'cos'.*1 to.*0"),
+    (lambda: rotate(k=torch.randn(B, HKV, D, T).transpose(2, 3)), "'k'.*contiguous"),
+    (lambda: rotate(k=torch.randn(B, HKV, T, D).double()), "'k'.*float64"),
 ]
 
 
@@ -120,6 +229,11 @@ def test_good_input_is_good():
     merge()
     scores()
     select()
+    hits()
+    recurrence()
+    victims()
+    compact()
+    rotate()
 
 
 def test_nothing_is_written_before_the_checks_pass():
@@ -127,3 +241,15 @@ def test_nothing_is_written_before_the_checks_pass():
     with pytest.raises(ValueError):
         attention(seq_lens=ints(T, T + 1), logits=logits)
     assert (logits == 7).all()
+
+
+def test_no_token_moves_before_the_checks_pass():
+    """The first row and unit are good, so that a check on the way would come too late."""
+    k, v, state = torch.randn(B, HKV, T, D), torch.randn(B, HKV, T, D), torch.rand(B, HKV, T)
+    before = [tensor.clone() for tensor in (k, v, state)]
+    for bad in (gone([1, 5], [0, 40]), gone([1, 2], [3, -1])):
+        with pytest.raises(ValueError):
+            compact(k=k, v=v, state=[state], victims=bad)
+    with pytest.raises(ValueError):
+        compact(k=k, v=v, state=[state, torch.zeros(B, HKV, 3)])
+    assert all(map(torch.equal, (k, v, state), before))

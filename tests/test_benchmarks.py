@@ -19,10 +19,19 @@ KEYS |= {"ms_min", "ceiling_share", "ratios", "max_error"}
 
 
 def script(name):
+    if str(BENCHMARKS) not in sys.path:  # as it is for a script that is run
+        sys.path.insert(0, str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for its dataclasses
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "memory.json"
+    assert script("bench_memory").main(["--smoke", "--json", str(path)]) == 0
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +65,19 @@ def test_every_op_and_implementation_of_the_cpu_has_a_row(smoke):
     ours = [r for r in rows if r["op"] == "decode_attention" and r["impl"] == "cpu"]
     assert {"sdpa-gqa", "sdpa-repeat-kv", "bmm"} <= set(ours[0]["ratios"])
     assert all("own-dense" in r["ratios"] for r in ours if not r["shape"].endswith("n=256"))
+    for op, baselines in {
+        "compact_kv": {"gather", "index-select-out"},
+        "recurrence_update": {"torch-replay", "torch-each-step"},
+        "select_victims": {"topk", "sort"},
+    }.items():
+        assert all(baselines == set(r["ratios"]) for r in rows if r["op"] == op and is_ours(r))
+    layer = {r["impl"]: r for r in rows if r["op"] == "lazy_eviction" and r["dtype"] == "fp32"}
+    assert set(layer) == {"decode", "tracked", "replay of 32", "tracked, all", "evict"}
+    assert layer["tracked, all"]["overhead"] is not None and "decode" in layer["evict"]["ratios"]
+
+
+def is_ours(row):
+    return row["impl"] == "cpu" and row["shape"] != "overhead"
 
 
 def test_a_wrong_result_gets_no_ratio(monkeypatch, tmp_path, capsys):
@@ -70,6 +92,42 @@ def test_a_wrong_result_gets_no_ratio(monkeypatch, tmp_path, capsys):
     assert len(rows) == 4 and not any(r["correct"] or r["ratios"] for r in rows)
     printed = [x for x in capsys.readouterr().out.splitlines() if " cpu " in x and "GB/s" in x]
     assert len(printed) == 4 and all("WRONG" in x and "torch-logaddexp" not in x for x in printed)
+
+
+def test_an_op_that_writes_wrong_tokens_gets_no_ratio(monkeypatch, tmp_path):
+    monkeypatch.setitem(OPS["compact_kv"].impls, "cpu", lambda *args: None)
+    path = tmp_path / "ops.json"
+    command = ["--smoke", "--op", "compact_kv", "--dtype", "fp32", "--json", str(path)]
+    assert script("bench_ops").main(command) == 1
+    rows = [r for r in json.loads(path.read_text())["rows"] if r["impl"] == "cpu"]
+    assert rows and not any(r["correct"] or r["ratios"] for r in rows)
+
+
+def test_memory_is_flat_where_tokens_leave_and_grows_where_none_do(memory):
+    content = json.loads(memory.read_text())
+    summaries = content["meta"]["summaries"]
+    assert summaries["full"]["slope"] > 0 and summaries["full"]["grows"]
+    for name in set(summaries) - {"full"}:
+        assert summaries[name]["slope"] == 0 and not summaries[name]["grows"]
+        assert 0 < summaries[name]["peak"] < summaries["full"]["peak"] / 5
+    for row in content["rows"]:
+        assert row["seen"] == 32 + row["tokens"] and row["kept"] <= max(64, row["seen"])
+        # Two layers of K and V, 2 heads x 64, bf16: the tensors counted hold at least those.
+        assert row["bytes"] >= row["kept"] * 2 * 2 * 2 * 64 * 2
+
+
+def test_a_method_whose_memory_grows_fails(monkeypatch, capsys):
+    module = script("bench_memory")
+    hoard = []
+
+    def leak(layer, *args):
+        hoard.append(torch.zeros(1000))
+        return evict(layer, *args)
+
+    evict = module.METHODS["recency-window"].evict
+    monkeypatch.setattr(module.METHODS["recency-window"], "evict", lambda s, x: leak(s, x))
+    assert module.main(["--smoke", "--method", "recency-window"]) == 1
+    assert "still grows" in capsys.readouterr().err and hoard
 
 
 @pytest.mark.parametrize(
@@ -89,7 +147,7 @@ def test_a_bad_command_line_says_why(command, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_plots(smoke, tmp_path):
+def test_plots(smoke, memory, tmp_path):
     pytest.importorskip("matplotlib")
     plot = script("plot")
     pictures = plot.plot(smoke, tmp_path)
@@ -98,7 +156,11 @@ def test_plots(smoke, tmp_path):
         "ops-decode_attention-speedup",
         "ops-decode_attention-variants",
         "ops-select_pages-speedup",
+        "ops-compact_kv-speedup",
+        "ops-lazy_eviction-overhead",
     }
+    pictures += plot.plot(memory, tmp_path)
+    assert pictures[-1].stem == "memory-bytes"
     assert all(1_000 < p.stat().st_size < 100_000 for p in pictures)
     other = tmp_path / "other.json"
     bench.write_json(other, {"benchmark": "unheard of"}, [])
@@ -125,7 +187,7 @@ def test_rotation_gives_every_set_to_whoever_asks():
 
 
 def test_lists_of_a_set_are_disjoint_and_cover_everything():
-    lists = script("bench_ops")._disjoint_lists(2, 3, 40, 10, "cpu")
+    lists = script("bench_ops").attention._disjoint_lists(2, 3, 40, 10, "cpu")
     assert len(lists) == 4
     everything = torch.cat(lists, dim=-1).sort(-1).values
     assert torch.equal(everything, torch.arange(40).int().expand(2, 3, 40))

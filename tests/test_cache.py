@@ -106,6 +106,33 @@ def test_crop_is_refused_where_tokens_are_gone():
     assert cache.layers[0].columns == 4
 
 
+def test_tokens_leave_in_place_with_what_is_known_about_them():
+    rows = Rows()
+    layer = rows.layer
+    rows.append(8, left_padding(8, 3, 5))
+    rows.append(2)
+    layer.track("mark", 1)[..., :10] = 100 + layer.positions(1)
+    victims = torch.tensor([[[0, 2, 5, 9]], [[-1] * 4], [[1, -1, -1, -1]]], dtype=torch.int32)
+    layer.evict(victims, torch.tensor([6, 6, 6], dtype=torch.int32), 6)
+    assert layer.seq_lens.tolist() == [6, 5, 6] and layer.logical_lens.tolist() == [10, 5, 7]
+    rows.append(1)
+    rows.append(FIRST_CAPACITY)  # the slab grows, and takes all of it along
+    positions = layer.positions(1)[:, 0]
+    kept = [[1, 3, 4, 6, 7, 8, 10], [0, 1, 2, 3, 4, 5], [0, 2, 3, 4, 5, 6, 7]]
+    for row, tokens in enumerate(rows.rows):
+        kept[row] += range(kept[row][-1] + 1, len(tokens))
+        place = positions[row, : len(kept[row])]
+        assert sorted(place.tolist()) == kept[row]
+        want = torch.stack([tokens[i] for i in place.tolist()], 1)
+        assert torch.equal(layer.keys[row, :, : len(place)], want)
+        assert torch.equal(layer.values[row, :, : len(place)], want + 1)
+        old = place[:6] if row != 1 else place[:5]
+        assert torch.equal(layer.slots["mark"][row, 0, : len(old)], 100 + old)
+        assert not layer.slots["mark"][row, 0, len(old) :].any()
+    with pytest.raises(ValueError, match="tokens have been evicted"):
+        rows.cache.crop(1)
+
+
 def test_rows_move_together():
     rows = Rows()
     rows.append(6, left_padding(6, 2, 4))

@@ -1,6 +1,7 @@
 """Methods under Hugging Face models: the tokens of stock `generate`, or a refusal with a reason."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from packaging import version
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 import kvcomp
-from kvcomp import METHODS, Delta, Full, reasoner
+from kvcomp import METHODS, Delta, Full, LazyEviction, StreamingLLM, reasoner
 from kvcomp.hf import decode_all
 from kvcomp.methods.delta import _PageRecorder
 from kvcomp.testing.models import ARCHITECTURES, REFUSED, tiny_model
 
 STEPS = 24
 DENSE_DELTA = Delta(budget=256, page_size=16, recent=2, warmup=1)  # covers every context here
+LAZY = LazyEviction(budget=24, window=7, alpha=0.02)
 SPARSE_DELTA = Delta(budget=16, page_size=4, recent=2, warmup=1)
 
 
@@ -226,7 +228,7 @@ def test_reset_starts_a_new_sequence(llama):
         assert torch.equal(llama(ids, past_key_values=cache).logits, first)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "random-pages"])
+@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("random-")])
 def test_rows_of_a_batch_do_not_touch_each_other(llama, name):
     """A padded row decodes as it does alone, under a budget far below its length."""
     batch = padded_batch(60, 11)
@@ -234,6 +236,79 @@ def test_rows_of_a_batch_do_not_touch_each_other(llama, name):
         together = generate(llama, batch)
         alone = {k: v[:1, 11:] for k, v in batch.items()}
         assert torch.equal(generate(llama, alone)[0], together[0, 11:])
+
+
+@pytest.mark.parametrize("unit", ["kv_head", "query_head"])
+def test_a_second_turn_on_an_evicted_cache(llama, unit):
+    """Rows of a padded batch as they are alone, and every token counts as seen."""
+    method = dataclasses.replace(LAZY, unit=unit)
+    extra = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(2))
+
+    def conversation(batch, extra):
+        first = generate(llama, batch, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, extra], 1)
+        mask = torch.ones_like(ids)
+        mask[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"]
+        assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+        assert first.past_key_values.kv.layers[0].max_len <= 24 + 7
+        second = {"input_ids": ids, "attention_mask": mask}
+        return generate(llama, second, past_key_values=first.past_key_values)
+
+    batch = padded_batch(40, 11)
+    alone = {name: tensor[:1, 11:] for name, tensor in batch.items()}
+    with kvcomp.patch(llama, method) as run:
+        together = conversation(batch, extra)
+        assert torch.equal(conversation(alone, extra[:1])[0], together[0, 11:])
+    assert run.report().evictions > 0
+
+
+def test_beams_over_an_evicting_cache(llama):
+    batch = padded_batch(40, 11)
+    with kvcomp.patch(llama, LAZY) as run:
+        together = generate(llama, batch, num_beams=3)
+        alone = {name: tensor[:1, 11:] for name, tensor in batch.items()}
+        assert torch.equal(generate(llama, alone, num_beams=3)[0], together[0, 11:])
+    assert run.report().kept_peak == 40 + 7
+    assert run.report().evictions > 0
+
+
+def test_assisted_decoding_over_an_evicting_cache_is_refused(llama):
+    batch = {name: tensor[1:] for name, tensor in padded_batch().items()}
+    with kvcomp.patch(llama, LAZY), pytest.raises(ValueError, match="lazy-eviction cannot do"):
+        generate(llama, batch, prompt_lookup_num_tokens=3, eos_token_id=2)
+
+
+def test_a_model_without_full_attention_is_refused():
+    model = tiny_model("mistral", sliding_window=16)
+    with pytest.raises(ValueError, match="no full-attention layer to manage"):
+        kvcomp.patch(model, LAZY)
+    generate(model, padded_batch())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi", "phi3", "granite"])
+def test_keys_move_as_the_model_moves_them(kind):
+    """A text of one token over and over: its keys differ by their rotation and nothing else."""
+    model = tiny_model(kind)
+    with torch.no_grad():
+        cache = model(torch.full((1, 40), 7), past_key_values=DynamicCache()).past_key_values
+    run = kvcomp.patch(model, StreamingLLM())
+    run.undo()
+    for layer in cache.layers:
+        keys = layer.keys[:, :, :1].clone()
+        kvcomp.ops.rotate_keys(keys, torch.tensor([39]), run.inv_freq)
+        torch.testing.assert_close(keys, layer.keys[:, :, 39:], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["glm4", "cohere2", "smollm3", "gemma3_text"])
+def test_another_kind_of_rotation_is_refused(kind):
+    """Interleaved pairs, layers without any, or a kind per layer."""
+    model = tiny_model(kind)
+    stock = generate(model, padded_batch())
+    with pytest.raises(ValueError, match="StreamingLLM moves keys to other positions"):
+        kvcomp.patch(model, StreamingLLM())
+    assert torch.equal(generate(model, padded_batch()), stock)
+    with kvcomp.patch(model, LAZY):
+        generate(model, padded_batch())
 
 
 def test_report_counts_what_the_formula_says(llama):

@@ -52,6 +52,11 @@ def scored(page_size, num_groups, use_max):
     return empty(2, 32, 16384), empty(2, 32), LENS, page_size, num_groups, use_max
 
 
+def turned(dtype, head_dim, rotated):
+    """Arguments of rotate_keys."""
+    return empty(2, 8, 16384, head_dim, dtype=dtype), *2 * (empty(2, rotated // 2),)
+
+
 # (op, what is special about the call, arguments of launch)
 CALLS = [
     ("decode_attention", "bf16 D32", attention(BF16, 32)),
@@ -76,6 +81,9 @@ CALLS = [
     ("page_scores", "max page 16", scored(16, 1, True)),
     ("page_scores", "sum page 1", scored(1, 8, False)),
     ("page_scores", "max page 2000", scored(2000, 8, True)),
+    ("rotate_keys", "bf16 D128", turned(BF16, 128, 128)),
+    ("rotate_keys", "fp16 D80 R 32", turned(FP16, 80, 32)),
+    ("rotate_keys", "fp32 D256", turned(FP32, 256, 256)),
     ("select_pages", "P 100", (empty(2, 8, 100), LENS, 16, 64, 8, 0)),
     ("select_pages", "P 1024", (empty(2, 1, 1024), LENS, 16, 64, 8, 0)),
     ("select_pages", "P 128K", (empty(2, 8, 1 << 17), LENS, 1, 2048, 128, 4)),

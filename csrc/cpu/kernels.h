@@ -5,9 +5,14 @@
 
 namespace kvcomp::cpu {
 
+void attention_hits(const AttentionHitsParams& params);
+void compact_kv(const CompactKvParams& params);
 void decode_attention(const DecodeAttentionParams& params);
 void merge_states(const MergeStatesParams& params);
 void page_scores(const PageScoresParams& params);
+void recurrence_update(const RecurrenceUpdateParams& params);
+void rotate_keys(const RotateKeysParams& params);
 void select_pages(const SelectPagesParams& params);
+void select_victims(const SelectVictimsParams& params);
 
 }  // namespace kvcomp::cpu

@@ -1,63 +1,12 @@
 // The best pages of each row, ascending: the value of the last one that fits is found first, then
-// one pass takes what lies above it and the oldest of what equals it. That value lies between two
-// values of a small sample, so one pass leaves a fraction of the scores, and so on until few are
-// left. Bytes: the scores, read twice.
-#include <cmath>
-#include <limits>
-
+// one pass takes what lies above it and the oldest of what equals it. Bytes: the scores, read
+// twice.
 #include "kernels.h"
 #include "parallel.h"
+#include "threshold.h"
 
 namespace kvcomp::cpu {
 namespace {
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kSlack = 16;  // that the loops of rows.h write past the end
-
-struct Threshold {
-  float value;
-  int num_equal;  // how many of those that equal it fit
-};
-
-struct Range {
-  float low, high;
-};
-
-// Two sampled values that hold the `rank`-th largest of x between them, nearly always: four
-// standard deviations of the rank to either side.
-Range sampled_range(const simd::Rows& rows, const float* x, int count, int rank) {
-  constexpr int kSamples = 256;
-  float sample[kSamples];
-  const int step = count / kSamples;
-  for (int i = 0; i < kSamples; ++i) sample[i] = x[i * step];
-  const float at = static_cast<float>(rank) * kSamples / count;
-  const float margin = 2 + 4 * std::sqrt(at * (kSamples - at) / kSamples);
-  const int after = static_cast<int>(at + margin), before = static_cast<int>(at - margin);
-  int ignored;
-  return {after <= kSamples ? rows.nth_largest(sample, kSamples, after, &ignored) : -kInfinity,
-          before >= 1 ? rows.nth_largest(sample, kSamples, before, &ignored) : kInfinity};
-}
-
-// The rank-th largest of x, 1 <= rank <= count; `space` holds count + kSlack floats.
-Threshold find_threshold(const simd::Rows& rows, const float* x, int count, int rank,
-                         float* space) {
-  constexpr int kFew = 1024;
-  const float* left = x;
-  int num_left = count, place = rank, num_above;
-  for (bool shrinks = true; shrinks && num_left > kFew;) {
-    const Range range = sampled_range(rows, left, num_left, place);
-    const int num_inside = rows.bracket(left, num_left, range.low, range.high, space, &num_above);
-    if (place <= num_above || place > num_above + num_inside) {  // an unlucky sample: start again
-      left = x, num_left = count, place = rank;
-      break;
-    }
-    shrinks = num_inside < num_left - num_left / 4;
-    left = space, num_left = num_inside, place -= num_above;
-    if (range.low == range.high) return {range.low, place};
-  }
-  const float value = rows.nth_largest(left, num_left, place, &num_above);
-  return {value, place - num_above};
-}
 
 // One row's pages: forced sinks, the best of the middle, forced recent ones, in page order.
 void select_row(const SelectPagesParams& p, const simd::Rows& rows, int batch, int set) {

@@ -7,6 +7,10 @@
 
 namespace kvcomp::cuda {
 
+void attention_hits(const AttentionHitsParams& params, int device, std::uintptr_t stream);
+void compact_kv(const CompactKvParams& params, int device, std::uintptr_t stream);
 void page_scores(const PageScoresParams& params, int device, std::uintptr_t stream);
+void recurrence_update(const RecurrenceUpdateParams& params, int device, std::uintptr_t stream);
+void select_victims(const SelectVictimsParams& params, int device, std::uintptr_t stream);
 
 }  // namespace kvcomp::cuda

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <string>
 
 #include "tensor.h"
@@ -13,6 +14,23 @@ inline void check_head_dim(const Boundary& at, const char* argument, std::int64_
   constexpr std::int64_t kSupported[] = {32, 64, 80, 96, 128, 256};
   if (std::ranges::find(kSupported, head_dim) != std::end(kSupported)) return;
   at.fail(argument, "a head size of 32, 64, 80, 96, 128 or 256", head_dim);
+}
+
+// The last two dimensions without gaps; those before have any strides.
+inline void check_inner_contiguous(const Boundary& at, const TensorView& view) {
+  at.last_contiguous(view);
+  const int last = view.ndim - 1;
+  if (last < 1 || view.shape[last - 1] <= 1 || view.strides[last - 1] == view.shape[last]) return;
+  at.fail(view.name, "the last two dimensions contiguous",
+          "a stride of " + std::to_string(view.strides[last - 1]) + " between rows of " +
+              std::to_string(view.shape[last]));
+}
+
+// Sizes that int32 arithmetic in the kernels stands.
+inline void check_size(const Boundary& at, const TensorView& view, const char* what,
+                       std::int64_t size) {
+  constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max() / 2;
+  if (size > kMax) at.fail(view.name, "at most " + std::to_string(kMax) + " " + what, size);
 }
 
 // Reads the tensor, so only on the CPU. `limit_name` is what the largest value is called: "T".

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from kvcomp.cache.layer import LayerCache
@@ -33,14 +34,23 @@ class KVCache:
         state: the method's own notes on this batch; emptied by `reset`.
         steps: decode steps since the last `reset`.
         meter: counts for this cache, and for others where it is shared.
+        inv_freq: [R / 2] fp32, radians per position by which the model rotates its keys, for
+            methods that move keys to other positions; None where that is not known.
 
     Raises:
         ValueError: the method's parameters do not fit `num_layers` layers.
     """
 
-    def __init__(self, method: Policy, num_layers: int, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        method: Policy,
+        num_layers: int,
+        meter: Meter | None = None,
+        inv_freq: Tensor | None = None,
+    ) -> None:
         method.check(num_layers)
         self.method = method
+        self.inv_freq = inv_freq
         self.meter = Meter(num_layers) if meter is None else meter
         self.layers = [LayerCache(self, position) for position in range(num_layers)]
         self.reset()
@@ -51,13 +61,37 @@ class KVCache:
             layer.reset()
         self.state = SimpleNamespace()
         self.steps = 0
+        self._logits: Tensor | None = None
         self.method.start(self)
 
-    def prefill(self, layer: LayerCache, q: Tensor) -> None:
+    def logits_for(self, layer: LayerCache, q: Tensor) -> Tensor:
+        """Room for the logits of a decode step, [B, Hq, capacity] fp32; all layers share it."""
+        shape = (*q.shape[:2], layer.capacity)
+        have = self._logits
+        if have is None or have.shape != shape or have.device != q.device:
+            self._logits = q.new_empty(shape, dtype=torch.float32)
+        return self._logits
+
+    def require_rotation(self) -> Tensor:
+        """`inv_freq`, for methods that cannot do without.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        if self.inv_freq is None:
+            raise ValueError(
+                f"kvcomp: {type(self.method).__name__} moves keys to other positions, and this"
+                " model is not known to rotate them in the usual way (RoPE over halves of the head,"
+                " frequencies that do not change)"
+            )
+        return self.inv_freq
+
+    def prefill(self, layer: LayerCache, q: Tensor, scale: float) -> None:
         """The prompt's K and V are in `layer`; q [B, Hq, n, D] are its queries."""
+        layer.scale = scale
+        self.method.prefill(layer, q)
         if layer.position == len(self.layers) - 1:
             self.meter.observe(self)
-        self.method.prefill(layer, q)
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         """One decode step of one layer: q [B, Hq, D] -> out [B, Hq, D]."""

@@ -32,7 +32,13 @@ class LayerCache:
         columns: tokens seen counted as columns of the batch, padding included.
         state: what a method remembers about the rows of this layer; each tensor is [B, ...] and
             follows the rows through `select`.
-        token_bytes: bytes of K and V of one token, all KV heads.
+        scale: of the logits, known from the first prompt on.
+        added: tokens that each row gained by the last `append`, a number or [B] int32.
+        slots: what a method remembers about each kept token: [B, U, capacity] of 4-byte elements
+            (`track`), moved with the tokens, 0 where no token is.
+        token_bytes: bytes of K and V of one token as the model hands it in, all KV heads.
+        slot_bytes: bytes of K and V of one token as it is kept (see `repeat_heads`).
+        note_bytes: bytes of what `slots` says about one token.
     """
 
     def __init__(self, cache: KVCache, position: int) -> None:
@@ -46,10 +52,17 @@ class LayerCache:
         self._v: Tensor | None = None
         self.seq_lens: Tensor | None = None
         self.logical_lens: Tensor | None = None
-        self.token_bytes = 0
+        self.token_bytes = self.slot_bytes = 0
         self.max_len = 0
         self.columns = 0
+        self.scale = 1.0
+        self.added: int | Tensor = 0
         self.state: dict[str, Tensor] = {}
+        self.slots: dict[str, Tensor] = {}
+        self._placed: Tensor | None = None  # [B] logical lengths when positions were last written
+        self._most: tuple[int, int] | None = None  # (budget, window) of `limit`
+        self._whole = True  # nothing has been evicted
+        self._copies = 1  # of each KV head, see `repeat_heads`
         self._uniform = True  # every row has max_len tokens: an append is one slice copy
         self._arrivals: list[tuple[int, Tensor | None]] = []  # (columns, [B, columns] validity)
 
@@ -67,6 +80,17 @@ class LayerCache:
     def capacity(self) -> int:
         return 0 if self._k is None else self._k.shape[2]
 
+    @property
+    def note_bytes(self) -> int:
+        return sum(tensor.shape[1] * tensor.element_size() for tensor in self.slots.values())
+
+    def limit(self, budget: int, window: int) -> None:
+        """At most `budget` tokens stay after an eviction, and `window` arrive before the next.
+
+        The slab then has room for just that. A longer prompt has it until the first eviction.
+        """
+        self._most = budget, window
+
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Add n tokens to every row.
 
@@ -79,12 +103,15 @@ class LayerCache:
         """
         self._check(k, v, valid)
         k, v = k.detach(), v.detach()
+        if self._copies > 1:
+            k, v = (x.repeat_interleave(self._copies, 1) for x in (k, v))
         valid = None if valid is None else valid.to(k.device)
         batch, _, count, _ = k.shape
         if self._k is None:
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=k.device)
             self.logical_lens = self.seq_lens.clone()
             self.token_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
+            self.slot_bytes = self.token_bytes
         self._reserve(k, self.max_len + count)
         if valid is None and self._uniform:
             self._k[:, :, self.max_len : self.max_len + count] = k
@@ -94,6 +121,7 @@ class LayerCache:
             added = self._scatter(k, v, valid)
         self.seq_lens += added
         self.logical_lens += added
+        self.added = added
         self.max_len += count
         self.columns += count
         self._arrivals.append((count, valid))
@@ -128,6 +156,57 @@ class LayerCache:
             logits=logits,
         )
 
+    def repeat_heads(self, heads: int) -> None:
+        """Keep a copy of K and V for each of `heads` query heads, as sets per query head need.
+
+        That multiplies the bytes by heads / Hkv; later appends are repeated alike.
+        """
+        self._copies = heads // self._k.shape[1]
+        self._k, self._v = (x.repeat_interleave(self._copies, 1) for x in (self._k, self._v))
+        self.slot_bytes = self.token_bytes * self._copies
+
+    def track(self, name: str, units: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        """Add `slots[name]` [B, units, capacity] of zeros."""
+        batch, _, capacity, _ = self._k.shape
+        self.slots[name] = self._k.new_zeros(batch, units, capacity, dtype=dtype)
+        return self.slots[name]
+
+    def positions(self, units: int) -> Tensor:
+        """[B, units, max_len] int32: the place of every kept token among those its row has seen.
+
+        Tokens are appended in order, so this is written when it is asked for, not at every step.
+        """
+        if "position" not in self.slots:
+            self.track("position", units)
+            self._placed = torch.zeros_like(self.logical_lens)
+        table = self.slots["position"][..., : self.max_len]
+        slot = torch.arange(self.max_len, dtype=torch.int32, device=table.device)
+        age = self.seq_lens[:, None] - slot  # [B, max_len], the newest is 1
+        fresh = age <= (self.logical_lens - self._placed)[:, None]
+        position = self.logical_lens[:, None] - age
+        table.copy_(torch.where(fresh[:, None], position[:, None], table))
+        self._placed = self.logical_lens.clone()
+        return table
+
+    def evict(self, victims: Tensor, kept_lens: Tensor, longest: int) -> None:
+        """Take tokens out, in place, and give memory back that is no longer needed.
+
+        Args:
+            victims: [B, U, V] int32 slots, ascending, then -1, as `ops.select_victims` returns.
+            kept_lens: [B] int32: tokens that rows longer than that keep.
+            longest: upper bound of `kept_lens`, known on the host.
+        """
+        self.cache.meter.evicting(self, kept_lens)
+        ops.compact_kv(self._k, self._v, list(self.slots.values()), victims, self.seq_lens)
+        torch.minimum(self.seq_lens, kept_lens, out=self.seq_lens)
+        slot = torch.arange(self.capacity, device=self.seq_lens.device)
+        for tensor in self.slots.values():
+            tensor.masked_fill_(slot >= self.seq_lens[:, None, None], 0)
+        self.max_len = min(self.max_len, longest)
+        self._whole = False
+        if self._most is not None and self.max_len <= self._most[0] < self.capacity - self._most[1]:
+            self._resize(sum(self._most))
+
     def crop(self, count: int) -> None:
         """Take back the last `count` columns exactly, as if they had never been appended.
 
@@ -138,6 +217,8 @@ class LayerCache:
             raise ValueError(
                 f"kvcomp: crop of {count} tokens, but this layer has seen {self.columns}"
             )
+        if not self._whole:
+            raise ValueError(f"kvcomp: crop of {count} tokens, but tokens have been evicted")
         self.columns -= count
         while count > 0:
             columns, valid = self._arrivals.pop()
@@ -168,6 +249,9 @@ class LayerCache:
         self._k, self._v = self._k[rows], self._v[rows]
         self.seq_lens, self.logical_lens = self.seq_lens[rows], self.logical_lens[rows]
         self.state = {name: tensor[rows] for name, tensor in self.state.items()}
+        self.slots = {name: tensor[rows] for name, tensor in self.slots.items()}
+        if self._placed is not None:
+            self._placed = self._placed[rows]
         self._arrivals = [(n, None if v is None else v[rows]) for n, v in self._arrivals]
 
     def _scatter(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor | int:
@@ -193,13 +277,28 @@ class LayerCache:
         if length <= self.capacity:
             return
         capacity = max(length, FIRST_CAPACITY, int(self.capacity * GROWTH))
-        batch, heads, _, dim = like.shape
-        # Zeros, because a mask does not stop the NaN that memory never written may hold.
-        grown = [like.new_zeros(batch, heads, capacity, dim) for _ in "kv"]
-        if self._k is not None:
-            grown[0][:, :, : self.max_len] = self.keys
-            grown[1][:, :, : self.max_len] = self.values
-        self._k, self._v = grown
+        if self._most is not None:
+            budget, window = self._most
+            if capacity >= budget:  # all that comes before the next eviction
+                step = like.shape[2] == 1  # and so of the window; after a prompt, all of it follows
+                capacity = max(length, budget + window) if step else max(length, budget) + window
+        if self._k is None:
+            self._k, self._v = like[:, :, :0], like[:, :, :0]
+        self._resize(capacity)
+
+    def _resize(self, capacity: int) -> None:
+        """Move the kept tokens and what `slots` says about them to memory of another size."""
+
+        def moved(old: Tensor) -> Tensor:
+            # Zeros, because a mask does not stop the NaN that memory never written may hold.
+            new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
+            kept = min(old.shape[2], self.max_len)
+            new[:, :, :kept] = old[:, :, :kept]
+            return new
+
+        self._k = moved(self._k)
+        self._v = moved(self._v)
+        self.slots = {name: moved(tensor) for name, tensor in self.slots.items()}
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         if k.ndim != 4 or v.shape != k.shape or 0 in k.shape:
@@ -217,7 +316,7 @@ class LayerCache:
         have, got = self._k, k
         for what, old, new in (
             ("batch size", have.shape[0], got.shape[0]),
-            ("KV heads", have.shape[1], got.shape[1]),
+            ("KV heads", have.shape[1] // self._copies, got.shape[1]),
             ("head size", have.shape[3], got.shape[3]),
             ("dtype", have.dtype, got.dtype),
             ("device", have.device, got.device),

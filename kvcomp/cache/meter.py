@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kvcomp.cache.kv_cache import KVCache
+    from kvcomp.cache.layer import LayerCache
 
 
 class Meter:
@@ -19,7 +20,11 @@ class Meter:
         dense_tokens: int64 scalar, tokens a layer that keeps and reads all would have read.
         read_tokens: per managed layer an int64 scalar, tokens read by attention.
         peak_bytes: most bytes of K and V slots in use by one cache (rows times the longest row).
+        peak_note_bytes: most bytes that methods keep about those slots.
         allocated_bytes: the slabs of the latest cache, spare capacity included.
+        peak_len, sum_len: longest row of any layer, and the sum over layers and steps.
+        evictions: times that tokens were taken out of a layer.
+        evicted_tokens: per managed layer an int64 scalar, tokens taken out, all rows.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -27,7 +32,11 @@ class Meter:
         self.dense_tokens = torch.zeros((), dtype=torch.int64)
         self.read_tokens = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
         self.token_bytes = [0] * num_layers
-        self.peak_bytes = 0
+        self.slot_bytes = [0] * num_layers
+        self.peak_bytes = self.peak_note_bytes = 0
+        self.peak_len = self.sum_len = self.steps = 0
+        self.evictions = 0
+        self.evicted_tokens = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
         self.allocated_bytes = 0
         self._lens: list[tuple[Tensor, Tensor]] = []  # of the latest cache: kept and seen
 
@@ -43,17 +52,30 @@ class Meter:
         seen = cache.layers[0].logical_lens
         self.tokens_decoded += seen.shape[0]
         self.dense_tokens = self.dense_tokens.to(seen.device) + seen.sum()
+        self.steps += 1
+        self.sum_len += sum(layer.max_len for layer in cache.layers)
         self.observe(cache)
+
+    def evicting(self, layer: LayerCache, kept_lens: Tensor) -> None:
+        """Rows of `layer` are about to be cut to kept_lens [B]."""
+        gone = (layer.seq_lens - kept_lens).clamp(min=0).sum()
+        self.evictions += 1
+        count = self.evicted_tokens[layer.position]
+        self.evicted_tokens[layer.position] = count.to(gone.device) + gone
 
     def observe(self, cache: KVCache) -> None:
         """Look at what `cache` holds: before anything leaves it, and when it has grown."""
-        used = allocated = 0
+        used = allocated = notes = 0
         for position, layer in enumerate(cache.layers):
             self.token_bytes[position] = layer.token_bytes
-            used += layer.max_len * layer.token_bytes
-            allocated += layer.capacity * layer.token_bytes
+            self.slot_bytes[position] = layer.slot_bytes
+            used += layer.max_len * layer.slot_bytes
+            notes += layer.max_len * layer.note_bytes
+            allocated += layer.capacity * layer.slot_bytes
+            self.peak_len = max(self.peak_len, layer.max_len)
         rows = cache.layers[0].seq_lens.shape[0]
         self.peak_bytes = max(self.peak_bytes, used * rows)
+        self.peak_note_bytes = max(self.peak_note_bytes, notes * rows)
         self.allocated_bytes = allocated * rows
         self._lens = [(layer.seq_lens, layer.logical_lens) for layer in cache.layers]
 

@@ -77,7 +77,7 @@ def attention(
         )
     else:
         out = attend_many(kv, query, key, value, cache.padding, scale)
-    kv.cache.prefill(kv, query)
+    kv.cache.prefill(kv, query, scale)
     return out, None
 
 
@@ -99,6 +99,8 @@ def attend_many(
     mask = torch.cat(
         [past[:, None].expand(-1, count, -1), causal.expand(query.shape[0], -1, -1)], -1
     )
+    copies = kv.keys.shape[1] // key.shape[1]  # see LayerCache.repeat_heads
+    key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
     out = torch.nn.functional.scaled_dot_product_attention(
         query,
         torch.cat([kv.keys, key], 2),

@@ -90,12 +90,19 @@ class Cache(TransformersCache):
         config: of the model (its text part is used).
         method: what to attend to and what to keep.
         meter: counts; shared by the caches of one run.
+        inv_freq: how the model rotates its keys, see `kvcomp.hf.rotation`.
 
     Raises:
         ValueError: no full-attention layer in the model, or parameters that do not fit its depth.
     """
 
-    def __init__(self, config, method: Method, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        config,
+        method: Method,
+        meter: Meter | None = None,
+        inv_freq: Tensor | None = None,
+    ) -> None:
         layers = list(DynamicCache(config=config).layers)
         managed = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
         if not managed:
@@ -104,7 +111,7 @@ class Cache(TransformersCache):
                 f"kvcomp: {type(config).__name__} has no full-attention layer to manage: its cache"
                 f" layers are {', '.join(kinds)}"
             )
-        self.kv = KVCache(method, len(managed), meter)
+        self.kv = KVCache(method, len(managed), meter, inv_freq)
         for kv, index in zip(self.kv.layers, managed, strict=True):
             layers[index] = Layer(self, kv)
         self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward

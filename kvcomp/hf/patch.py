@@ -21,6 +21,7 @@ from kvcomp.cache import Meter
 from kvcomp.hf import attention
 from kvcomp.hf.cache import Cache
 from kvcomp.hf.report import Report
+from kvcomp.hf.rotation import key_rotation
 from kvcomp.methods import Method
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
@@ -68,7 +69,8 @@ class Run:
         self.model, self.method = model, method
         self.config = model.config.get_text_config(decoder=True)
         self.inner_name = self.config._attn_implementation
-        self.meter = Meter(len(Cache(self.config, method).kv.layers))
+        self.inv_freq = key_rotation(model) if method.moves_keys else None
+        self.meter = Meter(len(Cache(self.config, method, None, self.inv_freq).kv.layers))
         self._decode_seconds = 0.0
         self._decoded_before = 0
         self._last_forward: float | None = None  # when the latest forward ended
@@ -87,7 +89,7 @@ class Run:
 
     def new_cache(self) -> Cache:
         """A fresh cache of this run, for loops that call the model themselves."""
-        return Cache(self.config, self.method, self.meter)
+        return Cache(self.config, self.method, self.meter, self.inv_freq)
 
     def report(self, layers: bool = False) -> Report:
         """What the run has decoded so far; `layers=True` adds the figures of each layer."""
@@ -249,42 +251,3 @@ def refuse(model: PreTrainedModel) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(f"kvcomp.patch: {name} {reason}")
-
-
-def decode_all(
-    model: PreTrainedModel,
-    prompts: list,
-    method: Method,
-    *,
-    tokenizer: Any = None,
-    max_new_tokens: int,
-) -> list[Tensor]:
-    """Greedy decoding of every prompt by itself under `method`.
-
-    Args:
-        prompts: texts (with `tokenizer`), or token ids as lists or 1-D tensors.
-
-    Returns:
-        The new token ids of each prompt, [tokens] int64.
-
-    Raises:
-        ValueError: texts without a tokenizer.
-    """
-    outputs = []
-    with patch(model, method):
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                if tokenizer is None:
-                    raise ValueError("kvcomp: prompts are texts, so a tokenizer is needed")
-                ids = tokenizer(prompt, return_tensors="pt").input_ids
-            else:
-                ids = torch.as_tensor(prompt)[None]
-            ids = ids.to(model.device)
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-            )
-            outputs.append(out[0, ids.shape[1] :])
-    return outputs

@@ -23,9 +23,14 @@ class Report:
         tokens_attended_dense: the same had every layer attended to all.
         kv_bytes_kept, kv_bytes_dense: K and V rows held now, and by a cache that keeps all.
         kv_bytes_peak: most bytes of K and V slots in use at once (rows times the longest row).
+        tracking_bytes_peak: most bytes of what the method remembered about those slots.
         kv_bytes_allocated: the slabs now, spare capacity included.
         kv_bytes_read: by decode steps in total.
-        layers: per managed layer: position, tokens_attended, kept tokens, bytes read.
+        kept_mean, kept_peak: tokens in the longest row of a layer, over decode steps.
+        evictions: times that tokens were taken out of a layer.
+        tokens_evicted: by those, all rows and layers.
+        kv_bytes_freed: of K and V, by those.
+        layers: per managed layer: position, tokens_attended, kept and evicted tokens, bytes read.
     """
 
     method: str
@@ -38,6 +43,12 @@ class Report:
     kv_bytes_peak: int = 0
     kv_bytes_allocated: int = 0
     kv_bytes_read: int = 0
+    tracking_bytes_peak: int = 0
+    kept_mean: float = 0.0
+    kept_peak: int = 0
+    evictions: int = 0
+    tokens_evicted: int = 0
+    kv_bytes_freed: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -46,26 +57,34 @@ class Report:
         read = [int(tokens) for tokens in meter.read_tokens]
         kept, seen = meter.kept_tokens, meter.seen_tokens
         decoded = max(meter.tokens_decoded, 1)
-        rows = zip(read, meter.token_bytes, kept, strict=False)
+        evicted = [int(tokens) for tokens in meter.evicted_tokens]
+        rows = zip(read, meter.slot_bytes, kept, evicted, strict=False)
         return cls(
             method=str(method),
             tokens_decoded=meter.tokens_decoded,
             decode_seconds=seconds,
             tokens_attended=sum(read) / len(read) / decoded,
             tokens_attended_dense=int(meter.dense_tokens) / decoded,
-            kv_bytes_kept=sum(n * b for n, b in zip(kept, meter.token_bytes, strict=False)),
+            kv_bytes_kept=sum(n * b for n, b in zip(kept, meter.slot_bytes, strict=False)),
             kv_bytes_dense=sum(n * b for n, b in zip(seen, meter.token_bytes, strict=False)),
             kv_bytes_peak=meter.peak_bytes,
             kv_bytes_allocated=meter.allocated_bytes,
-            kv_bytes_read=sum(n * b for n, b in zip(read, meter.token_bytes, strict=True)),
+            kv_bytes_read=sum(n * b for n, b in zip(read, meter.slot_bytes, strict=True)),
+            tracking_bytes_peak=meter.peak_note_bytes,
+            kept_mean=meter.sum_len / max(meter.steps * len(read), 1),
+            kept_peak=meter.peak_len,
+            evictions=meter.evictions,
+            tokens_evicted=sum(evicted),
+            kv_bytes_freed=sum(n * b for n, b in zip(evicted, meter.slot_bytes, strict=True)),
             layers=[
                 {
                     "position": position,
                     "tokens_attended": tokens / decoded,
                     "kv_bytes_read": tokens * size,
                     "kept_tokens": tokens_kept,
+                    "evicted_tokens": tokens_evicted,
                 }
-                for position, (tokens, size, tokens_kept) in enumerate(rows)
+                for position, (tokens, size, tokens_kept, tokens_evicted) in enumerate(rows)
             ]
             if layers
             else [],
@@ -94,6 +113,11 @@ class Report:
         }
 
     def __str__(self) -> str:
+        evicted = (
+            f"  evicted   {self.tokens_evicted} tokens in {self.evictions} evictions,"
+            f" {mebibytes(self.kv_bytes_freed)} freed; kept {self.kept_mean:.0f} tokens a layer"
+            f" (peak {self.kept_peak})"
+        )
         return "\n".join(
             [
                 self.method,
@@ -106,6 +130,7 @@ class Report:
                 f" peak {mebibytes(self.kv_bytes_peak)},"
                 f" allocated {mebibytes(self.kv_bytes_allocated)}",
                 f"  KV read   {mebibytes(self.kv_bytes_read_per_token)} per token",
+                *([evicted] if self.evictions else []),
             ]
         )
 

@@ -27,11 +27,13 @@ class Method:
         name: how the command line and the tables call it.
         baseline: True for methods that exist to be compared with.
         croppable: whether the last tokens can be taken back exactly.
+        moves_keys: whether it needs to know how keys are rotated (`cache.inv_freq`).
     """
 
     name: ClassVar[str]
     baseline: ClassVar[bool] = False
     croppable: ClassVar[bool] = True
+    moves_keys: ClassVar[bool] = False
 
     def __init_subclass__(
         cls, *, name: str | None = None, baseline: bool = False, **kwargs: Any

@@ -138,7 +138,6 @@ class Delta(Method, name="delta"):
         cache.state.planners = frozenset(  # a delta layer plans if a sparse one comes next
             x for x in planners if x + 1 not in cache.state.dense and x + 1 < len(cache.layers)
         )
-        cache.state.logits = None  # [B, Hq, capacity] fp32, shared by the delta layers
         cache.state.pages = None  # (page_ids [B, 1, K], selected_lens [B]) of this step
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
@@ -152,7 +151,7 @@ class Delta(Method, name="delta"):
             )[0]
         if layer.position not in state.planners:
             return layer.attend(q, scale)[0]
-        logits = self._logits_buffer(layer, q)
+        logits = layer.cache.logits_for(layer, q)
         out, lse = layer.attend(q, scale, logits=logits)
         scores = self.score(logits[:, :, : layer.max_len], lse, layer.seq_lens)
         state.pages = ops.select_pages(
@@ -168,12 +167,6 @@ class Delta(Method, name="delta"):
         dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=self.group)
         tokens = torch.nn.functional.pad(tokens, (0, -tokens.shape[-1] % self.page_size))
         return tokens.unflatten(-1, (-1, self.page_size)).sum(-1)
-
-    def _logits_buffer(self, layer: LayerCache, q: Tensor) -> Tensor:
-        state, shape = layer.cache.state, (*q.shape[:2], layer.capacity)
-        if state.logits is None or state.logits.shape != shape or state.logits.device != q.device:
-            state.logits = q.new_empty(shape, dtype=torch.float32)
-        return state.logits
 
     @classmethod
     def calibrate(
@@ -255,14 +248,13 @@ class _PageRecorder(Method):
     recalls: list[Tensor] = field(default_factory=list)  # [layers, layers] per sampled step
 
     def start(self, cache: KVCache) -> None:
-        cache.state.logits = None
         cache.state.scores = []
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         cache, state = layer.cache, layer.cache.state
         if cache.steps % self.every or layer.max_len <= self.method.budget:
             return layer.attend(q, scale)[0]
-        logits = self.method._logits_buffer(layer, q)
+        logits = cache.logits_for(layer, q)
         out, lse = layer.attend(q, scale, logits=logits)
         state.scores.append(self.method.score(logits[:, :, : layer.max_len], lse, layer.seq_lens))
         if len(state.scores) == len(cache.layers):

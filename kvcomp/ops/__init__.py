@@ -5,9 +5,25 @@ size, P pages. K and V are [B, Hkv, T, D] with any strides on B, Hkv and T, and 
 """
 
 from kvcomp.ops._registry import OPS
+from kvcomp.ops.attention_hits import attention_hits
+from kvcomp.ops.compact_kv import compact_kv
 from kvcomp.ops.decode_attention import decode_attention
 from kvcomp.ops.merge_states import merge_states
 from kvcomp.ops.page_scores import page_scores
+from kvcomp.ops.recurrence_update import recurrence_update
+from kvcomp.ops.rotate_keys import rotate_keys
 from kvcomp.ops.select_pages import select_pages
+from kvcomp.ops.select_victims import select_victims
 
-__all__ = ["OPS", "decode_attention", "merge_states", "page_scores", "select_pages"]
+__all__ = [
+    "OPS",
+    "attention_hits",
+    "compact_kv",
+    "decode_attention",
+    "merge_states",
+    "page_scores",
+    "recurrence_update",
+    "rotate_keys",
+    "select_pages",
+    "select_victims",
+]

@@ -49,12 +49,13 @@ _SOURCES = set(SOURCES)
 
 
 def random_graphs(
-    rng: np.random.Generator, batch: int, nodes: int
+    rng: np.random.Generator, batch: int, nodes: int, live: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Draw graphs whose walks do not collapse into short loops.
 
     Returns ``target [batch, nodes, 2]``, ``weight [batch, nodes, 2]`` (last axis: the sum before
-    the step is low, high) and the number of reachable nodes, which come first.
+    the step is low, high) and the number of reachable nodes, which come first: ``live`` of them, or
+    three quarters.
 
     Where a walk goes next depends on the state (node, sum) alone. With random edges the walk is in
     a loop after about ``sqrt(10 * nodes)`` steps. Here every state of the reachable part has
@@ -62,7 +63,7 @@ def random_graphs(
     edge arrives with one of five consecutive sums, and the two edges into a reachable node share
     the ten sums between them.
     """
-    live = nodes - nodes // 4
+    live = nodes - nodes // 4 if live is None else live
     target = rng.integers(0, nodes, (batch, nodes, 2))
     weight = rng.integers(0, 10, (batch, nodes, 2))
     edge = rng.random((batch, 2 * live)).argsort(axis=1)  # edges into node 0, 0, 1, 1, 2, ...
@@ -129,12 +130,17 @@ def source_token(node: str, total: int) -> str:
     return node.upper() + "-+"[is_high(total)]
 
 
-def make_problem(nodes: int = 16, steps: int = 512, seed: int = 0) -> Problem:
+def make_problem(
+    nodes: int = 16, steps: int = 512, seed: int = 0, live: int | None = None
+) -> Problem:
     """A held-out problem, the same for the same arguments.
 
-    ``nodes`` in 2..64 (two facts each). The walk's period is at least half of the states
-    (node, sum) that can be reached, so nearly all facts of reachable nodes come up.
+    ``nodes`` in 2..64 (two facts each), of which ``live`` (2..nodes; three quarters by default) can
+    be reached; the facts of the others are distractors. The walk's period is at least half of the
+    states (node, sum) that can be reached, so nearly all facts of reachable nodes come up.
     """
+    if live is not None and not 2 <= live <= nodes:
+        raise ValueError(f"live must be in 2..nodes={nodes}, got {live}")
     if not 2 <= nodes <= len(NAMES):
         raise ValueError(f"nodes must be in 2..{len(NAMES)}, got {nodes}")
     if steps < 1:
@@ -142,10 +148,10 @@ def make_problem(nodes: int = 16, steps: int = 512, seed: int = 0) -> Problem:
     rng = np.random.default_rng([HELD_OUT, nodes, seed])
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[:nodes]]
     while True:
-        targets, weights, live = random_graphs(rng, 1, nodes)
+        targets, weights, reachable = random_graphs(rng, 1, nodes, live)
         target, weight = targets[0].tolist(), weights[0].tolist()
         start_sum = int(rng.integers(10))
-        if _period(target, weight, start_sum) >= 5 * live:  # of 10 * live states
+        if _period(target, weight, start_sum) >= 5 * reachable:  # of 10 * reachable states
             break
     edges = [
         (source_token(names[node], 5 * high), names[target[node][high]], weight[node][high])

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import kvcomp
 from kvcomp import _C
@@ -165,23 +166,34 @@ def bandwidth_probe(device: str = "cpu", num_bytes: int = PROBE_BYTES) -> Probe:
     The reads compute next to nothing, but none prefetches, so that a kernel which does can pass
     100 %.
     """
-    floats = torch.randn(num_bytes // 4, device=device)
     if device == "cuda":
-        target = torch.empty_like(floats)
-        candidates = {"device copy, read + write": (lambda: target.copy_(floats), 2 * num_bytes)}
-    else:
-        integers = floats.view(torch.int64)
-        matrix, ones = floats.view(-1, 4096), torch.ones(4096)
-        candidates = {
-            "read, torch.sum": (floats.sum, num_bytes),
-            "read, torch.amax of int64": (integers.amax, num_bytes),
-            "read, torch.dot": (lambda: torch.dot(floats, floats), num_bytes),
-            "read, torch.mv": (lambda: torch.mv(matrix, ones), num_bytes),
-        }
+        return copy_probe(device, num_bytes)
+    floats = torch.randn(num_bytes // 4)
+    integers = floats.view(torch.int64)
+    matrix, ones = floats.view(-1, 4096), torch.ones(4096)
+    candidates = {
+        "read, torch.sum": (floats.sum, num_bytes),
+        "read, torch.amax of int64": (integers.amax, num_bytes),
+        "read, torch.dot": (lambda: torch.dot(floats, floats), num_bytes),
+        "read, torch.mv": (lambda: torch.mv(matrix, ones), num_bytes),
+    }
     timings = interleave({name: run for name, (run, _) in candidates.items()}, 8, device=device)
     rates = {name: candidates[name][1] / timing.minimum for name, timing in timings.items()}
     best = max(rates, key=rates.__getitem__)
     return Probe(best, *candidates[best], rates[best] / 1e9)
+
+
+def copy_probe(device: str = "cpu", num_bytes: int = PROBE_BYTES) -> Probe:
+    """A plain copy, counted as read and written, to compare what writes as much as it reads."""
+    floats = torch.randn(num_bytes // 4, device=device)
+    target = torch.empty_like(floats)
+
+    def run() -> Tensor:
+        return target.copy_(floats)
+
+    timing = interleave({"copy": run}, 8, device=device)["copy"]
+    gbps = 2 * num_bytes / timing.minimum / 1e9
+    return Probe("copy, read + write", run, 2 * num_bytes, gbps)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -204,6 +216,8 @@ class Row:
     ratios_min: dict[str, float] = field(default_factory=dict)  # the same by minima
     ideal_ratios: dict[str, float] = field(default_factory=dict)  # what the bytes allow
     max_error: float | None = None  # against float64; None where there is nothing to compare
+    overhead: float | None = None  # share of the baseline's time that comes on top of it
+    overhead_min: float | None = None  # the same by minima
     correct: bool = True  # no ratio is given for, or against, a wrong result
 
     def line(self) -> str:
@@ -215,6 +229,8 @@ class Row:
         if not self.correct:
             columns.append("WRONG RESULT, no speed-up")
         columns += [self._ratio(name) for name in self.ratios]
+        if self.overhead is not None:
+            columns.append(f"{self.overhead:+.1%} (min {self.overhead_min:+.1%}) over the baseline")
         if self.max_error is not None:
             columns.append(f"err {self.max_error:.1e}")
         return "  ".join(columns)

@@ -7,17 +7,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kvcomp.testing.cases import Case
+
 
 def in_float64(args: tuple) -> tuple:
     """The same arguments with every floating tensor widened: the reference on them is the truth."""
     return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
-def outputs(impl: Callable, args: tuple, mutates: int | None) -> tuple[Tensor, ...]:
-    """Call an implementation; its results and, last, the argument that it wrote."""
+def outputs(impl: Callable, case: Case, args: tuple) -> tuple[Tensor, ...]:
+    """Call an implementation; its results and then the arguments that it wrote."""
     result = impl(*args)
     result = result if isinstance(result, tuple) else () if result is None else (result,)
-    return (*result, args[mutates]) if mutates is not None else result
+    if case.blank:
+        case.blank(args)
+    for position in case.mutates:
+        written = args[position]
+        result += (written,) if isinstance(written, Tensor) else tuple(written)
+    return result
 
 
 def assert_close(actual: Tensor, truth: Tensor, fallback: Tensor, what: str) -> None:

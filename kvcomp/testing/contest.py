@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvcomp.ops import OPS
-from kvcomp.testing.bench import Probe, Rotation, Row, cold_sets, interleave
+from kvcomp.testing.bench import Probe, Rotation, Row, Timing, cold_sets, interleave
 from kvcomp.testing.compare import in_float64, max_error
 
 KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # worth timing on a device
@@ -39,19 +40,28 @@ class Against(NamedTuple):
 
 
 class Expected:
-    """What a contender must return for the first set of inputs; it may return less."""
+    """What a contender must return for the first set of inputs; it may return less.
 
-    def __init__(self, reference: Callable, args: tuple, *, ids_may_differ: float = 0.0) -> None:
+    Integers are ids, whose order does not matter, unless they must be `exact`.
+    """
+
+    def __init__(
+        self, reference: Callable, args: tuple, *, ids_may_differ: float = 0.0, exact: bool = False
+    ) -> None:
         self.truth = _as_tuple(reference(*in_float64(args)))
         wide = (a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args)
         self.plain = _as_tuple(reference(*wide))
         self.ids_may_differ = ids_may_differ
+        self.exact = exact
 
     def error(self, result: object, *, ours: bool) -> float:
         """The error of the first output. AssertionError where an output is wrong."""
         results = _as_tuple(result)
         for got, truth, plain in zip(results, self.truth, self.plain, strict=False):
             if not got.is_floating_point():
+                if self.exact:
+                    assert torch.equal(got, truth), "integers differ"
+                    continue
                 missing = (~_isin_rows(truth, got)).double().mean().item()
                 assert missing <= self.ids_may_differ, f"{missing:.1%} of the indices are missing"
                 continue
@@ -82,6 +92,8 @@ class Contender:
     expected: Expected | None = None
     ours: bool = True
     against: tuple[Against, ...] = ()
+    # Where the call changes its inputs: from those and what it returned to what is compared.
+    results: Callable[[Any, object], tuple] | None = None
 
     @property
     def key(self) -> str:
@@ -89,9 +101,12 @@ class Contender:
 
     def check(self, inputs: object) -> tuple[float | None, bool]:
         """The error against float64, and whether the result is right."""
-        result = self.call(inputs)
         if self.expected is None:
+            self.call(inputs)
             return None, True
+        inputs = deepcopy(inputs) if self.results else inputs
+        result = self.call(inputs)
+        result = self.results(inputs, result) if self.results else result
         try:
             return self.expected.error(result, ours=self.ours), True
         except AssertionError as wrong:
@@ -104,15 +119,7 @@ def measure(
 ) -> list[Row]:
     """Check each contender, then time all of them and the probe in turn."""
     checks = {c.key: c.check(sets[0]) for c in contenders}
-    rotation = Rotation(sets)
-    runs = {c.key: rotation.calling(c.call) for c in contenders} | {"probe": run.probe.run}
-    timings = interleave(
-        runs,
-        run.repeats,
-        device=run.device,
-        budget=run.budget,
-        calls_in_graph=min(max(20, len(sets)), 200),
-    )
+    timings = timed(sets, {c.key: c.call for c in contenders}, run)
     ceiling = run.probe.bytes / timings["probe"].median
     rows = []
     for c in contenders:
@@ -133,6 +140,19 @@ def measure(
     probe = Row(op, shape, dtype, run.device, "probe", timing.median * 1e3, timing.minimum * 1e3)
     probe.gbps, probe.ceiling_share = ceiling / 1e9, 1.0
     return [*rows, probe]
+
+
+def timed(sets: Sequence, calls: dict[str, Callable], run: Settings) -> dict[str, Timing]:
+    """Each of the calls, given a set, and the "probe", in turn."""
+    rotation = Rotation(sets)
+    runs = {name: rotation.calling(call) for name, call in calls.items()}
+    return interleave(
+        runs | {"probe": run.probe.run},
+        run.repeats,
+        device=run.device,
+        budget=run.budget,
+        calls_in_graph=min(max(20, len(sets)), 200),
+    )
 
 
 def implementations(op: str, device: str, num_bytes: int = 0) -> list[str]:

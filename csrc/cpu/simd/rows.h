@@ -44,6 +44,9 @@ struct TypedRows {
   // out [D] = a * weight_a + b * weight_b.
   void (*blend)(const void* a, float weight_a, const void* b, float weight_b, int head_dim,
                 void* out);
+
+  // Elements i and i + half of a row turn by an angle, i < half, given its cos and sin.
+  void (*rotate)(void* row, int half, const float* cos, const float* sin);
 };
 
 struct Rows {
@@ -63,8 +66,19 @@ struct Rows {
                        int count, bool use_max, float* tokens);
   float (*sum)(const float* x, int count);
 
+  // Bit t % 32 of words[t / 32], t < count: whether logits[h * stride + t] reaches lse[h] +
+  // log_threshold under any head. The rest of the last word is 0.
+  void (*hit_bits)(const float* logits, std::int64_t stride, const float* lse, int num_heads,
+                   int count, float log_threshold, std::uint32_t* words);
+
+  // 32 tokens live through num_steps steps: bit i of hits[s * stride] says whether token i is hit
+  // at first_step + s. A hit sets longest to the largest interval between hits, then last_hit.
+  void (*replay)(const std::uint32_t* hits, std::int64_t stride, int num_steps, int first_step,
+                 std::int32_t* last_hit, std::int32_t* longest);
+
   // Three steps of a selection, in which NaN counts as -inf.
-  // The rank-th largest of x, 1 <= rank <= count, and how many are larger. 32 passes: for few x.
+  // The rank-th largest of x, 1 <= rank <= count, or a value between it and the next; and how many
+  // are larger. Up to 32 passes: for few x.
   float (*nth_largest)(const float* x, int count, int rank, int* num_above);
 
   // The values with low <= x <= high, in order, and how many lie above high. `inside` has room for

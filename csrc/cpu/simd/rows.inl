@@ -248,6 +248,29 @@ void blend(const void* a_, float weight_a, const void* b_, float weight_b, int h
   }
 }
 
+template <class T>
+void rotate(void* row_, int half, const float* cos, const float* sin) {
+  const auto turn = [](T* first, T* second, Vec c, Vec s) {
+    const Vec x = load(first), y = load(second);
+    store(first, x * c - y * s);
+    store(second, fma(x, s, y * c));
+  };
+  T* row = static_cast<T*>(row_);
+  int i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    turn(row + i, row + half + i, load(cos + i), load(sin + i));
+  }
+  if (const int n = half - i; n > 0) {
+    T first[kLanes] = {}, second[kLanes] = {};
+    const auto bytes = n * sizeof(T);
+    __builtin_memcpy(first, row + i, bytes);
+    __builtin_memcpy(second, row + half + i, bytes);
+    turn(first, second, load_first(cos + i, n), load_first(sin + i, n));
+    __builtin_memcpy(row + i, first, bytes);
+    __builtin_memcpy(row + half + i, second, bytes);
+  }
+}
+
 void accumulate(float* acc, float factor, const float* x, float weight, int count) {
   const Vec f = broadcast(factor), w = broadcast(weight);
   for (int i = 0; i < count; i += kLanes) {
@@ -281,6 +304,58 @@ float sum(const float* x, int count) {
   return reduce_add(total);
 }
 
+// --- hits --------------------------------------------------------------------------------------
+
+void hit_bits(const float* logits, std::int64_t stride, const float* lse, int num_heads, int count,
+              float log_threshold, std::uint32_t* words) {
+  const int whole = count / 32, rest = count % 32;
+  const Vec limit = broadcast(log_threshold);
+  for (int w = 0; w < whole + (rest > 0); ++w) words[w] = 0;
+  for (int h = 0; h < num_heads; ++h, logits += stride) {  // head by head: reads are in sequence
+    const Vec shift = broadcast(lse[h] == -kInfinity ? kInfinity : lse[h]);  // all masked: no hit
+    const float* x = logits;
+    for (int w = 0; w < whole; ++w, x += 32) {
+      std::uint32_t bits = words[w];
+      UNROLL for (int i = 0; i < 32; i += kLanes) bits |= at_least(load(x + i) - shift, limit) << i;
+      words[w] = bits;
+    }
+    for (int i = 0; i < rest; i += kLanes) {
+      const int n = min(rest - i, kLanes);
+      words[whole] |= (at_least(load_first(x + i, n) - shift, limit) & ((1u << n) - 1)) << i;
+    }
+  }
+}
+
+struct Bits {  // the lanes of 32 tokens
+  std::uint32_t bit[32] = {};
+  constexpr Bits() {
+    for (int i = 0; i < 32; ++i) bit[i] = 1u << i;
+  }
+};
+constexpr Bits kBits;
+
+void replay(const std::uint32_t* hits, std::int64_t stride, int num_steps, int first_step,
+            std::int32_t* last_hit, std::int32_t* longest) {
+  constexpr int kVectors = 32 / kLanes;
+  using Ints __attribute__((vector_size(kLanes * 4))) = std::int32_t;
+  Ints bit[kVectors], last[kVectors], interval[kVectors];
+  __builtin_memcpy(bit, kBits.bit, sizeof bit);
+  __builtin_memcpy(last, last_hit, sizeof last);
+  __builtin_memcpy(interval, longest, sizeof interval);
+  for (int s = 0; s < num_steps; ++s) {
+    const Ints word = Ints{} + static_cast<std::int32_t>(hits[s * stride]);
+    const Ints step = Ints{} + (first_step + s);
+    UNROLL for (int v = 0; v < kVectors; ++v) {
+      const Ints hit = (word & bit[v]) == bit[v], silent = step - last[v];
+      const Ints longer = silent > interval[v] ? silent : interval[v];
+      interval[v] = hit ? longer : interval[v];
+      last[v] = hit ? step : last[v];
+    }
+  }
+  __builtin_memcpy(last_hit, last, sizeof last);
+  __builtin_memcpy(longest, interval, sizeof interval);
+}
+
 // --- selection ---------------------------------------------------------------------------------
 
 inline Vec load_ranking(const float* x, int n) {  // NaN becomes -inf; lanes past n are 0
@@ -306,7 +381,12 @@ float nth_largest(const float* x, int count, int rank, int* num_above) {
   std::uint32_t place = 0;
   for (std::uint32_t bit = 0x80000000u; bit; bit >>= 1) {
     const Vec limit = broadcast(float_at(place | bit));
-    if (count_if([&](Vec v) { return at_least(v, limit); }) >= rank) place |= bit;
+    const int matches = count_if([&](Vec v) { return at_least(v, limit); });
+    if (matches == rank && rank < count && place != 0) {  // the float before splits them already
+      *num_above = rank;
+      return float_at((place | bit) - 1);
+    }
+    if (matches >= rank) place |= bit;
   }
   const Vec limit = broadcast(float_at(place));
   *num_above = count_if([&](Vec v) { return above(v, limit); });
@@ -347,7 +427,7 @@ int select(const float* x, int count, float threshold, int num_equal, int first_
 
 template <class T>
 constexpr TypedRows typed_rows() {
-  return {&prepare_q<T>, &qk<T>, &pv<T>, &store_row<T>, &blend<T>};
+  return {&prepare_q<T>, &qk<T>, &pv<T>, &store_row<T>, &blend<T>, &rotate<T>};
 }
 
 constexpr Rows make_rows(const char* isa) {
@@ -359,6 +439,8 @@ constexpr Rows make_rows(const char* isa) {
           &accumulate,
           &token_scores,
           &sum,
+          &hit_bits,
+          &replay,
           &nth_largest,
           &bracket,
           &select};

@@ -69,4 +69,73 @@ struct SelectPagesParams {
   int32_t page_size, num_recent, num_sink;
 };
 
+struct AttentionHitsParams {
+  const float* logits;      // [B, Hq, N], last dimension contiguous
+  const float* lse;         // [B, Hq], contiguous
+  const int32_t* seq_lens;  // [B]
+  uint32_t* hits;           // [B, U, W], last two contiguous; bit i % 32 of word i / 32 is token i
+  int64_t stride_logits_b, stride_logits_h;
+  int64_t stride_hits_b;
+  int32_t batch, num_heads, num_units;
+  int32_t num_slots;  // N
+  int32_t num_words;  // W
+  float log_threshold;
+};
+
+struct RecurrenceUpdateParams {
+  const uint32_t* hits;     // [B, R, U, W], last two contiguous; R <= 32
+  int32_t* last_hit;        // [B, U, N], contiguous
+  int32_t* longest;         // [B, U, N], contiguous
+  const int32_t* seq_lens;  // [B] after the last step
+  const int32_t* born;      // [B] last slots that are new since the last replay
+  int64_t stride_hits_b, stride_hits_r;
+  int32_t batch, num_units;
+  int32_t num_steps;  // R
+  int32_t num_slots;  // N
+  int32_t num_words;  // W
+  int32_t first_step;
+};
+
+struct SelectVictimsParams {
+  const float* scores;       // [B, U, N], last dimension contiguous
+  const int32_t* positions;  // [B, U, N], last dimension contiguous
+  const int32_t* seq_lens;   // [B]
+  const int32_t* kept_lens;  // [B]
+  int32_t* victims;          // [B, U, V], contiguous; ascending, then -1
+  int64_t stride_scores_b, stride_scores_u;
+  int64_t stride_positions_b, stride_positions_u;
+  int32_t batch, num_units;
+  int32_t num_slots;    // N
+  int32_t num_victims;  // V
+  int32_t num_recent;
+};
+
+struct CompactKvParams {
+  static constexpr int kMaxState = 8;
+
+  void* k;                                     // [B, H, T, D]
+  void* v;                                     // [B, H, T, D]
+  void* state[kMaxState];                      // num_state tensors [B, U, T'] of 4-byte elements
+  const int32_t* victims;                      // [B, U, V], contiguous; ascending, then -1
+  const int32_t* seq_lens;                     // [B] before
+  int64_t stride_k_b, stride_k_h, stride_k_t;  // in bytes, as all strides here
+  int64_t stride_v_b, stride_v_h, stride_v_t;
+  int64_t stride_state_b[kMaxState], stride_state_u[kMaxState];
+  int32_t batch, num_heads, num_units;  // U is 1 or H
+  int32_t num_slots;                    // the least of T and all T'
+  int32_t num_victims;                  // V
+  int32_t num_state;
+  int32_t row_bytes;  // of one head's K or V of a token
+};
+
+struct RotateKeysParams {
+  ScalarType dtype;  // of k
+  void* k;           // [B, H, T, D]
+  const float* cos;  // [B, R / 2], contiguous
+  const float* sin;  // [B, R / 2], contiguous
+  int64_t stride_k_b, stride_k_h, stride_k_t;
+  int32_t batch, num_heads, num_tokens, head_dim;
+  int32_t half;  // R / 2
+};
+
 }  // namespace kvcomp

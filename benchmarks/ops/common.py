@@ -1,0 +1,89 @@
+"""What the families share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from kvcomp.ops import OPS
+from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PAGE = 16  # DELTA's default
+# Logits of this spread put 90 % of the probability on 5 % of the tokens, as attention does:
+# the share of the top 5 % of N(0, s^2) logits is Phi(s - 1.645).
+PEAK = 2.93
+
+
+def plain_contenders(
+    op: str,
+    args: tuple,
+    moved: int,
+    baselines: dict,
+    run: Settings,
+    *,
+    trust: tuple[str, ...] = (),
+    written: tuple[int, ...] = (),
+) -> list[Contender]:
+    """Implementations and baselines of an op whose inputs are its schema's arguments.
+
+    trust: baselines that do less than the op, so that there is nothing to compare.
+    written: positions of the arguments that hold the result, of an op that changes its arguments.
+    """
+    results = (lambda x, _: tuple(x[i] for i in written)) if written else None
+    expected = expect(op, args, results)
+    contenders = [
+        Contender(
+            name,
+            call,
+            moved,
+            expected=None if name in trust else expected,
+            ours=False,
+            results=results,
+        )
+        for name, call in baselines.items()
+    ]
+    against = tuple(Against(name, name) for name in baselines)
+    for name in implementations(op, run.device):
+        contenders.append(
+            Contender(
+                name,
+                calling(OPS[op].impls[name]),
+                moved,
+                expected=expected,
+                against=against if name != "reference" else (),
+                results=results,
+            )
+        )
+    return contenders
+
+
+def expect(op: str, args: tuple, results: Callable[[tuple, object], tuple] | None) -> Expected:
+    """What the reference returns or, where there are `results`, what it leaves in its arguments."""
+    reference = OPS[op].reference
+    if results is None:
+        return Expected(reference, args)
+
+    def changed(*args: object) -> tuple[Tensor, ...]:
+        args = deepcopy(args)
+        reference(*args)
+        return results(args, None)
+
+    return Expected(changed, args, exact=True)
+
+
+def calling(impl: Callable) -> Callable[[tuple], object]:
+    return lambda x: impl(*x)
+
+
+def heads_of(text: str) -> tuple[int, int, int]:
+    """Query heads, KV heads and head size of the command line's "32/8x128"."""
+    match = re.fullmatch(r"(\d+)/(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"expected Hq/HkvxD, such as 32/8x128, got {text!r}")
+    return tuple(map(int, match.groups()))

@@ -1,0 +1,209 @@
+// select_victims: the lowest-scored tokens of every row and unit, the newest ones protected.
+//
+// Grid (units, sequences), 1024 threads. Tokens leave in the order of a 64-bit key: score, then
+// position. The block fixes the key of the last one that leaves eight bits at a time, from the top:
+// a histogram of the next digit over the tokens that agree so far, a scan of its bins by one warp,
+// and on with the bin where the last place falls, until a bin leaves as a whole. Distinct scores
+// take three or four rounds, equal ones all eight. Then each warp counts the victims in its stretch
+// of slots, and writes them.
+//
+// Bytes: 8 per token, read once per pass (about seven) and from L1 after the first: a row of 2K is
+// 16 KB. The time is latency and barriers, once per window of steps, so one block per unit will do.
+#pragma once
+
+#include <cstdint>
+
+#include "kvcomp/device.cuh"
+#include "kvcomp/params.h"
+
+namespace kvcomp {
+
+struct SelectVictimsTile {
+  static constexpr int kWarps = 32, kThreads = kWarps * 32;
+  static constexpr int kLoads = 4;  // tokens in flight per thread
+  static constexpr int kDigitBits = 8, kBins = 1 << kDigitBits;
+};
+
+// A unit's tokens and the order in which they leave.
+struct LeavingOrder {
+  static constexpr std::uint64_t kNever = ~std::uint64_t{0};  // above the key of any score
+
+  const float* scores;
+  const int32_t* positions;
+  int32_t newest;  // position of the newest that may leave
+
+  // Score, NaN and -0 as their equals -inf and 0, then position, the older first.
+  __device__ std::uint64_t key(int slot) const {
+    const float score = scores[slot];
+    const int32_t position = positions[slot];
+    unsigned bits = __float_as_uint(score != score ? -INFINITY : score + 0.0f);
+    bits = bits >> 31 ? ~bits : bits | 1u << 31;
+    const std::uint64_t key =
+        std::uint64_t{bits} << 32 | (static_cast<unsigned>(position) ^ 1u << 31);
+    return position <= newest ? key : kNever;
+  }
+
+  // Of slots first, first + step, ... below end; kNever past it. All loads are under way at once.
+  __device__ void load_keys(int first, int step, int end,
+                            std::uint64_t (&keys)[SelectVictimsTile::kLoads]) const {
+#pragma unroll
+    for (int i = 0; i < SelectVictimsTile::kLoads; ++i) {
+      const int slot = first + i * step;
+      keys[i] = slot < end ? key(slot) : kNever;
+    }
+  }
+};
+
+// A lane's digit, if it counts. Scores are often alike: those of a warp that have the digit of its
+// first are added at once.
+__device__ inline void count_digit(int* histogram, bool counts, int digit) {
+  const unsigned counting = __ballot_sync(kFullMask, counts);
+  if (counting == 0) return;
+  const int leader = __ffs(counting) - 1;
+  const bool alike = digit == __shfl_sync(kFullMask, digit, leader);
+  const int many = __popc(__ballot_sync(kFullMask, counts && alike));
+  const bool leads = static_cast<int>(threadIdx.x % 32) == leader;
+  if (leads || (counts && !alike)) atomicAdd(&histogram[digit], leads ? many : 1);
+}
+
+// The bin in which the last of `places` falls: how many are in lower bins, and in it. The last bin
+// where there are fewer than `places`.
+struct Bin {
+  int digit, below, size;
+};
+
+// By one warp; leaves the bins empty.
+__device__ inline Bin take_bin(int* histogram, int places) {
+  constexpr int kPerLane = SelectVictimsTile::kBins / 32;
+  const int lane = threadIdx.x % 32;
+  int sizes[kPerLane], through = 0;  // tokens up to the last of this lane's bins
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    sizes[i] = histogram[lane * kPerLane + i];
+    histogram[lane * kPerLane + i] = 0;
+    through += sizes[i];
+  }
+  int below = -through;
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const int lower = __shfl_up_sync(kFullMask, through, lanes);
+    if (lane >= lanes) through += lower;
+  }
+  below += through;
+  Bin bin{lane * kPerLane, below, sizes[0]};
+#pragma unroll
+  for (int i = 0; i + 1 < kPerLane; ++i) {
+    below += sizes[i];
+    if (below < places) bin = {lane * kPerLane + i + 1, below, sizes[i + 1]};
+  }
+  const unsigned reached = __ballot_sync(kFullMask, through >= places) | 1u << 31;
+  const int owner = __ffs(reached) - 1;
+  return {__shfl_sync(kFullMask, bin.digit, owner), __shfl_sync(kFullMask, bin.below, owner),
+          __shfl_sync(kFullMask, bin.size, owner)};
+}
+
+__global__ void __launch_bounds__(SelectVictimsTile::kThreads)
+    select_victims_kernel(const __grid_constant__ SelectVictimsParams p) {
+  using Tile = SelectVictimsTile;
+  constexpr int kThreads = Tile::kThreads, kWarps = Tile::kWarps, kBits = Tile::kDigitBits,
+                kLoads = Tile::kLoads;
+  static_assert(kWarps == 32, "a lane per warp when one warp reduces what all found");
+  __shared__ int histogram[Tile::kBins], warp_values[kWarps];
+  __shared__ Bin bin;
+
+  const int unit = blockIdx.x, sequence = blockIdx.y;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int64_t row = static_cast<int64_t>(sequence) * p.num_units + unit;
+  int32_t* victims = p.victims + row * p.num_victims;
+  // On a GPU nobody has checked these.
+  const int length = max(min(p.seq_lens[sequence], p.num_slots), 0);
+  const int count = min(length - max(p.kept_lens[sequence], 0), p.num_victims);
+  if (count <= 0) {
+    for (int i = thread; i < p.num_victims; i += kThreads) victims[i] = -1;
+    return;
+  }
+  LeavingOrder order{
+      p.scores + sequence * p.stride_scores_b + unit * p.stride_scores_u,
+      p.positions + sequence * p.stride_positions_b + unit * p.stride_positions_u,
+      -1,
+  };
+
+  // The newest position.
+  int last = -1;
+#pragma unroll 4
+  for (int slot = thread; slot < length; slot += kThreads) last = max(last, order.positions[slot]);
+  last = __reduce_max_sync(kFullMask, last);
+  if (lane == 0) warp_values[warp] = last;
+  if (thread < Tile::kBins) histogram[thread] = 0;
+  __syncthreads();
+  order.newest = __reduce_max_sync(kFullMask, warp_values[lane]) - p.num_recent;
+
+  // Invariant: a token leaves if its key >> shift is below `prefix`, and so do `places` of those
+  // where it equals it.
+  std::uint64_t prefix = 0, keys[kLoads];
+  int shift = 64, places = count;
+  do {
+    shift -= kBits;
+    for (int first = 0; first < length; first += kLoads * kThreads) {
+      order.load_keys(first + thread, kThreads, length, keys);
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const std::uint64_t key = keys[i] >> shift;
+        count_digit(histogram, keys[i] != LeavingOrder::kNever && key >> kBits == prefix,
+                    static_cast<int>(key % Tile::kBins));
+      }
+    }
+    __syncthreads();
+    if (warp == 0) {
+      const Bin found = take_bin(histogram, places);
+      if (lane == 0) bin = found;
+    }
+    __syncthreads();
+    prefix = prefix << kBits | static_cast<unsigned>(bin.digit);
+    places -= bin.below;
+  } while (places < bin.size && shift > 0);
+
+  // Each warp has a stretch of slots, 32 of them to a word of votes.
+  const int stretch = (length + kThreads - 1) / kThreads * 32;
+  const int begin = warp * stretch, end = min(begin + stretch, length);
+  unsigned words[kLoads];
+  const auto vote = [&](int first) {
+    order.load_keys(first + lane, 32, end, keys);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const bool leaves = keys[i] != LeavingOrder::kNever && keys[i] >> shift <= prefix;
+      words[i] = __ballot_sync(kFullMask, leaves);
+    }
+  };
+  int leaving = 0;
+  for (int first = begin; first < end; first += 32 * kLoads) {
+    vote(first);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) leaving += __popc(words[i]);
+  }
+  if (lane == 0) warp_values[warp] = leaving;
+  __syncthreads();
+  leaving = warp_values[lane];
+  const int total = min(__reduce_add_sync(kFullMask, leaving), count);
+  int place = __reduce_add_sync(kFullMask, lane < warp ? leaving : 0);
+  for (int first = begin; first < end; first += 32 * kLoads) {
+    vote(first);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int mine = place + __popc(words[i] & ((1u << lane) - 1));
+      // More than `total` only where positions repeat, which they must not.
+      if (words[i] >> lane & 1 && mine < total) victims[mine] = first + 32 * i + lane;
+      place += __popc(words[i]);
+    }
+  }
+  for (int i = total + thread; i < p.num_victims; i += kThreads) victims[i] = -1;
+}
+
+// Starts the kernel through `launch(kernel, grid, block, shared_bytes, args...)`.
+template <typename Launch>
+void launch_select_victims(const SelectVictimsParams& p, const Launch& launch) {
+  if (p.batch == 0 || p.num_units == 0 || p.num_victims == 0) return;
+  launch(select_victims_kernel, dim3(p.num_units, p.batch), dim3(SelectVictimsTile::kThreads), 0,
+         p);
+}
+
+}  // namespace kvcomp

@@ -1,0 +1,86 @@
+"""Decoding prompts under a method, one by one: what calibrations are made of."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcomp.hf.patch import patch
+from kvcomp.methods import Method
+
+
+def decode_all(
+    model: PreTrainedModel,
+    prompts: list,
+    method: Method,
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int,
+) -> list[Tensor]:
+    """Greedy decoding of every prompt by itself under `method`.
+
+    Args:
+        prompts: texts (with `tokenizer`), or token ids as lists or 1-D tensors.
+
+    Returns:
+        The new token ids of each prompt, [tokens] int64.
+
+    Raises:
+        ValueError: texts without a tokenizer.
+    """
+    outputs = []
+    with patch(model, method):
+        for prompt in prompts:
+            ids = _ids(model, prompt, tokenizer)
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+            outputs.append(out[0, ids.shape[1] :])
+    return outputs
+
+
+@torch.no_grad()
+def answer_loss(
+    model: PreTrainedModel,
+    prompts: list,
+    answers: Sequence[Tensor],
+    method: Method,
+    *,
+    tokenizer: Any = None,
+) -> float:
+    """Mean negative log-likelihood of given answers, read token by token under `method`.
+
+    Args:
+        prompts: as for `decode_all`.
+        answers: token ids of each, [tokens] int64.
+
+    Returns:
+        Nats per token, over the tokens that decode steps predict: the first is the prefill's.
+    """
+    total, count = 0.0, 0
+    with patch(model, method) as run:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            cache = run.new_cache()
+            model.get_decoder()(_ids(model, prompt, tokenizer), past_key_values=cache)
+            for token, following in itertools.pairwise(answer):
+                out = model(token.view(1, 1), past_key_values=cache)
+                total -= out.logits[0, -1].float().log_softmax(-1)[following].item()
+            count += len(answer) - 1
+    return total / max(count, 1)
+
+
+def _ids(model: PreTrainedModel, prompt: Any, tokenizer: Any) -> Tensor:
+    """[1, tokens] on the model's device."""
+    if not isinstance(prompt, str):
+        return torch.as_tensor(prompt)[None].to(model.device)
+    if tokenizer is None:
+        raise ValueError("kvcomp: prompts are texts, so a tokenizer is needed")
+    return tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)

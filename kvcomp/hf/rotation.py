@@ -1,0 +1,59 @@
+"""How a model rotates its keys, for methods that move keys to other positions."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from kvcomp import ops
+
+CHANGING = ("dynamic", "longrope")  # kinds of RoPE whose frequencies depend on the length
+TEXT = 8  # tokens of the text that a model is tried on
+
+
+def key_rotation(model: PreTrainedModel) -> Tensor | None:
+    """Radians per position [R / 2] fp32, or None where the rotation is of another kind.
+
+    The usual kind: one set of frequencies for all full-attention layers, the same at every length,
+    and element i of a head paired with i + R / 2, which the model's own `rotate_half` is asked
+    about; then the model itself is tried.
+    """
+    decoder = model.get_decoder()
+    rotary = getattr(decoder, "rotary_emb", None)
+    inv_freq = getattr(rotary, "inv_freq", None)
+    rotate_half = getattr(sys.modules[type(decoder).__module__], "rotate_half", None)
+    if not isinstance(inv_freq, Tensor) or rotate_half is None:
+        return None
+    if getattr(rotary, "rope_type", "default") in CHANGING:
+        return None
+    x = torch.arange(1.0, 9.0)
+    if not torch.equal(rotate_half(x), torch.cat([-x[4:], x[:4]])):
+        return None
+    inv_freq = inv_freq.detach().float()
+    return inv_freq if _turns(model, inv_freq) else None
+
+
+def _turns(model: PreTrainedModel, inv_freq: Tensor) -> bool:
+    """Whether every full-attention layer rotates its keys so; some models leave it out in some.
+
+    In a text of one token over and over all values are alike, attention changes nothing, and so
+    the keys of a layer differ by their rotation alone.
+    """
+    config = model.config.get_text_config(decoder=True)
+    ids = torch.full((1, TEXT), config.vocab_size // 2, device=model.device)
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        if type(layer) is DynamicLayer:
+            key, last = layer.keys[:, :, :1].clone(), layer.keys[:, :, -1:]
+            apart = (last - key).norm()
+            shift = torch.full((1,), TEXT - 1, device=key.device)
+            ops.rotate_keys(key, shift, inv_freq.to(key.device))
+            if not (last - key).norm() < apart / 2:  # not equal: half precision
+                return False
+    return True

@@ -1,0 +1,49 @@
+"""H2O: the heavy hitters (arXiv 2306.14048).
+
+Keeps the tokens that have received most attention in total since the first, those of the prompt's
+own queries among it, beside the newest tokens. Published with a set per query head, evicting at
+every step, half of the budget for the newest. Deviations: a set per KV head by default, for which
+the probabilities of its query heads are summed; the budget is in tokens, where the released code
+takes shares of the prompt's length; evicted tokens leave memory, where that code masks them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.baselines._prompt import prompt_probabilities
+from kvcomp.methods.eviction import ObservingEviction
+
+
+@dataclass(frozen=True)
+class H2O(ObservingEviction, name="h2o", baseline=True):
+    """Score: the sum of all probabilities so far.
+
+    Attributes:
+        recent: newest tokens that always stay; None: half of the budget.
+    """
+
+    recent: int | None = None
+
+    @property
+    def num_recent(self) -> int:
+        return self.budget // 2 if self.recent is None else self.recent
+
+    def prefill(self, layer: LayerCache, q: Tensor) -> None:
+        super().prefill(layer, q)
+        if "total" not in layer.slots:
+            layer.track("total", self.num_units(layer), torch.float32)
+        total = layer.slots["total"]
+        for probs in prompt_probabilities(layer, q):  # [B, Hq, queries, max_len]
+            heads = probs.sum(2)
+            total[..., : layer.max_len] += heads.unflatten(1, (total.shape[1], -1)).sum(2)
+
+    def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
+        layer.slots["total"][..., : layer.max_len] += self.probabilities(layer, logits, lse)
+
+    def score(self, layer: LayerCache) -> Tensor:
+        return layer.slots["total"][..., : layer.max_len]

@@ -1,0 +1,93 @@
+"""LagKV: scores from the tokens that follow, without attention (arXiv 2504.04704).
+
+The text is cut into partitions. Keys and values of one are normalised per channel by the smallest
+and largest of the next one, the "lag"; a token that varies much over its channels is worth keeping,
+and its rank within its partition is its score. Deviations: evicts to a budget, and not each
+partition to a ratio; the last two partitions, which have no score yet, stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.eviction import EXAMPLE_BUDGET, EXAMPLE_WINDOW, Eviction
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class LagKV(Eviction, name="lagkv", baseline=True):
+    """Score: rank of a token's spread within its partition; reads the lengths at an eviction.
+
+    Attributes:
+        partition: L, tokens in a partition.
+        sinks: first tokens, which stay.
+    """
+
+    window: int = 128
+    partition: int = 128
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.budget < self.sinks + self.num_recent:
+            raise ValueError(
+                "kvcomp.LagKV: budget: expected at least sinks + 2 * partition - 1 ="
+                f" {self.sinks + self.num_recent}, got {self.budget}"
+            )
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """At most `budget` tokens at any time, partitions of an eighth of that."""
+        budget = EXAMPLE_BUDGET if budget is None else budget
+        window = min(EXAMPLE_WINDOW, budget // 4)
+        partition = max(budget // 8, 2)
+        return cls(budget=budget - window, window=window, partition=partition, sinks=1)
+
+    @property
+    def num_recent(self) -> int:
+        return 2 * self.partition - 1  # as many may be without a score
+
+    def prefill(self, layer: LayerCache, q: Tensor) -> None:
+        super().prefill(layer, q)
+        if "rank" not in layer.slots:
+            layer.track("rank", self.num_units(layer), torch.float32)
+            layer.state["ranked"] = torch.zeros_like(layer.seq_lens)  # partitions
+
+    def score(self, layer: LayerCache) -> Tensor:
+        """[B, U, max_len]; tokens that have no rank yet count as the best."""
+        positions, rank = layer.positions(self.num_units(layer)), layer.slots["rank"]
+        for row, seen in enumerate(layer.logical_lens.tolist()):
+            order = positions[row, :, : int(layer.seq_lens[row])].argsort(-1)  # [U, tokens]
+            complete = max(seen - self.sinks, 0) // self.partition
+            for part in range(int(layer.state["ranked"][row]), complete - 1):
+                # Nothing without a rank has left, so the newest tokens are all there, in order.
+                begin = order.shape[1] - (seen - self.sinks - part * self.partition)
+                slots, lag = order[:, begin : begin + 2 * self.partition].split(self.partition, 1)
+                rank[row].scatter_(1, slots, self.ranks(layer, row, slots, lag))
+            layer.state["ranked"][row] = max(complete - 1, 0)
+        ranked = self.sinks + layer.state["ranked"] * self.partition
+        scored = (positions >= self.sinks) & (positions < ranked[:, None, None])
+        return rank[..., : layer.max_len].masked_fill(~scored, torch.inf)
+
+    def ranks(self, layer: LayerCache, row: int, slots: Tensor, lag: Tensor) -> Tensor:
+        """Ranks in (0, 1] of one partition's tokens: slots, lag [U, L] -> [U, L]."""
+        total = torch.zeros(slots.shape, device=slots.device)
+        for stored in (layer.keys[row], layer.values[row]):  # [H, m, D]
+            x, reference = (_take(stored, index) for index in (slots, lag))
+            low, high = reference.amin(1, keepdim=True), reference.amax(1, keepdim=True)
+            spread = ((x - low) / (high - low).clamp(min=1e-6)).std(-1)  # [H, L]
+            total += spread.softmax(-1).unflatten(0, (len(slots), -1)).mean(1)
+        return (total.argsort(-1).argsort(-1) + 1) / self.partition
+
+
+def _take(stored: Tensor, slots: Tensor) -> Tensor:
+    """Rows of [H, m, D] at slots [U, L], each unit's for its heads: [H, L, D] fp32."""
+    index = slots.repeat_interleave(len(stored) // len(slots), 0)
+    return stored.gather(1, index[..., None].expand(-1, -1, stored.shape[-1])).float()

@@ -1,0 +1,51 @@
+"""RandomEviction: random tokens leave; what every score must beat.
+
+Same memory as the others, no information. The newest tokens stay; `keep_prompt=True` makes it the
+"pin the question" baseline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvcomp.cache.kv_cache import KVCache
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.eviction import EXAMPLE_BUDGET, Eviction
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class RandomEviction(Eviction, name="random-eviction", baseline=True):
+    """Score: uniform noise, drawn anew at every eviction.
+
+    Attributes:
+        recent: newest tokens that always stay.
+        seed: of the draws; a cache started anew repeats them.
+    """
+
+    recent: int = 32
+    seed: int = 0
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """Evicts at every step; an eighth of the budget for the newest tokens."""
+        budget = EXAMPLE_BUDGET if budget is None else budget
+        return cls(budget=budget - 1, recent=budget // 8)
+
+    @property
+    def num_recent(self) -> int:
+        return self.recent
+
+    def start(self, cache: KVCache) -> None:
+        super().start(cache)
+        cache.state.generator = torch.Generator().manual_seed(self.seed)
+
+    def score(self, layer: LayerCache) -> Tensor:
+        shape = (len(layer.seq_lens), self.num_units(layer), layer.max_len)
+        return torch.rand(shape, generator=layer.cache.state.generator).to(layer.seq_lens.device)

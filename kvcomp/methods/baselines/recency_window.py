@@ -1,0 +1,23 @@
+"""RecencyWindow: the newest tokens, whatever they say.
+
+The plain sliding window: what every score must beat.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.eviction import Eviction
+
+
+@dataclass(frozen=True)
+class RecencyWindow(Eviction, name="recency-window", baseline=True):
+    """Score: the position."""
+
+    unit: str = "layer"
+
+    def score(self, layer: LayerCache) -> Tensor:
+        return layer.positions(self.num_units(layer)).float()

@@ -1,0 +1,54 @@
+"""R-KV: redundancy-aware eviction for reasoning models (arXiv 2505.24133).
+
+What the latest queries attend to, less what other keys say again: tokens whose keys resemble many
+others leave, but of near duplicates the newest is not held against its elders. Every 128 steps, the
+newest 8 tokens stay. The similarity of all pairs makes an eviction O(m^2). Deviation: "newest" and
+"neighbour" go by the text, where the released code goes by memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.baselines._queries import LastQueries, text_order, valid_slots
+
+
+@dataclass(frozen=True)
+class RKV(LastQueries, name="r-kv", baseline=True):
+    """Score: lambda * importance - (1 - lambda) * redundancy.
+
+    Attributes:
+        kernel: tokens over which the importance is smoothed.
+        trade_off: lambda; 0.1 in the paper, 0.07 in the released code.
+        similar: cosine above which two keys count as duplicates.
+    """
+
+    kernel: int = 7
+    trade_off: float = 0.1
+    similar: float = 0.5
+
+    def score(self, layer: LayerCache) -> Tensor:
+        importance = self.importance(layer, self.kernel)
+        return self.trade_off * importance - (1 - self.trade_off) * self.redundancy(layer)
+
+    def redundancy(self, layer: LayerCache) -> Tensor:
+        """[B, U, max_len]: softmax over tokens of the mean cosine with all the others."""
+        positions, valid = layer.positions(self.num_units(layer)), valid_slots(layer)
+        order = text_order(positions, valid)  # [B, U, m]
+        units, heads = order.shape[1], layer.keys.shape[1]
+        index = order.repeat_interleave(heads // units, 1)[..., None]
+        keys = layer.keys.float().gather(2, index.expand(-1, -1, -1, layer.keys.shape[-1]))
+        keys = torch.nn.functional.normalize(keys, dim=-1)
+        used = valid.gather(2, order[:, :1]).expand(-1, heads, -1)  # [B, H, m], in text order
+        cosine = keys @ keys.transpose(-1, -2) * (used[..., None] & used[..., None, :])
+        cosine.diagonal(dim1=-2, dim2=-1).zero_()
+        place = torch.arange(cosine.shape[-1], device=cosine.device)
+        newest = torch.where(cosine > self.similar, place, -1).amax(-1, keepdim=True)
+        cosine.masked_fill_(place == newest, 0.0)
+        mean = cosine.sum(-2) / used.sum(-1, keepdim=True)
+        scores = mean.masked_fill(~used, -torch.inf).softmax(-1).unflatten(1, (units, -1)).mean(2)
+        return torch.empty_like(scores).scatter_(-1, order, scores)

@@ -1,0 +1,233 @@
+"""What all eviction methods share: when tokens leave, how many, and which must stay.
+
+A method says what a token is worth (`score`). Every `window` steps the tokens worth least leave, in
+place, until `budget` are left, so that a layer keeps at most budget + window. Keys stay rotated for
+their true positions. A *unit* is the heads that keep one set of tokens together; all units of a row
+keep equally many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcomp import ops
+from kvcomp.cache.kv_cache import KVCache
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.base import Method
+from kvcomp.ops.recurrence_update import MAX_STEPS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+UNITS = ("kv_head", "query_head", "layer")
+EXAMPLE_BUDGET, EXAMPLE_WINDOW, EXAMPLE_ALPHA = 128, 16, 0.2
+
+
+@dataclass(frozen=True)
+class Eviction(Method):
+    """Evicts by `score`, which subclasses define.
+
+    Attributes:
+        budget: B, tokens that a unit keeps after an eviction.
+        window: W, decode steps from one eviction to the next; 1 evicts at every step.
+        unit: who keeps a set of its own: each "kv_head"; each "query_head", for which K and V are
+            stored once per query head (Hq / Hkv times the bytes); or the "layer" as a whole.
+        keep_prompt: whether the first prompt stays, however long; the budget is then at least the
+            prompt and the newest tokens that must stay.
+    """
+
+    budget: int = 1024  # B
+    window: int = 1  # W
+    unit: str = "kv_head"
+    keep_prompt: bool = False
+
+    croppable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        name = f"kvcomp.{type(self).__name__}"
+        if self.unit not in UNITS:
+            raise ValueError(f"{name}: unit: expected one of {', '.join(UNITS)}, got {self.unit!r}")
+        if self.window < 1:
+            raise ValueError(f"{name}: window: expected at least 1 step, got {self.window}")
+        if self.budget <= self.num_recent:
+            raise ValueError(
+                f"{name}: budget: expected more than the {self.num_recent} newest tokens, which"
+                f" always stay, got {self.budget}"
+            )
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """At most `budget` tokens at any time, the window among them."""
+        budget = EXAMPLE_BUDGET if budget is None else budget
+        window = min(EXAMPLE_WINDOW, budget // 4)
+        return cls(budget=budget - window, window=window)
+
+    @property
+    def num_recent(self) -> int:
+        """Newest tokens that stay whatever their score."""
+        return 0
+
+    def score(self, layer: LayerCache) -> Tensor:
+        """What each kept token is worth: [B, U, max_len] fp32, +inf for what must stay."""
+        raise NotImplementedError
+
+    def num_units(self, layer: LayerCache) -> int:
+        """U: 1, or the heads of the slab."""
+        return 1 if self.unit == "layer" else layer.keys.shape[1]
+
+    def start(self, cache: KVCache) -> None:
+        cache.state.prompt = 0  # tokens of the longest first prompt
+        cache.state.decoding = False  # until the first step, what comes in is the first prompt
+        cache.state.filled = [0] * len(cache.layers)  # longest row when a prompt last came in
+        for layer in cache.layers:
+            layer.limit(self.budget, self.window)
+
+    def prefill(self, layer: LayerCache, q: Tensor) -> None:
+        state = layer.cache.state
+        state.filled[layer.position] = layer.max_len
+        if self.unit == "query_head" and "prompt_lens" not in layer.state:
+            layer.repeat_heads(q.shape[1])
+        if not state.decoding:
+            layer.state["prompt_lens"] = layer.logical_lens.clone()
+            state.prompt = layer.max_len
+            layer.limit(self.most_kept(layer.cache), self.window)
+
+    def most_kept(self, cache: KVCache) -> int:
+        """Tokens that the longest row keeps after an eviction."""
+        if self.keep_prompt:
+            return max(self.budget, cache.state.prompt + self.num_recent)
+        return self.budget
+
+    def kept_lens(self, layer: LayerCache) -> Tensor:
+        """[B] int32: tokens that each row keeps after an eviction."""
+        if self.keep_prompt:
+            return (layer.state["prompt_lens"] + self.num_recent).clamp(min=self.budget)
+        return torch.full_like(layer.seq_lens, self.budget)
+
+    def end_step(self, cache: KVCache) -> None:
+        cache.state.decoding = True
+        for layer, filled in zip(cache.layers, cache.state.filled, strict=True):
+            bound = max(self.most_kept(cache), filled) + self.window
+            assert layer.max_len <= bound, f"{layer.max_len} tokens kept, over the bound of {bound}"
+        if cache.steps % self.window == 0:
+            for layer in cache.layers:
+                self.evict(layer)
+
+    def evict(self, layer: LayerCache) -> None:
+        """Cut `layer` down to the budget, in every row that exceeds it."""
+        if layer.max_len <= self.most_kept(layer.cache):
+            return
+        positions = layer.positions(self.num_units(layer))
+        scores = self.score(layer)
+        if self.keep_prompt:
+            prompt = positions < layer.state["prompt_lens"][:, None, None]
+            scores = scores.masked_fill(prompt, torch.inf)
+        kept_lens = self.kept_lens(layer)
+        victims = ops.select_victims(
+            scores,
+            positions,
+            layer.seq_lens,
+            kept_lens,
+            layer.max_len - self.budget,
+            num_recent=self.num_recent,
+        )
+        layer.evict(victims, kept_lens, self.most_kept(layer.cache))
+
+
+@dataclass(frozen=True)
+class ObservingEviction(Eviction):
+    """Evicts by what attention said: `observe` sees the logits of every decode step."""
+
+    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        logits = layer.cache.logits_for(layer, q)
+        out, lse = layer.attend(q, scale, logits=logits)
+        self.observe(layer, logits[:, :, : layer.max_len], lse)
+        return out
+
+    def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
+        """A decode step attended: logits [B, Hq, max_len] (valid up to seq_lens), lse [B, Hq]."""
+        raise NotImplementedError
+
+    def probabilities(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> Tensor:
+        """[B, U, max_len]: the sum over a unit's heads; 0 past the end of a row."""
+        return ops.page_scores(
+            logits, lse, layer.seq_lens, 1, num_groups=self.num_units(layer), reduction="sum"
+        )
+
+
+@dataclass(frozen=True)
+class RecurrenceEviction(ObservingEviction):
+    """Evicts by when tokens were hit: keeps `slots["last_hit"]` and `slots["longest"]`.
+
+    A token is hit when its probability reaches alpha under any head of the unit. A step leaves one
+    bit a token; every 32 steps, and before an eviction, the bits are replayed into int32 steps.
+
+    Attributes:
+        alpha: probability at which a token counts as hit.
+    """
+
+    alpha: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ValueError(
+                f"kvcomp.{type(self).__name__}: alpha: expected a probability between 0 and 1,"
+                f" got {self.alpha}"
+            )
+        super().__post_init__()
+
+    def start(self, cache: KVCache) -> None:
+        super().start(cache)
+        cache.state.pending = 0  # steps whose bits wait to be replayed
+
+    def prefill(self, layer: LayerCache, q: Tensor) -> None:
+        super().prefill(layer, q)
+        if "last_hit" not in layer.slots:
+            units = self.num_units(layer)
+            layer.track("last_hit", units)
+            layer.track("longest", units)
+            layer.state["hits"] = layer.seq_lens.new_zeros(len(layer.seq_lens), MAX_STEPS, units, 0)
+            layer.state["replayed"] = torch.zeros_like(layer.logical_lens)
+            return
+        state = layer.cache.state
+        if state.pending:  # what was seen before these tokens came
+            self._replay(layer, layer.added)
+        if layer.position == len(layer.cache.layers) - 1:
+            state.pending = 0
+
+    def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
+        row = self._hits(layer)[:, layer.cache.state.pending]
+        ops.attention_hits(logits, lse, layer.seq_lens, row, self.alpha)
+
+    def end_step(self, cache: KVCache) -> None:
+        cache.state.pending += 1
+        if cache.state.pending == MAX_STEPS or cache.steps % self.window == 0:
+            for layer in cache.layers:
+                self._replay(layer)
+            cache.state.pending = 0
+        super().end_step(cache)
+
+    def _hits(self, layer: LayerCache) -> Tensor:
+        """[B, 32, U, words]: a bit for every slot of the slab, which grows and shrinks."""
+        hits, words = layer.state["hits"], -(-layer.capacity // 32)
+        if hits.shape[3] != words:
+            hits = torch.nn.functional.pad(hits, (0, words - hits.shape[3]))
+            layer.state["hits"] = hits
+        return hits
+
+    def _replay(self, layer: LayerCache, unseen: int | Tensor = 0) -> None:
+        """Bring `slots` up to the last step, which came before the `unseen` newest tokens."""
+        state, logical_lens = layer.cache.state, layer.logical_lens - unseen
+        ops.recurrence_update(
+            self._hits(layer)[:, : state.pending],
+            layer.slots["last_hit"],
+            layer.slots["longest"],
+            layer.seq_lens - unseen,
+            logical_lens - layer.state["replayed"],
+            layer.cache.steps - state.pending + 1,
+        )
+        layer.state["replayed"] = logical_lens

@@ -1,0 +1,72 @@
+"""attention_hits: which tokens a decode step found important, one bit each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvcomp import _C
+from kvcomp.ops._registry import bind, raw_stream
+
+
+def attention_hits(
+    logits: Tensor, lse: Tensor, seq_lens: Tensor, hits: Tensor, threshold: float
+) -> None:
+    """Mark the tokens whose probability reaches `threshold` under any head of a unit.
+
+    The test is `logit >= lse + log(threshold)`: the probabilities are never formed. A unit is a
+    group of Hq / U heads that keep one set of tokens: U = 1 (all heads), Hkv or Hq.
+
+    Args:
+        logits: [B, Hq, N] fp32, scaled logits from `decode_attention`; rows may be strided.
+        lse: [B, Hq] fp32; -inf (nothing attended) marks nothing.
+        seq_lens: [B] int32, valid tokens of each row, at most N.
+        hits: [B, U, W] int32, written whole: token i is bit i % 32 of word i // 32; 0 past the end
+            of a row. W * 32 >= N; B may be strided.
+        threshold: probability in (0, 1); LazyEviction's alpha (arXiv 2506.15969).
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or layout; a threshold outside (0, 1).
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(
+            "kvcomp.attention_hits: argument 'threshold': expected a probability between 0 and 1,"
+            f" got {threshold}"
+        )
+    _op(logits, lse, seq_lens, hits, math.log(threshold))
+
+
+def reference(logits, lse, seq_lens, hits, log_threshold):
+    batch, _, num_slots = logits.shape
+    num_units, words = hits.shape[1:]
+    valid = torch.arange(num_slots, device=logits.device) < seq_lens[:, None, None]
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # nothing attended
+    hit = (logits - lse[..., None] >= log_threshold) & valid
+    hit = hit.view(batch, num_units, -1, num_slots).any(2)
+    hit = torch.nn.functional.pad(hit, (0, words * 32 - num_slots)).unflatten(-1, (words, 32))
+    bits = (hit.long() << torch.arange(32, device=hit.device)).sum(-1)
+    hits.copy_(bits - ((bits >> 31) << 32))  # as a signed number
+
+
+def fake(logits, lse, seq_lens, hits, log_threshold):
+    return None
+
+
+def native(backend: int) -> Callable:
+    def run(logits, lse, seq_lens, hits, log_threshold):
+        _C.attention_hits(backend, logits, lse, seq_lens, hits, log_threshold, raw_stream(logits))
+
+    return run
+
+
+_op = bind(
+    "attention_hits",
+    "(Tensor logits, Tensor lse, Tensor seq_lens, Tensor(a!) hits, float log_threshold) -> ()",
+    reference=reference,
+    fake=fake,
+    native=native,
+    backends=("cpu", "cuda", "cuda-host"),
+)

@@ -1,0 +1,84 @@
+"""recurrence_update: when each token was last important, and its longest silence so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvcomp import _C
+from kvcomp.ops._registry import bind, raw_stream
+
+MAX_STEPS = 32  # hit bits of that many steps are replayed at once
+
+
+def recurrence_update(
+    hits: Tensor,
+    last_hit: Tensor,
+    longest: Tensor,
+    seq_lens: Tensor,
+    born: Tensor,
+    first_step: int,
+) -> None:
+    """Replay the hits of up to 32 steps, in order, into last-hit step and longest interval.
+
+    A token hit at step t has `longest = max(longest, t - last_hit)` and then `last_hit = t`, as
+    LazyEviction tracks them (arXiv 2506.15969). A token born at step s begins with
+    `last_hit = s - 1` and `longest = 0`. A row's tokens lie in the order of their birth, one a
+    step up to the last step of `hits`; those beyond that many (a prompt) count as born at the
+    first.
+
+    Args:
+        hits: [B, R, U, W] int32 bits of R <= 32 steps, from `attention_hits`; strided over B, R.
+        last_hit: [B, U, N] int32, updated; slots past the end of a row are left alone.
+        longest: [B, U, N] int32, updated; the longest interval between two hits.
+        seq_lens: [B] int32, tokens in each row after the last of the steps, at most N.
+        born: [B] int32, how many of the last slots of a row are new since the last replay.
+        first_step: number of the step of `hits[:, 0]`, at least 0.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or layout; more than 32 steps.
+    """
+    _op(hits, last_hit, longest, seq_lens, born, first_step)
+
+
+def reference(hits, last_hit, longest, seq_lens, born, first_step):
+    num_steps, slots = hits.shape[1], last_hit.shape[2]
+    slot = torch.arange(slots, device=hits.device)
+    age = seq_lens[:, None, None] - slot  # [B, 1, N], the newest is 1
+    new = (age >= 1) & (age <= born[:, None, None])
+    birth = first_step + (num_steps - age).clamp(min=0)
+    last = torch.where(new, birth - 1, last_hit)
+    interval = torch.where(new, 0, longest)
+    for row in range(num_steps):
+        step = first_step + row
+        hit = (hits[:, row, :, slot // 32] >> (slot % 32) & 1).bool()  # [B, U, N]
+        interval = torch.where(hit, torch.maximum(interval, step - last), interval)
+        last = torch.where(hit, step, last)
+    last_hit.copy_(torch.where(age >= 1, last, last_hit))
+    longest.copy_(torch.where(age >= 1, interval, longest))
+
+
+def fake(hits, last_hit, longest, seq_lens, born, first_step):
+    return None
+
+
+def native(backend: int) -> Callable:
+    def run(hits, last_hit, longest, seq_lens, born, first_step):
+        _C.recurrence_update(
+            backend, hits, last_hit, longest, seq_lens, born, first_step, raw_stream(hits)
+        )
+
+    return run
+
+
+_op = bind(
+    "recurrence_update",
+    "(Tensor hits, Tensor(a!) last_hit, Tensor(b!) longest, Tensor seq_lens, Tensor born,"
+    " int first_step) -> ()",
+    reference=reference,
+    fake=fake,
+    native=native,
+    backends=("cpu", "cuda", "cuda-host"),
+)

@@ -1,0 +1,64 @@
+"""rotate_keys: move cached keys to other positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kvcomp import _C
+from kvcomp.ops._registry import bind, raw_stream
+
+
+def rotate_keys(k: Tensor, shift: Tensor, inv_freq: Tensor) -> None:
+    """Re-base keys that carry their rotary embedding by a common shift of each row, in place.
+
+    A key rotated for position p becomes one rotated for p + shift. Elements i and i + R / 2 of a
+    key form a pair (the layout of Llama, Qwen and most others); elements from R on carry no
+    rotation and are left alone. Rounds to the dtype of `k` each time, so rotate an untouched copy
+    anew rather than the same keys step after step.
+
+    Args:
+        k: [B, H, T, D], changed in place; strided over B, H and T.
+        shift: [B] integer positions, of either sign.
+        inv_freq: [R / 2] fp32, radians per position, R <= D; the model's own.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or layout.
+    """
+    if shift.is_floating_point():
+        raise TypeError(
+            f"kvcomp.rotate_keys: argument 'shift': expected integers, got {shift.dtype}"
+        )
+    angle = shift[:, None].double() * inv_freq.double()  # fp32 would lose far positions
+    _op(k, angle.cos().float(), angle.sin().float())
+
+
+def reference(k, cos, sin):
+    half = cos.shape[-1]
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    first, second = k[..., :half].clone(), k[..., half : 2 * half].clone()
+    k[..., :half] = first * cos - second * sin
+    k[..., half : 2 * half] = second * cos + first * sin
+
+
+def fake(k, cos, sin):
+    return None
+
+
+def native(backend: int) -> Callable:
+    def run(k, cos, sin):
+        _C.rotate_keys(backend, k, cos, sin, raw_stream(k))
+
+    return run
+
+
+_op = bind(
+    "rotate_keys",
+    "(Tensor(a!) k, Tensor cos, Tensor sin) -> ()",
+    reference=reference,
+    fake=fake,
+    native=native,
+    backends=("cpu",),
+    triton=True,
+)

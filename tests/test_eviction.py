@@ -1,0 +1,777 @@
+"""Eviction methods against slow readings of their rules: the same tokens stay, the same outputs."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from kvcomp import (
+    H2O,
+    METHODS,
+    RKV,
+    TOVA,
+    LagKV,
+    LazyEviction,
+    LMInfinite,
+    RaaS,
+    RandomEviction,
+    RecencyWindow,
+    SnapKV,
+    StreamingLLM,
+)
+from kvcomp.cache import KVCache
+from kvcomp.hf import Report
+from kvcomp.methods.eviction import Eviction
+
+HEADS, KV_HEADS, DIM = 4, 2, 32
+SCALE = DIM**-0.5
+INV_FREQ = 10000.0 ** -(torch.arange(DIM // 2) / (DIM // 2))
+SPARE = 20  # tokens of a trace beyond prompt and steps
+UNITS = {"query_head": HEADS, "kv_head": KV_HEADS, "layer": 1}
+EVICTIONS = [name for name, method in METHODS.items() if issubclass(method, Eviction)]
+
+
+def rotate(x, positions):
+    """RoPE in float64, x [H, n, D]."""
+    angle = torch.as_tensor(positions).double()[:, None] * INV_FREQ.double()
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.double().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Trace:
+    """Keys on a dozen topics, and queries that ask for some topics often and for others seldom.
+
+    Row b has its own tokens 0 .. lens[b] + steps - 1, the first lens[b] of them its prompt.
+    """
+
+    def __init__(self, *lens, steps, layers=1, seed=0):
+        self.lens, self.steps, self.layers = lens, steps, layers
+        shape, total = (layers, len(lens)), max(lens) + steps + SPARE
+        generator = torch.Generator().manual_seed(seed)
+        topics = torch.randn(*shape, KV_HEADS, 12, DIM, generator=generator)
+        about = torch.randint(12, (*shape, KV_HEADS, total, 1), generator=generator)
+        asked = torch.rand(*shape, HEADS, total, 1, generator=generator).pow(3).mul(12).long()
+        noise = torch.randn(*shape, KV_HEADS, total, DIM, generator=generator)
+        self.raw_k = topics.gather(3, about.expand(-1, -1, -1, -1, DIM)) + 0.7 * noise
+        topics = topics.repeat_interleave(HEADS // KV_HEADS, 2)
+        self.raw_q = 1.3 * topics.gather(3, asked.expand(-1, -1, -1, -1, DIM))
+        self.v = torch.randn(*shape, KV_HEADS, total, DIM, generator=generator)
+        self.q, self.k = (rotate(x, range(total)).float() for x in (self.raw_q, self.raw_k))
+
+    def fill(self, cache, counts=None, seen=None):
+        """The next `counts` tokens of the rows, left-padded, in one go; by default the prompts."""
+        counts = self.lens if counts is None else counts
+        seen = [0] * len(self.lens) if seen is None else seen
+        width = max(counts)
+        valid = torch.stack([torch.arange(width) >= width - n for n in counts])
+        for layer in cache.layers:
+            padded = []
+            for x in (self.q, self.k, self.v):
+                padded.append(torch.full((len(counts), x.shape[2], width, DIM), 30.0))
+                for row, (n, first) in enumerate(zip(counts, seen, strict=True)):
+                    part = x[layer.position, row, :, first : first + n]
+                    padded[-1][row, :, width - n :] = part
+            q, k, v = padded
+            layer.append(k, v, None if valid.all() else valid)
+            cache.prefill(layer, q, SCALE)
+
+    def decode(self, cache, step, rows=None, extra=0):
+        """One step of all layers: outputs [layers, B, Hq, D]."""
+        rows = torch.arange(len(self.lens)) if rows is None else rows
+        place = torch.tensor(self.lens)[rows] + step + extra
+        outputs = []
+        for layer in cache.layers:
+            q, k, v = (x[layer.position][rows, :, place] for x in (self.q, self.k, self.v))
+            layer.append(k[:, :, None], v[:, :, None])
+            outputs.append(cache.attend(layer, q, SCALE))
+        return torch.stack(outputs)
+
+    def run(self, cache):
+        """Outputs of all steps: [steps, layers, B, Hq, D]."""
+        self.fill(cache)
+        return torch.stack([self.decode(cache, step) for step in range(self.steps)])
+
+
+def new_cache(method, layers=1):
+    return KVCache(method, layers, inv_freq=INV_FREQ)
+
+
+class Slow:
+    """One unit of one row and layer, step by step: its tokens in the order of the text."""
+
+    num_recent = 0
+
+    def __init__(self, method, trace, layer, row, unit, start=0):
+        size = HEADS // UNITS[method.unit]
+        heads = slice(unit * size, unit * size + size)
+        self.method, self.t = method, start
+        self.q, self.raw_q = (x[layer, row, heads].double() for x in (trace.q, trace.raw_q))
+        self.k, self.raw_k, self.v = (
+            x[layer, row].repeat_interleave(HEADS // KV_HEADS, 0)[heads].double()
+            for x in (trace.k, trace.raw_k, trace.v)
+        )
+        self.prompt = self.seen = trace.lens[row]
+        self.kept = torch.arange(self.seen)
+        self.notes = {}
+        self.begin()
+
+    def begin(self):
+        pass
+
+    def observe(self, probs):
+        pass
+
+    def score(self):
+        raise NotImplementedError
+
+    def logits(self):
+        return torch.einsum("hd,htd->ht", self.q[:, self.seen - 1], self.k[:, self.kept]) * SCALE
+
+    def extend(self, count):
+        """More tokens at once, as a second turn brings them."""
+        self.kept = torch.cat([self.kept, self.seen + torch.arange(count)])
+        self.seen += count
+
+    def step(self):
+        self.t += 1
+        self.kept = torch.cat([self.kept, torch.tensor([self.seen])])
+        self.seen += 1
+        probs = self.logits().softmax(-1)
+        self.observe(probs)
+        out = torch.einsum("ht,htd->hd", probs, self.v[:, self.kept])
+        self.gone = 0
+        if self.t % self.method.window == 0:
+            self.evict()
+        return out.float()
+
+    def evict(self):
+        size = self.method.budget
+        if self.method.keep_prompt:
+            size = max(size, self.prompt + self.num_recent)
+        self.gone = max(len(self.kept) - size, 0)
+        if not self.gone:
+            return
+        score = self.score().tolist()
+        candidates = [
+            i
+            for i, position in enumerate(self.kept.tolist()[: len(self.kept) - self.num_recent])
+            if not (self.method.keep_prompt and position < self.prompt)
+        ]
+        ranking = sorted(candidates, key=lambda i: (score[i], i))  # a tie goes against the older
+        victims = set(ranking[: self.gone])
+        stay = [i for i in range(len(self.kept)) if i not in victims]
+        self.kept = self.kept[stay]
+        self.notes = {name: note[stay] for name, note in self.notes.items()}
+
+
+class SlowRecurrence(Slow):
+    def begin(self):
+        self.notes["last_hit"] = torch.full((self.seen,), self.t)
+        self.notes["longest"] = torch.zeros(self.seen, dtype=torch.long)
+
+    def extend(self, count):
+        super().extend(count)
+        fresh = torch.full((count,), self.t), torch.zeros(count, dtype=torch.long)
+        for name, more in zip(("last_hit", "longest"), fresh, strict=True):
+            self.notes[name] = torch.cat([self.notes[name], more])
+
+    def observe(self, probs):
+        last = torch.cat([self.notes["last_hit"], torch.tensor([self.t - 1])])
+        longest = torch.cat([self.notes["longest"], torch.tensor([0])])
+        hit = (probs >= self.method.alpha).any(0)
+        gap = torch.where(hit, self.t - last, 0)
+        self.notes["last_hit"] = torch.where(hit, self.t, last)
+        self.notes["longest"] = torch.maximum(longest, gap)
+
+
+class SlowLazy(SlowRecurrence):
+    @property
+    def num_recent(self):
+        return self.method.window
+
+    def score(self):
+        silence = (self.t - self.notes["last_hit"]).float()
+        longest = self.notes["longest"].float()
+        ratio = torch.where(longest == 0, torch.inf, silence / longest)
+        h1 = 2 * torch.sigmoid(-1 - ratio if self.method.h1 == "code" else -ratio)
+        h2 = torch.where(longest == 0, 0.0, 2 * torch.sigmoid(-(longest - 1)))
+        return h1 + h2
+
+
+class SlowRaaS(SlowRecurrence):
+    num_recent = 1
+
+    def score(self):
+        return self.notes["last_hit"]
+
+
+class SlowH2O(Slow):
+    @property
+    def num_recent(self):
+        return self.method.num_recent
+
+    def begin(self):
+        self.notes["total"] = self.sums(self.seen)
+
+    def extend(self, count):
+        super().extend(count)
+        old = torch.nn.functional.pad(self.notes["total"], (0, count))
+        self.notes["total"] = old + self.sums(count)
+
+    def sums(self, count):
+        """What the newest `count` queries give to each token, causally."""
+        own = torch.arange(self.seen - count, self.seen)
+        logits = self.q[:, own] @ self.k[:, self.kept].transpose(1, 2) * SCALE
+        logits = logits.masked_fill(self.kept > own[:, None], -torch.inf)
+        return logits.softmax(-1).sum((0, 1))
+
+    def observe(self, probs):
+        total = torch.cat([self.notes["total"], torch.zeros(1, dtype=torch.float64)])
+        self.notes["total"] = total + probs.sum(0)
+
+    def score(self):
+        return self.notes["total"]
+
+
+class SlowTOVA(Slow):
+    def observe(self, probs):
+        self.latest = probs.mean(0)
+
+    def score(self):
+        return self.latest
+
+
+class SlowRecency(Slow):
+    def score(self):
+        return self.kept
+
+
+class SlowSnapKV(Slow):
+    @property
+    def num_recent(self):
+        return self.method.recent
+
+    def importance(self):
+        recent = self.method.recent
+        queries = self.q[:, max(self.seen - recent, 0) : self.seen]
+        logits = (queries @ self.k[:, self.kept].transpose(1, 2)).amax(0) * SCALE  # [w, m]
+        older = self.kept < self.seen - recent
+        probs = logits.masked_fill(~older, -torch.inf).softmax(-1).mean(0)
+        half = self.method.kernel // 2
+        return torch.stack(
+            [probs[max(i - half, 0) : i + half + 1].max() for i in range(len(probs))]
+        )
+
+    def score(self):
+        return self.importance()
+
+
+class SlowRKV(SlowSnapKV):
+    def score(self):
+        redundancy = []
+        for keys in self.k[:, self.kept]:
+            keys = keys / keys.norm(dim=-1, keepdim=True)
+            cosine = (keys @ keys.T).fill_diagonal_(0.0)
+            for j in range(len(keys)):
+                similar = (cosine[j] > self.method.similar).nonzero()
+                if len(similar):
+                    cosine[j, similar[-1]] = 0.0
+            redundancy.append(cosine.mean(0).softmax(0))
+        trade = self.method.trade_off
+        return trade * self.importance() - (1 - trade) * torch.stack(redundancy).mean(0)
+
+
+class SlowLagKV(Slow):
+    @property
+    def num_recent(self):
+        return 2 * self.method.partition - 1
+
+    def score(self):
+        size, sinks = self.method.partition, self.method.sinks
+        scores = torch.full((self.seen,), torch.inf)
+        for begin in range(sinks, self.seen - 2 * size + 1, size):
+            total = 0.0
+            for x in (self.k, self.v):  # [heads, total, D]
+                now, lag = x[:, begin : begin + size], x[:, begin + size : begin + 2 * size]
+                low, high = lag.amin(1, keepdim=True), lag.amax(1, keepdim=True)
+                total = total + ((now - low) / (high - low)).std(-1).softmax(-1).mean(0)
+            scores[begin : begin + size] = total.argsort().argsort().float()
+        return scores[self.kept]
+
+
+class SlowStreaming(SlowRecency):
+    """The official form: all keys rotated anew for their places in the cache."""
+
+    def logits(self):
+        place = torch.arange(len(self.kept))
+        keys = rotate(self.raw_k[:, self.kept], place)
+        query = rotate(self.raw_q[:, self.seen - 1 : self.seen], place[-1:])
+        return (query @ keys.transpose(1, 2))[:, 0] * SCALE
+
+    def score(self):
+        return torch.where(self.kept < self.method.sinks, torch.inf, self.kept.float())
+
+
+class SlowInfinite(SlowStreaming):
+    """The first tokens at a limited distance; before anything is out of reach, all as it is."""
+
+    def logits(self):
+        distance = self.seen - 1 - self.kept
+        if self.seen > self.method.budget:
+            limited = distance.clamp(max=self.method.budget - self.method.sinks)
+            distance = torch.where(self.kept < self.method.sinks, limited, distance)
+        keys = rotate(self.raw_k[:, self.kept], -distance)
+        query = self.raw_q[:, self.seen - 1 : self.seen]
+        return (query @ keys.transpose(1, 2))[:, 0] * SCALE
+
+
+def assert_follows(method, trace, slow, *, notes=(), start=0, turn=None):
+    """Decode with a method beside its slow reading; returns how many tokens each event evicted.
+
+    turn: (step, [tokens per row]) of a second turn.
+    """
+    cache = new_cache(method, trace.layers)
+    cache.steps = start
+    units = UNITS[method.unit]
+    sets = {
+        (layer, row, unit): slow(method, trace, layer, row, unit, start)
+        for layer in range(trace.layers)
+        for row in range(len(trace.lens))
+        for unit in range(units)
+    }
+    trace.fill(cache)
+    events, extra = [], 0
+    for step in range(trace.steps):
+        if turn is not None and step == turn[0]:
+            trace.fill(cache, turn[1], [n + step for n in trace.lens])
+            for (_, row, _), one in sets.items():
+                one.extend(turn[1][row])
+            extra = torch.tensor(turn[1])
+        got = trace.decode(cache, step, extra=extra).unflatten(2, (units, -1))
+        for (layer, row, unit), one in sets.items():
+            out, where = one.step(), f"step {step}, layer {layer}, row {row}, unit {unit}"
+            torch.testing.assert_close(
+                got[layer, row, unit], out, rtol=1e-4, atol=2e-5, msg=lambda m, w=where: f"{w}: {m}"
+            )
+            kept = cache.layers[layer]
+            length = int(kept.seq_lens[row])
+            assert length == len(one.kept), where
+            if one.gone:
+                events.append(one.gone)
+                order = kept.slots["position"][row, unit, :length].argsort()
+                for name in ("position", *notes):
+                    slots = kept.slots[name][row, unit, :length][order]
+                    want = one.kept if name == "position" else one.notes[name]
+                    assert slots.tolist() == want.tolist(), f"{name}, {where}"
+    assert events, "nothing was evicted"
+    return events
+
+
+# LazyEviction against sections a.3 to a.5 of its specification.
+
+LAZY = {  # budget, window, prompts, steps
+    "few-first": (40, 7, (23, 9), 90),
+    "long-prompt": (48, 20, (90, 61), 84),
+    "odd": (60, 33, (30, 58), 140),
+    "two-words": (100, 64, (70, 20), 200),
+    "long-and-short": (96, 70, (130, 50), 215),
+}
+
+
+@pytest.mark.parametrize(
+    "unit, h1",
+    [("query_head", "code"), ("query_head", "paper"), ("kv_head", "paper"), ("layer", "paper")],
+)
+@pytest.mark.parametrize("case", LAZY)
+def test_lazy_eviction_follows_the_paper(case, unit, h1, poisoned_outputs):
+    budget, window, lens, steps = LAZY[case]
+    method = LazyEviction(budget=budget, window=window, alpha=0.02, unit=unit, h1=h1)
+    trace = Trace(*lens, steps=steps, layers=2 if unit == "kv_head" else 1)
+    events = assert_follows(method, trace, SlowLazy, notes=("last_hit", "longest"))
+    if case == "few-first":
+        assert min(events) < window
+    if case.startswith("long"):
+        assert max(events) > window
+
+
+@pytest.mark.parametrize("start", [2040, 65_530, 2**24 - 9])
+def test_lazy_eviction_counts_past_what_half_floats_hold(start):
+    method = LazyEviction(budget=40, window=9, alpha=0.02, unit="query_head")
+    trace = Trace(44, 30, steps=50)
+    assert_follows(method, trace, SlowLazy, notes=("last_hit", "longest"), start=start)
+
+
+def test_lazy_eviction_can_keep_the_prompt():
+    method = LazyEviction(budget=40, window=9, alpha=0.02, keep_prompt=True)
+    assert_follows(method, Trace(60, 20, 36, steps=75), SlowLazy, notes=("last_hit", "longest"))
+
+
+# The baselines against their docstrings.
+
+BASELINES = {
+    "h2o": (H2O(budget=30), SlowH2O, ("total",)),
+    "h2o-query-head": (H2O(budget=30, unit="query_head", window=4, recent=3), SlowH2O, ("total",)),
+    "tova": (TOVA(budget=30), SlowTOVA, ()),
+    "tova-lagged": (TOVA(budget=30, window=5, unit="kv_head"), SlowTOVA, ()),
+    "raas": (RaaS(budget=30, alpha=0.02), SlowRaaS, ("last_hit",)),
+    "raas-free": (RaaS(budget=30, alpha=0.02, keep_prompt=False), SlowRaaS, ("last_hit",)),
+    "raas-lagged": (RaaS(budget=46, alpha=0.02, window=6, unit="layer"), SlowRaaS, ("last_hit",)),
+    "recency": (RecencyWindow(budget=30), SlowRecency, ()),
+    "recency-lagged": (RecencyWindow(budget=30, window=7, unit="kv_head"), SlowRecency, ()),
+    "snapkv": (SnapKV(budget=30, window=10), SlowSnapKV, ()),
+    "snapkv-every-step": (SnapKV(budget=30, window=1, unit="query_head"), SlowSnapKV, ()),
+    "snapkv-layer": (SnapKV(budget=30, window=5, unit="layer", recent=3), SlowSnapKV, ()),
+    "r-kv": (RKV(budget=30, window=10, similar=0.6), SlowRKV, ()),
+    "r-kv-layer": (RKV(budget=30, window=3, unit="layer", trade_off=0.5), SlowRKV, ()),
+    "lagkv": (LagKV(budget=30, window=8, partition=6, sinks=2), SlowLagKV, ()),
+    "lagkv-query-head": (
+        LagKV(budget=30, window=3, partition=4, sinks=0, unit="query_head"),
+        SlowLagKV,
+        (),
+    ),
+    "lagkv-layer": (LagKV(budget=30, window=1, partition=5, unit="layer"), SlowLagKV, ()),
+    "streaming-llm": (StreamingLLM(budget=20), SlowStreaming, ()),
+    "streaming-llm-lagged": (StreamingLLM(budget=20, window=8), SlowStreaming, ()),
+    "streaming-llm-no-sinks": (StreamingLLM(budget=20, sinks=0), SlowStreaming, ()),
+    "lm-infinite": (LMInfinite(budget=24, sinks=6), SlowInfinite, ()),
+    "lm-infinite-lagged": (LMInfinite(budget=24, sinks=6, window=5), SlowInfinite, ()),
+}
+
+
+@pytest.mark.parametrize("lens", [(45, 22), (26, 1)], ids=["long", "short"])
+@pytest.mark.parametrize("name", BASELINES)
+def test_baseline_does_what_it_says(name, lens, poisoned_outputs):
+    method, slow, notes = BASELINES[name]
+    trace = Trace(*lens, steps=40, seed=1)
+    notes = () if "total" in notes else notes  # sums agree to rounding, and the tokens exactly
+    assert_follows(method, trace, slow, notes=notes)
+
+
+def test_random_eviction_repeats_itself_and_only_itself():
+    trace = Trace(40, 12, steps=30)
+
+    def kept(seed):
+        cache = new_cache(RandomEviction(budget=24, recent=6, seed=seed))
+        out = trace.run(cache)
+        return cache.layers[0].slots["position"].tolist(), out
+
+    (first, out), (second, again), (other, _) = kept(3), kept(3), kept(4)
+    assert first == second and torch.equal(out, again)
+    assert first != other
+
+
+# What holds for all of them.
+
+
+def make(name, budget, window, **fields):
+    sizes = {"lagkv": {"partition": 4, "sinks": 1}, "random-eviction": {"recent": 8}}
+    return METHODS[name](budget=budget, window=window, **sizes.get(name, {}), **fields)
+
+
+@pytest.mark.parametrize("window", [1, 5, 16])
+@pytest.mark.parametrize("name", EVICTIONS)
+def test_what_stays_is_bounded_recent_and_intact(name, window, poisoned_outputs):
+    method = make(name, 24, window)
+    trace = Trace(40, 9, 21, steps=80)
+    cache, layer = (cache := new_cache(method)), cache.layers[0]
+    trace.fill(cache)
+    prompts = torch.tensor(trace.lens)
+    bound = torch.full_like(prompts, 24)
+    if method.keep_prompt:
+        bound = torch.maximum(bound, prompts + method.num_recent)
+    length = prompts
+    for step in range(trace.steps):
+        assert trace.decode(cache, step).isfinite().all()
+        length = length + 1
+        if (step + 1) % window == 0:
+            length = torch.minimum(length, bound)
+        assert layer.seq_lens.tolist() == length.tolist(), step
+        if (step + 1) % window or "position" not in layer.slots:
+            continue
+        for row, seen in enumerate((prompts + step + 1).tolist()):
+            for unit, slots in enumerate(layer.slots["position"][row, :, : length[row]]):
+                kept = slots.tolist()
+                assert len(set(kept)) == len(kept) and set(kept) <= set(range(seen))
+                assert set(range(max(seen - method.num_recent, 0), seen)) <= set(kept)
+                if method.keep_prompt:
+                    assert set(range(trace.lens[row])) <= set(kept)
+                size = layer.keys.shape[1] // UNITS[method.unit]
+                heads = slice(unit * size, unit * size + size)
+                k, v = layer.keys[row, heads], layer.values[row, heads]
+                unmoved = slice(getattr(method, "sinks", 0), len(kept))
+                assert torch.equal(v[:, : len(kept)], trace.v[0, row, heads, kept])
+                assert torch.equal(k[:, unmoved], trace.k[0, row, heads, kept[unmoved]])
+    assert length.tolist() == bound.tolist()
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("name", EVICTIONS)
+def test_a_budget_that_covers_everything_is_dense(name, unit):
+    trace = Trace(30, 17, steps=50, layers=2)
+    dense = trace.run(new_cache(METHODS["full"](), 2))
+    for window in (1, 11):
+        got = trace.run(new_cache(make(name, 80, window, unit=unit), 2))
+        assert torch.equal(got, dense)
+
+
+@pytest.mark.parametrize("budget", [79, 80])
+def test_lm_infinite_is_dense_up_to_its_budget(budget):
+    trace = Trace(30, 17, steps=50)
+    dense = trace.run(new_cache(METHODS["full"]()))
+    got = trace.run(new_cache(LMInfinite(budget=budget)))
+    assert torch.equal(got[:49], dense[:49])
+    assert torch.equal(got[:, :, 1], dense[:, :, 1])
+    assert torch.equal(got[49], dense[49]) == (budget == 80)
+
+
+def kept_tokens(layer):
+    lens = enumerate(layer.seq_lens.tolist())
+    return [layer.slots["position"][row, :, :n].sort(-1)[0].tolist() for row, n in lens]
+
+
+SCORED = ["lazy-eviction", "h2o", "tova", "raas", "snapkv", "r-kv", "lagkv"]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_where_slots_lie_does_not_matter(name):
+    method = make(name, 30, 6, unit="kv_head", keep_prompt=False)
+    trace = Trace(40, 25, steps=40)
+    caches = [new_cache(method), new_cache(method)]
+    for cache in caches:
+        trace.fill(cache)
+    for step in range(trace.steps):
+        straight, shuffled = (trace.decode(cache, step) for cache in caches)
+        torch.testing.assert_close(shuffled, straight, rtol=1e-4, atol=1e-5)
+        layer = caches[1].layers[0]
+        if (step + 1) % 6 or "position" not in layer.slots:
+            continue
+        assert kept_tokens(layer) == kept_tokens(caches[0].layers[0])
+        for row, count in enumerate(layer.seq_lens.tolist()):
+            for unit in range(KV_HEADS):
+                order = torch.randperm(count)
+                for x in (layer.keys, layer.values, *layer.slots.values()):
+                    x[row, unit, :count] = x[row, unit, :count][order].clone()
+
+
+@pytest.mark.parametrize("name", [name for name in EVICTIONS if name != "random-eviction"])
+def test_rows_move_with_all_that_is_known_about_them(name):
+    method = make(name, 24, 9)
+    trace = Trace(40, 9, 25, steps=44, layers=2)
+    rows = torch.tensor([2, 2, 0])
+    still, moving = new_cache(method, 2), new_cache(method, 2)
+    for cache in (still, moving):
+        trace.fill(cache)
+    for step in range(trace.steps):
+        want = trace.decode(still, step)
+        if step == 23:  # four steps after an eviction
+            moving.select(rows)
+        if step < 23:
+            trace.decode(moving, step)
+        else:
+            got = trace.decode(moving, step, rows)
+            torch.testing.assert_close(got, want[:, rows], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", EVICTIONS)
+def test_reset_forgets(name):
+    trace = Trace(40, 12, steps=30)
+    cache = new_cache(make(name, 24, 5))
+    first = trace.run(cache)
+    cache.reset()
+    assert cache.layers[0].capacity == 0
+    assert torch.equal(trace.run(cache), first)
+
+
+@pytest.mark.parametrize("name", EVICTIONS)
+def test_a_copied_cache_goes_on_by_itself(name):
+    trace = Trace(40, 12, steps=30)
+    cache = new_cache(make(name, 24, 7))
+    trace.fill(cache)
+    for step in range(16):
+        trace.decode(cache, step)
+    copied = copy.deepcopy(cache)
+    rest = [[trace.decode(c, step) for step in range(16, 30)] for c in (cache, copied)]
+    assert torch.equal(torch.stack(rest[0]), torch.stack(rest[1]))
+
+
+@pytest.mark.parametrize("name", EVICTIONS)
+def test_crop_is_refused(name):
+    trace = Trace(12, 10, steps=4)
+    cache = new_cache(make(name, 24, 5))
+    trace.run(cache)
+    with pytest.raises(ValueError, match="cannot take tokens back"):
+        cache.crop(1)
+    assert cache.layers[0].seq_lens.tolist() == [16, 14]
+
+
+# A second turn, a prompt in chunks.
+
+TURNS = {
+    "lazy-eviction": (LazyEviction(budget=40, window=7, alpha=0.02), SlowLazy),
+    "lazy-eviction-query-head": (
+        LazyEviction(budget=40, window=12, alpha=0.02, unit="query_head"),
+        SlowLazy,
+    ),
+    "raas": (RaaS(budget=40, alpha=0.02, window=6), SlowRaaS),
+    "h2o": (H2O(budget=40, window=4), SlowH2O),
+    "tova": (TOVA(budget=40, window=3), SlowTOVA),
+    "snapkv": (SnapKV(budget=40, window=6), SlowSnapKV),
+    "lagkv": (LagKV(budget=40, window=6, partition=6, sinks=2), SlowLagKV),
+}
+
+
+@pytest.mark.parametrize("counts", [(20, 20), (3, 20)], ids=["even", "padded"])
+@pytest.mark.parametrize("name", TURNS)
+def test_a_second_turn_over_an_evicted_cache(name, counts):
+    method, slow = TURNS[name]
+    trace = Trace(34, 30, steps=60)
+    notes = ("last_hit", "longest") if slow is SlowLazy else ()
+    assert_follows(method, trace, slow, notes=notes, turn=(29, counts))
+
+
+@pytest.mark.parametrize("name", EVICTIONS)
+def test_a_prompt_in_chunks_is_one_prompt(name):
+    method = make(name, 24, 1, keep_prompt=name not in ("streaming-llm", "lm-infinite"))
+    trace = Trace(40, 40, steps=20)
+    whole, chunked = new_cache(method), new_cache(method)
+    trace.fill(whole)
+    for first in range(0, 40, 8):
+        trace.fill(chunked, (8, 8), (first, first))
+    for step in range(trace.steps):
+        got, want = trace.decode(chunked, step), trace.decode(whole, step)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert chunked.layers[0].capacity <= whole.layers[0].capacity
+
+
+# What is counted, and the memory.
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_the_figures_are_what_a_count_gives(unit):
+    layers, lens, budget, window, steps = 2, (50, 14), 32, 8, 40
+    method = LazyEviction(budget=budget, window=window, unit=unit)
+    cache = new_cache(method, layers)
+    Trace(*lens, steps=steps, layers=layers).run(cache)
+    kept, longest, slots, read, events, gone = list(lens), [], [], 0, 0, 0
+    for t in range(1, steps + 1):
+        kept = [n + 1 for n in kept]
+        longest.append(max(kept))
+        read += sum(kept)
+        notes = 3 if gone else 2  # the positions are known from the first eviction on
+        slots.append(max(kept) * notes * 4 * UNITS[unit])
+        if t % window == 0 and max(kept) > budget:
+            events += 1
+            gone += sum(max(n - budget, 0) for n in kept)
+            kept = [min(n, budget) for n in kept]
+    slot_bytes = 2 * DIM * 4 * (HEADS if unit == "query_head" else KV_HEADS)
+    report = Report.of(method, cache.meter, 1.0, layers=True)
+    assert report.kept_peak == max(longest) == max(budget, lens[0]) + window
+    assert report.kept_mean == pytest.approx(sum(longest) / steps)
+    assert report.evictions == events * layers
+    assert report.tokens_evicted == gone * layers
+    assert [layer["evicted_tokens"] for layer in report.layers] == [gone] * layers
+    assert report.kv_bytes_freed == gone * layers * slot_bytes
+    assert report.kv_bytes_kept == sum(kept) * layers * slot_bytes
+    assert report.kv_bytes_peak == max(longest) * 2 * layers * slot_bytes
+    assert report.kv_bytes_read == read * layers * slot_bytes
+    assert report.tracking_bytes_peak == max(slots) * 2 * layers
+    assert report.kv_bytes_allocated == (budget + window) * 2 * layers * slot_bytes
+    assert report.kv_bytes_dense == (sum(lens) + 2 * steps) * layers * 2 * DIM * 4 * KV_HEADS
+    assert f"{gone * layers} tokens in {events * layers} evictions" in str(report)
+
+
+def test_a_prompt_alone_is_counted_with_its_copies():
+    method = LazyEviction(budget=32, window=8, unit="query_head")
+    cache = new_cache(method, 2)
+    Trace(20, 20, steps=1, layers=2).fill(cache)
+    report = Report.of(method, cache.meter, 0.0, layers=False)
+    assert report.kv_bytes_kept == report.kv_bytes_peak == 2 * 40 * 2 * DIM * 4 * HEADS
+    assert report.kv_bytes_dense == 2 * 40 * 2 * DIM * 4 * KV_HEADS
+
+
+def test_an_event_that_takes_nothing_is_none():
+    """A pinned prompt is over the budget from the start, and nothing leaves before step 6."""
+    cache = new_cache(RaaS(budget=16, window=5))
+    Trace(50, 10, steps=5).run(cache)
+    assert cache.meter.evictions == 1 and int(cache.meter.evicted_tokens[0]) == 4
+    cache = new_cache(RaaS(budget=16))
+    Trace(50, 10, steps=1).run(cache)
+    assert cache.meter.evictions == 0
+
+
+@pytest.mark.parametrize(
+    "method, prompt",
+    [
+        (RecencyWindow(budget=24, window=8), 20),
+        (RecencyWindow(budget=30, window=7), 100),
+        (RecencyWindow(budget=300, window=50), 290),
+        (RecencyWindow(budget=400, window=300), 299),
+        (LazyEviction(budget=300, window=40, keep_prompt=True), 280),
+        (LazyEviction(budget=300, window=40, keep_prompt=True), 310),
+        (RaaS(budget=20), 60),
+    ],
+    ids=str,
+)
+def test_the_slab_is_no_larger_than_the_bound(method, prompt):
+    keep = prompt + method.num_recent if method.keep_prompt else 0
+    kept = max(method.budget, keep)
+    bound = max(kept, prompt) + method.window
+    cache, layer = (cache := new_cache(method)), cache.layers[0]
+    k = torch.ones(1, KV_HEADS, 1, DIM)
+    layer.append(k.expand(-1, -1, prompt, -1), k.expand(-1, -1, prompt, -1))
+    cache.prefill(layer, torch.ones(1, HEADS, prompt, DIM), SCALE)
+    evicted = False
+    for _ in range(bound - prompt + 2 * method.window):
+        layer.append(k, k)
+        cache.attend(layer, torch.ones(1, HEADS, DIM), SCALE)
+        evicted |= cache.meter.evictions > 0
+        assert layer.capacity <= (kept + method.window if evicted else bound)
+        assert layer.max_len <= bound
+    assert evicted
+
+
+# Parameters.
+
+
+@pytest.mark.parametrize(
+    "make, what",
+    [
+        (lambda: LazyEviction(budget=64, window=64), "budget: expected more than the 64 newest"),
+        (lambda: LazyEviction(alpha=0.0), "alpha: expected a probability between 0 and 1, got 0"),
+        (lambda: LazyEviction(alpha=1.0), "alpha: expected a probability"),
+        (lambda: LazyEviction(alpha=math.nan), "alpha: expected a probability"),
+        (lambda: LazyEviction(window=0), "window: expected at least 1 step, got 0"),
+        (lambda: LazyEviction(unit="head"), "unit: expected one of kv_head.*, got 'head'"),
+        (lambda: LazyEviction(h1="theirs"), "h1: expected one of paper, code, got 'theirs'"),
+        (lambda: LazyEviction.published("gpt-2", "aime"), "nothing published for 'gpt-2'"),
+        (
+            lambda: LazyEviction.published("DeepSeek-R1-Distill-Qwen-7B", "chess"),
+            "no window published for DeepSeek-R1-Distill-Qwen-7B on 'chess', only for gsm8k",
+        ),
+        (lambda: LazyEviction.published("Qwen/QwQ-32B", "aime"), "only its alpha"),
+        (lambda: RaaS(alpha=2.0), "alpha: expected a probability"),
+        (lambda: StreamingLLM(budget=4), "sinks: expected 0 to budget - 1 = 3, got 4"),
+        (lambda: StreamingLLM(sinks=-1), "sinks: expected 0 to"),
+        (lambda: StreamingLLM(keep_prompt=True), "keep_prompt"),
+        (lambda: LMInfinite(budget=10), "sinks: expected 0 to"),
+        (lambda: KVCache(StreamingLLM(), 2), "moves keys to other positions"),
+        (lambda: RandomEviction(budget=32, recent=32), "budget: expected more than the 32"),
+        (lambda: SnapKV(recent=0), "recent: expected at least 1"),
+        (lambda: RKV(recent=0), "recent: expected at least 1"),
+        (lambda: LagKV(budget=258), "budget: expected at least sinks .* = 259, got 258"),
+        (lambda: LagKV(budget=255), "budget: expected more than the 255 newest"),
+        (lambda: H2O(budget=0), "budget: expected more than the 0 newest"),
+    ],
+)
+def test_bad_parameters(make, what):
+    with pytest.raises(ValueError, match=what):
+        make()
+
+
+def test_published_parameters():
+    found = LazyEviction.published("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "aime", budget=2048)
+    assert (found.alpha, found.window, found.budget) == (1e-4, 363, 2048)
+    assert LazyEviction.for_model("DeepSeek-R1-Distill-Llama-8B", window=9).alpha == 5e-4
+    assert LazyEviction.for_model("another", budget=200) == LazyEviction(budget=200)
