@@ -1,6 +1,6 @@
 """Memory while decoding: does what a method evicts go back to the allocator?
 
-    python benchmarks/bench_memory.py --json memory.json            # 32K tokens, two minutes
+    python benchmarks/bench_memory.py --json memory.json            # 32K tokens, two minutes or so
     python benchmarks/bench_memory.py --method full --method lazy-eviction --shape 32/8x128
     python benchmarks/bench_memory.py --smoke                       # a few seconds, for CI
 
@@ -10,7 +10,7 @@ call sequence that a model makes. Every so many tokens these are noted:
 * bytes: on the CPU the storages of all tensors that are alive in the process, however they are
   held (the garbage collector lists them), less those alive before the cache was made; on a GPU
   `torch.cuda.memory_allocated`, likewise. Spare capacity of slabs, scratch and notes of the method
-  are all in it; what a step allocates and frees again is not, nor is it what a method says of itself;
+  are all in it, what a step allocates and frees again is not, and no cache or method is asked;
 * RSS: the process's resident memory, less that before: a cross-check. The C library is asked first
   to give back what torch has freed, where it can be asked.
 * tokens seen and kept, by the longest row.
@@ -40,7 +40,7 @@ from kvcomp.methods.eviction import Eviction
 from kvcomp.testing.bench import header, meta, write_json
 from ops.common import DTYPES, heads_of
 
-DEFAULT = ("full", "lazy-eviction", "h2o", "tova", "streaming-llm", "random-eviction")
+DEFAULT = ("full", "lazy-eviction", "h2o", "tova", "random-eviction")
 ROUNDS = 64  # different q, K and V, taken in turn
 
 
@@ -152,9 +152,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"once for each; default: {', '.join(DEFAULT)}; known: {', '.join(METHODS)}",
     )
     add("--tokens", type=int, default=32768, metavar="N", help="to decode")
-    add(
-        "--every", type=int, metavar="N", help="tokens from one look to the next; default: 64 looks"
-    )
+    add("--every", type=int, metavar="N", help="tokens between looks; default: 64 looks")
     add("--budget", type=int, default=1024, metavar="B", help="most tokens that a method keeps")
     add("--prompt", type=int, default=512, metavar="N")
     add("--shape", type=heads_of, default=(8, 2, 64), metavar="Hq/HkvxD")

@@ -676,7 +676,9 @@ def test_the_figures_are_what_a_count_gives(unit):
     assert report.kv_bytes_kept == sum(kept) * layers * slot_bytes
     assert report.kv_bytes_peak == max(longest) * 2 * layers * slot_bytes
     assert report.kv_bytes_read == read * layers * slot_bytes
-    assert report.tracking_bytes_peak == max(slots) * 2 * layers
+    rows = sum(tensor.nbytes for layer in cache.layers for tensor in layer.state.values())
+    assert cache.layers[0].state["hits"].nbytes > 0
+    assert report.tracking_bytes_peak == max(slots) * 2 * layers + rows
     assert report.kv_bytes_allocated == (budget + window) * 2 * layers * slot_bytes
     assert report.kv_bytes_dense == (sum(lens) + 2 * steps) * layers * 2 * DIM * 4 * KV_HEADS
     assert f"{gone * layers} tokens in {events * layers} evictions" in str(report)

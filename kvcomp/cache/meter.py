@@ -20,10 +20,10 @@ class Meter:
         dense_tokens: int64 scalar, tokens a layer that keeps and reads all would have read.
         read_tokens: per managed layer an int64 scalar, tokens read by attention.
         peak_bytes: most bytes of K and V slots in use by one cache (rows times the longest row).
-        peak_note_bytes: most bytes that methods keep about those slots.
+        peak_note_bytes: most bytes that methods remember about the slots in use and the rows.
         allocated_bytes: the slabs of the latest cache, spare capacity included.
         peak_len, sum_len: longest row of any layer, and the sum over layers and steps.
-        evictions: times that tokens were taken out of a layer.
+        evictions: int64 scalar, times that tokens were taken out of a layer.
         evicted_tokens: per managed layer an int64 scalar, tokens taken out, all rows.
     """
 
@@ -35,7 +35,7 @@ class Meter:
         self.slot_bytes = [0] * num_layers
         self.peak_bytes = self.peak_note_bytes = 0
         self.peak_len = self.sum_len = self.steps = 0
-        self.evictions = 0
+        self.evictions = torch.zeros((), dtype=torch.int64)
         self.evicted_tokens = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
         self.allocated_bytes = 0
         self._lens: list[tuple[Tensor, Tensor]] = []  # of the latest cache: kept and seen
@@ -59,7 +59,7 @@ class Meter:
     def evicting(self, layer: LayerCache, kept_lens: Tensor) -> None:
         """Rows of `layer` are about to be cut to kept_lens [B]."""
         gone = (layer.seq_lens - kept_lens).clamp(min=0).sum()
-        self.evictions += 1
+        self.evictions = self.evictions.to(gone.device) + (gone > 0)
         count = self.evicted_tokens[layer.position]
         self.evicted_tokens[layer.position] = count.to(gone.device) + gone
 
@@ -70,12 +70,13 @@ class Meter:
             self.token_bytes[position] = layer.token_bytes
             self.slot_bytes[position] = layer.slot_bytes
             used += layer.max_len * layer.slot_bytes
-            notes += layer.max_len * layer.note_bytes
+            notes += layer.max_len * layer.note_bytes * len(layer.seq_lens)
+            notes += sum(tensor.nbytes for tensor in layer.state.values())
             allocated += layer.capacity * layer.slot_bytes
             self.peak_len = max(self.peak_len, layer.max_len)
         rows = cache.layers[0].seq_lens.shape[0]
         self.peak_bytes = max(self.peak_bytes, used * rows)
-        self.peak_note_bytes = max(self.peak_note_bytes, notes * rows)
+        self.peak_note_bytes = max(self.peak_note_bytes, notes)
         self.allocated_bytes = allocated * rows
         self._lens = [(layer.seq_lens, layer.logical_lens) for layer in cache.layers]
 

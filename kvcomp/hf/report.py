@@ -23,7 +23,7 @@ class Report:
         tokens_attended_dense: the same had every layer attended to all.
         kv_bytes_kept, kv_bytes_dense: K and V rows held now, and by a cache that keeps all.
         kv_bytes_peak: most bytes of K and V slots in use at once (rows times the longest row).
-        tracking_bytes_peak: most bytes of what the method remembered about those slots.
+        tracking_bytes_peak: most bytes of what the method remembered, beside K and V.
         kv_bytes_allocated: the slabs now, spare capacity included.
         kv_bytes_read: by decode steps in total.
         kept_mean, kept_peak: tokens in the longest row of a layer, over decode steps.
@@ -73,7 +73,7 @@ class Report:
             tracking_bytes_peak=meter.peak_note_bytes,
             kept_mean=meter.sum_len / max(meter.steps * len(read), 1),
             kept_peak=meter.peak_len,
-            evictions=meter.evictions,
+            evictions=int(meter.evictions),
             tokens_evicted=sum(evicted),
             kv_bytes_freed=sum(n * b for n, b in zip(evicted, meter.slot_bytes, strict=True)),
             layers=[

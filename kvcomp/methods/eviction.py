@@ -119,7 +119,7 @@ class Eviction(Method):
 
     def evict(self, layer: LayerCache) -> None:
         """Cut `layer` down to the budget, in every row that exceeds it."""
-        if layer.max_len <= self.most_kept(layer.cache):
+        if layer.max_len <= self.budget:
             return
         positions = layer.positions(self.num_units(layer))
         scores = self.score(layer)
