@@ -229,7 +229,7 @@ class Part:
 
 PARTS = (
     Part("half", 16, None, 256, False, (), (1, 128)),
-    Part("tight", 64, 8, 128, True, (128, 160, 192, 256, 320), (64,)),
+    Part("tight", 64, 8, 128, True, (144, 160, 192, 256, 320), (64,)),
     Part("lag", 64, 8, 128, True, (192,), (1, 16, 64)),
 )
 SMOKE = (

@@ -109,6 +109,12 @@ def all_methods() -> list[str]:
     return sorted(METHODS, key=lambda name: (name != "full", METHODS[name].baseline))
 
 
+def main_methods() -> list[str]:
+    """The methods, between dense attention and what is drawn at random."""
+    shown = ("full", "random-pages", "random-eviction")
+    return [name for name in all_methods() if name in shown or not METHODS[name].baseline]
+
+
 def output_console() -> Console:
     """Tables in a pipe or a file are not folded to the 80 columns that rich would assume."""
     return Console(width=None if sys.stdout.isatty() else 120)
@@ -144,11 +150,14 @@ def info(
 def demo(
     method: Annotated[
         list[str] | None,
-        typer.Option(help="A method by name; repeat for several. Default: all.", metavar="NAME"),
+        typer.Option(
+            help="By name; repeat for several, or 'all'. Default: the methods, dense, and random.",
+            metavar="NAME",
+        ),
     ] = None,
     budget: Annotated[
         int | None,
-        typer.Option(help="Tokens per layer; default: a fifth of the final context.", min=1),
+        typer.Option(help="Tokens per layer; default: half of the final context.", min=1),
     ] = None,
     problems: Annotated[int, typer.Option(help="Problems, decoded as one batch.", min=1)] = 8,
     nodes: Annotated[
@@ -165,8 +174,10 @@ def demo(
         Path | None, typer.Option("--plot", help="Draw a PNG.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Decode problems of the bundled reasoner with every method, and compare."""
-    names = list(dict.fromkeys(method)) if method else all_methods()
+    """Decode problems of the bundled reasoner with several methods, and compare."""
+    names = list(dict.fromkeys(method)) if method else main_methods()
+    if names == ["all"]:
+        names = all_methods()
     for name in names:
         pick_method(name)
     for file in (json_file, plot_file):

@@ -27,7 +27,7 @@ from kvcomp.reasoner import path, task
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BUDGET_SHARE = 5  # the default budget is the final context over this, rounded down to
+BUDGET_SHARE = 2  # the default budget is the final context over this, rounded down to
 BUDGET_STEP = 16  # whole pages of any method's size
 WARM_UP_TOKENS = 4
 FIGURES = (
@@ -42,7 +42,7 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What to decode. A budget of None is a fifth of the final context."""
+    """What to decode. A budget of None is half of the final context."""
 
     problems: int = 8
     nodes: int = 16

@@ -68,7 +68,7 @@ def test_demo(call, tmp_path):
     result_file, picture = tmp_path / "demo.json", tmp_path / "demo.png"
     code, out, _ = call(
         *("demo", "--problems", 2, "--nodes", 4, "--steps", 20, "--budget", 32),
-        *("--device", "cpu", "--json", result_file, "--plot", picture),
+        *("--method", "all", "--device", "cpu", "--json", result_file, "--plot", picture),
     )
     assert code == 0
     assert all(name in out for name in METHODS)
@@ -89,23 +89,37 @@ def test_demo(call, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_default_budget_is_a_fifth_of_the_context(call, tmp_path):
+def test_demo_default_is_half_of_the_context_and_the_methods(call, tmp_path):
     file = tmp_path / "demo.json"
-    assert call("demo", "--method", "full", "--problems", 1, "--steps", 16, "--json", file)[0] == 0
-    meta = json.loads(file.read_text())["meta"]
-    assert meta["context"] / 6 < meta["budget"] <= meta["context"] / 5
+    assert call("demo", "--problems", 1, "--steps", 16, "--json", file)[0] == 0
+    content = json.loads(file.read_text())
+    meta, names = content["meta"], [row["method"] for row in content["rows"]]
+    assert meta["context"] / 2 - 16 < meta["budget"] <= meta["context"] / 2
+    assert names[0] == "full"
+    assert {name for name, cls in METHODS.items() if not cls.baseline} < set(names) < set(METHODS)
 
 
 def test_delta_at_a_fifth_of_the_context_keeps_the_steps(call, tmp_path):
     file = tmp_path / "demo.json"
     names = ("--method", "full", "--method", "delta", "--method", "random-pages")
-    assert call("demo", *names, "--problems", 4, "--steps", 64, "--json", file)[0] == 0
+    size = ("--problems", 4, "--steps", 64, "--budget", 64)  # of 357
+    assert call("demo", *names, *size, "--json", file)[0] == 0
     full, delta, at_random = json.loads(file.read_text())["rows"]
     assert full["step_accuracy"] >= 0.98
     assert delta["step_accuracy"] >= full["step_accuracy"] - 0.01
     assert delta["attended_ratio"] == pytest.approx(at_random["attended_ratio"])
     assert delta["attended_ratio"] < 0.85
     assert at_random["step_accuracy"] < full["step_accuracy"] - 0.1
+
+
+def test_lazy_eviction_at_half_of_the_bytes_keeps_the_steps(call, tmp_path):
+    file = tmp_path / "demo.json"
+    names = ("--method", "full", "--method", "lazy-eviction", "--method", "recency-window")
+    assert call("demo", *names, "--problems", 2, "--json", file)[0] == 0
+    full, lazy, recent = json.loads(file.read_text())["rows"]
+    assert lazy["step_accuracy"] >= full["step_accuracy"] - 0.01
+    assert recent["step_accuracy"] < full["step_accuracy"] - 0.01
+    assert lazy["kv_bytes_peak"] <= full["kv_bytes_peak"] / 2
 
 
 # --- generate -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Text
 
 import kvcomp
 from kvcomp import METHODS, Delta, Full, LazyEviction, StreamingLLM, reasoner
-from kvcomp.hf import decode_all
+from kvcomp.hf import answer_loss, decode_all
 from kvcomp.methods.delta import _PageRecorder
 from kvcomp.testing.models import ARCHITECTURES, REFUSED, tiny_model
 
@@ -409,3 +409,29 @@ def test_refusals(llama):
             llama(batch["input_ids"], attention_mask=torch.ones(2, 5))
         assert run.report().tokens_decoded == 0
     generate(llama, batch)
+
+
+def test_calibrate_finds_the_hits_that_matter_to_lazy_eviction():
+    """On the reasoner, whose idle heads spread thin, a low alpha calls every token important."""
+    model = AutoModelForCausalLM.from_pretrained(reasoner.path(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(reasoner.path())
+    problem = reasoner.task.make_problem(nodes=32, steps=70, seed=1, live=4)
+    found = LazyEviction.calibrate(
+        model,
+        [problem.prompt],
+        tokenizer=tokenizer,
+        max_new_tokens=280,
+        budget=96,
+        alphas=(1e-4, 0.2),
+    )
+    assert found == LazyEviction(budget=96, window=found.window, alpha=0.2)
+    assert 1 <= found.window <= 24
+    given = torch.tensor(tokenizer(problem.gold())["input_ids"])[-280:]
+    low, high = (
+        answer_loss(model, [problem.prompt], [given], method, tokenizer=tokenizer)
+        for method in (LazyEviction(budget=96, window=24), found)
+    )
+    dense = answer_loss(model, [problem.prompt], [given], Full(), tokenizer=tokenizer)
+    assert dense < high < low
+    with pytest.raises(ValueError, match="smaller budget"):
+        LazyEviction.calibrate(model, [[3, 4, 5]], max_new_tokens=4, budget=96)
