@@ -113,7 +113,7 @@ def test_tokens_leave_in_place_with_what_is_known_about_them():
     rows.append(2)
     layer.track("mark", 1)[..., :10] = 100 + layer.positions(1)
     victims = torch.tensor([[[0, 2, 5, 9]], [[-1] * 4], [[1, -1, -1, -1]]], dtype=torch.int32)
-    layer.evict(victims, torch.tensor([6, 6, 6], dtype=torch.int32), 6)
+    layer.evict(victims, torch.tensor([6, 6, 6], dtype=torch.int32), 0, 6)
     assert layer.seq_lens.tolist() == [6, 5, 6] and layer.logical_lens.tolist() == [10, 5, 7]
     rows.append(1)
     rows.append(FIRST_CAPACITY)  # the slab grows, and takes all of it along

@@ -60,6 +60,7 @@ class LayerCache:
         self.state: dict[str, Tensor] = {}
         self.slots: dict[str, Tensor] = {}
         self._placed: Tensor | None = None  # [B] logical lengths when positions were last written
+        self._placed_columns = 0
         self._most: tuple[int, int] | None = None  # (budget, window) of `limit`
         self._whole = True  # nothing has been evicted
         self._copies = 1  # of each KV head, see `repeat_heads`
@@ -178,30 +179,34 @@ class LayerCache:
         """
         if "position" not in self.slots:
             self.track("position", units)
-            self._placed = torch.zeros_like(self.logical_lens)
-        table = self.slots["position"][..., : self.max_len]
-        slot = torch.arange(self.max_len, dtype=torch.int32, device=table.device)
-        age = self.seq_lens[:, None] - slot  # [B, max_len], the newest is 1
+            self._placed, self._placed_columns = torch.zeros_like(self.logical_lens), 0
+        # In rows of one length the new tokens are the last columns.
+        new_columns = self.columns - self._placed_columns
+        first = max(self.max_len - new_columns, 0) if self._uniform else 0
+        table = self.slots["position"][..., first : self.max_len]
+        slot = torch.arange(first, self.max_len, dtype=torch.int32, device=table.device)
+        age = self.seq_lens[:, None] - slot  # [B, slots], the newest is 1
         fresh = age <= (self.logical_lens - self._placed)[:, None]
         position = self.logical_lens[:, None] - age
         table.copy_(torch.where(fresh[:, None], position[:, None], table))
-        self._placed = self.logical_lens.clone()
-        return table
+        self._placed, self._placed_columns = self.logical_lens.clone(), self.columns
+        return self.slots["position"][..., : self.max_len]
 
-    def evict(self, victims: Tensor, kept_lens: Tensor, longest: int) -> None:
+    def evict(self, victims: Tensor, kept_lens: Tensor, shortest: int, longest: int) -> None:
         """Take tokens out, in place, and give memory back that is no longer needed.
 
         Args:
             victims: [B, U, V] int32 slots, ascending, then -1, as `ops.select_victims` returns.
             kept_lens: [B] int32: tokens that rows longer than that keep.
-            longest: upper bound of `kept_lens`, known on the host.
+            shortest, longest: bounds of `kept_lens`, known on the host.
         """
         self.cache.meter.evicting(self, kept_lens)
         ops.compact_kv(self._k, self._v, list(self.slots.values()), victims, self.seq_lens)
         torch.minimum(self.seq_lens, kept_lens, out=self.seq_lens)
-        slot = torch.arange(self.capacity, device=self.seq_lens.device)
+        slot = torch.arange(shortest, self.max_len, device=self.seq_lens.device)
+        free = slot >= self.seq_lens[:, None, None]
         for tensor in self.slots.values():
-            tensor.masked_fill_(slot >= self.seq_lens[:, None, None], 0)
+            tensor[..., shortest : self.max_len].masked_fill_(free, 0)
         self.max_len = min(self.max_len, longest)
         self._whole = False
         if self._most is not None and self.max_len <= self._most[0] < self.capacity - self._most[1]:

@@ -135,7 +135,7 @@ class Eviction(Method):
             layer.max_len - self.budget,
             num_recent=self.num_recent,
         )
-        layer.evict(victims, kept_lens, self.most_kept(layer.cache))
+        layer.evict(victims, kept_lens, self.budget, self.most_kept(layer.cache))
 
 
 @dataclass(frozen=True)
@@ -145,18 +145,17 @@ class ObservingEviction(Eviction):
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         logits = layer.cache.logits_for(layer, q)
         out, lse = layer.attend(q, scale, logits=logits)
-        self.observe(layer, logits[:, :, : layer.max_len], lse)
+        self.observe(layer, logits, lse)
         return out
 
     def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
-        """A decode step attended: logits [B, Hq, max_len] (valid up to seq_lens), lse [B, Hq]."""
+        """A decode step attended: logits [B, Hq, capacity] (valid up to seq_lens), lse [B, Hq]."""
         raise NotImplementedError
 
     def probabilities(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> Tensor:
         """[B, U, max_len]: the sum over a unit's heads; 0 past the end of a row."""
-        return ops.page_scores(
-            logits, lse, layer.seq_lens, 1, num_groups=self.num_units(layer), reduction="sum"
-        )
+        logits, units = logits[:, :, : layer.max_len], self.num_units(layer)
+        return ops.page_scores(logits, lse, layer.seq_lens, 1, num_groups=units, reduction="sum")
 
 
 @dataclass(frozen=True)

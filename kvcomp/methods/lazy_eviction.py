@@ -122,7 +122,7 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
 
     def recurs(self, interval: Tensor) -> Tensor:
         """H2: 1 for a token hit at every step, 0 for one never hit."""
-        return torch.where(interval > 0, 2 * torch.sigmoid(1 - interval), 0.0)
+        return 2 * torch.sigmoid(1 - interval) * interval.clamp(max=1)
 
     @classmethod
     def calibrate(
