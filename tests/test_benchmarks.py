@@ -130,6 +130,20 @@ def test_a_method_whose_memory_grows_fails(monkeypatch, capsys):
     assert "still grows" in capsys.readouterr().err and hoard
 
 
+def test_accuracy_is_that_of_the_whole_family_at_one_bound(tmp_path):
+    module, path = script("bench_accuracy"), tmp_path / "accuracy.json"
+    assert module.main(["--smoke", "--part", "tight", "--json", str(path)]) == 0
+    full, *rows = json.loads(path.read_text())["rows"]
+    assert full["method"] == "full" and full["step_accuracy"] == 1.0
+    assert {row["method"] for row in rows} >= set(module.family(0.2, 100)) - {
+        "raas",  # the prompt does not fit the bound
+        "random, prompt pinned",
+    }
+    assert len({row["bound_bytes"] for row in rows}) == 1
+    assert all(row["bound_bytes"] < full["bound_bytes"] for row in rows)
+    assert any(row["step_accuracy"] < 1 for row in rows)
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
@@ -161,6 +175,9 @@ def test_plots(smoke, memory, tmp_path):
     }
     pictures += plot.plot(memory, tmp_path)
     assert pictures[-1].stem == "memory-bytes"
+    for part, chart in (("tight", "tight-bytes"), ("lag", "lag-windows")):
+        pictures += plot.plot(BENCHMARKS / "results" / "cpu" / f"accuracy-{part}.json", tmp_path)
+        assert pictures[-1].stem == f"accuracy-{part}-{chart}"
     assert all(1_000 < p.stat().st_size < 100_000 for p in pictures)
     other = tmp_path / "other.json"
     bench.write_json(other, {"benchmark": "unheard of"}, [])
