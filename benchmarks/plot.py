@@ -188,7 +188,8 @@ def memory(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
 def accuracy_by_bytes(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     """Steps right over the bytes that a method may hold, wherever the bound was swept."""
     for part, chosen in _by(rows, "part").items():
-        methods = _by([r for r in chosen if r["method"] != "full"], "method")
+        shown = [r for r in chosen if r["method"] not in ("full", "lazy without H2")]
+        methods = _by(shown, "method")
         if all(len({r["bound"] for r in swept}) == 1 for swept in methods.values()):
             continue
         figure, axis = plt.subplots(figsize=(6.6, 4.2))
