@@ -7,8 +7,8 @@
 Every method of the family gets the same bound, budget + window tokens a layer, and the same
 windows, so that lag and score can be told apart. Three parts:
 
-half    Walks over 16 nodes, decoded freely, at half of the full cache's peak; evictions at every
-        step and every 128.
+half    Walks over 16 nodes, decoded freely, at half of the full cache's peak, with evictions every
+        128 steps.
 tight   Walks over 64 nodes of which 8 can be reached: the prompt is longer than the bound, and 7 of
         8 facts never matter. The right answer is given token by token and each prediction graded,
         so that one lost fact costs its own steps and no others. A sweep over the bound.
@@ -228,7 +228,7 @@ class Part:
 
 
 PARTS = (
-    Part("half", 16, None, 256, False, (), (1, 128)),
+    Part("half", 16, None, 256, False, (), (128,)),
     Part("tight", 64, 8, 128, True, (144, 160, 192, 256, 320), (64,)),
     Part("lag", 64, 8, 128, True, (192,), (1, 16, 64)),
 )

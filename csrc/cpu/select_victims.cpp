@@ -30,13 +30,14 @@ void select_row(const SelectVictimsParams& p, const simd::Rows& rows, int batch,
   float* ranking = workspace.get(2 * room);  // the largest leave
   float* space = ranking + room;
 
-  std::int32_t newest = -1;
-  for (int i = 0; i < length; ++i) newest = std::max(newest, positions[i]);
-  const std::int32_t last = newest - p.num_recent;
+  std::int32_t newest = positions[0];
+  for (int i = 1; i < length; ++i) newest = std::max(newest, positions[i]);
+  const auto age = [=](int i) { return newest - static_cast<std::uint32_t>(positions[i]); };
+  const auto num_recent = static_cast<std::uint32_t>(p.num_recent);
   // The protected ones tie with scores of +inf, and being the newest leave after them.
   for (int i = 0; i < length; ++i) {
     const float cost = scores[i] >= -kInfinity ? -scores[i] : kInfinity;
-    ranking[i] = positions[i] <= last ? cost : -kInfinity;
+    ranking[i] = age(i) >= num_recent ? cost : -kInfinity;
   }
   Threshold threshold = find_threshold(rows, ranking, length, count, space);
   int num_equal = 0;
@@ -45,8 +46,7 @@ void select_row(const SelectVictimsParams& p, const simd::Rows& rows, int batch,
     // As integers ages are in the order of the floats with the same bits, all of them normal.
     constexpr std::uint32_t kOldest = 0x7effffff, kSmallest = 0x00800000;
     for (int i = 0; i < length; ++i) {
-      const std::uint32_t age = newest - static_cast<std::uint32_t>(positions[i]);
-      const float by_age = std::bit_cast<float>(std::min(age, kOldest) + kSmallest);
+      const float by_age = std::bit_cast<float>(std::min(age(i), kOldest) + kSmallest);
       const float tied = ranking[i] == threshold.value ? by_age : 0.0f;
       ranking[i] = ranking[i] > threshold.value ? kInfinity : tied;
     }

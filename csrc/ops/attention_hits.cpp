@@ -35,7 +35,7 @@ void attention_hits(Backend backend, py::handle logits_, py::handle lse_, py::ha
     at.fail("hits", "U a divisor of Hq=" + std::to_string(Hq.size), U.size);
   }
   check_size(at, logits, "tokens", N.size);
-  check_size(at, hits, "words", W.size);
+  check_size(at, hits, "tokens", W.size * 32);
   if (W.size * 32 < N.size) {
     at.fail("hits", "W words of 32 tokens for N=" + std::to_string(N.size), W.size);
   }

@@ -20,7 +20,10 @@ inline void check_head_dim(const Boundary& at, const char* argument, std::int64_
 inline void check_inner_contiguous(const Boundary& at, const TensorView& view) {
   at.last_contiguous(view);
   const int last = view.ndim - 1;
-  if (last < 1 || view.shape[last - 1] <= 1 || view.strides[last - 1] == view.shape[last]) return;
+  if (last < 1 || view.shape[last - 1] <= 1 || view.strides[last - 1] == view.shape[last] ||
+      view.shape[last] == 0) {
+    return;
+  }
   at.fail(view.name, "the last two dimensions contiguous",
           "a stride of " + std::to_string(view.strides[last - 1]) + " between rows of " +
               std::to_string(view.shape[last]));

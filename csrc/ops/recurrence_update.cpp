@@ -36,7 +36,7 @@ void recurrence_update(Backend backend, py::handle hits_, py::handle last_hit_, 
   if (R.size < 1 || R.size > 32) at.fail("hits", "R from 1 to 32 steps", R.size);
   if (U.size < 1) at.fail("hits", "at least one unit", U.size);
   check_size(at, last_hit, "tokens", N.size);
-  check_size(at, hits, "words", W.size);
+  check_size(at, hits, "tokens", W.size * 32);
   if (W.size * 32 < N.size) {
     at.fail("hits", "W words of 32 tokens for N=" + std::to_string(N.size), W.size);
   }

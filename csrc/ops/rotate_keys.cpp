@@ -43,7 +43,6 @@ void rotate_keys(Backend backend, py::handle k_, py::handle cos_, py::handle sin
       .batch = static_cast<std::int32_t>(B.size),
       .num_heads = static_cast<std::int32_t>(H.size),
       .num_tokens = static_cast<std::int32_t>(T.size),
-      .head_dim = static_cast<std::int32_t>(D.size),
       .half = static_cast<std::int32_t>(half.size),
   };
   const py::gil_scoped_release_simple released;

@@ -40,12 +40,12 @@ def attention_hits(
 
 
 def reference(logits, lse, seq_lens, hits, log_threshold):
-    batch, _, num_slots = logits.shape
+    num_slots = logits.shape[-1]
     num_units, words = hits.shape[1:]
     valid = torch.arange(num_slots, device=logits.device) < seq_lens[:, None, None]
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # nothing attended
     hit = (logits - lse[..., None] >= log_threshold) & valid
-    hit = hit.view(batch, num_units, -1, num_slots).any(2)
+    hit = hit.unflatten(1, (num_units, -1)).any(2)
     hit = torch.nn.functional.pad(hit, (0, words * 32 - num_slots)).unflatten(-1, (words, 32))
     bits = (hit.long() << torch.arange(32, device=hit.device)).sum(-1)
     hits.copy_(bits - ((bits >> 31) << 32))  # as a signed number

@@ -30,6 +30,12 @@ def rotate_keys(k: Tensor, shift: Tensor, inv_freq: Tensor) -> None:
         raise TypeError(
             f"kvcomp.rotate_keys: argument 'shift': expected integers, got {shift.dtype}"
         )
+    for name, tensor in (("shift", shift), ("inv_freq", inv_freq)):
+        if tensor.ndim != 1:
+            raise ValueError(
+                f"kvcomp.rotate_keys: argument '{name}': expected one dimension,"
+                f" got shape {list(tensor.shape)}"
+            )
     angle = shift[:, None].double() * inv_freq.double()  # fp32 would lose far positions
     _op(k, angle.cos().float(), angle.sin().float())
 

@@ -48,8 +48,8 @@ def reference(scores, positions, seq_lens, kept_lens, num_victims, num_recent):
     slots = scores.shape[-1]
     count = (seq_lens - kept_lens).clamp(min=0)[:, None, None]  # [B, 1, 1]
     valid = torch.arange(slots, device=scores.device) < seq_lens[:, None, None]
-    last = positions.where(valid, -1).amax(-1, keepdim=True)
-    recent = positions > last - num_recent
+    newest = positions.where(valid, -(2**31)).amax(-1, keepdim=True)
+    recent = newest.long() - positions < num_recent  # in int32 the difference may overflow
     by_age = positions.argsort(dim=-1, stable=True)  # the oldest first
     ranking = scores.nan_to_num(-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     order = by_age.gather(-1, ranking.gather(-1, by_age).argsort(dim=-1, stable=True))
@@ -62,7 +62,7 @@ def reference(scores, positions, seq_lens, kept_lens, num_victims, num_recent):
 
 
 def fake(scores, positions, seq_lens, kept_lens, num_victims, num_recent):
-    return positions.new_empty(scores.size(0), scores.size(1), num_victims)
+    return positions.new_empty((*scores.shape[:2], num_victims))
 
 
 def native(backend: int) -> Callable:

@@ -240,6 +240,11 @@ def _attention_hits_cases() -> list[Case]:
         hits = torch.full((3, 2, 2), -1, dtype=torch.int32)
         return _to(device, logits, lse, lens, hits, math.log(1e-3))
 
+    def no_slots(dtype, device):
+        lse, lens = torch.full((2, 4), -torch.inf), torch.zeros(2, dtype=torch.int32)
+        hits = torch.zeros(2, 2, 0, dtype=torch.int32)
+        return _to(device, torch.zeros(2, 4, 0), lse, lens, hits, math.log(1e-3))
+
     return [
         build("one-token", 1, 1, 1, 1),
         build("all-heads", 3, 8, 1, 333),
@@ -249,6 +254,7 @@ def _attention_hits_cases() -> list[Case]:
         build("everything-is-hit", 1, 6, 2, 95, threshold=1e-30),
         build("many-heads-long", 1, 40, 8, 4100, threshold=1e-4),
         Case("attention_hits", "nothing-attended", nothing_attended, mutates=(3,)),
+        Case("attention_hits", "no-slots", no_slots, mutates=(3,)),
     ]
 
 
@@ -312,6 +318,7 @@ def _select_victims_cases() -> list[Case]:
         build("ties-and-nan", 2, [640, 601], [500, 100], recent=50, spread=1),
         build("all-alike", 2, [1500, 1400], [1000, 1399], recent=9, spread=0),
         build("far-positions", 1, [200, 150], [120, 120], recent=30, shift=2_147_000_000),
+        build("negative-positions", 2, [200, 150], [120, 120], recent=30, shift=-(2**31)),
         build("nothing-leaves", 2, [40, 0], [40, 7], recent=90),
         build("empty-and-everything", 2, [0, 65], [3, 0], room=1),
         build("long", 2, [5003], [4000], recent=100),

@@ -134,7 +134,7 @@ struct RotateKeysParams {
   const float* cos;  // [B, R / 2], contiguous
   const float* sin;  // [B, R / 2], contiguous
   int64_t stride_k_b, stride_k_h, stride_k_t;
-  int32_t batch, num_heads, num_tokens, head_dim;
+  int32_t batch, num_heads, num_tokens;
   int32_t half;  // R / 2
 };
 

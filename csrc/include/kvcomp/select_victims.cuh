@@ -30,7 +30,8 @@ struct LeavingOrder {
 
   const float* scores;
   const int32_t* positions;
-  int32_t newest;  // position of the newest that may leave
+  int32_t newest;       // position of the newest token
+  unsigned num_recent;  // that never leave
 
   // Score, NaN and -0 as their equals -inf and 0, then position, the older first.
   __device__ std::uint64_t key(int slot) const {
@@ -40,7 +41,8 @@ struct LeavingOrder {
     bits = bits >> 31 ? ~bits : bits | 1u << 31;
     const std::uint64_t key =
         std::uint64_t{bits} << 32 | (static_cast<unsigned>(position) ^ 1u << 31);
-    return position <= newest ? key : kNever;
+    const unsigned age = static_cast<unsigned>(newest) - static_cast<unsigned>(position);
+    return age >= num_recent ? key : kNever;
   }
 
   // Of slots first, first + step, ... below end; kNever past it. All loads are under way at once.
@@ -124,18 +126,21 @@ __global__ void __launch_bounds__(SelectVictimsTile::kThreads)
   LeavingOrder order{
       p.scores + sequence * p.stride_scores_b + unit * p.stride_scores_u,
       p.positions + sequence * p.stride_positions_b + unit * p.stride_positions_u,
-      -1,
+      INT32_MIN,
+      static_cast<unsigned>(p.num_recent),
   };
 
   // The newest position.
-  int last = -1;
+  int newest = INT32_MIN;
 #pragma unroll 4
-  for (int slot = thread; slot < length; slot += kThreads) last = max(last, order.positions[slot]);
-  last = __reduce_max_sync(kFullMask, last);
-  if (lane == 0) warp_values[warp] = last;
+  for (int slot = thread; slot < length; slot += kThreads) {
+    newest = max(newest, order.positions[slot]);
+  }
+  newest = __reduce_max_sync(kFullMask, newest);
+  if (lane == 0) warp_values[warp] = newest;
   if (thread < Tile::kBins) histogram[thread] = 0;
   __syncthreads();
-  order.newest = __reduce_max_sync(kFullMask, warp_values[lane]) - p.num_recent;
+  order.newest = __reduce_max_sync(kFullMask, warp_values[lane]);
 
   // Invariant: a token leaves if its key >> shift is below `prefix`, and so do `places` of those
   // where it equals it.
