@@ -7,47 +7,12 @@ print(run.report())
 
 import torch  # noqa: F401  (first: the native extension takes OpenMP from torch's runtime)
 
-from kvcomp import ops
-from kvcomp.methods import (
-    H2O,
-    METHODS,
-    RKV,
-    TOVA,
-    Delta,
-    Full,
-    LagKV,
-    LazyEviction,
-    LMInfinite,
-    Method,
-    RaaS,
-    RandomEviction,
-    RandomPages,
-    RecencyWindow,
-    SnapKV,
-    StreamingLLM,
-)
+from kvcomp import methods, ops
+from kvcomp.methods import *  # noqa: F403  (the methods, by name)
 
 __version__ = "0.1.0"
-__all__ = [
-    "H2O",
-    "METHODS",
-    "RKV",
-    "TOVA",
-    "Delta",
-    "Full",
-    "LMInfinite",
-    "LagKV",
-    "LazyEviction",
-    "Method",
-    "RaaS",
-    "RandomEviction",
-    "RandomPages",
-    "RecencyWindow",
-    "SnapKV",
-    "StreamingLLM",
-    "ops",
-    "patch",
-]
+__all__ = ["ops", "patch"]  # noqa: F405
+__all__ += methods.__all__
 
 
 def __getattr__(name: str):
