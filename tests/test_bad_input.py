@@ -212,9 +212,9 @@ BAD = [
     (lambda: rotate(shift=torch.tensor([1.0, 2.0])), "rotate_keys.*'shift'.*float32"),
     (lambda: rotate(shift=torch.tensor(1)), "'shift'.*one dimension"),
     (lambda: rotate(inv_freq=torch.rand(B, 32)), "'inv_freq'.*one dimension.*2, 32"),
-    (lambda: rotate(shift=torch.tensor([1])), "'cos'.*B=2.*1"),
-    (lambda: rotate(inv_freq=torch.rand(33)), "'cos'.*D / 2 = 32.*33"),
-    (lambda: rotate(inv_freq=torch.rand(0)), "'cos'.*1 to.*0"),
+    (lambda: rotate(shift=torch.tensor([1])), "'shift'.*B=2.*1"),
+    (lambda: rotate(inv_freq=torch.rand(33)), "'inv_freq'.*D / 2 = 32.*33"),
+    (lambda: rotate(inv_freq=torch.rand(0)), "'inv_freq'.*1 to.*0"),
     (lambda: rotate(k=torch.randn(B, HKV, D, T).transpose(2, 3)), "'k'.*contiguous"),
     (lambda: rotate(k=torch.randn(B, HKV, T, D).double()), "'k'.*float64"),
 ]

@@ -36,6 +36,17 @@ def rotate_keys(k: Tensor, shift: Tensor, inv_freq: Tensor) -> None:
                 f"kvcomp.rotate_keys: argument '{name}': expected one dimension,"
                 f" got shape {list(tensor.shape)}"
             )
+    # The native checks know cos and sin only, which nobody has passed.
+    if k.ndim == 4 and shift.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"kvcomp.rotate_keys: argument 'shift': expected B={k.shape[0]} positions,"
+            f" got {shift.shape[0]}"
+        )
+    if k.ndim == 4 and not 1 <= inv_freq.shape[0] <= k.shape[3] // 2:
+        raise ValueError(
+            "kvcomp.rotate_keys: argument 'inv_freq': expected 1 to D / 2 ="
+            f" {k.shape[3] // 2} frequencies, got {inv_freq.shape[0]}"
+        )
     angle = shift[:, None].double() * inv_freq.double()  # fp32 would lose far positions
     _op(k, angle.cos().float(), angle.sin().float())
 
