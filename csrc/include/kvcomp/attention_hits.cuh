@@ -26,31 +26,14 @@ struct AttentionHitsTile {
   int head_warps;  // warps that share a token's heads: 1, 2 or 4
 };
 
-// Bit j: token j at `logits` is hit under one of the heads first, first + step, ... All loads of a
-// round are under way before the first is used.
+// Bit j: token j at `logits` is hit under one of the heads first, first + step, ...
 template <int kVec>
 __device__ inline unsigned hits_of_heads(const float* logits, int64_t stride_h, const float* lse,
                                          int first, int heads, int step, float log_threshold) {
-  constexpr int kLoads = AttentionHitsTile::kLoads;
   unsigned hits = 0;
-  for (int round = first; round < heads; round += kLoads * step) {
-    float x[kLoads][kVec] = {}, normaliser[kLoads] = {};
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int head = round + i * step;
-      if (head >= heads) break;
-      load_streaming(logits + head * stride_h, x[i]);
-      normaliser[i] = lse[head];
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (round + i * step >= heads) break;
-      // Where nothing was attended the lse is -inf: no hit.
-      const float subtract = normaliser[i] == -INFINITY ? INFINITY : normaliser[i];
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) hits |= unsigned{x[i][j] - subtract >= log_threshold} << j;
-    }
-  }
+  for_each_head<AttentionHitsTile::kLoads, kVec>(
+      logits, stride_h, lse, first, heads, step,
+      [&](int j, float logprob) { hits |= unsigned{logprob >= log_threshold} << j; });
   return hits;
 }
 

@@ -30,6 +30,31 @@ __device__ inline void load_streaming(const float* from, float (&to)[4]) {
   to[0] = vector.x, to[1] = vector.y, to[2] = vector.z, to[3] = vector.w;
 }
 
+// use(j, logit - lse) for token j at `logits` under each of the heads first, first + step, ... All
+// loads of a round of kLoads heads are under way before the first is used.
+template <int kLoads, int kVec, typename Use>
+__device__ inline void for_each_head(const float* logits, int64_t stride_h, const float* lse,
+                                     int first, int heads, int step, const Use& use) {
+  for (int round = first; round < heads; round += kLoads * step) {
+    float x[kLoads][kVec] = {}, normaliser[kLoads] = {};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int head = round + i * step;
+      if (head >= heads) break;
+      load_streaming(logits + head * stride_h, x[i]);
+      normaliser[i] = lse[head];
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (round + i * step >= heads) break;
+      // Where nothing was attended the lse is -inf, and so are the logits: -inf, not NaN.
+      const float subtract = normaliser[i] == -INFINITY ? INFINITY : normaliser[i];
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) use(j, x[i][j] - subtract);
+    }
+  }
+}
+
 // Sum over aligned groups of `width` lanes (a power of two), in all of its lanes.
 __device__ inline float group_sum(float value, int width) {
   for (int lanes = width / 2; lanes > 0; lanes /= 2) {

@@ -27,33 +27,16 @@ struct PageScoresTile {
 };
 
 // Adds to probs (max or sum) the probabilities of kVec tokens at `logits` under heads first,
-// first + step, ... All loads of a round are under way before the first is used.
+// first + step, ...
 template <int kVec, bool kMax>
 __device__ inline void reduce_heads(const float* logits, int64_t stride_h, const float* lse,
                                     int first, int heads, int step, float* probs) {
-  constexpr int kLoads = PageScoresTile::kLoads;
-  for (int round = first; round < heads; round += kLoads * step) {
-    float x[kLoads][kVec], normaliser[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      const int head = round + i * step;
-      if (head >= heads) break;
-      load_streaming(logits + head * stride_h, x[i]);
-      normaliser[i] = lse[head];
-    }
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (round + i * step >= heads) break;
-      // Where nothing was attended the lse is -inf, and so are the logits: 0, not NaN.
-      const float subtract = normaliser[i] == -INFINITY ? INFINITY : normaliser[i];
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) {
+  for_each_head<PageScoresTile::kLoads, kVec>(
+      logits, stride_h, lse, first, heads, step, [&](int j, float logprob) {
         // Subtracted before it is scaled: log2e folded into the lse would round that first.
-        const float prob = exp2f((x[i][j] - subtract) * kLog2e);
+        const float prob = exp2f(logprob * kLog2e);
         probs[j] = kMax ? fmaxf(probs[j], prob) : probs[j] + prob;
-      }
-    }
-  }
+      });
 }
 
 template <int kVec, bool kMax>
