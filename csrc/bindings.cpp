@@ -36,22 +36,43 @@ void compact_kv(Backend backend, py::handle k, py::handle v, py::handle state, p
 void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
                       py::handle seq_lens, py::handle page_ids, py::handle logits, py::handle out,
                       py::handle lse, std::int64_t page_size, double scale, std::uintptr_t stream);
+void fetch_rows(Backend backend, py::handle k, py::handle v, py::handle slot_rows,
+                py::handle seq_lens, py::handle rows, py::handle first_local, py::handle active,
+                py::handle pool, py::handle fetched, std::int64_t num_sinks, std::uintptr_t stream);
+void kmeans(Backend backend, py::handle keys, py::handle first, py::handle last, py::handle labels,
+            py::handle centroids, py::handle sizes, std::int64_t cluster_size, std::int64_t window,
+            std::int64_t iterations, std::uintptr_t stream);
 void merge_states(Backend backend, py::handle out_a, py::handle lse_a, py::handle out_b,
                   py::handle lse_b, py::handle out, py::handle lse, std::uintptr_t stream);
 void page_scores(Backend backend, py::handle logits, py::handle lse, py::handle seq_lens,
                  py::handle out, std::int64_t page_size, std::int64_t num_groups, bool use_max,
                  std::uintptr_t stream);
+void query_similarity(Backend backend, py::handle q, py::handle previous, py::handle similarity,
+                      std::uintptr_t stream);
 void recurrence_update(Backend backend, py::handle hits, py::handle last_hit, py::handle longest,
                        py::handle seq_lens, py::handle born, std::int64_t first_step,
                        std::uintptr_t stream);
 void rotate_keys(Backend backend, py::handle k, py::handle cos, py::handle sin,
                  std::uintptr_t stream);
+void segment_boundaries(Backend backend, py::handle similarity, py::handle lengths,
+                        py::handle starts, py::handle num_units, py::handle num_indexed,
+                        py::handle closed, py::handle triggered, double cut_below,
+                        double retrieve_below, std::int64_t shortest, std::int64_t longest,
+                        std::int64_t local, std::uintptr_t stream);
 void select_pages(Backend backend, py::handle scores, py::handle seq_lens, py::handle page_ids,
                   py::handle selected_lens, std::int64_t page_size, std::int64_t num_recent,
                   std::int64_t num_sink, std::uintptr_t stream);
+void select_units(Backend backend, py::handle scores, py::handle starts, py::handle num_indexed,
+                  py::handle active, py::handle rows, std::int64_t budget, std::uintptr_t stream);
 void select_victims(Backend backend, py::handle scores, py::handle positions, py::handle seq_lens,
                     py::handle kept_lens, py::handle victims, std::int64_t num_victims,
                     std::int64_t num_recent, std::uintptr_t stream);
+void store_segments(Backend backend, py::handle k, py::handle v, py::handle slot_rows,
+                    py::handle seq_lens, py::handle starts, py::handle num_units, py::handle closed,
+                    py::handle pool, py::handle centroids, std::uintptr_t stream);
+void unit_scores(Backend backend, py::handle q, py::handle centroids, py::handle starts,
+                 py::handle num_indexed, py::handle active, py::handle scores, double scale,
+                 std::uintptr_t stream);
 
 }  // namespace kvcomp
 
@@ -97,10 +118,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("attention_hits", &attention_hits);
   m.def("compact_kv", &compact_kv);
   m.def("decode_attention", &decode_attention);
+  m.def("fetch_rows", &fetch_rows);
+  m.def("kmeans", &kmeans);
   m.def("merge_states", &merge_states);
   m.def("page_scores", &page_scores);
+  m.def("query_similarity", &query_similarity);
   m.def("recurrence_update", &recurrence_update);
   m.def("rotate_keys", &rotate_keys);
+  m.def("segment_boundaries", &segment_boundaries);
   m.def("select_pages", &select_pages);
+  m.def("select_units", &select_units);
   m.def("select_victims", &select_victims);
+  m.def("store_segments", &store_segments);
+  m.def("unit_scores", &unit_scores);
 }

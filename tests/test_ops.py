@@ -74,20 +74,36 @@ CALLS = {
     "decode_attention": lambda op, q, k, v, lens, ids, size, scale, logits: op(
         q, k, v, lens, page_ids=ids, page_size=size, scale=scale, logits=logits
     ),
+    "fetch_rows": lambda op, *args: op(*args[:-1], num_sinks=args[-1]),
+    "kmeans": lambda op, keys, first, last, size, window, iterations: op(
+        keys, first, last, cluster_size=size, window=window, iterations=iterations
+    ),
     "merge_states": lambda op, *args: op(*args),
     "page_scores": lambda op, logits, lse, lens, size, groups, use_max: op(
         logits, lse, lens, size, num_groups=groups, reduction="max" if use_max else "sum"
     ),
+    "query_similarity": lambda op, *args: op(*args),
     "recurrence_update": lambda op, *args: op(*args),
     "rotate_keys": lambda op, k, cos, sin: op(  # one row: a shift by one of the angle
         k, torch.ones(1, dtype=torch.int64), torch.atan2(sin, cos)[0]
     ),
+    "segment_boundaries": lambda op, *args: op(
+        *args[:5],
+        cut_below=args[5],
+        retrieve_below=args[6],
+        shortest=args[7],
+        longest=args[8],
+        local=args[9],
+    ),
     "select_pages": lambda op, scores, lens, size, count, recent, sink: op(
         scores, lens, size, count, num_recent=recent, num_sink=sink
     ),
+    "select_units": lambda op, *args: op(*args),
     "select_victims": lambda op, scores, positions, lens, kept, count, recent: op(
         scores, positions, lens, kept, count, num_recent=recent
     ),
+    "store_segments": lambda op, *args: op(*args),
+    "unit_scores": lambda op, *args: op(*args[:-1], scale=args[-1]),
 }
 
 

@@ -57,6 +57,18 @@ def turned(dtype, head_dim, rotated):
     return empty(2, 8, 16384, head_dim, dtype=dtype), *2 * (empty(2, rotated // 2),)
 
 
+def clustered(dtype, head_dim):
+    """Arguments of kmeans."""
+    return empty(2, 8, 32768, head_dim, dtype=dtype), LENS, LENS, 16, 8192, 1
+
+
+def units(dtype, head_dim, group=4):
+    """Arguments of unit_scores, two KV heads."""
+    q = empty(2, 2 * group, head_dim, dtype=dtype)
+    centroids = empty(2, 2, 16384, head_dim, dtype=dtype)
+    return q, centroids, empty(2, 2, 16385, dtype=INT32), LENS, LENS, head_dim**-0.5
+
+
 # (op, what is special about the call, arguments of launch)
 CALLS = [
     ("decode_attention", "bf16 D32", attention(BF16, 32)),
@@ -87,6 +99,20 @@ CALLS = [
     ("select_pages", "P 100", (empty(2, 8, 100), LENS, 16, 64, 8, 0)),
     ("select_pages", "P 1024", (empty(2, 1, 1024), LENS, 16, 64, 8, 0)),
     ("select_pages", "P 128K", (empty(2, 8, 1 << 17), LENS, 1, 2048, 128, 4)),
+    ("kmeans", "bf16 D128", clustered(BF16, 128)),
+    ("kmeans", "bf16 D256", clustered(BF16, 256)),
+    ("kmeans", "fp16 D80", clustered(FP16, 80)),
+    ("kmeans", "fp16 D512", clustered(FP16, 512)),
+    ("kmeans", "fp32 D128", clustered(FP32, 128)),
+    ("kmeans", "fp32 D256", clustered(FP32, 256)),
+    ("query_similarity", "bf16 D128", 2 * (empty(2, 32, 128, dtype=BF16),)),
+    ("query_similarity", "fp16 D80 H 28", 2 * (empty(2, 28, 80, dtype=FP16),)),
+    ("query_similarity", "fp32 D512", 2 * (empty(2, 32, 512),)),
+    ("unit_scores", "bf16 D128", units(BF16, 128)),
+    ("unit_scores", "bf16 D80 G 40", units(BF16, 80, group=40)),
+    ("unit_scores", "fp16 D512", units(FP16, 512)),
+    ("unit_scores", "fp32 D128 G 1", units(FP32, 128, group=1)),
+    ("unit_scores", "fp32 D256 G 40", units(FP32, 256, group=40)),
 ]
 
 

@@ -3,35 +3,23 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "moves.h"
 #include "parallel.h"
 
 namespace kvcomp::cpu {
 namespace {
 
-// The moves of one row and unit: move(hole, survivor) for each victim below the new length.
-template <class Move>
-void for_each_move(const std::int32_t* victims, int num_victims, int length, Move move) {
-  const std::int32_t* end = victims + num_victims;
-  while (end > victims && end[-1] < 0) --end;
-  const int kept = length - static_cast<int>(end - victims);
-  const std::int32_t* const in_tail = std::lower_bound(victims, end, kept);
-  const std::int32_t* next = in_tail;
-  int survivor = kept;
-  for (const std::int32_t* hole = victims; hole < in_tail; ++hole, ++survivor) {
-    for (; next < end && *next == survivor; ++next) ++survivor;
-    move(*hole, survivor);
-  }
-}
-
 void compact_head(const CompactKvParams& p, int batch, int head) {
   const int unit = p.num_units == 1 ? 0 : head;
   const std::int32_t* victims =
       p.victims + (std::int64_t{batch} * p.num_units + unit) * p.num_victims;
+  const std::int32_t* end = victims + p.num_victims;
+  while (end > victims && end[-1] < 0) --end;
   const int length = p.seq_lens[batch];
   char* k = static_cast<char*>(p.k) + batch * p.stride_k_b + head * p.stride_k_h;
   char* v = static_cast<char*>(p.v) + batch * p.stride_v_b + head * p.stride_v_h;
   const std::size_t bytes = p.row_bytes;
-  for_each_move(victims, p.num_victims, length, [&](std::int64_t hole, std::int64_t survivor) {
+  for_each_move(victims, end, length, [&](std::int64_t hole, std::int64_t survivor) {
     std::memcpy(k + hole * p.stride_k_t, k + survivor * p.stride_k_t, bytes);
     std::memcpy(v + hole * p.stride_v_t, v + survivor * p.stride_v_t, bytes);
   });
@@ -40,7 +28,7 @@ void compact_head(const CompactKvParams& p, int batch, int head) {
     char* row =
         static_cast<char*>(p.state[i]) + batch * p.stride_state_b[i] + unit * p.stride_state_u[i];
     auto* state = reinterpret_cast<std::int32_t*>(row);
-    for_each_move(victims, p.num_victims, length,
+    for_each_move(victims, end, length,
                   [state](int hole, int survivor) { state[hole] = state[survivor]; });
   }
 }

@@ -8,11 +8,18 @@ namespace kvcomp::cpu {
 void attention_hits(const AttentionHitsParams& params);
 void compact_kv(const CompactKvParams& params);
 void decode_attention(const DecodeAttentionParams& params);
+void fetch_rows(const FetchRowsParams& params);
+void kmeans(const KmeansParams& params);
 void merge_states(const MergeStatesParams& params);
 void page_scores(const PageScoresParams& params);
+void query_similarity(const QuerySimilarityParams& params);
 void recurrence_update(const RecurrenceUpdateParams& params);
 void rotate_keys(const RotateKeysParams& params);
+void segment_boundaries(const SegmentBoundariesParams& params);
 void select_pages(const SelectPagesParams& params);
+void select_units(const SelectUnitsParams& params);
 void select_victims(const SelectVictimsParams& params);
+void store_segments(const StoreSegmentsParams& params);
+void unit_scores(const UnitScoresParams& params);
 
 }  // namespace kvcomp::cpu

@@ -9,8 +9,12 @@ namespace kvcomp::cuda {
 
 void attention_hits(const AttentionHitsParams& params, int device, std::uintptr_t stream);
 void compact_kv(const CompactKvParams& params, int device, std::uintptr_t stream);
+void fetch_rows(const FetchRowsParams& params, int device, std::uintptr_t stream);
 void page_scores(const PageScoresParams& params, int device, std::uintptr_t stream);
 void recurrence_update(const RecurrenceUpdateParams& params, int device, std::uintptr_t stream);
+void segment_boundaries(const SegmentBoundariesParams& params, int device, std::uintptr_t stream);
+void select_units(const SelectUnitsParams& params, int device, std::uintptr_t stream);
 void select_victims(const SelectVictimsParams& params, int device, std::uintptr_t stream);
+void store_segments(const StoreSegmentsParams& params, int device, std::uintptr_t stream);
 
 }  // namespace kvcomp::cuda

@@ -7,8 +7,12 @@ namespace kvcomp::cuda_host {
 
 void attention_hits(const AttentionHitsParams& params);
 void compact_kv(const CompactKvParams& params);
+void fetch_rows(const FetchRowsParams& params);
 void page_scores(const PageScoresParams& params);
 void recurrence_update(const RecurrenceUpdateParams& params);
+void segment_boundaries(const SegmentBoundariesParams& params);
+void select_units(const SelectUnitsParams& params);
 void select_victims(const SelectVictimsParams& params);
+void store_segments(const StoreSegmentsParams& params);
 
 }  // namespace kvcomp::cuda_host

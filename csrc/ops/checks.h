@@ -16,6 +16,21 @@ inline void check_head_dim(const Boundary& at, const char* argument, std::int64_
   at.fail(argument, "a head size of 32, 64, 80, 96, 128 or 256", head_dim);
 }
 
+// What the loops of cpu/simd/rows.h take.
+inline void check_row_dim(const Boundary& at, const char* argument, std::int64_t head_dim,
+                          std::int64_t most = 512) {
+  if (head_dim >= 16 && head_dim <= most && head_dim % 16 == 0) return;
+  at.fail(argument, "a head size that is a multiple of 16, at most " + std::to_string(most),
+          head_dim);
+}
+
+// One int32 per sequence.
+inline void check_per_row(const Boundary& at, const TensorView& view, Dim& batch) {
+  at.dtype(view, {DType::i32});
+  at.contiguous(view);
+  at.shape(view, {batch});
+}
+
 // The last two dimensions without gaps; those before have any strides.
 inline void check_inner_contiguous(const Boundary& at, const TensorView& view) {
   at.last_contiguous(view);
@@ -36,15 +51,28 @@ inline void check_size(const Boundary& at, const TensorView& view, const char* w
   if (size > kMax) at.fail(view.name, "at most " + std::to_string(kMax) + " " + what, size);
 }
 
-// Reads the tensor, so only on the CPU. `limit_name` is what the largest value is called: "T".
+inline std::string in_head(int row, int head) {
+  std::string text = " in row ";
+  text += std::to_string(row);
+  text += ", head ";
+  return text += std::to_string(head);
+}
+
+// A count per row within [0, limit]. Reads the tensor, so only on the CPU. `limit_name` is what the
+// largest value is called: "T".
+inline void check_counts(const Boundary& at, const char* argument, const std::int32_t* counts,
+                         std::int64_t batch, const char* limit_name, std::int64_t limit) {
+  for (std::int64_t b = 0; b < batch; ++b) {
+    if (counts[b] >= 0 && counts[b] <= limit) continue;
+    at.fail(argument,
+            std::string("values in [0, ") + limit_name + "=" + std::to_string(limit) + "]",
+            std::to_string(counts[b]) + " in row " + std::to_string(b));
+  }
+}
+
 inline void check_seq_lens(const Boundary& at, const std::int32_t* seq_lens, std::int64_t batch,
                            const char* limit_name, std::int64_t limit) {
-  for (std::int64_t b = 0; b < batch; ++b) {
-    if (seq_lens[b] >= 0 && seq_lens[b] <= limit) continue;
-    at.fail("seq_lens",
-            std::string("values in [0, ") + limit_name + "=" + std::to_string(limit) + "]",
-            std::to_string(seq_lens[b]) + " in row " + std::to_string(b));
-  }
+  check_counts(at, "seq_lens", seq_lens, batch, limit_name, limit);
 }
 
 }  // namespace kvcomp

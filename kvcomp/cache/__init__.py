@@ -1,7 +1,8 @@
 """Caches: one layer's K and V, and the layers of one batch of sequences. No transformers here."""
 
+from kvcomp.cache.host_pool import HostMemoryError
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.meter import Meter
 
-__all__ = ["KVCache", "LayerCache", "Meter"]
+__all__ = ["HostMemoryError", "KVCache", "LayerCache", "Meter"]

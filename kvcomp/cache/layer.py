@@ -15,7 +15,11 @@ from torch import Tensor
 from kvcomp import ops
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvcomp.cache.host_pool import HostPool
     from kvcomp.cache.kv_cache import KVCache
+    from kvcomp.cache.unit_index import UnitIndex
 
 GROWTH = 1.5  # a full slab is replaced by one this many times larger
 FIRST_CAPACITY = 256  # tokens
@@ -34,6 +38,10 @@ class LayerCache:
             follows the rows through `select`.
         scale: of the logits, known from the first prompt on.
         added: tokens that each row gained by the last `append`, a number or [B] int32.
+        pool: all of the tokens in host memory, for methods that retrieve.
+        index: the units in which they retrieve them.
+        pending: waits for work in the background on this layer's pool and index; None: there is
+            none (see `settle`).
         slots: what a method remembers about each kept token: [B, U, capacity] of 4-byte elements
             (`track`), moved with the tokens, 0 where no token is.
         token_bytes: bytes of K and V of one token as the model hands it in, all KV heads.
@@ -59,6 +67,9 @@ class LayerCache:
         self.added: int | Tensor = 0
         self.state: dict[str, Tensor] = {}
         self.slots: dict[str, Tensor] = {}
+        self.pool: HostPool | None = None
+        self.index: UnitIndex | None = None
+        self.pending: Callable[[], None] | None = None
         self._placed: Tensor | None = None  # [B] logical lengths when positions were last written
         self._placed_columns = 0
         self._most: tuple[int, int] | None = None  # (budget, window) of `limit`
@@ -212,6 +223,62 @@ class LayerCache:
         if self._most is not None and self.max_len <= self._most[0] < self.capacity - self._most[1]:
             self._resize(sum(self._most))
 
+    def keep(self, slots: Tensor, lens: Tensor) -> None:
+        """Only the listed tokens stay, in that order; memory that is no longer needed goes back.
+
+        Args:
+            slots: [B, M] int64; row b's first lens[b] count.
+            lens: [B] int32.
+        """
+        index = slots[:, None, :, None]
+        capacity = max(slots.shape[1], FIRST_CAPACITY)
+        self._k, self._v = (
+            _padded(torch.take_along_dim(x, index, 2), capacity) for x in (self._k, self._v)
+        )
+        self.slots = {
+            name: _padded(torch.take_along_dim(x, slots[:, None], 2), capacity)
+            for name, x in self.slots.items()
+        }
+        self.seq_lens, self.max_len = lens, slots.shape[1]
+        self._whole = False
+        self._recount(slots.shape[1])
+
+    def exchange(
+        self, rows: Tensor, first_local: Tensor, active: Tensor, num_sinks: int, most: int
+    ) -> Tensor:
+        """Hold the pool rows that are wanted, see `ops.fetch_rows`; `positions` tells the rows.
+
+        Args:
+            rows: [B, Hkv, K] int32, as `ops.select_units` returns them.
+            first_local, active: [B] int32.
+            num_sinks: pool rows below that always stay.
+            most: tokens a row has at most afterwards, known on the host.
+
+        Returns:
+            fetched [B, Hkv] int32: rows that came over the link.
+        """
+        most = min(most, self.columns)
+        self._reserve(self._k[:, :, :1], most)
+        fetched = ops.fetch_rows(
+            self._k,
+            self._v,
+            self.slots["position"],
+            self.seq_lens,
+            rows,
+            first_local,
+            active,
+            self.pool.blocks,
+            num_sinks=num_sinks,
+        )
+        self._recount(most)
+        return fetched
+
+    def settle(self) -> None:
+        """Wait for what the background still does to this layer."""
+        if self.pending is not None:
+            wait, self.pending = self.pending, None
+            wait()
+
     def crop(self, count: int) -> None:
         """Take back the last `count` columns exactly, as if they had never been appended.
 
@@ -248,7 +315,11 @@ class LayerCache:
         """Rows become `rows` ([B'] int64 indices): reorder, repeat or drop sequences."""
         if self._k is None:
             return
+        self.settle()
         rows = rows.to(self._k.device)
+        for part in (self.pool, self.index):
+            if part is not None:
+                part.select(rows)
         if any(valid is not None for _, valid in self._arrivals):
             self._arrivals = [(self.columns, self.seen())]  # one piece to reorder, not one per step
         self._k, self._v = self._k[rows], self._v[rows]
@@ -258,6 +329,14 @@ class LayerCache:
         if self._placed is not None:
             self._placed = self._placed[rows]
         self._arrivals = [(n, None if v is None else v[rows]) for n, v in self._arrivals]
+
+    def _recount(self, most: int) -> None:
+        """Rows have new lengths, at most `most`: find the longest where that stalls nothing."""
+        if self.seq_lens.is_cuda:
+            self.max_len, self._uniform = most, False
+        else:
+            self.max_len = int(self.seq_lens.max())
+            self._uniform = self.max_len == int(self.seq_lens.min())
 
     def _scatter(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor | int:
         """Write each row's valid tokens behind its last one; returns how many a row received."""
@@ -295,11 +374,7 @@ class LayerCache:
         """Move the kept tokens and what `slots` says about them to memory of another size."""
 
         def moved(old: Tensor) -> Tensor:
-            # Zeros, because a mask does not stop the NaN that memory never written may hold.
-            new = old.new_zeros(*old.shape[:2], capacity, *old.shape[3:])
-            kept = min(old.shape[2], self.max_len)
-            new[:, :, :kept] = old[:, :, :kept]
-            return new
+            return _padded(old[:, :, : min(old.shape[2], self.max_len)], capacity)
 
         self._k = moved(self._k)
         self._v = moved(self._v)
@@ -328,3 +403,11 @@ class LayerCache:
         ):
             if old != new:
                 raise ValueError(f"kvcomp: append: {what}: the cache has {old}, got {new}")
+
+
+def _padded(x: Tensor, capacity: int) -> Tensor:
+    """[B, U, n, ...] -> [B, U, capacity, ...], a copy."""
+    # Zeros, because a mask does not stop the NaN that memory never written may hold.
+    new = x.new_zeros(*x.shape[:2], capacity, *x.shape[3:])
+    new[:, :, : x.shape[2]] = x
+    return new

@@ -25,6 +25,15 @@ class Meter:
         peak_len, sum_len: longest row of any layer, and the sum over layers and steps.
         evictions: int64 scalar, times that tokens were taken out of a layer.
         evicted_tokens: per managed layer an int64 scalar, tokens taken out, all rows.
+        retrievals: per managed layer an int64 scalar, selections made, all rows.
+        wanted_rows, fetched_rows: per managed layer int64 scalars, rows of KV heads that selections
+            held, and those of them that had to come from the host.
+        stored_rows: per managed layer an int64 scalar, rows of KV heads that went to the host.
+        row_bytes: per managed layer, K and V of one token and KV head.
+        segments: [tokens + 1] int64, how many segments were closed with so many tokens.
+        recalls: [2] fp64, and `audits` how often: attention mass covered by what was retrieved, of
+            the best set's, summed over audited retrievals: in the step before, and in that step.
+        peak_host_bytes: most bytes of host memory that one cache had taken for K and V.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -37,6 +46,14 @@ class Meter:
         self.peak_len = self.sum_len = self.steps = 0
         self.evictions = torch.zeros((), dtype=torch.int64)
         self.evicted_tokens = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
+        self.retrievals = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
+        self.wanted_rows = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
+        self.fetched_rows = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
+        self.stored_rows = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
+        self.row_bytes = [0] * num_layers
+        self.segments = torch.zeros(1, dtype=torch.int64)
+        self.recalls, self.audits = torch.zeros(2, dtype=torch.float64), 0
+        self.peak_host_bytes = 0
         self.allocated_bytes = 0
         self._lens: list[tuple[Tensor, Tensor]] = []  # of the latest cache: kept and seen
 
@@ -63,9 +80,32 @@ class Meter:
         count = self.evicted_tokens[layer.position]
         self.evicted_tokens[layer.position] = count.to(gone.device) + gone
 
+    def retrieved(self, layer: LayerCache, active: Tensor, rows: Tensor, fetched: Tensor) -> None:
+        """Rows of `layer` where active [B] is 1 now hold rows [B, Hkv, K], fetched [B, Hkv]."""
+        _add(self.retrievals, layer, active.sum())
+        _add(self.wanted_rows, layer, (rows >= 0).sum())
+        _add(self.fetched_rows, layer, fetched.sum())
+
+    def stored(self, layer: LayerCache, tokens: Tensor) -> None:
+        """tokens [B] of every KV head of `layer` go to the host."""
+        _add(self.stored_rows, layer, tokens.sum() * layer.keys.shape[1])
+
+    def cut(self, closed: Tensor, longest: int) -> None:
+        """Segments of closed [B] tokens end, at most `longest`; 0: none does."""
+        missing = longest + 1 - len(self.segments)
+        if missing > 0:
+            self.segments = torch.nn.functional.pad(self.segments, (0, missing))
+        self.segments = self.segments.to(closed.device)
+        self.segments.scatter_add_(0, closed.long(), torch.ones_like(closed, dtype=torch.int64))
+
+    def audited(self, before: Tensor, after: Tensor) -> None:
+        """Rows selected anew: mass covered by the old set a step ago, by the new set now, [n]."""
+        self.recalls += torch.stack([before.double().sum(), after.double().sum()]).cpu()
+        self.audits += len(after)
+
     def observe(self, cache: KVCache) -> None:
         """Look at what `cache` holds: before anything leaves it, and when it has grown."""
-        used = allocated = notes = 0
+        used = allocated = notes = host = 0
         for position, layer in enumerate(cache.layers):
             self.token_bytes[position] = layer.token_bytes
             self.slot_bytes[position] = layer.slot_bytes
@@ -73,10 +113,15 @@ class Meter:
             notes += layer.max_len * layer.note_bytes * len(layer.seq_lens)
             notes += sum(tensor.nbytes for tensor in layer.state.values())
             allocated += layer.capacity * layer.slot_bytes
+            if layer.pool is not None:
+                notes += layer.index.nbytes
+                host += layer.pool.nbytes
+                self.row_bytes[position] = layer.token_bytes // layer.keys.shape[1]
             self.peak_len = max(self.peak_len, layer.max_len)
         rows = cache.layers[0].seq_lens.shape[0]
         self.peak_bytes = max(self.peak_bytes, used * rows)
         self.peak_note_bytes = max(self.peak_note_bytes, notes)
+        self.peak_host_bytes = max(self.peak_host_bytes, host)
         self.allocated_bytes = allocated * rows
         self._lens = [(layer.seq_lens, layer.logical_lens) for layer in cache.layers]
 
@@ -89,3 +134,7 @@ class Meter:
     def seen_tokens(self) -> list[int]:
         """Per layer, tokens that the latest cache has seen, all rows; reads the device."""
         return [int(seen.sum()) for _, seen in self._lens]
+
+
+def _add(counts: list[Tensor], layer: LayerCache, count: Tensor) -> None:
+    counts[layer.position] = counts[layer.position].to(count.device) + count

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvcomp.cache import LayerCache
+from kvcomp.cache import HostMemoryError, LayerCache
 from kvcomp.hf.cache import Layer
 
 if TYPE_CHECKING:
@@ -67,18 +67,37 @@ def attention(
             " attends more than once: unsupported"
         )
     kv = layer.kv
+    try:
+        return _managed(run, module, kv, query, key, value, attention_mask, scaling, **kwargs), None
+    except HostMemoryError:
+        run.undo()  # nothing was lost, and nothing stays patched
+        raise
+
+
+def _managed(
+    run: Run,
+    module: torch.nn.Module,
+    kv: LayerCache,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention over a layer of ours, in which the new tokens already are: out [B, n, Hq, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     first = kv.columns == query.shape[2]
     if query.shape[2] == 1 and not first:
-        return kv.cache.attend(kv, query[:, :, 0], scale)[:, None], None
+        return kv.cache.attend(kv, query[:, :, 0], scale)[:, None]
     if first:
         out, _ = _inner(run, module)(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     else:
-        out = attend_many(kv, query, key, value, cache.padding, scale)
+        out = attend_many(kv, query, key, value, run.current.padding, scale)
     kv.cache.prefill(kv, query, scale)
-    return out, None
+    return out
 
 
 def attend_many(
@@ -90,21 +109,21 @@ def attend_many(
         out [B, n, Hq, D].
     """
     count = query.shape[2]
-    ends = torch.full_like(kv.seq_lens, count) if valid is None else valid.sum(1)
-    slot = torch.arange(kv.max_len, device=query.device)
-    past = slot < (kv.seq_lens - ends)[:, None]  # [B, max_len]
+    past_keys, past_values, past_lens = kv.cache.method.context(kv)
+    slot = torch.arange(past_keys.shape[2], device=query.device)
+    past = slot < past_lens[:, None]  # [B, slots]
     causal = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
     if valid is not None:
         causal = causal & valid[:, None]
     mask = torch.cat(
         [past[:, None].expand(-1, count, -1), causal.expand(query.shape[0], -1, -1)], -1
     )
-    copies = kv.keys.shape[1] // key.shape[1]  # see LayerCache.repeat_heads
+    copies = past_keys.shape[1] // key.shape[1]  # see LayerCache.repeat_heads
     key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
     out = torch.nn.functional.scaled_dot_product_attention(
         query,
-        torch.cat([kv.keys, key], 2),
-        torch.cat([kv.values, value], 2),
+        torch.cat([past_keys, key], 2),
+        torch.cat([past_values, value], 2),
         attn_mask=mask[:, None],
         scale=scale,
         enable_gqa=True,

@@ -30,7 +30,16 @@ class Report:
         evictions: times that tokens were taken out of a layer.
         tokens_evicted: by those, all rows and layers.
         kv_bytes_freed: of K and V, by those.
-        layers: per managed layer: position, tokens_attended, kept and evicted tokens, bytes read.
+        retrievals: selections made, all rows and layers; retrieval_rate: per row, step and layer
+            that retrieves.
+        missing_share: of the tokens selected, those that had to come over the link.
+        link_bytes_fetched, link_bytes_stored: of K and V, from host memory and to it.
+        host_bytes_peak: most bytes of host memory taken for K and V by one cache.
+        segment_lengths: how many segments of the output were closed with so many tokens.
+        recall_before, recall_after: with `audit=True`, of the attention mass of the best set of
+            the budget's size, what was covered in the step before a retrieval and in that step.
+        layers: per managed layer: position, tokens_attended, kept and evicted tokens, bytes read
+            and fetched, retrieval rate.
     """
 
     method: str
@@ -49,6 +58,15 @@ class Report:
     evictions: int = 0
     tokens_evicted: int = 0
     kv_bytes_freed: int = 0
+    retrievals: int = 0
+    retrieval_rate: float = 0.0
+    missing_share: float = 0.0
+    link_bytes_fetched: int = 0
+    link_bytes_stored: int = 0
+    host_bytes_peak: int = 0
+    segment_lengths: dict[int, int] = field(default_factory=dict)
+    recall_before: float | None = None
+    recall_after: float | None = None
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -58,7 +76,12 @@ class Report:
         kept, seen = meter.kept_tokens, meter.seen_tokens
         decoded = max(meter.tokens_decoded, 1)
         evicted = [int(tokens) for tokens in meter.evicted_tokens]
-        rows = zip(read, meter.slot_bytes, kept, evicted, strict=False)
+        retrievals = [int(count) for count in meter.retrievals]
+        retrieving = [count for count in retrievals if count]
+        fetched = [int(n) * b for n, b in zip(meter.fetched_rows, meter.row_bytes, strict=True)]
+        stored = [int(n) * b for n, b in zip(meter.stored_rows, meter.row_bytes, strict=True)]
+        before, after = (meter.recalls / max(meter.audits, 1)).tolist()
+        rows = zip(read, meter.slot_bytes, kept, evicted, retrievals, fetched, strict=False)
         return cls(
             method=str(method),
             tokens_decoded=meter.tokens_decoded,
@@ -76,6 +99,16 @@ class Report:
             evictions=int(meter.evictions),
             tokens_evicted=sum(evicted),
             kv_bytes_freed=sum(n * b for n, b in zip(evicted, meter.slot_bytes, strict=True)),
+            retrievals=sum(retrievals),
+            retrieval_rate=sum(retrieving) / (decoded * max(len(retrieving), 1)),
+            missing_share=sum(int(n) for n in meter.fetched_rows)
+            / max(sum(int(n) for n in meter.wanted_rows), 1),
+            link_bytes_fetched=sum(fetched),
+            link_bytes_stored=sum(stored),
+            host_bytes_peak=meter.peak_host_bytes,
+            segment_lengths={n: count for n, count in enumerate(meter.segments.tolist()) if count},
+            recall_before=before if meter.audits else None,
+            recall_after=after if meter.audits else None,
             layers=[
                 {
                     "position": position,
@@ -83,8 +116,12 @@ class Report:
                     "kv_bytes_read": tokens * size,
                     "kept_tokens": tokens_kept,
                     "evicted_tokens": tokens_evicted,
+                    "retrieval_rate": times / decoded,
+                    "link_bytes_fetched": link,
                 }
-                for position, (tokens, size, tokens_kept, tokens_evicted) in enumerate(rows)
+                for position, (tokens, size, tokens_kept, tokens_evicted, times, link) in enumerate(
+                    rows
+                )
             ]
             if layers
             else [],
@@ -101,6 +138,12 @@ class Report:
         return self.kv_bytes_read / self.tokens_decoded if self.tokens_decoded else 0.0
 
     @property
+    def link_bytes_per_token(self) -> float:
+        """Fetched and stored; what the prompt stored is spread over the decoded tokens."""
+        both = self.link_bytes_fetched + self.link_bytes_stored
+        return both / self.tokens_decoded if self.tokens_decoded else 0.0
+
+    @property
     def tokens_per_second(self) -> float:
         return self.tokens_decoded / self.decode_seconds if self.decode_seconds else 0.0
 
@@ -108,6 +151,7 @@ class Report:
         """Everything, the derived figures too, ready for JSON."""
         return asdict(self) | {
             "attended_ratio": self.attended_ratio,
+            "link_bytes_per_token": self.link_bytes_per_token,
             "kv_bytes_read_per_token": self.kv_bytes_read_per_token,
             "tokens_per_second": self.tokens_per_second,
         }
@@ -118,6 +162,21 @@ class Report:
             f" {mebibytes(self.kv_bytes_freed)} freed; kept {self.kept_mean:.0f} tokens a layer"
             f" (peak {self.kept_peak})"
         )
+        segments = sum(n * count for n, count in self.segment_lengths.items())
+        mean = segments / max(sum(self.segment_lengths.values()), 1)
+        retrieved = (
+            f"  retrieved in {self.retrieval_rate:.1%} of the steps, {self.missing_share:.0%} of a"
+            f" selection over the link; segments of {mean:.1f} tokens\n"
+            f"  link      {mebibytes(self.link_bytes_fetched)} fetched,"
+            f" {mebibytes(self.link_bytes_stored)} stored,"
+            f" {mebibytes(self.link_bytes_per_token)} per token;"
+            f" host memory {mebibytes(self.host_bytes_peak)}"
+        )
+        if self.recall_after is not None:
+            retrieved += (
+                f"\n  recall    {self.recall_after:.1%} of the best set's attention in the step of"
+                f" a retrieval, {self.recall_before:.1%} in the step before"
+            )
         return "\n".join(
             [
                 self.method,
@@ -131,6 +190,7 @@ class Report:
                 f" allocated {mebibytes(self.kv_bytes_allocated)}",
                 f"  KV read   {mebibytes(self.kv_bytes_read_per_token)} per token",
                 *([evicted] if self.evictions else []),
+                *([retrieved] if self.retrievals else []),
             ]
         )
 

@@ -71,6 +71,14 @@ class Method:
     def prefill(self, layer: LayerCache, q: Tensor) -> None:
         """The prompt is in `layer`; q [B, Hq, n, D] are its queries."""
 
+    def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
+        """What several new tokens, already in `layer`, attend to besides each other.
+
+        Returns:
+            k, v [B, H, n, D] and lens [B]: row b is valid up to lens[b].
+        """
+        return layer.keys, layer.values, layer.seq_lens - layer.added
+
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         """One decode step of a layer: q [B, Hq, D] -> out [B, Hq, D]. The new K and V are in."""
         return layer.attend(q, scale)[0]

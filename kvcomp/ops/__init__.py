@@ -8,22 +8,36 @@ from kvcomp.ops._registry import OPS
 from kvcomp.ops.attention_hits import attention_hits
 from kvcomp.ops.compact_kv import compact_kv
 from kvcomp.ops.decode_attention import decode_attention
+from kvcomp.ops.fetch_rows import fetch_rows
+from kvcomp.ops.kmeans import kmeans
 from kvcomp.ops.merge_states import merge_states
 from kvcomp.ops.page_scores import page_scores
+from kvcomp.ops.query_similarity import query_similarity
 from kvcomp.ops.recurrence_update import recurrence_update
 from kvcomp.ops.rotate_keys import rotate_keys
+from kvcomp.ops.segment_boundaries import segment_boundaries
 from kvcomp.ops.select_pages import select_pages
+from kvcomp.ops.select_units import select_units
 from kvcomp.ops.select_victims import select_victims
+from kvcomp.ops.store_segments import store_segments
+from kvcomp.ops.unit_scores import unit_scores
 
 __all__ = [
     "OPS",
     "attention_hits",
     "compact_kv",
     "decode_attention",
+    "fetch_rows",
+    "kmeans",
     "merge_states",
     "page_scores",
+    "query_similarity",
     "recurrence_update",
     "rotate_keys",
+    "segment_boundaries",
     "select_pages",
+    "select_units",
     "select_victims",
+    "store_segments",
+    "unit_scores",
 ]

@@ -70,7 +70,7 @@ def bind(
     """
     op = Op(name, f"{name}{schema}", reference)
     check = native(_C.Backend.check)  # so that each boundary check is written once, in C++
-    op.impls["reference"] = _checked(check, _float32_fallback(reference, fake))
+    op.impls["reference"] = _checked(check, _float32_fallback(reference, fake, schema))
     for backend in BACKENDS:
         if backend not in backends:
             op.missing[backend] = "not written"
@@ -146,21 +146,32 @@ def _lazy_triton(name: str) -> Callable:
     return lambda *args: launch()(*args)
 
 
-def _float32_fallback(reference: Callable, fake: Callable) -> Callable:
+def _float32_fallback(reference: Callable, fake: Callable, schema: str) -> Callable:
     """The reference computed in fp32 for 16-bit inputs, with the op's own output dtypes."""
+    arguments = torch._C.parse_schema(f"op{schema}").arguments
+    changed = [i for i, arg in enumerate(arguments) if arg.alias_info and arg.alias_info.is_write]
 
     def run(*args):
         expected = fake(*args)
-        wide = [a.float() if isinstance(a, torch.Tensor) and a.dtype in _HALF else a for a in args]
+        wide = [_widened(a) for a in args]
         result = reference(*wide)
-        for given, computed in zip(args, wide, strict=True):
-            if given is not computed and result is None:  # an op without results changes arguments
-                given.copy_(computed)
+        for i in changed:
+            given, computed = (x if isinstance(x, list) else [x] for x in (args[i], wide[i]))
+            for into, value in zip(given, computed, strict=True):
+                if into is not value and into is not None:
+                    into.copy_(value)
         if isinstance(result, tuple):
             return tuple(r.to(e.dtype) for r, e in zip(result, expected, strict=True))
         return result.to(expected.dtype) if result is not None else None
 
     return run
+
+
+def _widened(argument: object) -> object:
+    if isinstance(argument, list):
+        return [_widened(each) for each in argument]
+    half = isinstance(argument, torch.Tensor) and argument.dtype in _HALF
+    return argument.float() if half else argument
 
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -12,7 +12,14 @@ from kvcomp.testing.cases import Case
 
 def in_float64(args: tuple) -> tuple:
     """The same arguments with every floating tensor widened: the reference on them is the truth."""
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    return tuple(_widened(a) for a in args)
+
+
+def _widened(argument: object) -> object:
+    if isinstance(argument, list):
+        return [_widened(each) for each in argument]
+    floating = isinstance(argument, Tensor) and argument.is_floating_point()
+    return argument.double() if floating else argument
 
 
 def outputs(impl: Callable, case: Case, args: tuple) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kLanes = 8;
 constexpr int kWide = 2;
+constexpr int kTall = 6;
 
 struct Vec {
   __m256 x;
@@ -52,6 +53,28 @@ inline Vec reduce(const Vec (&v)[kLanes]) {
   const __m256 high =
       _mm256_hadd_ps(_mm256_hadd_ps(v[4].x, v[5].x), _mm256_hadd_ps(v[6].x, v[7].x));
   return {_mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31)};
+}
+
+// Row i becomes column i: squares of four within the halves, then the halves.
+inline void transpose(Vec (&v)[kLanes]) {
+  __m256 squares[kLanes];
+  UNROLL for (int i = 0; i < kLanes; i += 4) {
+    const __m256 ab_low = _mm256_unpacklo_ps(v[i].x, v[i + 1].x);
+    const __m256 ab_high = _mm256_unpackhi_ps(v[i].x, v[i + 1].x);
+    const __m256 cd_low = _mm256_unpacklo_ps(v[i + 2].x, v[i + 3].x);
+    const __m256 cd_high = _mm256_unpackhi_ps(v[i + 2].x, v[i + 3].x);
+    squares[i] = _mm256_shuffle_ps(ab_low, cd_low, 0x44);
+    squares[i + 1] = _mm256_shuffle_ps(ab_low, cd_low, 0xee);
+    squares[i + 2] = _mm256_shuffle_ps(ab_high, cd_high, 0x44);
+    squares[i + 3] = _mm256_shuffle_ps(ab_high, cd_high, 0xee);
+  }
+  UNROLL for (int i = 0; i < 4; ++i) {
+    v[i].x = _mm256_permute2f128_ps(squares[i], squares[i + 4], 0x20);
+    v[i + 4].x = _mm256_permute2f128_ps(squares[i], squares[i + 4], 0x31);
+  }
+}
+inline Vec where_above(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm256_blendv_ps(y.x, x.x, _mm256_cmp_ps(a.x, b.x, _CMP_GT_OQ))};
 }
 
 inline unsigned above(Vec a, Vec b) {

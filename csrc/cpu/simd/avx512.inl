@@ -2,6 +2,7 @@
 
 constexpr int kLanes = 16;
 constexpr int kWide = 4;
+constexpr int kTall = 12;
 
 struct Vec {
   __m512 x;
@@ -42,6 +43,35 @@ inline Vec reduce(const Vec (&v)[kLanes]) {
   const __m512 high = _mm512_shuffle_f32x4(fours[2], fours[3], 0x88) +
                       _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd);
   return {_mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd)};
+}
+
+// Row i becomes column i: squares of four within the quarters, then the quarters.
+inline void transpose(Vec (&v)[kLanes]) {
+  __m512 squares[kLanes];
+  UNROLL for (int i = 0; i < kLanes; i += 4) {
+    const __m512 ab_low = _mm512_unpacklo_ps(v[i].x, v[i + 1].x);
+    const __m512 ab_high = _mm512_unpackhi_ps(v[i].x, v[i + 1].x);
+    const __m512 cd_low = _mm512_unpacklo_ps(v[i + 2].x, v[i + 3].x);
+    const __m512 cd_high = _mm512_unpackhi_ps(v[i + 2].x, v[i + 3].x);
+    squares[i] = _mm512_shuffle_ps(ab_low, cd_low, 0x44);
+    squares[i + 1] = _mm512_shuffle_ps(ab_low, cd_low, 0xee);
+    squares[i + 2] = _mm512_shuffle_ps(ab_high, cd_high, 0x44);
+    squares[i + 3] = _mm512_shuffle_ps(ab_high, cd_high, 0xee);
+  }
+  UNROLL for (int i = 0; i < 4; ++i) {
+    const __m512 a = squares[i], b = squares[i + 4], c = squares[i + 8], d = squares[i + 12];
+    const __m512 ab_even = _mm512_shuffle_f32x4(a, b, 0x88);
+    const __m512 ab_odd = _mm512_shuffle_f32x4(a, b, 0xdd);
+    const __m512 cd_even = _mm512_shuffle_f32x4(c, d, 0x88);
+    const __m512 cd_odd = _mm512_shuffle_f32x4(c, d, 0xdd);
+    v[i].x = _mm512_shuffle_f32x4(ab_even, cd_even, 0x88);
+    v[i + 4].x = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88);
+    v[i + 8].x = _mm512_shuffle_f32x4(ab_even, cd_even, 0xdd);
+    v[i + 12].x = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
+  }
+}
+inline Vec where_above(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm512_mask_mov_ps(y.x, _mm512_cmp_ps_mask(a.x, b.x, _CMP_GT_OQ), x.x)};
 }
 
 inline unsigned above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.x, b.x, _CMP_GT_OQ); }

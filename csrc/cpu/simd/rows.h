@@ -9,6 +9,7 @@
 namespace kvcomp::simd {
 
 inline constexpr int kTile = 64;  // tokens between two rescalings; a multiple of every vector
+inline constexpr int kCentreBlock = 12;  // a multiple of the centres that `nearest` takes at once
 
 // Storage of the 16-bit types.
 struct Half {
@@ -23,7 +24,7 @@ struct Bfloat16 {
 // repeats one of its rows.
 using RowPointers = const void* const*;
 
-// Loops over rows of one element type. D is head_dim: a multiple of 16, at most 256.
+// Loops over rows of one element type. D is head_dim: a multiple of 16.
 struct TypedRows {
   // q [D] -> prepared [D floats of space], in the order and type that qk multiplies with.
   void (*prepare_q)(const void* q, int head_dim, float* prepared);
@@ -45,8 +46,17 @@ struct TypedRows {
   void (*blend)(const void* a, float weight_a, const void* b, float weight_b, int head_dim,
                 void* out);
 
+  // ids[t] = the first centre with the largest <rows[t] - mean, centre>, dots[t] that product; t <
+  // count <= kTile, which is also the room of ids and dots. mean and centres [num_centres, D] are
+  // in the order of acc; num_centres is a multiple of kCentreBlock and below 2^24.
+  void (*nearest)(RowPointers rows, int count, const float* mean, const float* centres,
+                  int num_centres, int head_dim, std::int32_t* ids, float* dots);
+
   // Elements i and i + half of a row turn by an angle, i < half, given its cos and sin.
   void (*rotate)(void* row, int half, const float* cos, const float* sin);
+
+  // sums = <a, a>, <a, b> and <b, b>.
+  void (*products)(const void* a, const void* b, int head_dim, float* sums);
 };
 
 struct Rows {
@@ -89,6 +99,12 @@ struct Rows {
   // `ids` has room for 16 more than it receives.
   int (*select)(const float* x, int count, float threshold, int num_equal, int first,
                 std::int32_t* ids);
+
+  // x[i] weighs bounds[i + 1] - bounds[i] >= 0. The largest value whose equals and what lies above
+  // weigh at least `budget`, where all of x does; and what of the budget those above leave. `space`
+  // holds 2 * (count + 16).
+  float (*weighted_threshold)(const float* x, const std::int32_t* bounds, int count,
+                              std::int32_t budget, std::int32_t* space, std::int32_t* left);
 };
 
 const Rows& scalar_rows();

@@ -5,6 +5,7 @@
 //                   max(a, b) (b where either is NaN), scale2(x, n) = x * 2^n,
 //                   keep_above(value, x, low) (0 where x <= low), first(x), reduce_add(x),
 //                   reduce_max(x), and reduce(Vec[kLanes]), whose lane i is the sum of vector i
+//                   transpose(Vec[kLanes]), where_above(a, b, x, y) = a > b ? x : y
 //   masks           above(a, b), at_least(a, b), equal(a, b): bit i is lane i;
 //                   compress(float*, mask, Vec) and compress_ids(int32*, mask, first id): write
 //                   the marked lanes, return how many
@@ -12,6 +13,7 @@
 //                   zeros after n; load_pair(p) and store_pair(p, Pair) of 2 * kLanes elements in
 //                   whatever order is cheapest
 //   kWide           vectors of a row that pv holds at once, an even number
+//   kTall           centres that nearest holds at once, a divisor of kCentreBlock
 //   UNROLL          before a loop whose arrays must end up in registers
 
 // --- arithmetic --------------------------------------------------------------------------------
@@ -248,6 +250,101 @@ void blend(const void* a_, float weight_a, const void* b_, float weight_b, int h
   }
 }
 
+// --- nearest centre ----------------------------------------------------------------------------
+
+constexpr int kPanel = 2 * kLanes;  // tokens whose best centre is sought together
+static_assert(kTile % kPanel == 0 && kCentreBlock % kTall == 0);
+
+// panel [D, kPanel] = rows - mean, transposed: a lane is a token.
+template <class T>
+void pack(RowPointers rows, const float* mean, int head_dim, float* panel) {
+  const auto pack_block = [=](int i, int from, auto load_row) {
+    const Vec offset = load(mean + i);
+    Vec block[kLanes];
+    UNROLL for (int t = 0; t < kLanes; ++t) {
+      block[t] = load_row(static_cast<const T*>(rows[from + t])) - offset;
+    }
+    transpose(block);
+    UNROLL for (int n = 0; n < kLanes; ++n) store(panel + (i + n) * kPanel + from, block[n]);
+  };
+  for (int from = 0; from < kPanel; from += kLanes) {
+    int i = 0;
+    for (; i + 2 * kLanes <= head_dim; i += 2 * kLanes) {
+      pack_block(i, from, [i](const T* row) { return load_pair(row + i).a; });
+      pack_block(i + kLanes, from, [i](const T* row) { return load_pair(row + i).b; });
+    }
+    if (i < head_dim) pack_block(i, from, [i](const T* row) { return load(row + i); });
+  }
+}
+
+// kTall x 2 vectors of products stay in registers, and so never exist as a matrix. The panel is
+// read from L1, the centres pass through once a panel.
+void nearest_of_panel(const float* panel, const float* centres, int num_centres, int head_dim,
+                      std::int32_t* ids, float* dots) {
+  Vec best[2] = {broadcast(-kInfinity), broadcast(-kInfinity)}, id[2] = {zero(), zero()};
+  for (int c = 0; c < num_centres; c += kTall) {
+    const float* centre = centres + static_cast<std::int64_t>(c) * head_dim;
+    Vec sums[kTall][2];
+    UNROLL for (int r = 0; r < kTall; ++r) sums[r][0] = sums[r][1] = zero();
+    for (int i = 0; i < head_dim; ++i) {
+      const Vec x0 = load(panel + i * kPanel), x1 = load(panel + i * kPanel + kLanes);
+      UNROLL for (int r = 0; r < kTall; ++r) {
+        const Vec w = broadcast(centre[r * head_dim + i]);
+        sums[r][0] = fma(w, x0, sums[r][0]);
+        sums[r][1] = fma(w, x1, sums[r][1]);
+      }
+    }
+    UNROLL for (int r = 0; r < kTall; ++r) {
+      const Vec this_id = broadcast(static_cast<float>(c + r));
+      UNROLL for (int n = 0; n < 2; ++n) {
+        id[n] = where_above(sums[r][n], best[n], this_id, id[n]);
+        best[n] = max(sums[r][n], best[n]);
+      }
+    }
+  }
+  float id_of[kPanel];
+  UNROLL for (int n = 0; n < 2; ++n) {
+    store(id_of + n * kLanes, id[n]);
+    store(dots + n * kLanes, best[n]);
+  }
+  for (int t = 0; t < kPanel; ++t) ids[t] = static_cast<std::int32_t>(id_of[t]);
+}
+
+template <class T>
+void nearest(RowPointers rows, int count, const float* mean, const float* centres, int num_centres,
+             int head_dim, std::int32_t* ids, float* dots) {
+  alignas(64) float panel[kPanel * 256];
+  for (int t = 0; t < count; t += kPanel) {
+    pack<T>(rows + t, mean, head_dim, panel);
+    nearest_of_panel(panel, centres, num_centres, head_dim, ids + t, dots + t);
+  }
+}
+
+// --- similarity --------------------------------------------------------------------------------
+
+template <class T>
+void products(const void* a_, const void* b_, int head_dim, float* sums) {
+  const T *a = static_cast<const T*>(a_), *b = static_cast<const T*>(b_);
+  Vec aa = zero(), ab = zero(), bb = zero();
+  const auto add = [&](Vec x, Vec y) {
+    aa = fma(x, x, aa);
+    ab = fma(x, y, ab);
+    bb = fma(y, y, bb);
+  };
+  int i = 0;
+  for (; i + 2 * kLanes <= head_dim; i += 2 * kLanes) {
+    const Pair x = load_pair(a + i), y = load_pair(b + i);
+    add(x.a, y.a);
+    add(x.b, y.b);
+  }
+  if (i < head_dim) add(load(a + i), load(b + i));
+  sums[0] = reduce_add(aa);
+  sums[1] = reduce_add(ab);
+  sums[2] = reduce_add(bb);
+}
+
+// --- rows changed in place ---------------------------------------------------------------------
+
 template <class T>
 void rotate(void* row_, int half, const float* cos, const float* sin) {
   const auto turn = [](T* first, T* second, Vec c, Vec s) {
@@ -423,11 +520,99 @@ int select(const float* x, int count, float threshold, int num_equal, int first_
   return selected;
 }
 
+using Ints __attribute__((vector_size(kLanes * 4))) = std::int32_t;
+
+// The same wherever integers lie.
+using IntsAt __attribute__((vector_size(kLanes * 4), aligned(4), may_alias)) = std::int32_t;
+
+inline const IntsAt& ints_at(const std::int32_t* p) { return *reinterpret_cast<const IntsAt*>(p); }
+inline IntsAt& ints_at(std::int32_t* p) { return *reinterpret_cast<IntsAt*>(p); }
+
+// Signed integers in the order of the floats, and back.
+inline std::int32_t flip(std::int32_t bits) { return bits ^ (bits >> 31 & 0x7fffffff); }
+
+// Keys and weights, of which only those between the bounds of a bisection are kept.
+struct Weighed {
+  std::int32_t *key, *weight;
+  int count;
+
+  std::int32_t at_least(std::int32_t limit) const {
+    Ints total = {};
+    for (int i = 0; i < count; i += kLanes) {
+      total += (ints_at(key + i) >= limit) & ints_at(weight + i);
+    }
+    std::int32_t sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) sum += total[lane];
+    return sum;
+  }
+
+  void keep(std::int32_t low, std::int32_t high) {
+    int kept = 0;
+    for (int i = 0; i < count; i += kLanes) {
+      const Ints k = ints_at(key + i), w = ints_at(weight + i);
+      // As floats, for the sake of masks: 1 where a key is kept.
+      const Ints inside = (k >= low) & (k <= high) & (w > 0) & 0x3f800000;
+      const unsigned mask = above(__builtin_bit_cast(Vec, inside), zero());
+      compress(reinterpret_cast<float*>(weight) + kept, mask, __builtin_bit_cast(Vec, w));
+      kept += compress(reinterpret_cast<float*>(key) + kept, mask, __builtin_bit_cast(Vec, k));
+    }
+    count = kept;
+    ints_at(weight + count) = Ints{};  // what the last vector holds beyond weighs nothing
+  }
+};
+
+float weighted_threshold(const float* x, const std::int32_t* bounds, int count, std::int32_t budget,
+                         std::int32_t* space, std::int32_t* left) {
+  Weighed all{space, space + count + 16, count};
+  const int whole = count / kLanes * kLanes;
+  Ints least = Ints{} + 0x7fffffff, most = ~least;
+  for (int i = 0; i < whole; i += kLanes) {
+    const auto bits = __builtin_bit_cast(Ints, load_ranking(x + i, kLanes) + zero());  // no -0
+    const Ints key = bits ^ (bits >> 31 & 0x7fffffff);
+    ints_at(all.key + i) = key;
+    ints_at(all.weight + i) = ints_at(bounds + i + 1) - ints_at(bounds + i);
+    least = key < least ? key : least;
+    most = key > most ? key : most;
+  }
+  std::int32_t low = 0x7fffffff, high = -low;
+  for (int lane = 0; lane < kLanes && whole; ++lane) {
+    low = least[lane] < low ? least[lane] : low;
+    high = most[lane] > high ? most[lane] : high;
+  }
+  ints_at(all.weight + whole) = Ints{};
+  for (int i = whole; i < count; ++i) {
+    const float value = x[i] >= -kInfinity ? x[i] + 0.0f : -kInfinity;
+    const std::int32_t key = flip(__builtin_bit_cast(std::int32_t, value));
+    all.key[i] = key;
+    all.weight[i] = bounds[i + 1] - bounds[i];
+    low = key < low ? key : low;
+    high = key > high ? key : high;
+  }
+
+  std::int32_t above_high = 0;  // the weight of keys that have been put aside: all above the rest
+  for (int pass = 1; low < high; ++pass) {
+    const auto distance = static_cast<std::uint32_t>(high) - static_cast<std::uint32_t>(low);
+    const auto middle = static_cast<std::int32_t>(high - distance / 2);
+    const std::int32_t weight = above_high + all.at_least(middle);
+    if (weight >= budget) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+    if (pass % 4 == 0 && all.count > kLanes) {
+      above_high += high < 0x7fffffff ? all.at_least(high + 1) : 0;
+      all.keep(low, high);
+    }
+  }
+  *left = budget - above_high - all.at_least(low + 1);
+  return __builtin_bit_cast(float, flip(low));
+}
+
 // --- the table ---------------------------------------------------------------------------------
 
 template <class T>
 constexpr TypedRows typed_rows() {
-  return {&prepare_q<T>, &qk<T>, &pv<T>, &store_row<T>, &blend<T>, &rotate<T>};
+  return {&prepare_q<T>, &qk<T>, &pv<T>, &store_row<T>, &blend<T>, &nearest<T>, &rotate<T>, &products<T>};
 }
 
 constexpr Rows make_rows(const char* isa) {
@@ -443,5 +628,6 @@ constexpr Rows make_rows(const char* isa) {
           &replay,
           &nth_largest,
           &bracket,
-          &select};
+          &select,
+          &weighted_threshold};
 }

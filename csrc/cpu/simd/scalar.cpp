@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kLanes = 8;
 constexpr int kWide = 2;
+constexpr int kTall = 2;
 
 struct Vec {
   float x[kLanes];
@@ -68,6 +69,19 @@ inline float reduce_max(Vec a) {
 }
 inline Vec reduce(const Vec (&v)[kLanes]) {
   return lanes([&](int i) { return reduce_add(v[i]); });
+}
+
+inline void transpose(Vec (&v)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = v[i].x[j];
+      v[i].x[j] = v[j].x[i];
+      v[j].x[i] = x;
+    }
+  }
+}
+inline Vec where_above(Vec a, Vec b, Vec x, Vec y) {
+  return lanes([&](int i) { return a.x[i] > b.x[i] ? x.x[i] : y.x[i]; });
 }
 
 template <class F>

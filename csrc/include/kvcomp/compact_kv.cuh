@@ -25,21 +25,6 @@ struct CompactKvTile {
   static constexpr int kManyBlocks = 1024;  // about as many as run at once
 };
 
-// How many of 0, 1, ... count - 1 hold a predicate that only the first ones hold. A warp asks for
-// 32 of them at a time.
-template <typename Predicate>
-__device__ inline int count_leading(int count, const Predicate& holds) {
-  int first = 0, past = count;  // all below `first` hold it, none from `past` on
-  while (first < past) {
-    const int step = (past - first + 31) / 32;
-    const int probe = first + (threadIdx.x % 32 + 1) * step - 1;
-    const int held = __popc(__ballot_sync(kFullMask, probe < past && holds(probe)));
-    first += held * step;
-    past = min(past, first + step - 1);
-  }
-  return first;
-}
-
 template <typename Vector>
 __global__ void __launch_bounds__(CompactKvTile::kThreads)
     compact_kv_kernel(const __grid_constant__ CompactKvParams p) {

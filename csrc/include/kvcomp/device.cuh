@@ -63,4 +63,28 @@ __device__ inline float group_sum(float value, int width) {
   return value;
 }
 
+// Sum over the lanes up to this one.
+__device__ inline int sum_through(int value) {
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const int lower = __shfl_up_sync(kFullMask, value, lanes);
+    if (static_cast<int>(threadIdx.x % 32) >= lanes) value += lower;
+  }
+  return value;
+}
+
+// How many of 0, 1, ... count - 1 hold a predicate that only the first ones hold. A warp asks for
+// 32 of them at a time.
+template <typename Predicate>
+__device__ inline int count_leading(int count, const Predicate& holds) {
+  int first = 0, past = count;  // all below `first` hold it, none from `past` on
+  while (first < past) {
+    const int step = (past - first + 31) / 32;
+    const int probe = first + (threadIdx.x % 32 + 1) * step - 1;
+    const int held = __popc(__ballot_sync(kFullMask, probe < past && holds(probe)));
+    first += held * step;
+    past = min(past, first + step - 1);
+  }
+  return first;
+}
+
 }  // namespace kvcomp

@@ -138,4 +138,121 @@ struct RotateKeysParams {
   int32_t half;  // R / 2
 };
 
+struct KmeansParams {
+  ScalarType dtype;      // of keys and centroids
+  const void* keys;      // [B, H, N, D]
+  const int32_t* first;  // [B]
+  const int32_t* last;   // [B]
+  int32_t* labels;       // [B, H, N], contiguous
+  void* centroids;       // [B, H, K, D], contiguous
+  int32_t* sizes;        // [B, H, K], contiguous
+  int64_t stride_k_b, stride_k_h, stride_k_t;
+  int32_t batch, num_heads, num_tokens, head_dim;
+  int32_t num_clusters;  // K
+  int32_t cluster_size, window, iterations;
+};
+
+struct QuerySimilarityParams {
+  ScalarType dtype;   // of q and previous
+  const void* q;      // [B, Hq, D]
+  void* previous;     // [B, Hq, D], contiguous
+  float* similarity;  // [B]
+  int64_t stride_q_b, stride_q_h;
+  int32_t batch, num_heads, head_dim;
+};
+
+struct SegmentBoundariesParams {
+  const float* similarity;  // [B]
+  const int32_t* lengths;   // [B]
+  int32_t* starts;          // [B, H, U + 1], last dimension contiguous
+  int32_t* num_units;       // [B]
+  int32_t* num_indexed;     // [B]
+  int32_t* closed;          // [B]
+  int32_t* triggered;       // [B]
+  int64_t stride_starts_b, stride_starts_h;
+  int32_t batch, num_heads;
+  int32_t max_units;  // U
+  float cut_below, retrieve_below;
+  int32_t shortest, longest, local;
+};
+
+// Rows of K and V in host memory: block i holds rows [first_row[i], first_row[i + 1]).
+struct PoolBlocks {
+  static constexpr int kMaxBlocks = 32;
+
+  void* data[kMaxBlocks];             // [B, H, R, 2, D] each, contiguous
+  int32_t first_row[kMaxBlocks + 1];  // ascending; first_row[num_blocks] is the number of rows
+  int32_t num_blocks;
+};
+
+struct StoreSegmentsParams {
+  ScalarType dtype;          // of k, v, pool and centroids
+  const void* k;             // [B, H, T, D]
+  const void* v;             // [B, H, T, D]
+  const int32_t* slot_rows;  // [B, H, T'], last dimension contiguous
+  const int32_t* seq_lens;   // [B]
+  const int32_t* starts;     // [B, H, U + 1], last dimension contiguous
+  const int32_t* num_units;  // [B]
+  const int32_t* closed;     // [B]
+  void* centroids;           // [B, H, U, D], last two contiguous
+  PoolBlocks pool;
+  int64_t stride_k_b, stride_k_h, stride_k_t;
+  int64_t stride_v_b, stride_v_h, stride_v_t;
+  int64_t stride_rows_b, stride_rows_h;
+  int64_t stride_starts_b, stride_starts_h;
+  int64_t stride_centroids_b, stride_centroids_h;
+  int32_t batch, num_heads, head_dim;
+  int32_t num_slots;  // the lesser of T and T'
+  int32_t max_units;  // U
+};
+
+struct UnitScoresParams {
+  ScalarType dtype;            // of q and centroids
+  const void* q;               // [B, Hq, D]
+  const void* centroids;       // [B, Hkv, U, D], last two contiguous
+  const int32_t* starts;       // [B, Hkv, U + 1], last dimension contiguous
+  const int32_t* num_indexed;  // [B]
+  const int32_t* active;       // [B]
+  float* scores;               // [B, Hkv, U], contiguous
+  int64_t stride_q_b, stride_q_h;
+  int64_t stride_centroids_b, stride_centroids_h;
+  int64_t stride_starts_b, stride_starts_h;
+  int32_t batch, num_heads, num_kv_heads, head_dim;
+  int32_t num_units;  // U
+  float scale;
+};
+
+struct SelectUnitsParams {
+  const float* scores;         // [B, H, U], last dimension contiguous
+  const int32_t* starts;       // [B, H, U + 1], last dimension contiguous
+  const int32_t* num_indexed;  // [B]
+  const int32_t* active;       // [B]
+  int32_t* rows;               // [B, H, K], contiguous; ascending, then -1
+  int64_t stride_scores_b, stride_scores_h;
+  int64_t stride_starts_b, stride_starts_h;
+  int32_t batch, num_heads;
+  int32_t num_units;  // U
+  int32_t budget;     // K
+};
+
+struct FetchRowsParams {
+  void* k;                     // [B, H, T, D]
+  void* v;                     // [B, H, T, D]
+  int32_t* slot_rows;          // [B, H, T'], last dimension contiguous
+  int32_t* seq_lens;           // [B]
+  const int32_t* rows;         // [B, H, K], contiguous; ascending, then -1
+  const int32_t* first_local;  // [B]
+  const int32_t* active;       // [B]
+  int32_t* fetched;            // [B, H], contiguous
+  PoolBlocks pool;
+  int64_t stride_k_b, stride_k_h, stride_k_t;  // in bytes, as those of v
+  int64_t stride_v_b, stride_v_h, stride_v_t;
+  int64_t stride_rows_b, stride_rows_h;  // of slot_rows, in elements
+  int32_t batch, num_heads;
+  int32_t num_slots;   // the lesser of T and T'
+  int32_t num_wanted;  // K
+  int32_t num_sinks;
+  int32_t row_bytes;  // of one head's K or V of a token
+};
+
 }  // namespace kvcomp

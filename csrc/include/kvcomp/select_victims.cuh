@@ -15,13 +15,13 @@
 
 #include "kvcomp/device.cuh"
 #include "kvcomp/params.h"
+#include "kvcomp/radix_select.cuh"
 
 namespace kvcomp {
 
 struct SelectVictimsTile {
   static constexpr int kWarps = 32, kThreads = kWarps * 32;
   static constexpr int kLoads = 4;  // tokens in flight per thread
-  static constexpr int kDigitBits = 8, kBins = 1 << kDigitBits;
 };
 
 // A unit's tokens and the order in which they leave.
@@ -33,12 +33,10 @@ struct LeavingOrder {
   int32_t newest;       // position of the newest token
   unsigned num_recent;  // that never leave
 
-  // Score, NaN and -0 as their equals -inf and 0, then position, the older first.
+  // Score, then position, the older first.
   __device__ std::uint64_t key(int slot) const {
-    const float score = scores[slot];
+    const unsigned bits = ordered_bits(scores[slot]);
     const int32_t position = positions[slot];
-    unsigned bits = __float_as_uint(score != score ? -INFINITY : score + 0.0f);
-    bits = bits >> 31 ? ~bits : bits | 1u << 31;
     const std::uint64_t key =
         std::uint64_t{bits} << 32 | (static_cast<unsigned>(position) ^ 1u << 31);
     const unsigned age = static_cast<unsigned>(newest) - static_cast<unsigned>(position);
@@ -56,60 +54,13 @@ struct LeavingOrder {
   }
 };
 
-// A lane's digit, if it counts. Scores are often alike: those of a warp that have the digit of its
-// first are added at once.
-__device__ inline void count_digit(int* histogram, bool counts, int digit) {
-  const unsigned counting = __ballot_sync(kFullMask, counts);
-  if (counting == 0) return;
-  const int leader = __ffs(counting) - 1;
-  const bool alike = digit == __shfl_sync(kFullMask, digit, leader);
-  const int many = __popc(__ballot_sync(kFullMask, counts && alike));
-  const bool leads = static_cast<int>(threadIdx.x % 32) == leader;
-  if (leads || (counts && !alike)) atomicAdd(&histogram[digit], leads ? many : 1);
-}
-
-// The bin in which the last of `places` falls: how many are in lower bins, and in it. The last bin
-// where there are fewer than `places`.
-struct Bin {
-  int digit, below, size;
-};
-
-// By one warp; leaves the bins empty.
-__device__ inline Bin take_bin(int* histogram, int places) {
-  constexpr int kPerLane = SelectVictimsTile::kBins / 32;
-  const int lane = threadIdx.x % 32;
-  int sizes[kPerLane], through = 0;  // tokens up to the last of this lane's bins
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    sizes[i] = histogram[lane * kPerLane + i];
-    histogram[lane * kPerLane + i] = 0;
-    through += sizes[i];
-  }
-  int below = -through;
-  for (int lanes = 1; lanes < 32; lanes *= 2) {
-    const int lower = __shfl_up_sync(kFullMask, through, lanes);
-    if (lane >= lanes) through += lower;
-  }
-  below += through;
-  Bin bin{lane * kPerLane, below, sizes[0]};
-#pragma unroll
-  for (int i = 0; i + 1 < kPerLane; ++i) {
-    below += sizes[i];
-    if (below < places) bin = {lane * kPerLane + i + 1, below, sizes[i + 1]};
-  }
-  const unsigned reached = __ballot_sync(kFullMask, through >= places) | 1u << 31;
-  const int owner = __ffs(reached) - 1;
-  return {__shfl_sync(kFullMask, bin.digit, owner), __shfl_sync(kFullMask, bin.below, owner),
-          __shfl_sync(kFullMask, bin.size, owner)};
-}
-
 __global__ void __launch_bounds__(SelectVictimsTile::kThreads)
     select_victims_kernel(const __grid_constant__ SelectVictimsParams p) {
   using Tile = SelectVictimsTile;
-  constexpr int kThreads = Tile::kThreads, kWarps = Tile::kWarps, kBits = Tile::kDigitBits,
+  constexpr int kThreads = Tile::kThreads, kWarps = Tile::kWarps, kBits = Radix::kBits,
                 kLoads = Tile::kLoads;
   static_assert(kWarps == 32, "a lane per warp when one warp reduces what all found");
-  __shared__ int histogram[Tile::kBins], warp_values[kWarps];
+  __shared__ int histogram[Radix::kBins], warp_values[kWarps];
   __shared__ Bin bin;
 
   const int unit = blockIdx.x, sequence = blockIdx.y;
@@ -138,7 +89,7 @@ __global__ void __launch_bounds__(SelectVictimsTile::kThreads)
   }
   newest = __reduce_max_sync(kFullMask, newest);
   if (lane == 0) warp_values[warp] = newest;
-  if (thread < Tile::kBins) histogram[thread] = 0;
+  if (thread < Radix::kBins) histogram[thread] = 0;
   __syncthreads();
   order.newest = __reduce_max_sync(kFullMask, warp_values[lane]);
 
@@ -154,7 +105,7 @@ __global__ void __launch_bounds__(SelectVictimsTile::kThreads)
       for (int i = 0; i < kLoads; ++i) {
         const std::uint64_t key = keys[i] >> shift;
         count_digit(histogram, keys[i] != LeavingOrder::kNever && key >> kBits == prefix,
-                    static_cast<int>(key % Tile::kBins));
+                    static_cast<int>(key % Radix::kBins));
       }
     }
     __syncthreads();

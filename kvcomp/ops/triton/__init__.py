@@ -28,6 +28,15 @@ def on_its_device(launch: Callable) -> Callable:
     return guarded
 
 
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b, in full precision where the operands are fp32."""
+    if INTERPRETED and a.dtype == tl.bfloat16:  # NumPy has no bf16 and would multiply its bits
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
 @cache
 def num_multiprocessors(device: torch.device) -> int:
     """How many programs run side by side; 132 as on Hopper in the interpreter."""

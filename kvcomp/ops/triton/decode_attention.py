@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcomp.ops.triton import COMPILE, INTERPRETED, LOG2E, num_multiprocessors, on_its_device
+from kvcomp.ops.triton import COMPILE, LOG2E, dot, num_multiprocessors, on_its_device
 
 MIN_SPLIT = 256  # tokens: below this, a split costs more to merge than it saves
 MAX_SPLITS = 128
@@ -47,14 +47,6 @@ def config(head_dim: int, dtype: torch.dtype, group: int, paged: bool) -> dict[s
         "num_warps": num_warps,
         "num_stages": num_stages + 2 * paged,  # ids arrive two tiles ahead of K and V
     }
-
-
-@triton.jit
-def dot(a, b, acc):
-    if INTERPRETED and a.dtype == tl.bfloat16:  # NumPy has no bf16 and would multiply its bits
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=GROWING)

@@ -1,0 +1,64 @@
+// What the selections share: an order of scores as integers, and the search for the last key that
+// is taken, eight bits at a time from the top. A round is a histogram of the next digit over the
+// keys that agree so far, and a scan of its bins by one warp.
+#pragma once
+
+#include "kvcomp/device.cuh"
+
+namespace kvcomp {
+
+struct Radix {
+  static constexpr int kBits = 8, kBins = 1 << kBits;  // of a digit
+};
+
+// In the order of the scores, NaN and -0 as their equals -inf and 0.
+__device__ inline unsigned ordered_bits(float score) {
+  const unsigned bits = __float_as_uint(score != score ? -INFINITY : score + 0.0f);
+  return bits >> 31 ? ~bits : bits | 1u << 31;
+}
+
+// A lane's digit counts by its weight, which may be 0. Scores are often alike: those of a warp that
+// have the digit of its first are added at once.
+__device__ inline void count_digit(int* histogram, int weight, int digit) {
+  const unsigned counting = __ballot_sync(kFullMask, weight != 0);
+  if (counting == 0) return;
+  const int leader = __ffs(counting) - 1;
+  const bool alike = digit == __shfl_sync(kFullMask, digit, leader);
+  const int sum = __reduce_add_sync(kFullMask, alike ? weight : 0);
+  const bool leads = static_cast<int>(threadIdx.x % 32) == leader;
+  if (leads || (weight != 0 && !alike)) atomicAdd(&histogram[digit], leads ? sum : weight);
+}
+
+// The bin in which the last of `places` falls: how many are in lower bins, and in it. The last bin
+// where there are fewer than `places`.
+struct Bin {
+  int digit, below, size;
+};
+
+// By one warp; leaves the bins empty.
+__device__ inline Bin take_bin(int* histogram, int places) {
+  constexpr int kPerLane = Radix::kBins / 32;
+  const int lane = threadIdx.x % 32;
+  int sizes[kPerLane], through = 0;  // up to the last of this lane's bins
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    sizes[i] = histogram[lane * kPerLane + i];
+    histogram[lane * kPerLane + i] = 0;
+    through += sizes[i];
+  }
+  int below = -through;
+  through = sum_through(through);
+  below += through;
+  Bin bin{lane * kPerLane, below, sizes[0]};
+#pragma unroll
+  for (int i = 0; i + 1 < kPerLane; ++i) {
+    below += sizes[i];
+    if (below < places) bin = {lane * kPerLane + i + 1, below, sizes[i + 1]};
+  }
+  const unsigned reached = __ballot_sync(kFullMask, through >= places) | 1u << 31;
+  const int owner = __ffs(reached) - 1;
+  return {__shfl_sync(kFullMask, bin.digit, owner), __shfl_sync(kFullMask, bin.below, owner),
+          __shfl_sync(kFullMask, bin.size, owner)};
+}
+
+}  // namespace kvcomp

@@ -1,0 +1,57 @@
+"""Background: work beside the main line, on a side stream of the GPU or in a worker thread."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+DEPTH = 2  # pieces of work that may be under way, since each holds on to its tensors
+
+
+class Background:
+    """One line of work; pieces are done in the order in which they are submitted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = None if self._stream else ThreadPoolExecutor(1, "kvcomp")
+        self._under_way: deque[Callable[[], None]] = deque()
+
+    def __deepcopy__(self, memo: dict) -> Background:
+        return self  # a copied cache uses the same line
+
+    def submit(self, work: Callable[[], None], *tensors: Tensor) -> Callable[[], None]:
+        """Start `work`, which reads `tensors`; what is returned waits for its end.
+
+        What `work` raises is raised there.
+        """
+        wait = self._start(work, tensors)
+        self._under_way.append(wait)
+        if len(self._under_way) > DEPTH:
+            self._under_way.popleft()()
+        return wait
+
+    def _start(self, work: Callable[[], None], tensors: tuple[Tensor, ...]) -> Callable[[], None]:
+        if self._stream is None:
+            return self._thread.submit(_as_here(work)).result
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with torch.cuda.stream(self._stream):
+            work()
+            done = self._stream.record_event()
+        for tensor in tensors:  # not to be given away before the side stream is done
+            tensor.record_stream(self._stream)
+        return lambda: torch.cuda.current_stream(self._stream.device).wait_event(done)
+
+
+def _as_here(work: Callable[[], None]) -> Callable[[], None]:
+    """`work` in this thread's modes: inference, and no gradient."""
+    inference = torch.is_inference_mode_enabled()
+
+    def run() -> None:
+        with torch.no_grad(), torch.inference_mode(inference):
+            work()
+
+    return run

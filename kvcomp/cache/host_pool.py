@@ -1,0 +1,141 @@
+"""HostPool: every token's K and V in host memory, in blocks that never move.
+
+A row is one token of one KV head, K and V side by side, so that both come with one read of the
+link. Blocks are pinned where the cache is on a GPU: kernels then read and write them directly.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+FIRST_ROWS = 256  # the least that is allocated, in rows per sequence and head
+GROWTH = 0.5  # a further block is at least this share of what there is
+MAX_BLOCKS = 32  # what the ops take: 1.5 ** 31 times the first block
+
+
+class HostMemoryError(MemoryError):
+    """Host memory was refused: over the limit, or not to be allocated or pinned."""
+
+
+class HostMemory:
+    """What the pools of one cache may take together.
+
+    Attributes:
+        limit: bytes; None: whatever the host gives.
+        used: bytes taken so far.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+        """Memory that has been accounted for.
+
+        Raises:
+            HostMemoryError: nothing has been taken then.
+        """
+        size = dtype.itemsize
+        for count in shape:
+            size *= count
+        if self.limit is not None and self.used + size > self.limit:
+            raise HostMemoryError(
+                f"kvcomp: host memory for K and V: limit of {self.limit} bytes, of which"
+                f" {self.used} are taken; {size} more are needed"
+            )
+        try:
+            memory = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        except RuntimeError as error:
+            raise HostMemoryError(
+                f"kvcomp: host memory for K and V: {size} bytes{' pinned' if pinned else ''} were"
+                f" refused, {self.used} are taken: {error}"
+            ) from error
+        self.used += size
+        return memory
+
+
+class HostPool:
+    """Rows [B, Hkv, rows, 2, D] of one layer.
+
+    Attributes:
+        blocks: [B, Hkv, R, 2, D] each, together rows 0, 1, ...
+        capacity: rows there is room for, per sequence and head.
+    """
+
+    def __init__(self, like: Tensor, memory: HostMemory) -> None:
+        """Room for rows such as those of `like` [B, Hkv, n, D], none yet."""
+        self.memory = memory
+        self.device = like.device
+        self.blocks: list[Tensor] = []
+        self.capacity = 0
+        self._shape = like.shape[0], like.shape[1], like.shape[3]
+        self._dtype = like.dtype
+
+    def __deepcopy__(self, memo: dict) -> HostPool:
+        copy = object.__new__(HostPool)
+        memo[id(self)] = copy
+        copy.__dict__.update(self.__dict__)
+        copy.memory = deepcopy(self.memory, memo)
+        copy.blocks = list(self.blocks)
+        copy.select(torch.arange(self._shape[0]))  # a tensor's own deepcopy would not be pinned
+        return copy
+
+    @property
+    def nbytes(self) -> int:
+        return sum(block.nbytes for block in self.blocks)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for rows [0, rows).
+
+        Raises:
+            HostMemoryError: the memory was refused; what is there stays.
+        """
+        if rows <= self.capacity:
+            return
+        more = max(rows - self.capacity, FIRST_ROWS, int(GROWTH * self.capacity))
+        batch, heads, dim = self._shape
+        self.blocks.append(self._empty(batch, heads, more, 2, dim))
+        self.capacity += more
+        assert len(self.blocks) <= MAX_BLOCKS, "geometric growth keeps blocks few"
+
+    def write(self, row: int, first: int, k: Tensor, v: Tensor) -> None:
+        """Rows [first, first + n) of sequence `row` become k, v [Hkv, n, D]."""
+        for block, inside, outside in self._spans(first, first + k.shape[1]):
+            for part, source in enumerate((k, v)):
+                block[row, :, inside, part].copy_(source[:, outside], non_blocking=True)
+
+    def read(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """K and V [Hkv, last - first, D] of rows [first, last), on the cache's device."""
+        spans = self._spans(first, last)
+        pieces = [block[row, :, inside].to(self.device) for block, inside, _ in spans]
+        _, heads, dim = self._shape
+        empty = torch.empty(heads, 0, 2, dim, dtype=self._dtype, device=self.device)
+        k, v = torch.cat([empty, *pieces], 1).unbind(2)
+        return k, v
+
+    def select(self, rows: Tensor) -> None:
+        """Sequences become `rows` ([B'] int64): a copy of all blocks."""
+        rows = rows.cpu()
+        self._shape = len(rows), *self._shape[1:]
+        for i, block in enumerate(self.blocks):
+            self.memory.used -= block.nbytes
+            self.blocks[i] = self._empty(len(rows), *block.shape[1:])
+            torch.index_select(block, 0, rows, out=self.blocks[i])
+
+    def _empty(self, *shape: int) -> Tensor:
+        return self.memory.empty(shape, self._dtype, self.device.type == "cuda")
+
+    def _spans(self, first: int, last: int) -> list[tuple[Tensor, slice, slice]]:
+        """The blocks of rows [first, last): block, its rows, and these counted from `first`."""
+        spans, begin = [], 0
+        for block in self.blocks:
+            low, high = max(first, begin), min(last, begin + block.shape[2])
+            if low < high:
+                spans.append(
+                    (block, slice(low - begin, high - begin), slice(low - first, high - first))
+                )
+            begin += block.shape[2]
+        return spans

@@ -1,0 +1,82 @@
+"""Retrieval in pages: runs of tokens of one size, in prompt and output alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.retrieval import Retrieval
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class PagedRetrieval(Retrieval):
+    """Selects pages at every step by a bound on what a query can find in them.
+
+    A page's digest is made of two vectors, and `turned` makes two of a query, so that the bound is
+    one inner product; pages then compete as the units of other methods do.
+
+    Attributes:
+        page_size: tokens in a page; segments of the output are pages too.
+    """
+
+    page_size: int = 16
+
+    def __post_init__(self) -> None:
+        self._require(self.page_size >= 1, "page_size", "at least 1 token", self.page_size)
+        object.__setattr__(self, "segment", (self.page_size, self.page_size))
+        super().__post_init__()
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """At most `budget` tokens on the device, pages of 4, for short contexts and few layers."""
+        fields = cls.shares(128 if budget is None else budget)
+        longest = fields.pop("segment")[1]
+        page = min(4, longest)
+        fields["budget"] += longest - page
+        return cls(**fields, page_size=page, dense_layers=1)
+
+    @property
+    def unit_size(self) -> int:
+        return self.page_size
+
+    def unit_count(self, tokens: int) -> int:
+        return -(-tokens // self.page_size)
+
+    def units(self, keys: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, heads, tokens, _ = keys.shape
+        count, size = self.unit_count(tokens), self.page_size
+        slot = torch.arange(tokens, device=keys.device)
+        labels = ((slot - first[:, None]) // size)[:, None].expand(-1, heads, -1).int()
+        page = torch.arange(count, device=keys.device) * size
+        sizes = (last[:, None] - first[:, None] - page).clamp(0, size).int()
+        digests = keys.new_zeros(batch, heads, count, self.digest(keys[:1, :1, :1]).shape[-1])
+        for row, (begin, end) in enumerate(zip(first.tolist(), last.tolist(), strict=True)):
+            whole = (end - begin) // size
+            pages = keys[row, :, begin : begin + whole * size].unflatten(1, (whole, size))
+            digests[row, :, :whole] = self.digest(pages)
+            if begin + whole * size < end:
+                digests[row, :, whole] = self.digest(keys[row, :, begin + whole * size : end])
+        return labels, digests, sizes[:, None].expand(-1, heads, -1)
+
+    def turned(self, q: Tensor) -> Tensor:
+        """q [B, Hq, D] -> [B, Hq, 2 D], whose inner product with a digest is the bound."""
+        raise NotImplementedError
+
+    def store(self, layer: LayerCache, closed: Tensor) -> None:
+        index = layer.index
+        unused = layer.keys.new_empty(*index.digests.shape[:3], layer.keys.shape[-1])
+        self._write_through(layer, closed, unused)  # the mean is not this digest
+        for row in closed.nonzero().flatten().tolist():
+            unit = int(index.num_units[row]) - 1
+            begin, end = index.starts[row, 0, unit : unit + 2].tolist()
+            index.digests[row, :, unit] = self.digest(layer.pool.read(row, begin, end)[0])
+
+    def scores(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> Tensor:
+        return super().scores(layer, self.turned(q), scale, active)

@@ -1,0 +1,84 @@
+"""Token sets chosen by a few layers that attend to all, for the layers that follow them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kvcomp import ops
+from kvcomp.cache.kv_cache import KVCache
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.base import Method
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class SharedTokens(Method):
+    """Attends to everything in some layers, and in the others to tokens that these chose.
+
+    Attributes:
+        budget: tokens that a sparse layer attends to, the recent ones included.
+        recent: newest tokens always in the set.
+        dense_layers: how many first layers attend to everything and choose nothing.
+        selecting: layers that attend to everything and choose; the first must follow the dense
+            ones. None: that one and the one in the middle.
+    """
+
+    budget: int = 1024
+    recent: int = 1
+    dense_layers: int = 2
+    selecting: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.recent <= self.budget:
+            raise ValueError(
+                f"kvcomp.{type(self).__name__}: recent: expected 1 to budget={self.budget} tokens,"
+                f" got {self.recent}"
+            )
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """For short contexts and few layers."""
+        return cls(budget=128 if budget is None else budget, selecting=(2,))
+
+    def plan(self, num_layers: int) -> tuple[int, ...]:
+        """The selecting layers in a model of `num_layers` layers."""
+        if self.selecting is not None:
+            return tuple(sorted(self.selecting))
+        return tuple(sorted({self.dense_layers, max(self.dense_layers, num_layers // 2)}))
+
+    def check(self, num_layers: int) -> None:
+        plan = self.plan(num_layers)
+        if not plan or plan[0] != self.dense_layers or plan[-1] >= num_layers:
+            raise ValueError(
+                f"kvcomp.{type(self).__name__}: selecting: expected layers from"
+                f" dense_layers={self.dense_layers}, which must select, up to {num_layers - 1},"
+                f" got {plan}"
+            )
+
+    def start(self, cache: KVCache) -> None:
+        cache.state.selecting = frozenset(self.plan(len(cache.layers)))
+        cache.state.tokens = None  # (token ids [B, 1 or Hkv, K], lens [B]) of this step
+
+    def score(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> Tensor:
+        """What each token is worth: [B, 1 or Hkv, n] fp32."""
+        raise NotImplementedError
+
+    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        state = layer.cache.state
+        if layer.max_len <= self.budget or layer.position < self.dense_layers:
+            return layer.attend(q, scale)[0]
+        if layer.position not in state.selecting:
+            ids, lens = (x.to(q.device) for x in state.tokens)
+            return layer.attend(q, scale, page_ids=ids, page_size=1, seq_lens=lens)[0]
+        logits = layer.cache.logits_for(layer, q)
+        out, lse = layer.attend(q, scale, logits=logits)
+        scores = self.score(layer, logits[:, :, : layer.max_len], lse)
+        state.tokens = ops.select_pages(
+            scores, layer.seq_lens, 1, self.budget, num_recent=self.recent
+        )
+        return out

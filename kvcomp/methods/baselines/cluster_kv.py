@@ -1,0 +1,105 @@
+"""ClusterKV: large clusters of prompt and output, selected at every step (arXiv 2412.03213).
+
+The prompt is clustered as a whole, about 80 tokens to a cluster; every 320 tokens of output are
+clustered in their turn, 8 clusters each. Differences: the heads of a group share a set (ClusterKV
+keeps one per query head, and so K and V once per query head), keys are centred, and clusters
+compete by softmax, as for all clustered methods here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvcomp import ops
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.clustered import ClusteredRetrieval
+from kvcomp.methods.retrieval import NEVER
+from kvcomp.ops.kmeans import num_clusters
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
+    """Clusters of prompt and output; `tau` means nothing here.
+
+    Attributes:
+        output_window: tokens of output that are clustered together.
+        output_cluster: mean tokens of these clusters.
+    """
+
+    local: int = 320
+    cluster_size: int = 80
+    window: int = 2**30  # all of a prompt
+    iterations: int = 20
+    output_window: int = 320
+    output_cluster: int = 40
+
+    def __post_init__(self) -> None:
+        self._require(self.output_window >= 1, "output_window", "at least 1", self.output_window)
+        self._require(self.output_cluster >= 1, "output_cluster", "at least 1", self.output_cluster)
+        object.__setattr__(self, "segment", (self.output_window, self.output_window))
+        super().__post_init__()
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """At most `budget` tokens on the device, for short contexts and few layers."""
+        fields = cls.shares(128 if budget is None else budget)
+        window = fields.pop("segment")[1]
+        return cls(**fields, cluster_size=8, output_window=window, output_cluster=4, dense_layers=1)
+
+    @property
+    def cut_below(self) -> float:
+        return NEVER
+
+    def prefill(self, layer: LayerCache, q: Tensor) -> None:
+        super().prefill(layer, q)
+        if layer.index is not None:
+            layer.state["prompt_units"] = layer.index.num_units.clone()
+
+    def select(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> None:
+        # A window's clusters end at other rows in other heads, so they leave all together.
+        prompt, indexed = layer.state["prompt_units"], layer.index.num_indexed
+        size = num_clusters(self.output_window, self.output_cluster, self.output_window)
+        windows = -(-(indexed - prompt).clamp(min=0) // size)
+        torch.maximum(indexed, (prompt + windows * size).where(windows > 0, 0), out=indexed)
+        super().select(layer, q, scale, active)
+
+    def store(self, layer: LayerCache, closed: Tensor) -> None:
+        index = layer.index
+        index.reserve(num_clusters(int(closed.max()), self.output_cluster, self.output_window))
+        super().store(layer, closed)
+        for row in closed.nonzero().flatten().tolist():
+            self._cluster(layer, row)
+
+    def _cluster(self, layer: LayerCache, row: int) -> None:
+        """The newest unit of a row becomes several: in the pool, in the index, in the slots."""
+        index, unit = layer.index, int(layer.index.num_units[row]) - 1
+        begin, end = index.starts[row, 0, unit : unit + 2].tolist()
+        k, v = layer.pool.read(row, begin, end)
+        bounds = torch.tensor([[0], [end - begin]], dtype=torch.int32, device=k.device)
+        labels, digests, sizes = ops.kmeans(
+            k[None],
+            *bounds,
+            cluster_size=self.output_cluster,
+            window=self.output_window,
+            iterations=self.iterations,
+        )
+        order = labels[0].argsort(dim=-1, stable=True)  # [Hkv, tokens]
+        k, v = (x.take_along_dim(order[..., None], 1) for x in (k, v))
+        layer.pool.write(row, begin, k, v)
+        index.write(row, unit, digests[0], sizes[0])
+        index.num_units[row] += sizes.shape[-1] - 1
+        moved = begin + order.argsort(-1).int()  # [Hkv, tokens], where each row is now
+        held = layer.slots["position"][row]
+        here = (held >= begin) & (held < end)
+        held.copy_(
+            torch.where(
+                here, moved.gather(-1, (held - begin).clamp(0, end - begin - 1).long()), held
+            )
+        )

@@ -1,0 +1,40 @@
+"""LessIsMore: one token set for all heads, and a share of it for the newest (arXiv 2508.07101).
+
+As TidalDecode, but the selecting layer merges the rankings of all query heads: every head's best
+token, then every head's second, and so on, until the set is full; a quarter of it is the newest
+tokens. All heads of the layers that follow attend to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.baselines._shared_tokens import SharedTokens
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class LessIsMore(SharedTokens, name="less-is-more", baseline=True):
+    """Tokens by their best rank under any head."""
+
+    recent: int = 256  # a quarter of the budget
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """For short contexts and few layers; a quarter of the budget is recent."""
+        budget = 128 if budget is None else budget
+        return cls(budget=budget, recent=max(1, budget // 4), selecting=(2,))
+
+    def score(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> Tensor:
+        slot = torch.arange(logits.shape[-1], device=logits.device)
+        logits = logits.masked_fill(slot >= layer.seq_lens[:, None, None], -torch.inf)
+        order = logits.argsort(dim=-1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(-1, order, slot.expand_as(order).contiguous())
+        return -rank.amin(1, keepdim=True).float()

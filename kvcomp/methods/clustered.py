@@ -1,0 +1,71 @@
+"""Retrieval in clusters of the prompt and segments of the output, however often it happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kvcomp import ops
+from kvcomp.methods.retrieval import Retrieval
+from kvcomp.ops.kmeans import num_clusters
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class ClusteredRetrieval(Retrieval):
+    """The prompt's keys are clustered per KV head; the output is cut where the queries turn.
+
+    Attributes:
+        tau: similarity of a step's queries to those before, below which a segment ends.
+        cluster_size: mean tokens of a cluster of the prompt.
+        window: tokens of a prompt that are clustered together.
+        iterations: of the clustering.
+    """
+
+    tau: float = 0.7
+    cluster_size: int = 16
+    window: int = 8192
+    iterations: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(-1 <= self.tau <= 2, "tau", "a number from -1 to 2", self.tau)
+        self._require(self.cluster_size >= 1, "cluster_size", "at least 1 token", self.cluster_size)
+        self._require(
+            self.window >= self.cluster_size,
+            "window",
+            f"at least cluster_size={self.cluster_size} tokens",
+            self.window,
+        )
+        self._require(self.iterations >= 1, "iterations", "at least 1", self.iterations)
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """At most `budget` tokens on the device, for short contexts and few layers."""
+        fields = cls.shares(128 if budget is None else budget)
+        return cls(**fields, cluster_size=4, dense_layers=1)
+
+    @property
+    def unit_size(self) -> int:
+        return self.cluster_size
+
+    def unit_count(self, tokens: int) -> int:
+        return num_clusters(tokens, self.cluster_size, self.window)
+
+    def units(self, keys: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.kmeans(
+            keys,
+            first,
+            last,
+            cluster_size=self.cluster_size,
+            window=self.window,
+            iterations=self.iterations,
+        )
+
+    @property
+    def cut_below(self) -> float:
+        return self.tau

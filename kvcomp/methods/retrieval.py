@@ -1,0 +1,343 @@
+"""What all retrieval methods share: the whole KV in host memory, a part of it on the device.
+
+On the device are the first tokens (sinks), the newest ones (local) and those last retrieved; a pool
+in host memory has all. Tokens are retrieved in *units*: a method says how the prompt is cut into
+units, what digest stands for each, when to select anew, and what a unit is worth. Exact attention
+over what is on the device; nothing is ever lost, and no token is attended twice.
+
+The output is cut into segments, which become units. A segment is written through to the pool when
+it closes, so that leaving the device costs nothing; and it leaves the local tokens only when a
+selection follows at once, so that no token is ever out of reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcomp import ops
+from kvcomp.cache.background import Background
+from kvcomp.cache.host_pool import HostMemory, HostPool
+from kvcomp.cache.kv_cache import KVCache
+from kvcomp.cache.layer import LayerCache
+from kvcomp.cache.unit_index import UnitIndex
+from kvcomp.methods.audit import watch
+from kvcomp.methods.base import Method
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+ALWAYS, NEVER = torch.inf, -torch.inf  # thresholds on a similarity
+
+
+@dataclass(frozen=True)
+class Retrieval(Method):
+    """Retrieves by `units` and `scores`, which subclasses define.
+
+    Attributes:
+        budget: B, tokens that are retrieved at once, per KV head; sinks and local tokens come on
+            top.
+        sinks: S, first tokens, always on the device.
+        local: W, newest tokens, always on the device; with the open segment up to W + s_max.
+        segment: (s_min, s_max), tokens of a segment of the output.
+        dense_layers: how many first layers keep everything on the device and attend to all.
+        newest: W0, newest tokens of a prompt that stay local; at most W.
+        host_limit: bytes of host memory for K and V, all layers; None: no limit.
+        audit: whether to measure, at every step, how much of the attention mass the resident tokens
+            cover; that reads the whole pool.
+    """
+
+    budget: int = 1024  # B
+    sinks: int = 16  # S
+    local: int = 256  # W
+    segment: tuple[int, int] = (4, 64)  # s_min, s_max
+    dense_layers: int = 2
+    newest: int | None = None  # W0
+    host_limit: int | None = None
+    audit: bool = False
+
+    croppable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        self._require(self.sinks >= 0, "sinks", "at least 0", self.sinks)
+        self._require(self.local >= 1, "local", "at least 1 token", self.local)
+        shortest, longest = self.segment
+        self._require(1 <= shortest <= longest, "segment", "1 <= shortest <= longest", self.segment)
+        self._require(self.dense_layers >= 0, "dense_layers", "at least 0", self.dense_layers)
+        if self.newest is None:
+            object.__setattr__(self, "newest", self.local // 2)
+        self._require(
+            0 <= self.newest <= self.local,
+            "newest",
+            f"0 to local={self.local} tokens",
+            self.newest,
+        )
+        self._require(
+            self.budget >= self.sinks + self.local,
+            "budget",
+            f"at least sinks + local = {self.sinks + self.local} tokens",
+            self.budget,
+        )
+
+    def _require(self, condition: bool, field: str, expected: str, got: object) -> None:
+        if not condition:
+            raise ValueError(
+                f"kvcomp.{type(self).__name__}: {field}: expected {expected}, got {got}"
+            )
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """At most `budget` tokens on the device, for short contexts."""
+        return cls(**cls.shares(128 if budget is None else budget))
+
+    @classmethod
+    def shares(cls, total: int) -> dict[str, int | tuple[int, int]]:
+        """The fields by which at most `total` tokens are on the device at a step."""
+        sinks, local = max(1, total // 32), max(1, total // 8)
+        longest = max(1, min(16, total // 16))
+        budget = total - sinks - local - longest - 1
+        return {
+            "budget": budget,
+            "sinks": sinks,
+            "local": local,
+            "segment": (min(4, longest), longest),
+        }
+
+    @property
+    def most_resident(self) -> int:
+        """Tokens of a row on the device, at most, the newest included."""
+        return self.sinks + self.budget + self.local + self.segment[1] + 1
+
+    # --- what subclasses say ----------------------------------------------------------------------
+
+    def unit_count(self, tokens: int) -> int:
+        """Units that `units` makes of `tokens` columns."""
+        raise NotImplementedError
+
+    @property
+    def unit_size(self) -> int:
+        """Tokens of a unit of the prompt, on average."""
+        raise NotImplementedError
+
+    def units(self, keys: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How the tokens [first, last) of a prompt are cut into units.
+
+        Args:
+            keys: [B, Hkv, n, D].
+            first, last: [B] int32.
+
+        Returns:
+            labels [B, Hkv, n] int32, unit of each token; digests [B, Hkv, U, W] and sizes
+            [B, Hkv, U] int32, U = unit_count(n).
+        """
+        raise NotImplementedError
+
+    def digest(self, keys: Tensor) -> Tensor:
+        """What stands for the tokens of one unit: keys [..., n, D] -> [..., W]."""
+        return keys.mean(-2)
+
+    def scores(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> Tensor:
+        """What each unit is worth to q [B, Hq, D]: [B, Hkv, U] fp32, for active rows [B] int32."""
+        index = layer.index
+        return ops.unit_scores(
+            q, index.digests, index.starts, index.num_indexed, active, scale=scale
+        )
+
+    def similarity(self, layer: LayerCache, q: Tensor) -> Tensor:
+        """[B] fp32, which decides on cuts and retrievals; -inf in the first step."""
+        return ops.query_similarity(q, layer.state["query"])
+
+    @property
+    def cut_below(self) -> float:
+        """The similarity below which a segment ends, if it is long enough."""
+        return NEVER
+
+    @property
+    def retrieve_below(self) -> float:
+        """The similarity below which a row selects anew."""
+        return ALWAYS
+
+    # --- the hooks --------------------------------------------------------------------------------
+
+    def check(self, num_layers: int) -> None:
+        self._require(
+            self.dense_layers < num_layers,
+            "dense_layers",
+            f"fewer than the {num_layers} layers of this model",
+            self.dense_layers,
+        )
+
+    def start(self, cache: KVCache) -> None:
+        cache.state.memory = HostMemory(self.host_limit)
+        cache.state.background = None
+
+    def prefill(self, layer: LayerCache, q: Tensor) -> None:
+        """New tokens become units in host memory; on the device stay sinks and the newest."""
+        if layer.position < self.dense_layers:
+            return
+        if layer.index is None:
+            self._begin(layer, q)
+            first_row = torch.full_like(layer.seq_lens, self.sinks)
+        else:
+            first_row = self._close_open(layer)
+        first = layer.seq_lens - (layer.logical_lens - first_row)  # slots [first, last) leave
+        last = torch.maximum(layer.seq_lens - self.newest, first)
+        layer.positions(layer.keys.shape[1])
+        self._absorb(layer, first_row, first, last)
+        slot = torch.arange(self.newest, device=last.device)
+        newest = (last[:, None] + slot).clamp(max=layer.max_len - 1)
+        sinks = torch.arange(self.sinks, device=last.device).expand(len(last), -1)
+        layer.keep(torch.cat([sinks, newest], 1), self.sinks + layer.seq_lens - last)
+        layer.state["query"].zero_()  # so that the first step retrieves
+
+    def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
+        if layer.index is None:
+            return super().context(layer)
+        lens = self._close_open(layer)
+        rows = [layer.pool.read(row, 0, n) for row, n in enumerate(lens.tolist())]
+        k, v = (_stacked(part) for part in zip(*rows, strict=True))
+        return k, v, lens
+
+    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        if layer.index is not None:
+            layer.settle()
+            triggered = self._retrieve(layer, q, scale)
+            if self.audit:
+                watch(layer, q, scale, self.budget, self.sinks, triggered)
+        return layer.attend(q, scale)[0]
+
+    # --- how --------------------------------------------------------------------------------------
+
+    def _begin(self, layer: LayerCache, q: Tensor) -> None:
+        """The first prompt is in `layer`, and nothing is in the pool."""
+        state, keys = layer.cache.state, layer.keys
+        short = int(layer.seq_lens.argmin())
+        self._require(
+            int(layer.seq_lens[short]) >= self.sinks,
+            "sinks",
+            f"no more than the tokens of a prompt, {int(layer.seq_lens[short])} in row {short}",
+            self.sinks,
+        )
+        if state.background is None:
+            state.background = Background(keys.device)
+        width = self.digest(keys[:1, :1, :1]).shape[-1]
+        layer.pool = HostPool(keys, state.memory)
+        layer.index = UnitIndex(keys.shape[0], keys.shape[1], width, keys)
+        layer.index.starts.fill_(self.sinks)
+        layer.state["query"] = q.new_zeros(q.shape[0], q.shape[1], q.shape[3])
+        layer.limit(self.most_resident - 1, 1)
+
+    def _absorb(self, layer: LayerCache, first_row: Tensor, first: Tensor, last: Tensor) -> None:
+        """Tokens in slots [first, seq_lens) become units, in the background.
+
+        Those of [first, last) as `units` cuts them, from row first_row on; the rest, which stay
+        local, in their order.
+        """
+        keys, values, pool, index = layer.keys, layer.values, layer.pool, layer.index
+        pool.reserve(layer.columns)
+        clusters = self.unit_count(keys.shape[2])
+        pieces = -(-self.newest // self.unit_size)
+        index.reserve(clusters + pieces)
+        before = index.num_units.clone()
+        index.num_units += clusters + pieces
+        index.num_indexed.copy_(before + clusters)
+        layer.cache.meter.stored(layer, layer.logical_lens - first_row)
+        first, last, end = first.clone(), last.clone(), layer.seq_lens.clone()
+
+        def work() -> None:
+            labels, digests, sizes = self.units(keys, first, last)
+            table = torch.stack([before, first_row, first, last, end], 1).tolist()
+            for row, (unit, pool_row, begin, middle, stop) in enumerate(table):
+                pool.write(row, 0, keys[row, :, : self.sinks], values[row, :, : self.sinks])
+                order = labels[row, :, begin:middle].argsort(dim=-1, stable=True)[..., None]
+                k, v = (x[row, :, begin:middle].take_along_dim(order, 1) for x in (keys, values))
+                pool.write(row, pool_row, k, v)
+                index.write(row, unit, digests[row], sizes[row])
+                k, v = (x[row, :, middle:stop] for x in (keys, values))
+                pool.write(row, pool_row + middle - begin, k, v)
+                for piece in range(pieces):
+                    tokens = k[:, piece * self.unit_size : (piece + 1) * self.unit_size]
+                    size = sizes.new_full((len(k), 1), tokens.shape[1])
+                    index.write(row, unit + clusters + piece, self.digest(tokens)[:, None], size)
+
+        layer.pending = layer.cache.state.background.submit(work, keys, values)
+
+    def _close_open(self, layer: LayerCache) -> Tensor:
+        """The open segment without the tokens just added becomes a unit; [B] rows up to its end."""
+        layer.settle()
+        past = layer.logical_lens - layer.added
+        tokens = past - layer.index.first_open()
+        if bool(tokens.any()):
+            layer.index.reserve(1)
+            layer.index.close(past)
+            self.store(layer, tokens)
+        return past
+
+    def _retrieve(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        """Close the segment that ends here, and select anew where that is due: 1 in [B]."""
+        index, (shortest, longest) = layer.index, self.segment
+        index.reserve(1)
+        closed, triggered = ops.segment_boundaries(
+            self.similarity(layer, q),
+            layer.logical_lens,
+            index.starts,
+            index.num_units,
+            index.num_indexed,
+            cut_below=self.cut_below,
+            retrieve_below=self.retrieve_below,
+            shortest=shortest,
+            longest=longest,
+            local=self.local,
+        )
+        if _some(closed):
+            self.store(layer, closed)
+            layer.cache.meter.cut(closed, longest)
+        if _some(triggered):
+            self.select(layer, q, scale, triggered)
+        return triggered
+
+    def store(self, layer: LayerCache, closed: Tensor) -> None:
+        """Write the newest unit, of closed [B] tokens or 0, through to the pool and the index."""
+        self._write_through(layer, closed, layer.index.digests)
+
+    def _write_through(self, layer: LayerCache, closed: Tensor, means: Tensor) -> None:
+        """The newest unit's tokens to the pool, their mean key into means [B, Hkv, U, D]."""
+        index = layer.index
+        layer.pool.reserve(layer.columns)
+        ops.store_segments(
+            layer.keys,
+            layer.values,
+            layer.positions(layer.keys.shape[1]),
+            layer.seq_lens,
+            index.starts,
+            index.num_units,
+            closed,
+            layer.pool.blocks,
+            means,
+        )
+        layer.cache.meter.stored(layer, closed)
+
+    def select(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> None:
+        """Bring the units that q wants to the device, in rows where active [B] is 1."""
+        index = layer.index
+        layer.positions(layer.keys.shape[1])  # brings them up to date
+        scores = self.scores(layer, q, scale, active)
+        rows = ops.select_units(scores, index.starts, index.num_indexed, active, self.budget)
+        first_local = index.first_local()
+        fetched = layer.exchange(rows, first_local, active, self.sinks, self.most_resident)
+        layer.cache.meter.retrieved(layer, active, rows, fetched)
+
+
+def _some(counts: Tensor) -> bool:
+    """Whether any is not 0; on a GPU, where asking would stall, the ops find out themselves."""
+    return counts.is_cuda or bool(counts.any())
+
+
+def _stacked(pieces: tuple[Tensor, ...]) -> Tensor:
+    """[H, n_b, D] of each row -> [B, H, n, D], zeros behind."""
+    longest = max(piece.shape[1] for piece in pieces)
+    pad = torch.nn.functional.pad
+    return torch.stack([pad(x, (0, 0, 0, longest - x.shape[1])) for x in pieces])

@@ -1,0 +1,128 @@
+"""fetch_rows: from the host pool, what a selection wants and the slots have not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvcomp import _C
+from kvcomp.ops._registry import bind, raw_stream
+
+
+def fetch_rows(
+    k: Tensor,
+    v: Tensor,
+    slot_rows: Tensor,
+    seq_lens: Tensor,
+    rows: Tensor,
+    first_local: Tensor,
+    active: Tensor,
+    pool: list[Tensor],
+    *,
+    num_sinks: int = 0,
+) -> Tensor:
+    """Exchange what a row's slots hold: sinks, local rows and the wanted ones stay or come.
+
+    slot_rows says which pool row each slot of [0, seq_lens) holds. A slot is kept if its row is
+    below num_sinks, at or above first_local, or wanted. The wanted rows that no slot holds are
+    copied from the pool, in ascending order into the lowest free slots and then behind the last
+    one; free slots that remain are filled with the last survivors, as `compact_kv` does. seq_lens
+    and slot_rows follow; slots given up become 0 in slot_rows.
+
+    Args:
+        k, v: [B, H, T, D] of one dtype: fp32, fp16 or bf16; any strides but that of D, which is a
+            multiple of 16 and at most 512; changed in place.
+        slot_rows: [B, H, T'] int32, contiguous in the last dimension, distinct over a head's valid
+            slots; changed in place.
+        seq_lens: [B] int32, changed in place; all heads of a row must end up equally long.
+        rows: [B, H, K] int32, contiguous: the wanted rows, num_sinks <= row < first_local,
+            ascending, then -1.
+        first_local: [B] int32, at most the pool's rows.
+        active: [B] int32: rows where it is 0 are left alone.
+        pool: blocks [B, H, R, 2, D] of k's dtype in host memory, as `store_segments` has them.
+        num_sinks: rows [0, num_sinks) always stay.
+
+    Returns:
+        fetched [B, H] int32: rows copied from the pool.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also rows out of
+            range or order, heads that would differ in length, or too few slots. Nothing has been
+            changed then.
+    """
+    return _op(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks)
+
+
+def reference(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks):
+    fetched = torch.zeros(k.shape[:2], dtype=torch.int32, device=k.device)
+    for row in active.nonzero().flatten().tolist():
+        length = int(seq_lens[row])
+        for head in range(k.shape[1]):
+            held, wanted = slot_rows[row, head], rows[row, head]
+            wanted = wanted[wanted >= 0]
+            resident = held[:length].clone()
+            kept = (resident < num_sinks) | (resident >= first_local[row])
+            kept |= torch.isin(resident, wanted)
+            missing = wanted[~torch.isin(wanted, resident)]
+            free = (~kept).nonzero().flatten()
+            slots = torch.cat([free, torch.arange(length, length + len(missing), device=k.device)])
+            into = slots[: len(missing)]
+            k[row, head, into], v[row, head, into] = _read(pool, row, head, missing, k.device)
+            held[into] = missing
+            fetched[row, head] = len(missing)
+            holes = free[len(missing) :]
+            end = max(length, length + len(missing) - len(free))
+            new_length = length + len(missing) - len(free)
+            tail = torch.arange(new_length, end, device=k.device)
+            movers = tail[~torch.isin(tail, holes)]
+            holes = holes[holes < new_length]
+            for tensor in (k, v, slot_rows):
+                tensor[row, head, holes] = tensor[row, head, movers]
+            held[new_length:length] = 0
+        seq_lens[row] = new_length
+    return fetched
+
+
+def _read(pool: list[Tensor], row: int, head: int, rows: Tensor, device: torch.device):
+    """K and V [n, D] of pool rows."""
+    pieces = torch.cat([block[row, head] for block in pool])[rows.to(pool[0].device)]
+    return pieces.to(device).unbind(1)
+
+
+def fake(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks):
+    return seq_lens.new_empty(k.shape[:2])
+
+
+def native(backend: int) -> Callable:
+    def run(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks):
+        fetched = fake(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks)
+        _C.fetch_rows(
+            backend,
+            k,
+            v,
+            slot_rows,
+            seq_lens,
+            rows,
+            first_local,
+            active,
+            pool,
+            fetched,
+            num_sinks,
+            raw_stream(k),
+        )
+        return fetched
+
+    return run
+
+
+_op = bind(
+    "fetch_rows",
+    "(Tensor(a!) k, Tensor(b!) v, Tensor(c!) slot_rows, Tensor(d!) seq_lens, Tensor rows,"
+    " Tensor first_local, Tensor active, Tensor[] pool, int num_sinks) -> Tensor",
+    reference=reference,
+    fake=fake,
+    native=native,
+    backends=("cpu", "cuda", "cuda-host"),
+)
