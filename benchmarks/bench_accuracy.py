@@ -1,11 +1,12 @@
-"""What eviction costs in accuracy, on the bundled reasoner, at equal bytes.
+"""What eviction and retrieval cost in accuracy, on the bundled reasoner, at equal bytes.
 
     python benchmarks/bench_accuracy.py --json accuracy.json      # about a quarter of an hour
     python benchmarks/bench_accuracy.py --part half --problems 16
     python benchmarks/bench_accuracy.py --smoke                   # a few seconds, for CI
 
-Every method of the family gets the same bound, budget + window tokens a layer, and the same
-windows, so that lag and score can be told apart. Three parts:
+Every eviction method gets the same bound, budget + window tokens a layer, and the same windows, so
+that lag and score can be told apart; every retrieval method gets the same number of tokens on the
+device. Four parts:
 
 half    Walks over 16 nodes, decoded freely, at half of the full cache's peak, with evictions every
         128 steps.
@@ -13,6 +14,8 @@ tight   Walks over 64 nodes of which 8 can be reached: the prompt is longer than
         8 facts never matter. The right answer is given token by token and each prediction graded,
         so that one lost fact costs its own steps and no others. A sweep over the bound.
 lag     The same at one bound: every score with evictions every 1, 16 and 64 steps.
+link    A long prompt and a long answer, given token by token, a quarter of the final context on the
+        device: what each retrieval method gets right, and the bytes it brings over the link.
 
 alpha is chosen by `LazyEviction.calibrate` on other problems, and is RaaS's too.
 """
@@ -34,6 +37,7 @@ from transformers.utils import logging
 
 import kvcomp
 from kvcomp import Method
+from kvcomp.methods.eviction import Eviction
 from kvcomp.reasoner import path, task
 from kvcomp.testing.bench import meta, write_json
 
@@ -61,6 +65,8 @@ class Row:
     kept_peak: int
     tracking_bytes: int  # one sequence
     parameters: str
+    retrieval_rate: float = 0.0  # selections per step and layer
+    link_bytes: float = 0.0  # of K and V fetched from host memory, per token
 
     def line(self) -> str:
         first = (
@@ -70,6 +76,8 @@ class Row:
             f"{self.part:5} {self.method:22} W={self.window:<4} bound {self.bound:4}"
             f"  {self.bound_bytes / 1024:6.0f} KiB  steps {self.step_accuracy:6.1%}  first {first}"
             f"  kept {self.kept_mean:5.0f} (peak {self.kept_peak})"
+            + (f"  rate {self.retrieval_rate:6.1%}" if self.retrieval_rate else "")
+            + (f"  link {self.link_bytes / 1024:6.0f} KiB/token" if self.link_bytes else "")
         )
 
 
@@ -124,6 +132,41 @@ def family(alpha: float, prompt: int) -> dict[str, Callable[[int, int], Method]]
         )
 
     return table | {"random, prompt pinned": pinned, "raas": raas}
+
+
+# The similarity of successive queries of the reasoner is about 0 at every step: it takes a high tau
+# to retrieve at every fact.
+TAUS = (-0.2, 0.0, 0.1, 0.2, 0.3)
+
+
+def retrieval_family(bound: int) -> dict[str, Method]:
+    """With at most `bound` tokens on the device, in all layers but the first."""
+    shares = {"sinks": 4, "local": bound // 6, "dense_layers": 1}
+    segment = (4, 16)
+    budget = bound - shares["sinks"] - shares["local"] - segment[1] - 1
+    shares["budget"] = budget
+    clusters = {**shares, "segment": segment, "cluster_size": 4}
+    table: dict[str, Method] = {
+        f"louis-kv, tau {tau}": kvcomp.LouisKV(**clusters, tau=tau) for tau in TAUS
+    }
+    table["per-token-retrieval"] = kvcomp.PerTokenRetrieval(**clusters, tau=TAUS[-1])
+    for stride in (2, 4):
+        table[f"stride-retrieval, {stride}"] = kvcomp.StrideRetrieval(
+            **{**clusters, "budget": budget + segment[1] - stride}, stride=stride
+        )
+    table["cluster-kv"] = kvcomp.ClusterKV(
+        **shares, cluster_size=8, output_window=16, output_cluster=4
+    )
+    for page in (4, 16):
+        pages = {**shares, "budget": budget + segment[1] - page, "page_size": page}
+        table[f"quest, pages of {page}"] = kvcomp.Quest(**pages)
+        table[f"arkvale, pages of {page}"] = kvcomp.ArkVale(**pages)
+        table[f"free-kv, pages of {page}"] = kvcomp.FreeKV(**pages)
+    tokens = {"budget": bound, "selecting": (2,)}
+    table["tidal-decode"] = kvcomp.TidalDecode(**tokens)
+    table["less-is-more"] = kvcomp.LessIsMore(**tokens, recent=bound // 4)
+    table["recency-window"] = kvcomp.RecencyWindow(budget=bound - 16, window=16)
+    return table
 
 
 # --- the reasoner ---------------------------------------------------------------------------------
@@ -205,7 +248,7 @@ class Part:
     steps: int
     forced: bool
     bounds: tuple[int, ...]
-    windows: tuple[int, ...]
+    windows: tuple[int, ...]  # none: retrieval, a quarter of the full context on the device
 
     def problems(self, count: int, first: int = 0) -> list[task.Problem]:
         seeds = range(first, first + count)
@@ -218,6 +261,10 @@ class Part:
         context = prompt + self.steps * task.TOKENS_PER_STEP
         full = kvcomp.Full()
         yield _row(self.name, "full", full, context, decode(problems, full), reasoner)
+        if not self.windows:
+            for name, method in retrieval_family(context // 4).items():
+                outcome = decode(problems, method)
+                yield _row(self.name, name, method, context // 4, outcome, reasoner)
         for bound in self.bounds or (context // 2,):
             for window in self.windows:
                 for name, make in family(alpha, prompt).items():
@@ -231,10 +278,12 @@ PARTS = (
     Part("half", 16, None, 256, False, (), (128,)),
     Part("tight", 64, 8, 128, True, (144, 160, 192, 256, 320), (64,)),
     Part("lag", 64, 8, 128, True, (192,), (1, 16, 64)),
+    Part("link", 64, 16, 256, True, (), ()),
 )
 SMOKE = (
     Part("half", 4, None, 16, False, (), (8,)),
     Part("tight", 16, 4, 8, True, (64,), (8,)),
+    Part("link", 32, 4, 8, True, (), ()),
 )
 
 
@@ -246,7 +295,7 @@ def _row(
     return Row(
         part,
         name,
-        getattr(method, "window", 0),
+        method.window if isinstance(method, Eviction) else 0,
         bound,
         bound * reasoner.token_bytes(),
         mean(g.step_accuracy for g in grades),
@@ -255,6 +304,8 @@ def _row(
         report.kept_peak,
         report.tracking_bytes_peak // len(grades),
         str(method),
+        report.retrieval_rate,
+        report.link_bytes_fetched / report.tokens_decoded,
     )
 
 
@@ -286,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cpu":
         torch.set_num_threads(1)  # so small a model gains nothing from more
     reasoner = Reasoner(options.device)
-    alpha = options.alpha or calibrated(reasoner, PARTS[-1])
+    alpha = options.alpha or calibrated(reasoner, next(p for p in PARTS if p.name == "lag"))
     print(f"alpha {alpha}, {options.problems} problems", flush=True)
     rows = []
     for part in SMOKE if options.smoke else PARTS:

@@ -29,7 +29,7 @@ from kvcomp.testing.bench import (
     write_json,
 )
 from kvcomp.testing.contest import Settings
-from ops import attention, eviction, lazy_eviction, overhead, pages
+from ops import attention, eviction, lazy_eviction, overhead, pages, retrieval
 from ops.common import DTYPES, PAGE, heads_of
 
 SHAPES = ("32/8x128", "28/4x128", "12/2x128", "16/8x64")
@@ -49,6 +49,13 @@ BENCHMARKS = {
     "select_victims": eviction.bench_select_victims,
     "compact_kv": eviction.bench_compact_kv,
     "rotate_keys": eviction.bench_rotate_keys,
+    "kmeans": retrieval.bench_kmeans,
+    "query_similarity": retrieval.bench_query_similarity,
+    "segment_boundaries": retrieval.bench_segment_boundaries,
+    "store_segments": retrieval.bench_store_segments,
+    "unit_scores": retrieval.bench_unit_scores,
+    "select_units": retrieval.bench_select_units,
+    "fetch_rows": retrieval.bench_fetch_rows,
     "lazy_eviction": lazy_eviction.bench_lazy_eviction,
     "overhead": overhead.bench_overhead,
 }
@@ -105,11 +112,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--tokens and --budget must be multiples of {PAGE}")
     options.selections, options.evictions = SELECTIONS, EVICTIONS
     options.victims, options.units = ((1667, 175), (16384, 175)), (1, 8, 32)
+    options.unit_counts = (2048, 8192)  # of prompts of 32K and 128K tokens
     if options.smoke:
         options.shape, options.tokens, options.batch = [(4, 2, 64)], [256], [1, 2]
         options.budget, options.repeats, options.selections = 64, LEAST_SAMPLES, [(512, 32)]
         options.evictions, options.victims, options.units = [(96, 32)], [(128, 32)], (1, 2)
-        options.dtype = options.dtype[:2]
+        options.dtype, options.unit_counts = options.dtype[:2], (128,)
     return options
 
 

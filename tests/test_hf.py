@@ -10,14 +10,16 @@ from packaging import version
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 import kvcomp
-from kvcomp import METHODS, Delta, Full, LazyEviction, StreamingLLM, reasoner
+from kvcomp import METHODS, Delta, Full, LazyEviction, LouisKV, StreamingLLM, reasoner
 from kvcomp.hf import answer_loss, decode_all
 from kvcomp.methods.delta import _PageRecorder
+from kvcomp.methods.retrieval import Retrieval
 from kvcomp.testing.models import ARCHITECTURES, REFUSED, tiny_model
 
 STEPS = 24
 DENSE_DELTA = Delta(budget=256, page_size=16, recent=2, warmup=1)  # covers every context here
 LAZY = LazyEviction(budget=24, window=7, alpha=0.02)
+RETRIEVALS = [name for name, method in METHODS.items() if issubclass(method, Retrieval)]
 SPARSE_DELTA = Delta(budget=16, page_size=4, recent=2, warmup=1)
 
 
@@ -440,3 +442,163 @@ def test_calibrate_finds_the_hits_that_matter_to_lazy_eviction():
     assert dense < high < low
     with pytest.raises(ValueError, match="smaller budget"):
         LazyEviction.calibrate(model, [[3, 4, 5]], max_new_tokens=4, budget=96)
+
+
+# Retrieval from host memory.
+
+
+@pytest.mark.parametrize("name", RETRIEVALS)
+def test_all_retrieved_is_stock_generate(llama, name):
+    """A left-padded batch, two turns: prompt and answer go to the host and come back."""
+    batch = padded_batch(60, 11)
+    extra = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(2))
+
+    def conversation():
+        first = generate(llama, batch, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, extra], 1)
+        mask = torch.ones_like(ids)
+        mask[:, :60] = batch["attention_mask"]
+        second = {"input_ids": ids, "attention_mask": mask}
+        return generate(llama, second, past_key_values=first.past_key_values)
+
+    stock = conversation()
+    with kvcomp.patch(llama, METHODS[name].example(256)) as run:
+        assert torch.equal(conversation(), stock)
+    assert int(sum(run.meter.fetched_rows)) > 1000
+    assert torch.equal(conversation(), stock)
+
+
+@pytest.mark.parametrize("name", RETRIEVALS)
+def test_new_tokens_attend_to_what_is_only_in_the_pool(llama, name):
+    """A prompt in three pieces under a small budget: the logits of stock attention."""
+    batch = padded_batch(60, 11)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        stock = llama(**batch, position_ids=positions).logits
+        with kvcomp.patch(llama, METHODS[name].example(16)) as run:
+            cache = run.new_cache()
+            for first, last in ((0, 30), (30, 32), (32, 60)):
+                out = llama(
+                    ids[:, first:last],
+                    attention_mask=mask[:, :last],
+                    position_ids=positions[:, first:last],
+                    past_key_values=cache,
+                ).logits
+                held = [layer.max_len for layer in cache.kv.layers]
+                assert held[0] == last and max(held[1:]) <= 16
+                valid = mask[:, first:last].bool()
+                torch.testing.assert_close(
+                    out[valid], stock[:, first:last][valid], rtol=1e-3, atol=1e-3
+                )
+
+
+@pytest.mark.parametrize("name", RETRIEVALS)
+def test_a_second_turn_under_a_small_budget(llama, name):
+    """Rows of a padded batch as they are alone, also when copied in between."""
+    extra = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(2))
+
+    def conversation(batch, extra):
+        first = generate(llama, batch, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, extra], 1)
+        mask = torch.ones_like(ids)
+        mask[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"]
+        second = {"input_ids": ids, "attention_mask": mask}
+        copied = copy.deepcopy(first.past_key_values)
+        out = generate(llama, second, past_key_values=first.past_key_values)
+        assert torch.equal(generate(llama, second, past_key_values=copied), out)
+        return out
+
+    batch = padded_batch(40, 11)
+    alone = {name: tensor[:1, 11:] for name, tensor in batch.items()}
+    with kvcomp.patch(llama, METHODS[name].example(16)):
+        together = conversation(batch, extra)
+        assert torch.equal(conversation(alone, extra[:1])[0], together[0, 11:])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"prefill_chunk_size": 5},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("name", ["louis-kv", "cluster-kv", "free-kv"])
+def test_ways_to_generate_with_a_pool(llama, name, options):
+    batch = padded_batch(30, 6)
+    torch.manual_seed(7)
+    stock = generate(llama, batch, **options)
+    whole = dataclasses.replace(METHODS[name].example(256), sinks=0)  # a chunk may be all padding
+    with kvcomp.patch(llama, whole):
+        torch.manual_seed(7)
+        assert torch.equal(generate(llama, batch, **options), stock)
+    if "num_beams" in options:
+        alone = {name: tensor[:1, 6:] for name, tensor in batch.items()}
+        with kvcomp.patch(llama, METHODS[name].example(16)):
+            together = generate(llama, batch, **options)
+            rows = options.get("num_return_sequences", 1)
+            assert torch.equal(generate(llama, alone, **options), together[:rows, 6:])
+
+
+@pytest.mark.parametrize("name", RETRIEVALS)
+def test_a_filled_cache_can_be_copied(llama, name):
+    """The recipe for prefix caching, with work still under way in the background."""
+    ids = padded_batch(60)["input_ids"][1:]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with kvcomp.patch(llama, METHODS[name].example(16)) as run, torch.no_grad():
+        filled = run.new_cache()
+        llama(ids[:, :50], past_key_values=filled)
+        outs = [generate(llama, batch, past_key_values=copy.deepcopy(filled)) for _ in range(2)]
+        assert torch.equal(*outs)
+        assert torch.equal(generate(llama, batch, past_key_values=filled), outs[0])
+
+
+def test_retrieval_refuses_what_it_cannot_do(llama):
+    batch = padded_batch(40, 30)
+    stock = generate(llama, batch)
+    one = {name: tensor[1:] for name, tensor in batch.items()}
+    with kvcomp.patch(llama, LouisKV.example(32)), pytest.raises(ValueError, match="louis-kv can"):
+        generate(llama, one, prompt_lookup_num_tokens=3, eos_token_id=2)
+    method = dataclasses.replace(LouisKV.example(64), sinks=11)
+    with kvcomp.patch(llama, method), pytest.raises(ValueError, match="10 in row 0, got 11"):
+        generate(llama, batch)
+    with pytest.raises(ValueError, match="dense_layers: expected fewer than the 6 layers"):
+        kvcomp.patch(llama, LouisKV(dense_layers=6))
+    method = dataclasses.replace(LouisKV.example(32), host_limit=10_000)
+    with kvcomp.patch(llama, method), pytest.raises(MemoryError, match="limit of 10000 bytes"):
+        generate(llama, batch)
+    assert torch.equal(generate(llama, batch), stock)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3"])
+def test_a_pool_for_half_floats_and_hybrid_layers(kind):
+    model = known_model(kind).bfloat16()
+    batch = padded_batch(60, 11)
+    alone = {name: tensor[1:] for name, tensor in batch.items()}
+    with kvcomp.patch(model, LouisKV.example(24)) as run:
+        together = generate(model, batch)
+        assert torch.equal(generate(model, alone)[0], together[1])
+    assert int(sum(run.meter.fetched_rows)) > 0
+
+
+def test_calibrate_finds_the_similarity_below_which_a_share_of_the_steps_lies(llama):
+    prompts = [list(range(3, 60)), list(range(90, 20, -1))]
+    fields = {"budget": 200, "sinks": 4, "local": 16, "segment": (1, 1000), "dense_layers": 1}
+    for rate in (0.1, 0.5):
+        found = LouisKV.calibrate(llama, prompts, rate=rate, max_new_tokens=40, **fields)
+        assert found == LouisKV(tau=found.tau, **fields)
+        with kvcomp.patch(llama, found) as run:
+            for prompt in prompts:
+                ids = torch.tensor([prompt])
+                batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                generate(llama, batch, max_new_tokens=40)
+        steps = 2 * (40 - 2) * 5  # each turn's first step has nothing to compare with
+        retrievals = int(sum(run.meter.retrievals)) - 2 * 5
+        assert retrievals / steps == pytest.approx(rate, abs=0.06)
+    with pytest.raises(ValueError, match="rate: expected 0 to 1, got 2"):
+        LouisKV.calibrate(llama, prompts, rate=2)
+    with pytest.raises(ValueError, match="no two decode steps to compare"):
+        LouisKV.calibrate(llama, prompts, max_new_tokens=2)

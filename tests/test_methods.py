@@ -11,6 +11,7 @@ import torch
 from kvcomp import METHODS, Delta, RandomPages, ops
 from kvcomp.cache import KVCache
 from kvcomp.methods.delta import best_layers
+from kvcomp.methods.retrieval import Retrieval
 
 LAYERS, HEADS, KV_HEADS, DIM = 8, 6, 2, 64
 INV_FREQ = 10000.0 ** -(torch.arange(DIM // 2) / (DIM // 2))
@@ -43,9 +44,14 @@ def decode(cache, steps, prompt=20, batch=2, seed=0):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_budget_covering_everything_is_dense(name):
-    dense = decode(KVCache(METHODS["full"](), LAYERS), 30)
+    dense = decode(KVCache(METHODS["full"](), LAYERS), 30, prompt=100)
     cache = KVCache(METHODS[name].example(256), LAYERS, inv_freq=INV_FREQ)
-    assert torch.equal(decode(cache, 30), dense)
+    got = decode(cache, 30, prompt=100)
+    if issubclass(METHODS[name], Retrieval):  # the same tokens in another order
+        assert sum(int(n) for n in cache.meter.fetched_rows) > 0
+        torch.testing.assert_close(got, dense, rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(got, dense)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -102,7 +102,6 @@ CALLS = [
     ("kmeans", "bf16 D128", clustered(BF16, 128)),
     ("kmeans", "bf16 D256", clustered(BF16, 256)),
     ("kmeans", "fp16 D80", clustered(FP16, 80)),
-    ("kmeans", "fp16 D512", clustered(FP16, 512)),
     ("kmeans", "fp32 D128", clustered(FP32, 128)),
     ("kmeans", "fp32 D256", clustered(FP32, 256)),
     ("query_similarity", "bf16 D128", 2 * (empty(2, 32, 128, dtype=BF16),)),

@@ -29,13 +29,16 @@ def plain_contenders(
     *,
     trust: tuple[str, ...] = (),
     written: tuple[int, ...] = (),
+    results: Callable[[tuple, object], tuple] | None = None,
 ) -> list[Contender]:
     """Implementations and baselines of an op whose inputs are its schema's arguments.
 
     trust: baselines that do less than the op, so that there is nothing to compare.
     written: positions of the arguments that hold the result, of an op that changes its arguments.
+    results: what to compare where that does not say it, from the arguments and what was returned.
     """
-    results = (lambda x, _: tuple(x[i] for i in written)) if written else None
+    if written:
+        results = lambda x, _: tuple(x[i] for i in written)  # noqa: E731
     expected = expect(op, args, results)
     contenders = [
         Contender(
@@ -71,14 +74,20 @@ def expect(op: str, args: tuple, results: Callable[[tuple, object], tuple] | Non
 
     def changed(*args: object) -> tuple[Tensor, ...]:
         args = deepcopy(args)
-        reference(*args)
-        return results(args, None)
+        return results(args, reference(*args))
 
     return Expected(changed, args, exact=True)
 
 
 def calling(impl: Callable) -> Callable[[tuple], object]:
     return lambda x: impl(*x)
+
+
+def in_order(k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+    """The same tokens are the same, wherever they lie: by position [B, H, N]."""
+    order = position.argsort(-1)
+    index = order[..., None].expand_as(k)
+    return k.gather(2, index), v.gather(2, index), position.gather(2, order)
 
 
 def heads_of(text: str) -> tuple[int, int, int]:

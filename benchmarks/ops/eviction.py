@@ -16,7 +16,7 @@ from kvcomp.ops import OPS
 from kvcomp.ops.recurrence_update import MAX_STEPS
 from kvcomp.testing.bench import Row, copy_probe
 from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations, measure
-from ops.common import DTYPES, PEAK, plain_contenders
+from ops.common import DTYPES, PEAK, in_order, plain_contenders
 
 ALPHA = 1e-4  # a token's probability from which on it counts as hit
 
@@ -104,22 +104,15 @@ def _index_select_out(x: Slab) -> tuple[Tensor, ...]:
     return x.spare
 
 
-def _in_order(k: Tensor, v: Tensor, position: Tensor) -> tuple[Tensor, ...]:
-    """The same tokens are the same, wherever they lie."""
-    order = position.argsort(-1)
-    index = order[..., None].expand_as(k)
-    return k.gather(2, index), v.gather(2, index), position.gather(2, order)
-
-
 def _compact_contenders(x: Slab, moved: int, run: Settings) -> Iterator[Contender]:
-    expected = Expected(_in_order, _gather(x), exact=True)
+    expected = Expected(in_order, _gather(x), exact=True)
     kept = x.kept.shape[-1]
 
     def returned(_: Slab, result: tuple) -> tuple[Tensor, ...]:
-        return _in_order(*result)
+        return in_order(*result)
 
     def in_place(x: Slab, _: object) -> tuple[Tensor, ...]:
-        return _in_order(x.k[:, :, :kept], x.v[:, :, :kept], x.position[..., :kept])
+        return in_order(x.k[:, :, :kept], x.v[:, :, :kept], x.position[..., :kept])
 
     baselines = {"gather": _gather, "index-select-out": _index_select_out}
     for name, call in baselines.items():

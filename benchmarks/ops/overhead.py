@@ -42,6 +42,8 @@ def _tiny_calls(device: str) -> dict[str, Callable]:
     one, eight, none = (torch.tensor([n], dtype=torch.int32, device=device) for n in (1, 8, 0))
     marks = torch.zeros(1, 1, 8, dtype=torch.int32, device=device)
     slots = torch.arange(8, dtype=torch.int32, device=device).view(1, 1, 8)
+    starts = torch.arange(9, dtype=torch.int32, device=device).view(1, 1, 9)
+    previous, pool = torch.randn_like(q), [torch.randn(1, 1, 8, 2, 32, pin_memory=device == "cuda")]
     return {
         "decode_attention": lambda: ops.decode_attention(q, k, k, one),
         "merge_states": lambda: ops.merge_states(q, lse, q, lse),
@@ -54,4 +56,26 @@ def _tiny_calls(device: str) -> dict[str, Callable]:
         "select_victims": lambda: ops.select_victims(scores, slots, eight, one, 7),
         "compact_kv": lambda: ops.compact_kv(keys, keys, [marks], slots[..., 1:3], eight),
         "rotate_keys": lambda: ops.rotate_keys(k, one, lse[0]),
+        "kmeans": lambda: ops.kmeans(keys, none, eight, cluster_size=4, iterations=1),
+        "query_similarity": lambda: ops.query_similarity(q, previous),
+        "segment_boundaries": lambda: ops.segment_boundaries(
+            lse[0],
+            one,
+            starts,
+            none,
+            none,
+            cut_below=-1.0,
+            retrieve_below=-1.0,
+            shortest=4,
+            longest=8,
+            local=8,
+        ),
+        "store_segments": lambda: ops.store_segments(
+            keys, keys, slots, eight, starts, eight, none, pool, keys
+        ),
+        "unit_scores": lambda: ops.unit_scores(q, keys, starts, eight, one),
+        "select_units": lambda: ops.select_units(scores, starts, eight, one, 4),
+        "fetch_rows": lambda: ops.fetch_rows(
+            keys, keys, slots, eight, slots, eight, none, pool, num_sinks=1
+        ),
     }

@@ -59,8 +59,8 @@ struct Members {
   const std::int32_t* of(int cluster) const { return tokens.data() + begin(cluster); }
   bool same(int cluster, const Members& other) const {
     const int count = size(cluster);
-    return count == other.size(cluster) && std::equal(of(cluster), of(cluster) + count,
-                                                      other.of(cluster));
+    return count == other.size(cluster) &&
+           std::equal(of(cluster), of(cluster) + count, other.of(cluster));
   }
 };
 
@@ -191,7 +191,8 @@ class Clustering {
 
   void assign() {
     gather_centres(true);
-    search(w_.tokens, [](int i) { return i; }, [this](int token, float dot, int cluster) {
+    const auto all = [](int i) { return i; };
+    search(w_.tokens, all, [this](int token, float dot, int cluster) {
       // Centres that stayed come after the token's label and dot of the last time.
       const int label = labels_[token];
       const bool ahead = is_before(dot, cluster, s_.dots[token], label);
@@ -205,11 +206,10 @@ class Clustering {
     for (int t = 0; t < w_.tokens; ++t) {
       if (!s_.settled[t]) s_.open.push_back(t);
     }
-    const std::int32_t* open = s_.open.data();
-    search(static_cast<int>(s_.open.size()), [open](int i) { return open[i]; },
-           [this](int token, float dot, int cluster) {
-             if (is_before(dot, cluster, s_.dots[token], labels_[token])) take(token, dot, cluster);
-           });
+    const auto open = [this](int i) { return s_.open[i]; };
+    search(static_cast<int>(s_.open.size()), open, [this](int token, float dot, int cluster) {
+      if (is_before(dot, cluster, s_.dots[token], labels_[token])) take(token, dot, cluster);
+    });
   }
 
   static bool is_before(float dot, int cluster, float other_dot, int other) {

@@ -51,12 +51,12 @@ class Kernel {
     const std::int64_t work = std::int64_t{tiles} * kTile * group_ * p_.head_dim;
     const int threads = num_threads(work, kGrain);
     tile_size_ = group_ * kTile + lines(2 * group_);
-    const std::size_t q_size = group_ * p_.head_dim;
+    const std::size_t scratch_size = lines(group_ * p_.head_dim) + lines(group_);
     static thread_local Workspace workspace;
-    exponentials_ = workspace.get(tiles * tile_size_ + threads * q_size);
-    float* q = exponentials_ + tiles * tile_size_;
+    exponentials_ = workspace.get(tiles * tile_size_ + threads * scratch_size);
+    float* scratch = exponentials_ + tiles * tile_size_;
     if (threads == 1) {
-      exponentiate(0, tiles, q);
+      exponentiate(0, tiles, scratch);
       for (int head = 0; head < num_heads_; ++head) add_up(head);
       return;
     }
@@ -65,7 +65,7 @@ class Kernel {
 #pragma omp for
       for (int part = 0; part < threads; ++part) {
         exponentiate(std::int64_t{tiles} * part / threads,
-                     std::int64_t{tiles} * (part + 1) / threads, q + part * q_size);
+                     std::int64_t{tiles} * (part + 1) / threads, scratch + part * scratch_size);
       }
 #pragma omp for
       for (int head = 0; head < num_heads_; ++head) add_up(head);
@@ -105,13 +105,13 @@ class Kernel {
   float* sums(int tile) const { return maxima(tile) + group_; }
 
   // Tiles [begin, end) of all.
-  void exponentiate(int begin, int end, float* q) const {
+  void exponentiate(int begin, int end, float* scratch) const {
     if (begin == end) return;
     int head = static_cast<int>(std::upper_bound(first_tile_, first_tile_ + num_heads_ + 1, begin) -
                                 first_tile_ - 1);
     TileUnits units[2];
     TileUnits *current = &units[0], *next = &units[1];
-    std::vector<float> rescale(group_);
+    float *q = scratch, *rescale = scratch + lines(group_ * p_.head_dim);
     gather(head, begin - first_tile_[head], *current);
     prepare(head, q);
     for (int tile = begin; tile < end; ++tile) {
@@ -128,7 +128,7 @@ class Kernel {
       if (current->count) {
         typed_.qk(q, group_, p_.head_dim, current->rows, current->count, next->rows, p_.scale,
                   logits);
-        rows_.softmax(logits, group_, current->count, maxima(tile), sums(tile), rescale.data());
+        rows_.softmax(logits, group_, current->count, maxima(tile), sums(tile), rescale);
       }
       if (following != head) prepare(following, q);
       head = following;

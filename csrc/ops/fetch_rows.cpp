@@ -101,6 +101,11 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
   check_row_dim(at, "k", D.size);
   check_size(at, k, "tokens", T.size);
   check_size(at, rows, "rows", K.size);
+  // The CUDA kernel counts heads in what a length leaves of its int32.
+  if (const std::int64_t most = std::numeric_limits<std::int32_t>::max() / H.size - 1;
+      T.size > most) {
+    at.fail("k", "at most " + std::to_string(most) + " tokens with so many heads", T.size);
+  }
   constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max() / 2;
   if (num_sinks < 0 || num_sinks > kMax) {
     at.fail("num_sinks", "from 0 to " + std::to_string(kMax), num_sinks);

@@ -117,13 +117,24 @@ class HostPool:
         return k, v
 
     def select(self, rows: Tensor) -> None:
-        """Sequences become `rows` ([B'] int64): a copy of all blocks."""
+        """Sequences become `rows` ([B'] int64): a copy of all blocks.
+
+        Raises:
+            HostMemoryError: the memory was refused; what is there stays.
+        """
         rows = rows.cpu()
-        self._shape = len(rows), *self._shape[1:]
-        for i, block in enumerate(self.blocks):
-            self.memory.used -= block.nbytes
-            self.blocks[i] = self._empty(len(rows), *block.shape[1:])
-            torch.index_select(block, 0, rows, out=self.blocks[i])
+        if self.device.type == "cuda":  # kernels write the blocks, and the host reads them now
+            torch.cuda.current_stream(self.device).synchronize()
+        used = self.memory.used
+        self.memory.used -= self.nbytes
+        try:
+            blocks = [self._empty(len(rows), *block.shape[1:]) for block in self.blocks]
+        except HostMemoryError:
+            self.memory.used = used
+            raise
+        for block, new in zip(self.blocks, blocks, strict=True):
+            torch.index_select(block, 0, rows, out=new)
+        self.blocks, self._shape = blocks, (len(rows), *self._shape[1:])
 
     def _empty(self, *shape: int) -> Tensor:
         return self.memory.empty(shape, self._dtype, self.device.type == "cuda")

@@ -54,6 +54,11 @@ class LayerCache:
         self.position = position
         self.reset()
 
+    def __getstate__(self) -> dict:
+        """For copies: work in the background belongs to this layer, and not to its copy."""
+        self.settle()
+        return self.__dict__
+
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         self._k: Tensor | None = None
@@ -191,17 +196,22 @@ class LayerCache:
         if "position" not in self.slots:
             self.track("position", units)
             self._placed, self._placed_columns = torch.zeros_like(self.logical_lens), 0
-        # In rows of one length the new tokens are the last columns.
+        table = self.slots["position"][..., : self.max_len]
         new_columns = self.columns - self._placed_columns
-        first = max(self.max_len - new_columns, 0) if self._uniform else 0
-        table = self.slots["position"][..., first : self.max_len]
-        slot = torch.arange(first, self.max_len, dtype=torch.int32, device=table.device)
-        age = self.seq_lens[:, None] - slot  # [B, slots], the newest is 1
-        fresh = age <= (self.logical_lens - self._placed)[:, None]
-        position = self.logical_lens[:, None] - age
-        table.copy_(torch.where(fresh[:, None], position[:, None], table))
+        if not new_columns:
+            return table
+        if self._uniform:  # the new tokens are the last columns
+            count = min(new_columns, self.max_len)
+            age = torch.arange(count, 0, -1, dtype=torch.int32, device=table.device)
+            table[..., self.max_len - count :] = (self.logical_lens[:, None] - age)[:, None]
+        else:
+            slot = torch.arange(self.max_len, dtype=torch.int32, device=table.device)
+            age = self.seq_lens[:, None] - slot  # [B, slots], the newest is 1
+            fresh = age <= (self.logical_lens - self._placed)[:, None]
+            position = self.logical_lens[:, None] - age
+            table.copy_(torch.where(fresh[:, None], position[:, None], table))
         self._placed, self._placed_columns = self.logical_lens.clone(), self.columns
-        return self.slots["position"][..., : self.max_len]
+        return table
 
     def evict(self, victims: Tensor, kept_lens: Tensor, shortest: int, longest: int) -> None:
         """Take tokens out, in place, and give memory back that is no longer needed.
@@ -276,8 +286,8 @@ class LayerCache:
     def settle(self) -> None:
         """Wait for what the background still does to this layer."""
         if self.pending is not None:
-            wait, self.pending = self.pending, None
-            wait()
+            self.pending()  # what it raises is raised whenever this layer is asked for
+            self.pending = None
 
     def crop(self, count: int) -> None:
         """Take back the last `count` columns exactly, as if they had never been appended.
@@ -335,8 +345,8 @@ class LayerCache:
         if self.seq_lens.is_cuda:
             self.max_len, self._uniform = most, False
         else:
-            self.max_len = int(self.seq_lens.max())
-            self._uniform = self.max_len == int(self.seq_lens.min())
+            lens = self.seq_lens.tolist()
+            self.max_len, self._uniform = max(lens), max(lens) == min(lens)
 
     def _scatter(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor | int:
         """Write each row's valid tokens behind its last one; returns how many a row received."""

@@ -80,10 +80,11 @@ class Meter:
         count = self.evicted_tokens[layer.position]
         self.evicted_tokens[layer.position] = count.to(gone.device) + gone
 
-    def retrieved(self, layer: LayerCache, active: Tensor, rows: Tensor, fetched: Tensor) -> None:
-        """Rows of `layer` where active [B] is 1 now hold rows [B, Hkv, K], fetched [B, Hkv]."""
+    def retrieved(self, layer: LayerCache, active: Tensor, wanted: Tensor, fetched: Tensor) -> None:
+        """Rows of `layer` where active [B] is 1 selected wanted [B] tokens for each KV head, of
+        which fetched [B, Hkv] came from the host."""
         _add(self.retrievals, layer, active.sum())
-        _add(self.wanted_rows, layer, (rows >= 0).sum())
+        _add(self.wanted_rows, layer, (active * wanted).sum() * fetched.shape[1])
         _add(self.fetched_rows, layer, fetched.sum())
 
     def stored(self, layer: LayerCache, tokens: Tensor) -> None:

@@ -261,6 +261,8 @@ class Retrieval(Method):
                 for piece in range(pieces):
                     tokens = k[:, piece * self.unit_size : (piece + 1) * self.unit_size]
                     size = sizes.new_full((len(k), 1), tokens.shape[1])
+                    if not tokens.shape[1]:  # an empty unit's digest is not kept, but must exist
+                        tokens = keys[row, :, :1]
                     index.write(row, unit + clusters + piece, self.digest(tokens)[:, None], size)
 
         layer.pending = layer.cache.state.background.submit(work, keys, values)
@@ -272,6 +274,7 @@ class Retrieval(Method):
         tokens = past - layer.index.first_open()
         if bool(tokens.any()):
             layer.index.reserve(1)
+            layer.pool.reserve(layer.columns)
             layer.index.close(past)
             self.store(layer, tokens)
         return past
@@ -280,6 +283,7 @@ class Retrieval(Method):
         """Close the segment that ends here, and select anew where that is due: 1 in [B]."""
         index, (shortest, longest) = layer.index, self.segment
         index.reserve(1)
+        layer.pool.reserve(layer.columns)  # refused memory must not find a segment half closed
         closed, triggered = ops.segment_boundaries(
             self.similarity(layer, q),
             layer.logical_lens,
@@ -306,7 +310,6 @@ class Retrieval(Method):
     def _write_through(self, layer: LayerCache, closed: Tensor, means: Tensor) -> None:
         """The newest unit's tokens to the pool, their mean key into means [B, Hkv, U, D]."""
         index = layer.index
-        layer.pool.reserve(layer.columns)
         ops.store_segments(
             layer.keys,
             layer.values,
@@ -327,13 +330,16 @@ class Retrieval(Method):
         scores = self.scores(layer, q, scale, active)
         rows = ops.select_units(scores, index.starts, index.num_indexed, active, self.budget)
         first_local = index.first_local()
-        fetched = layer.exchange(rows, first_local, active, self.sinks, self.most_resident)
-        layer.cache.meter.retrieved(layer, active, rows, fetched)
+        # One less than at most: the newest token is in, and of the local ones too many have left.
+        most = self.most_resident - 1
+        fetched = layer.exchange(rows, first_local, active, self.sinks, most)
+        wanted = (first_local - self.sinks).clamp(max=self.budget)  # every such row is of a unit
+        layer.cache.meter.retrieved(layer, active, wanted, fetched)
 
 
 def _some(counts: Tensor) -> bool:
     """Whether any is not 0; on a GPU, where asking would stall, the ops find out themselves."""
-    return counts.is_cuda or bool(counts.any())
+    return counts.is_cuda or any(counts.tolist())
 
 
 def _stacked(pieces: tuple[Tensor, ...]) -> Tensor:

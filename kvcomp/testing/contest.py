@@ -49,8 +49,7 @@ class Expected:
         self, reference: Callable, args: tuple, *, ids_may_differ: float = 0.0, exact: bool = False
     ) -> None:
         self.truth = _as_tuple(reference(*in_float64(args)))
-        wide = (a.float() if isinstance(a, Tensor) and a.dtype in _HALF else a for a in args)
-        self.plain = _as_tuple(reference(*wide))
+        self.plain = _as_tuple(reference(*map(_in_fp32, args)))
         self.ids_may_differ = ids_may_differ
         self.exact = exact
 
@@ -162,6 +161,13 @@ def implementations(op: str, device: str, num_bytes: int = 0) -> list[str]:
 
 
 _HALF = (torch.float16, torch.bfloat16)
+
+
+def _in_fp32(argument: object) -> object:
+    if isinstance(argument, list):
+        return [_in_fp32(each) for each in argument]
+    half = isinstance(argument, Tensor) and argument.dtype in _HALF
+    return argument.float() if half else argument
 
 
 def _as_tuple(result: object) -> tuple:

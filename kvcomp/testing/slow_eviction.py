@@ -31,6 +31,8 @@ class Trace:
     Row b has its own tokens 0 .. lens[b] + steps - 1, the first lens[b] of them its prompt.
     """
 
+    scale = SCALE
+
     def __init__(self, *lens, steps, layers=1, seed=0):
         self.lens, self.steps, self.layers = lens, steps, layers
         shape, total = (layers, len(lens)), max(lens) + steps + SPARE
@@ -54,13 +56,13 @@ class Trace:
         for layer in cache.layers:
             padded = []
             for x in (self.q, self.k, self.v):
-                padded.append(torch.full((len(counts), x.shape[2], width, DIM), 30.0))
+                padded.append(x.new_full((len(counts), x.shape[2], width, x.shape[-1]), 30.0))
                 for row, (n, first) in enumerate(zip(counts, seen, strict=True)):
                     part = x[layer.position, row, :, first : first + n]
                     padded[-1][row, :, width - n :] = part
             q, k, v = padded
             layer.append(k, v, None if valid.all() else valid)
-            cache.prefill(layer, q, SCALE)
+            cache.prefill(layer, q, self.scale)
 
     def decode(self, cache, step, rows=None, extra=0):
         """One step of all layers: outputs [layers, B, Hq, D]."""
@@ -70,7 +72,7 @@ class Trace:
         for layer in cache.layers:
             q, k, v = (x[layer.position][rows, :, place] for x in (self.q, self.k, self.v))
             layer.append(k[:, :, None], v[:, :, None])
-            outputs.append(cache.attend(layer, q, SCALE))
+            outputs.append(cache.attend(layer, q, self.scale))
         return torch.stack(outputs)
 
     def run(self, cache):

@@ -612,7 +612,8 @@ float weighted_threshold(const float* x, const std::int32_t* bounds, int count, 
 
 template <class T>
 constexpr TypedRows typed_rows() {
-  return {&prepare_q<T>, &qk<T>, &pv<T>, &store_row<T>, &blend<T>, &nearest<T>, &rotate<T>, &products<T>};
+  return {&prepare_q<T>, &qk<T>,      &pv<T>,     &store_row<T>,
+          &blend<T>,     &nearest<T>, &rotate<T>, &products<T>};
 }
 
 constexpr Rows make_rows(const char* isa) {

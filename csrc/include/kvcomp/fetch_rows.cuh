@@ -11,13 +11,12 @@
 // side.
 //
 // Bytes: 2 row_bytes per missing row over the link, which is what takes the time: up to 64 KB are
-// on their way in each block, so that two heads keep a link of 50 GB/s and 2 us busy. Before the
-// first of them: 4 per slot and wanted row, a chain of some fifteen latencies, about 5 us. Inactive
-// rows return at once.
+// on their way in each block, so two heads suffice for a link of 50 GB/s and 2 us. Before the first
+// of them 4 per slot and per wanted row, a chain of some twenty latencies, most of them of L1 and
+// shared memory. Inactive rows return at once.
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "kvcomp/device.cuh"
 #include "kvcomp/params.h"

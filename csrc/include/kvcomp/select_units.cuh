@@ -7,8 +7,8 @@
 // stretch of units, which says where its rows begin, and writes them, a unit at a time.
 //
 // Bytes: 8 per unit, read once per pass (about six), from L1 after the first up to some 20K units
-// and from L2 beyond; 4 per token of the budget written. 64 KB at a context of 128K: latency and
-// barriers, some 10 us, where a row is triggered; elsewhere -1 is written and no more.
+// and from L2 beyond; 4 per token of the budget written. A context of 128K is 64 KB per head: the
+// time is latency and barriers, where a row is triggered; elsewhere -1 is written and no more.
 #pragma once
 
 #include <cstdint>

@@ -6,8 +6,8 @@
 // it up, a thread per channel, in the order of the rows: the mean is the same wherever they lie.
 //
 // Bytes: 4 per slot and, of a row, 2 row_bytes read and as many written over the link; the writes
-// are posted, nobody waits for them. Only where a segment was closed, about every 16th step: 16
-// tokens of a head are 8 KB, and the time is the chain of some six latencies.
+// are posted, nobody waits for them. 16 tokens of a head are 8 KB: the time is a chain of some six
+// latencies, in the steps that close a segment.
 #pragma once
 
 #include <cstdint>

@@ -7,6 +7,7 @@ the stride, and a row selects anew where one ends.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 from kvcomp.cache.layer import LayerCache
 from kvcomp.methods.clustered import ClusteredRetrieval
 from kvcomp.methods.retrieval import NEVER
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,18 @@ class StrideRetrieval(ClusteredRetrieval, name="stride-retrieval", baseline=True
         object.__setattr__(self, "segment", (self.stride, self.stride))
         super().__post_init__()
 
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """At most `budget` tokens on the device, for short contexts and few layers."""
+        fields = cls.shares(128 if budget is None else budget)
+        stride = fields.pop("segment")[1]
+        return cls(**fields, stride=stride, cluster_size=4, dense_layers=1)
+
     def similarity(self, layer: LayerCache, q: Tensor) -> Tensor:
         similarity = super().similarity(layer, q)  # -inf in the first step
-        if layer.cache.steps % self.stride == 0:
-            return torch.full_like(similarity, -torch.inf)
-        return similarity.where(similarity == -torch.inf, 0.0)
+        open_tokens = layer.logical_lens - 1 - layer.index.first_open()
+        due = (similarity == -torch.inf) | (open_tokens >= self.stride)
+        return torch.where(due, -torch.inf, 0.0)
 
     @property
     def cut_below(self) -> float:

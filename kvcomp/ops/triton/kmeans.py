@@ -1,14 +1,14 @@
 """kmeans in Triton: two kernels an iteration, and no float is ever added atomically.
 
-Each kernel's grid is (parts of windows, H, B), sized for rows of N tokens; programs past the end of
-their row return. `assign_labels` keeps a tile of centred keys on chip, streams the centres of the
-window past it and notes, for every column of the tile of products, where its largest product was:
-three instructions a product, and the columns meet only once, at the end. `update_centres` owns a
-block of clusters: it lists their tokens in order, gathers those keys, and adds them up as a product
-with the one-hot matrix of their labels. It always leaves both what the next iteration wants
-(normalised means of centred keys) and what the call returns (plain means, sizes). FLOPs of an
-iteration: 2 N k D per head for k clusters in a window; bytes: keys twice, labels 2 k / BLOCK_C
-times, which come from L2.
+Each grid is (parts of windows, H, B), sized for rows of N tokens; programs past the end of their
+row return. `assign_labels` keeps a tile of centred keys on chip, streams the centres of the window
+past it and notes, for every two columns of the tile of products, the largest product so far and
+its centre: three instructions a product, and the columns meet only once, at the end.
+`update_centres` owns a block of clusters: it lists their tokens in order, gathers those keys, and
+adds them up as a product with the one-hot matrix of their labels. It always leaves both what the
+next iteration wants (normalised means of centred keys) and what the call returns (plain means,
+sizes). FLOPs of an iteration: 2 N k D per head for k clusters in a window; bytes: each key twice,
+each label 2 k / BLOCK_C times and each centre window / BLOCK_T times, which come from L2.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ def config(head_dim: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str,
         assign, update = (32, 32, 8, 2), (16, 16, 8, 2)
     elif head_dim <= 128:  # two programs an SM: one multiplies while the other compares
         assign, update = (128, 64, 4, 3), (64, 32, 8, 5)
-    elif head_dim <= 256:
-        assign, update = (128, 64, 8, 2), (32, 32, 8, 5)
     else:
-        assign, update = (64, 32, 4, 2), (32, 16, 8, 3)
+        assign, update = (128, 64, 8, 2), (32, 32, 8, 5)
     names = "BLOCK_T", "BLOCK_C", "num_warps", "num_stages"
     return dict(zip(names, assign, strict=True)), dict(zip(names, update, strict=True))
 
@@ -180,8 +178,8 @@ def assign_labels_kernel(
     b_keys = b_keys.to(keys.dtype.element_ty)
     p_centres = centres + (i_row * num_clusters + i_first) * D + o_d[:, None]
 
-    b_best = tl.full([BLOCK_T, BLOCK_C // 2], float("-inf"), tl.float32)  # of two columns' centres
-    b_where = tl.zeros([BLOCK_T, BLOCK_C // 2], tl.int32)  # the tile it was found in, + 1: odd
+    b_best = tl.full([BLOCK_T, BLOCK_C // 2], float("-inf"), tl.float32)  # of two columns
+    b_where = tl.zeros([BLOCK_T, BLOCK_C // 2], tl.int32)  # its tile's start, + 1 if odd
     for i_c in range(0, num_centres, BLOCK_C):
         # Columns past the last centre repeat it: they cost no mask, and its label is theirs.
         o_k = tl.minimum(i_c + o_c, num_centres - 1)
@@ -286,7 +284,8 @@ def launch(
     keys: Tensor, first: Tensor, last: Tensor, cluster_size: int, window: int, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, tokens, dim = keys.shape
-    window = min(window, tokens)  # no row has more
+    window = min(window, max(tokens, 1))  # no row has more
+    cluster_size = min(cluster_size, 2 * window + 1)  # from there on there is one cluster
     windows = triton.cdiv(tokens, window)
     per_window = num_clusters(window, cluster_size, window)
     total = num_clusters(tokens, cluster_size, window)
@@ -298,7 +297,7 @@ def launch(
     means = keys.new_empty(batch, heads, windows, dim, dtype=torch.float32)
     centres = torch.empty_like(centroids)
 
-    block_d = max(16, triton.next_power_of_2(dim))  # 16: what tensor cores take
+    block_d = triton.next_power_of_2(dim)
     strides = keys.stride()[:3]
     shape = *strides, tokens, total, window, cluster_size
     assign, update = config(dim, keys.dtype)

@@ -161,7 +161,7 @@ def launch(
         tiles,
         G=group,
         BLOCK_U=block_u,
-        BLOCK_TILES=triton.next_power_of_2(tiles),
+        BLOCK_TILES=triton.next_power_of_2(max(tiles, 1)),
         BLOCK_P=BLOCK_PROBS,
         num_warps=4,
         **COMPILE,

@@ -1,0 +1,487 @@
+"""Retrieval methods against slow readings of their rules: what is resident, what is in the pool."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvcomp
+from kvcomp import METHODS, LessIsMore, LouisKV, PerTokenRetrieval, TidalDecode, reasoner
+from kvcomp.cache import KVCache, host_pool, unit_index
+from kvcomp.cache import layer as layer_module
+from kvcomp.cache.host_pool import HostMemoryError
+from kvcomp.methods.retrieval import Retrieval
+from kvcomp.testing.slow_eviction import DIM, KV_HEADS, SCALE
+from kvcomp.testing.slow_retrieval import (
+    SLOW,
+    Recorded,
+    Recorder,
+    Walk,
+    assert_follows,
+    new_cache,
+)
+
+SMALL = {"budget": 24, "sinks": 3, "local": 8, "newest": 6, "dense_layers": 0}
+FIELDS = {
+    "louis-kv": {"segment": (2, 7), "cluster_size": 4},
+    "per-token-retrieval": {"segment": (2, 7), "cluster_size": 4},
+    "stride-retrieval": {"stride": 5, "cluster_size": 4},
+    "cluster-kv": {"cluster_size": 6, "output_window": 9, "output_cluster": 3},
+    "quest": {"page_size": 4},
+    "arkvale": {"page_size": 4},
+    "free-kv": {"page_size": 4, "tau": 0.7},
+}
+
+
+def make(name, **fields):
+    return METHODS[name](**{**SMALL, **FIELDS[name], **fields})
+
+
+def louis(**fields):
+    return make("louis-kv", **fields)
+
+
+def test_every_retrieval_method_has_a_slow_reading():
+    assert set(SLOW) == {name for name, m in METHODS.items() if issubclass(m, Retrieval)}
+
+
+# The rules, step by step.
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_does_what_it_says(name, poisoned_outputs):
+    trace = Walk(60, 9, 31, steps=36)
+    slow, _ = assert_follows(make(name), trace)
+    assert sum(one.fetched for one in slow[0]) > 100
+    if name == "louis-kv":  # rows decide for themselves
+        assert len({one.retrievals for one in slow[0]}) > 1
+
+
+CORNERS = {  # fields, prompts
+    "no-sinks-nothing-newest": ({"sinks": 0, "newest": 0}, (40, 14)),
+    "nothing-newest": ({"newest": 0}, (40, 14)),
+    "no-sinks": ({"sinks": 0}, (40, 1)),
+    "only-sinks": ({}, (3, 3)),
+    "one-more-than-sinks": ({}, (40, 4)),
+    "shorter-than-sinks-and-newest": ({}, (8, 7)),
+    "sinks-and-newest": ({}, (9, 9)),
+    "sinks-newest-and-one": ({}, (10, 9)),
+    "all-is-one": (
+        {"sinks": 0, "local": 1, "budget": 1, "segment": (1, 1), "cluster_size": 1, "newest": 1},
+        (20, 3),
+    ),
+    "segments-of-one": ({"segment": (1, 1)}, (20, 9)),
+    "segments-of-three": ({"segment": (3, 3)}, (20, 9)),
+    "one-local": ({"local": 1, "newest": 1}, (20, 9)),
+    "long-segments": ({"local": 2, "newest": 2, "segment": (2, 20)}, (20, 9)),
+    "windows": ({"window": 8}, (47, 24)),
+    "window-of-a-cluster": ({"window": 4}, (30, 24)),
+    "one-cluster": ({"cluster_size": 100, "window": 100}, (40, 24)),
+    "always": ({"tau": 2.0}, (30, 12)),
+    "never": ({"tau": -1.0}, (30, 12)),
+    "triggers-without-cuts": ({"tau": 2.0, "segment": (7, 7)}, (30, 12)),
+    "a-budget-for-all": ({"budget": 200}, (30, 12)),
+    "a-budget-below-a-unit": (
+        {"budget": 4, "sinks": 1, "local": 3, "newest": 3, "cluster_size": 30, "window": 99},
+        (40, 25),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CORNERS)
+def test_louis_kv_in_corners(case):
+    fields, lens = CORNERS[case]
+    slow, _ = assert_follows(louis(**fields), Walk(*lens, steps=26, seed=3))
+    if case == "windows":
+        assert len(slow[0][0].units[0]) > 8
+
+
+@pytest.mark.parametrize("name", ["cluster-kv", "quest", "arkvale", "free-kv"])
+@pytest.mark.parametrize("lens", [(3, 4), (20, 10)], ids=str)
+def test_short_prompts(name, lens):
+    assert_follows(make(name), Walk(*lens, steps=22, seed=2))
+
+
+@pytest.mark.parametrize("name", ["louis-kv", "quest"])
+def test_ties_go_to_the_earlier_unit(name):
+    trace = Walk(40, 23, steps=24)
+    trace.k = torch.ones_like(trace.k)
+    assert_follows(make(name), trace)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["louis-kv", "cluster-kv", "free-kv", "arkvale"])
+def test_half_floats(name, dtype):
+    assert_follows(make(name), Walk(45, 20, steps=24, seed=6, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_what_is_small_grows(name, monkeypatch, poisoned_outputs):
+    """Pools of several blocks, an index and a slab that are enlarged, and no larger than said."""
+    monkeypatch.setattr(host_pool, "FIRST_ROWS", 5)
+    monkeypatch.setattr(host_pool, "GROWTH", 0.1)
+    monkeypatch.setattr(unit_index, "FIRST_UNITS", 1)
+    monkeypatch.setattr(unit_index, "GROWTH", 1.01)
+    monkeypatch.setattr(layer_module, "FIRST_CAPACITY", 1)
+    method = make(name)
+    _, cache = assert_follows(method, Walk(24, 11, steps=36, layers=2, seed=4))
+    for layer in cache.layers:
+        assert len(layer.pool.blocks) > 3
+        assert layer.capacity <= method.most_resident
+    assert cache.meter.peak_host_bytes == cache.state.memory.used
+
+
+@pytest.mark.parametrize("counts", [(12, 5), (0, 7), (3, 1)], ids=str)
+@pytest.mark.parametrize("name", SLOW)
+def test_a_second_turn(name, counts):
+    assert_follows(make(name), Walk(30, 17, steps=22, seed=5), turn=(9, counts))
+
+
+@pytest.mark.parametrize("step", [0, 13])
+@pytest.mark.parametrize("name", SLOW)
+def test_rows_move_with_all_that_is_known_about_them(name, step):
+    trace = Walk(30, 9, 17, steps=24, layers=2, seed=5)
+    assert_follows(make(name, dense_layers=1), trace, shuffle=(step, [2, 2, 0]))
+
+
+@pytest.fixture(scope="module")
+def thoughts():
+    """What the reasoner's layers 1, 2 and 5 saw: two prompts, and their answers."""
+    model = AutoModelForCausalLM.from_pretrained(reasoner.path(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(reasoner.path())
+    problems = [reasoner.task.make_problem(nodes=12, steps=40, seed=seed) for seed in (1, 2)]
+    ids = torch.stack([torch.tensor(tokenizer(p.prompt)["input_ids"]) for p in problems])
+    recorder = Recorder()
+    with kvcomp.patch(model, recorder):
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            min_new_tokens=32,
+            max_new_tokens=32,
+            do_sample=False,
+        )
+    whole = Recorded.of(recorder, ids.shape[1])
+    return Recorded(*(x[[1, 2, 5]] for x in (whole.q, whole.k, whole.v)), *whole.lens)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_on_thoughts_of_the_reasoner(name, thoughts):
+    tau = {"tau": 0.0} if "tau" in FIELDS[name] or name == "louis-kv" else {}
+    slow, _ = assert_follows(make(name, budget=32, dense_layers=1, **tau), thoughts, steps=30)
+    if name == "louis-kv":
+        assert len({one.retrievals for of in slow for one in of}) > 1
+
+
+# When LouisKV retrieves.
+
+
+def test_tau_2_is_per_token_retrieval_bit_for_bit():
+    trace = Walk(60, 9, 31, steps=50, layers=2)
+    fields = {**SMALL, **FIELDS["louis-kv"], "tau": 2.0}
+    caches = [new_cache(m(**fields), 2) for m in (LouisKV, PerTokenRetrieval)]
+    first, second = (trace.run(cache) for cache in caches)
+    assert torch.equal(first, second)
+    assert caches[0].meter.retrievals == caches[1].meter.retrievals == [150, 150]
+    for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert torch.equal(a.keys, b.keys) and torch.equal(a.index.starts, b.index.starts)
+
+
+@pytest.mark.parametrize("newest", [0, 6, 8])
+def test_tau_minus_1_retrieves_only_when_forced(newest):
+    steps, method = 60, louis(tau=-1.0, newest=newest)
+    expected, closed, first_open = 0, [], 0
+    if newest:  # as pieces of cluster_size
+        closed = [min(4, newest - first) for first in range(0, newest, 4)]
+    for step in range(steps):
+        if first_open == 7:
+            closed.append(7)
+            first_open = 0
+        if step == 0 or sum(closed) + first_open >= 8 + 7:
+            expected += 1
+            while closed and sum(closed) + first_open > 8:
+                closed.pop(0)
+        first_open += 1
+    cache = new_cache(method)
+    Walk(40, steps=steps).run(cache)
+    assert cache.meter.retrievals == [expected]
+    assert 1 < expected < steps / 6
+
+
+# Rows, copies, repetition.
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_rows_of_a_batch_are_as_they_are_alone(name):
+    lens, steps = (60, 9, 31), 40
+    trace = Walk(*lens, steps=steps, layers=2)
+    together = trace.run(new_cache(make(name, dense_layers=1), 2))
+    for row, length in enumerate(lens):
+        one = Walk(length, steps=steps, layers=2)
+        one.q, one.k, one.v = (x[:, row : row + 1] for x in (trace.q, trace.k, trace.v))
+        alone = one.run(new_cache(make(name, dense_layers=1), 2))
+        assert torch.equal(alone[:, :, 0], together[:, :, row])
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_reset_forgets(name):
+    trace, other = Walk(40, 12, steps=20, layers=2), Walk(55, steps=9, layers=2, seed=9)
+    cache = new_cache(make(name), 2)
+    first = trace.run(cache)
+    cache.reset()
+    assert cache.layers[0].capacity == 0 and cache.layers[0].pool is None
+    assert cache.state.memory.used == 0
+    other.run(cache)
+    cache.reset()
+    assert torch.equal(trace.run(cache), first)
+    assert torch.equal(trace.run(new_cache(make(name), 2)), first)
+
+
+@pytest.mark.parametrize("steps", [0, 16])
+@pytest.mark.parametrize("name", SLOW)
+def test_a_copied_cache_goes_on_by_itself(name, steps):
+    trace, other = Walk(40, 12, steps=30), Walk(40, 12, steps=30, seed=8)
+    cache = new_cache(make(name))
+    trace.fill(cache)
+    for step in range(steps):
+        trace.decode(cache, step)
+    copied, strayed = copy.deepcopy(cache), copy.deepcopy(cache)
+    for step in range(steps, 30):
+        other.decode(strayed, step)
+    rest = [[trace.decode(c, step) for step in range(steps, 30)] for c in (cache, copied)]
+    assert torch.equal(torch.stack(rest[0]), torch.stack(rest[1]))
+    assert copied.state.memory.used == cache.state.memory.used == copied.layers[0].pool.nbytes
+    assert copied.layers[0].pool.memory is copied.state.memory is not cache.state.memory
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_budget_that_covers_everything_is_dense(name):
+    trace = Walk(30, 17, steps=30, layers=2)
+    dense = trace.run(new_cache(METHODS["full"](), 2))
+    got = trace.run(new_cache(make(name, budget=80), 2))
+    torch.testing.assert_close(got, dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_further_turn_attends_to_all_there_ever_was(name):
+    trace = Walk(40, 12, steps=30)
+    cache, layer = (cache := new_cache(make(name))), cache.layers[0]
+    trace.fill(cache)
+    for step in range(19):
+        trace.decode(cache, step)
+    more = [x[0, :, :, 59:64] for x in (trace.k, trace.v)]
+    layer.append(*more)
+    k, v, lens = cache.method.context(layer)
+    assert lens.tolist() == [59, 31]
+    for row, length in enumerate(lens.tolist()):
+        for head in range(KV_HEADS):
+            order = (k[row, head, :length, :1] == trace.k[0, row, head, :length, 0]).int().argmax(1)
+            assert sorted(order.tolist()) == list(range(length))
+            assert torch.equal(k[row, head, :length], trace.k[0, row, head, order])
+            assert torch.equal(v[row, head, :length], trace.v[0, row, head, order])
+    assert not k[1, :, 31:].any() and not v[1, :, 31:].any()
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_crop_is_refused(name):
+    cache = new_cache(make(name))
+    Walk(12, 10, steps=2).run(cache)
+    with pytest.raises(ValueError, match="cannot take tokens back"):
+        cache.crop(1)
+
+
+# Memory that is refused.
+
+
+BLOCK = 2 * KV_HEADS * 256 * 2 * DIM * 4  # the first block of two rows
+
+
+def test_host_memory_over_its_limit():
+    trace = Walk(40, 12, steps=240)
+    cache = new_cache(louis(host_limit=BLOCK - 1))
+    want = f"limit of {BLOCK - 1} bytes, of which 0 are taken; {BLOCK} more are needed"
+    with pytest.raises(HostMemoryError, match=want):
+        trace.fill(cache)
+    cache, free = new_cache(louis(host_limit=2 * BLOCK - 1)), new_cache(louis())
+    for each in (cache, free):
+        trace.fill(each)
+    for step in range(256 - 40):
+        assert torch.equal(trace.decode(cache, step), trace.decode(free, step))
+    layer, step = cache.layers[0], 256 - 40
+    with pytest.raises(HostMemoryError, match=f"limit of .* {BLOCK} are taken; {BLOCK} more"):
+        trace.decode(cache, step)
+    assert cache.state.memory.used == BLOCK == layer.pool.nbytes
+    cache.state.memory.limit = None  # given more, it goes on as if nothing had been
+    q = trace.q[0][torch.arange(2), :, torch.tensor(trace.lens) + step]
+    assert torch.equal(cache.attend(layer, q, SCALE), trace.decode(free, step)[0])
+    for later in range(step + 1, 240):
+        assert torch.equal(trace.decode(cache, later), trace.decode(free, later))
+
+
+def test_rows_that_have_no_room_are_not_lost():
+    trace = Walk(40, 12, steps=20)
+    cache = new_cache(louis(host_limit=BLOCK))
+    trace.fill(cache)
+    with pytest.raises(HostMemoryError, match=f"limit of {BLOCK} bytes"):
+        cache.select(torch.tensor([0, 0, 1]))
+    assert cache.state.memory.used == BLOCK == cache.layers[0].pool.nbytes
+    got = torch.stack([trace.decode(cache, step) for step in range(20)])
+    assert torch.equal(got, trace.run(new_cache(louis())))
+
+
+def test_memory_that_cannot_be_pinned(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("CUDA error: out of memory")
+
+    trace, cache = Walk(40, 12, steps=9), new_cache(louis())
+    empty = torch.empty
+    monkeypatch.setattr(host_pool.torch, "empty", refuse)
+    with pytest.raises(HostMemoryError, match=f"{BLOCK} bytes were refused, 0 are .*out of memory"):
+        trace.fill(cache)
+    assert issubclass(HostMemoryError, MemoryError)
+    assert cache.state.memory.used == 0
+    monkeypatch.setattr(host_pool.torch, "empty", empty)
+    cache.reset()
+    assert torch.equal(trace.run(cache), trace.run(new_cache(louis())))
+
+
+# What goes wrong in the background.
+
+
+def test_what_fails_in_the_background_is_raised_and_stays_raised():
+    class Failing(LouisKV):
+        def units(self, keys, first, last):
+            raise ArithmeticError("in the background")
+
+    fields = dataclasses.asdict(louis())
+    trace, cache = Walk(40, 12, steps=3), new_cache(Failing(**fields))
+    trace.fill(cache)
+    with pytest.raises(ArithmeticError, match="in the background"):
+        copy.deepcopy(cache)
+    for _ in range(2):
+        with pytest.raises(ArithmeticError, match="in the background"):
+            trace.decode(cache, 0)
+
+
+# The methods that share tokens between layers.
+
+LAYERS = 5
+
+
+def slow_shared(trace, method, choose):
+    """The outputs of all steps, [steps, layers, B, Hq, D], one layer of one row at a time."""
+    outputs = []
+    for step in range(trace.steps):
+        rows = []
+        for row, length in enumerate(trace.lens):
+            length, chosen, layers = length + step + 1, None, []
+            everything = max(trace.lens) + step + 1 <= method.budget
+            for layer in range(trace.layers):
+                q = trace.q[layer, row, :, length - 1].double().unflatten(0, (KV_HEADS, -1))
+                k, v = (x[layer, row, :, :length].double() for x in (trace.k, trace.v))
+                logits = q @ k.transpose(1, 2) * SCALE  # [Hkv, G, n]
+                probs = logits.softmax(-1)
+                if layer in (1, 3):
+                    chosen = choose(method, logits)
+                elif layer > 1 and not everything:
+                    probs = logits.masked_fill(~chosen[:, None], -torch.inf).softmax(-1)
+                layers.append((probs @ v).flatten(0, 1))
+            rows.append(torch.stack(layers))
+        outputs.append(torch.stack(rows, 1))
+    return torch.stack(outputs).float()
+
+
+def most_probable(method, logits):
+    score = logits.softmax(-1).sum(1)
+    score[:, -method.recent :] = torch.inf
+    keep = score.topk(min(method.budget, score.shape[-1]), -1).indices
+    return torch.zeros_like(score).scatter(-1, keep, 1.0).bool()
+
+
+def best_of_any_head(method, logits):
+    length = logits.shape[-1]
+    ranking = logits.flatten(0, 1).argsort(-1, descending=True).tolist()
+    chosen = list(range(length))[-method.recent :]
+    for place in range(length):
+        for token in sorted({tokens[place] for tokens in ranking}):
+            if token not in chosen and len(chosen) < method.budget:
+                chosen.append(token)
+    mask = torch.zeros(length, dtype=torch.bool)
+    mask[chosen] = True
+    return mask.expand(KV_HEADS, -1)
+
+
+@pytest.mark.parametrize(
+    "method, choose",
+    [(TidalDecode, most_probable), (LessIsMore, best_of_any_head)],
+    ids=["tidal-decode", "less-is-more"],
+)
+@pytest.mark.parametrize("recent", [1, 5])
+def test_shared_tokens(method, choose, recent):
+    method = method(budget=16, recent=recent, dense_layers=1, selecting=(1, 3))
+    trace = Walk(40, 11, steps=14, layers=LAYERS)
+    got = trace.run(new_cache(method, LAYERS))
+    torch.testing.assert_close(got, slow_shared(trace, method, choose), rtol=1e-4, atol=2e-5)
+
+
+def test_shared_tokens_read_what_they_say():
+    cache = new_cache(TidalDecode(budget=16, dense_layers=1), LAYERS)
+    assert cache.method.plan(LAYERS) == (1, 2) and TidalDecode().plan(28) == (2, 14)
+    trace = Walk(40, steps=10, layers=LAYERS)
+    trace.run(cache)
+    dense = sum(range(41, 51))
+    assert [int(n) for n in cache.meter.read_tokens] == [dense] * 3 + [160] * 2
+
+
+# Parameters.
+
+
+@pytest.mark.parametrize(
+    "make, what",
+    [
+        (
+            lambda: LouisKV(budget=100, sinks=16, local=256),
+            "budget: expected at least sinks \\+ local = 272 tokens, got 100",
+        ),
+        (lambda: LouisKV(tau=-1.1), "tau: expected a number from -1 to 2, got -1.1"),
+        (lambda: LouisKV(tau=2.1), "tau: expected a number from -1 to 2, got 2.1"),
+        (lambda: LouisKV(tau=float("nan")), "tau: expected a number from -1 to 2, got nan"),
+        (lambda: LouisKV(cluster_size=0), "cluster_size: expected at least 1 token, got 0"),
+        (lambda: LouisKV(window=8), "window: expected at least cluster_size=16 tokens, got 8"),
+        (lambda: LouisKV(iterations=0), "iterations: expected at least 1, got 0"),
+        (lambda: LouisKV(segment=(9, 4)), "segment: expected 1 <= shortest <= longest, got .9, 4"),
+        (lambda: LouisKV(segment=(0, 4)), "segment: expected 1 <= shortest"),
+        (lambda: LouisKV(sinks=-1), "sinks: expected at least 0, got -1"),
+        (lambda: LouisKV(local=0), "local: expected at least 1 token, got 0"),
+        (lambda: LouisKV(newest=257), "newest: expected 0 to local=256 tokens, got 257"),
+        (lambda: LouisKV(dense_layers=-1), "dense_layers: expected at least 0, got -1"),
+        (
+            lambda: KVCache(LouisKV(dense_layers=4), 4),
+            "LouisKV: dense_layers: expected fewer than the 4 layers of this model, got 4",
+        ),
+        (
+            lambda: Walk(40, 2, steps=1).fill(new_cache(louis())),
+            "sinks: expected no more than the tokens of a prompt, 2 in row 1, got 3",
+        ),
+        (lambda: METHODS["quest"](page_size=0), "Quest: page_size: expected at least 1 token"),
+        (lambda: METHODS["stride-retrieval"](stride=0), "stride: expected at least 1 step, got 0"),
+        (lambda: METHODS["cluster-kv"](output_window=0), "output_window: expected at least 1"),
+        (lambda: METHODS["cluster-kv"](output_cluster=0), "output_cluster: expected at least 1"),
+        (lambda: LouisKV.example(3), "budget: expected at least sinks"),
+        (lambda: TidalDecode(recent=0), "recent: expected 1 to budget=1024 tokens, got 0"),
+        (lambda: LessIsMore(budget=128, recent=129), "recent: expected 1 to budget=128"),
+        (lambda: KVCache(TidalDecode(selecting=(3,)), 8), "dense_layers=2, which must select"),
+        (lambda: KVCache(TidalDecode(selecting=(2, 8)), 8), "up to 7, got"),
+        (lambda: KVCache(TidalDecode(selecting=()), 8), "selecting: expected layers"),
+    ],
+)
+def test_bad_parameters(make, what):
+    with pytest.raises(ValueError, match=what):
+        make()
+
+
+@pytest.mark.parametrize("budget", [8, 16, 64, 128, 1000])
+@pytest.mark.parametrize("name", SLOW)
+def test_examples_have_the_budget_on_the_device(name, budget):
+    assert METHODS[name].example(budget).most_resident == budget
