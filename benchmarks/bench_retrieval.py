@@ -97,7 +97,7 @@ def make_trace(options: argparse.Namespace, dtype: torch.dtype) -> Trace:
     for _ in range(steps):
         if left == 0:
             pair = [pair[1], choice.choice([t for t in range(topics) if t not in pair])]
-            left = choice.randint(6, 14)
+            left = choice.randint(7, 13)
         left -= 1
         between = directions[:, pair].sum(1).repeat_interleave(heads // kv_heads, 0) / 2**0.5
         queries.append(between + normal(heads, dim) / 3)  # cosines of 0.9, and 0.45 at a turn
@@ -169,6 +169,7 @@ class Contestant:
         # A prefill looks at no query but for its shape.
         self.cache.prefill(self.layer, trace.queries[0][:, :, None], self.scale)
         self.layer.settle()
+        self.spare = LayerCache(self.cache, 1)  # appended to before attention alone is timed
         self.before = self.counts()
 
     def counts(self) -> Tensor:
@@ -192,8 +193,9 @@ class Contestant:
             times.kinds.append((retrievals > 0, stored > 0))
         return out
 
-    def attend(self, q: Tensor) -> None:
-        """The attention of that step once more, alone."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """The attention of that step once more, alone; behind an append, as in a step."""
+        self.spare.append(k, v)
         start = now(self.device)
         self.layer.attend(q, self.scale)
         self.attention.seconds.append(now(self.device) - start)
@@ -218,8 +220,10 @@ class Scoring:
         self.layer, self.budget, self.device = layer, budget, device
         self.active = torch.ones_like(layer.seq_lens)
         self.times = Times()
+        self.spare = LayerCache(layer.cache, 1)
 
-    def attend(self, q: Tensor) -> None:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.spare.append(k, v)
         index = self.layer.index
         start = now(self.device)
         scores = ops.unit_scores(q, index.digests, index.starts, index.num_indexed, self.active)
@@ -329,7 +333,7 @@ def _race(
             outs[name] = players[name].take(q, k, v)
         for player in shuffled([*players.values(), scoring]):
             others.sum()
-            player.attend(q)
+            player.attend(q, k, v)
         dense = outs["full"].float()
         for name, player in players.items():
             player.judge(q, outs[name].float(), dense, step % AUDIT_EVERY == 0)

@@ -247,6 +247,47 @@ def accuracy_by_window(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Fig
         yield f"{part}-windows", figure
 
 
+# --- bench_retrieval ------------------------------------------------------------------------------
+
+
+def retrieval_share(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
+    """A step of a layer: attention, and on top of it retrieval; then what the link's bytes buy."""
+    shown = [r for r in rows if r["part"] == "share" and "step_us" in r]
+    if not shown:
+        return
+    panels = _by(shown, "dtype")
+    size = (8.4, 1.4 + 1.6 * len(panels))
+    figure, axes = plt.subplots(len(panels), 2, figsize=size, sharey=True, squeeze=False)
+    for (left, right), (dtype, part) in zip(axes, panels.items(), strict=True):
+        part = [r for r in part if r["method"] != "full"]
+        names, y = [r["method"] for r in part], range(len(part))
+        attention = [r["attention_us"] for r in part]
+        more = [max(r["step_us"] - r["attention_us"], 0) for r in part]
+        left.barh(y, attention, 0.6, color=COLORS[5], label="attention")
+        bars = left.barh(y, more, 0.6, left=attention, color=COLORS[1], label="retrieval")
+        shares = [f"{r['retrieval_share']:.0%}, rate {r['rate']:.0%}" for r in part]
+        left.bar_label(bars, shares, fontsize=7, padding=3)
+        left.margins(x=0.3)
+        left.set_yticks(y, names, fontsize=8)
+        left.invert_yaxis()
+        left.set_xlabel(f"{dtype}: us of a layer's step; retrieval's share")
+        bars = right.barh(y, [r["link_bytes"] / 1024 for r in part], 0.6, color=COLORS[2])
+        bought = [f"recall {r['recall']:.0%}, error {r['error']:.1%}" for r in part]
+        right.bar_label(bars, bought, fontsize=7, padding=3)
+        right.margins(x=0.5)
+        right.set_xlabel(f"{dtype}: KiB over the link per token")
+        for axis in (left, right):
+            axis.grid(axis="y", visible=False)
+    _title(
+        figure,
+        facts,
+        f"Retrieval: one layer, {facts['prompt']} tokens, budget {facts['budget']}, queries that"
+        " turn every ten steps or so",
+    )
+    _legend(figure)
+    yield "share", figure
+
+
 # --- drawing --------------------------------------------------------------------------------------
 
 
@@ -344,6 +385,7 @@ CHARTS = {
     "accuracy": (accuracy_by_bytes, accuracy_by_window),
     "memory": (memory,),
     "ops": (bandwidth, speedup, variants, overhead),
+    "retrieval": (retrieval_share,),
 }
 
 

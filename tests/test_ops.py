@@ -65,6 +65,16 @@ def test_compiles_without_a_break(name):
         torch.testing.assert_close(a, b)
 
 
+def test_kmeans_takes_no_wrong_turn_in_many_iterations():
+    """What a kernel skips, because it cannot have changed, matters only after a few of them."""
+    keys = torch.randn(1, 2, 1000, 64, generator=torch.Generator().manual_seed(5))
+    args = (keys, torch.tensor([0], dtype=torch.int32), torch.tensor([1000], dtype=torch.int32))
+    got = OPS["kmeans"].impl("cpu")(*args, 16, 600, 12)
+    want = OPS["kmeans"].reference(args[0].double(), *args[1:], 16, 600, 12)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[2], want[2])
+    torch.testing.assert_close(got[1], want[1].float())
+
+
 # The public functions take by keyword, or in other terms, what the schema has by position.
 CALLS = {
     "attention_hits": lambda op, logits, lse, lens, hits, log_threshold: op(

@@ -465,6 +465,7 @@ def test_shared_tokens_read_what_they_say():
             "sinks: expected no more than the tokens of a prompt, 2 in row 1, got 3",
         ),
         (lambda: METHODS["quest"](page_size=0), "Quest: page_size: expected at least 1 token"),
+        (lambda: METHODS["free-kv"](tau=3), "FreeKV: tau: expected a number from -1 to 2, got 3"),
         (lambda: METHODS["stride-retrieval"](stride=0), "stride: expected at least 1 step, got 0"),
         (lambda: METHODS["cluster-kv"](output_window=0), "output_window: expected at least 1"),
         (lambda: METHODS["cluster-kv"](output_cluster=0), "output_cluster: expected at least 1"),

@@ -165,7 +165,8 @@ def bench_query_similarity(options: argparse.Namespace, run: Settings) -> Iterat
         for batch in (1, 8):
             for dtype in options.dtype:
                 random = partial(torch.randn, batch, heads, dim, device=run.device)
-                sets = [(random().to(DTYPES[dtype]), random().to(DTYPES[dtype])) for _ in range(8)]
+                steps = [(random(), random()) for _ in range(8)]
+                sets = [((x + 0.3 * y).to(DTYPES[dtype]), x.to(DTYPES[dtype])) for x, y in steps]
                 moved = 3 * batch * heads * dim * DTYPES[dtype].itemsize
                 contenders = plain_contenders(
                     "query_similarity",
@@ -423,10 +424,13 @@ def _exchange(pool: list[Tensor], budget: int, new: int, device: str) -> Exchang
 
 
 def _refetch(x: Exchange) -> None:
-    rows, (block,) = x.turn(), x.pool
-    taken = block.take_along_dim(rows[..., None, None].long().to(block.device), 2).to(rows.device)
-    span = slice(SINKS, SINKS + rows.shape[-1])
-    x.k[:, :, span], x.v[:, :, span] = taken.unbind(3)
+    rows, block = x.turn(), x.pool[0]
+    heads, count = rows.shape[1:]
+    first = torch.arange(heads, device=rows.device)[:, None] * block.shape[2]
+    index = (rows[0] + first).flatten().to(block.device)  # among the rows of all heads
+    taken = block.flatten(0, 2).index_select(0, index).to(rows.device)
+    span = slice(SINKS, SINKS + count)
+    x.k[0, :, span], x.v[0, :, span] = taken.unflatten(0, (heads, count)).unbind(2)
     x.slot_rows[..., span] = rows
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -24,14 +25,15 @@ class Background:
         return self  # a copied cache uses the same line
 
     def submit(self, work: Callable[[], None], *tensors: Tensor) -> Callable[[], None]:
-        """Start `work`, which reads `tensors`; what is returned waits for its end.
+        """Start `work`, which uses `tensors`; what is returned waits for its end.
 
         What `work` raises is raised there.
         """
         wait = self._start(work, tensors)
         self._under_way.append(wait)
         if len(self._under_way) > DEPTH:
-            self._under_way.popleft()()
+            with suppress(Exception):  # which is for those who asked for that piece
+                self._under_way.popleft()()
         return wait
 
     def _start(self, work: Callable[[], None], tensors: tuple[Tensor, ...]) -> Callable[[], None]:
@@ -51,7 +53,7 @@ def _as_here(work: Callable[[], None]) -> Callable[[], None]:
     inference = torch.is_inference_mode_enabled()
 
     def run() -> None:
-        with torch.no_grad(), torch.inference_mode(inference):
+        with torch.inference_mode(inference), torch.no_grad():  # the first sets the second, too
             work()
 
     return run

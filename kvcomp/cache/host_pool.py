@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 FIRST_ROWS = 256  # the least that is allocated, in rows per sequence and head
-GROWTH = 0.5  # a further block is at least this share of what there is
-MAX_BLOCKS = 32  # what the ops take: 1.5 ** 31 times the first block
+GROWTH = 1 / 4  # a further block is at least this share of what there is
+MAX_BLOCKS = 32  # what the ops take: 1.25 ** 31, a thousand times the first block
 
 
 class HostMemoryError(MemoryError):

@@ -267,6 +267,7 @@ class LayerCache:
         Returns:
             fetched [B, Hkv] int32: rows that came over the link.
         """
+        self.positions(self._k.shape[1])  # brings them up to date
         most = min(most, self.columns)
         self._reserve(self._k[:, :, :1], most)
         fetched = ops.fetch_rows(

@@ -83,13 +83,13 @@ class Meter:
     def retrieved(self, layer: LayerCache, active: Tensor, wanted: Tensor, fetched: Tensor) -> None:
         """Rows of `layer` where active [B] is 1 selected wanted [B] tokens for each KV head, of
         which fetched [B, Hkv] came from the host."""
-        _add(self.retrievals, layer, active.sum())
-        _add(self.wanted_rows, layer, (active * wanted).sum() * fetched.shape[1])
-        _add(self.fetched_rows, layer, fetched.sum())
+        _add(self.retrievals, layer, _total(active))
+        _add(self.wanted_rows, layer, _total(active * wanted) * fetched.shape[1])
+        _add(self.fetched_rows, layer, _total(fetched))
 
     def stored(self, layer: LayerCache, tokens: Tensor) -> None:
         """tokens [B] of every KV head of `layer` go to the host."""
-        _add(self.stored_rows, layer, tokens.sum() * layer.keys.shape[1])
+        _add(self.stored_rows, layer, _total(tokens) * layer.keys.shape[1])
 
     def cut(self, closed: Tensor, longest: int) -> None:
         """Segments of closed [B] tokens end, at most `longest`; 0: none does."""
@@ -137,5 +137,12 @@ class Meter:
         return [int(seen.sum()) for _, seen in self._lens]
 
 
-def _add(counts: list[Tensor], layer: LayerCache, count: Tensor) -> None:
-    counts[layer.position] = counts[layer.position].to(count.device) + count
+def _total(counts: Tensor) -> Tensor | int:
+    """Their sum: on the CPU a number, as adding tensors up would take ten times as long."""
+    return counts.sum() if counts.is_cuda else sum(counts.flatten().tolist())
+
+
+def _add(counts: list[Tensor], layer: LayerCache, count: Tensor | int) -> None:
+    if isinstance(count, Tensor):
+        counts[layer.position] = counts[layer.position].to(count.device)
+    counts[layer.position] += count

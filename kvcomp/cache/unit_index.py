@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROWTH = 1.5
-FIRST_UNITS = 64
+GROWTH = 1 / 8  # of what there is: a prompt has thousands of units, and gains one in ten steps
+FIRST_UNITS = 64  # the least that is added
 
 
 class UnitIndex:
@@ -48,7 +48,7 @@ class UnitIndex:
         self.bound = int(self.num_units.max()) + count  # the bound may have been generous
         if self.bound <= self.capacity:
             return
-        more = max(self.bound, int(self.capacity * GROWTH), FIRST_UNITS) - self.capacity
+        more = max(self.bound - self.capacity, int(self.capacity * GROWTH), FIRST_UNITS)
         batch, heads, _, width = self.digests.shape
         self.starts = torch.cat([self.starts, self.starts.new_zeros(batch, heads, more)], 2)
         digests = self.digests.new_empty(batch, heads, self.capacity + more, width)

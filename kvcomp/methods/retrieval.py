@@ -41,7 +41,8 @@ class Retrieval(Method):
         budget: B, tokens that are retrieved at once, per KV head; sinks and local tokens come on
             top.
         sinks: S, first tokens, always on the device.
-        local: W, newest tokens, always on the device; with the open segment up to W + s_max.
+        local: W, newest tokens on the device: while there are more, the oldest segment leaves when
+            a row selects; with the open segment up to W + s_max.
         segment: (s_min, s_max), tokens of a segment of the output.
         dense_layers: how many first layers keep everything on the device and attend to all.
         newest: W0, newest tokens of a prompt that stay local; at most W.
@@ -248,8 +249,9 @@ class Retrieval(Method):
         first, last, end = first.clone(), last.clone(), layer.seq_lens.clone()
 
         def work() -> None:
-            labels, digests, sizes = self.units(keys, first, last)
+            # Read before the clustering is under way, for which the host need not wait then.
             table = torch.stack([before, first_row, first, last, end], 1).tolist()
+            labels, digests, sizes = self.units(keys, first, last)
             for row, (unit, pool_row, begin, middle, stop) in enumerate(table):
                 pool.write(row, 0, keys[row, :, : self.sinks], values[row, :, : self.sinks])
                 order = labels[row, :, begin:middle].argsort(dim=-1, stable=True)[..., None]
@@ -265,7 +267,8 @@ class Retrieval(Method):
                         tokens = keys[row, :, :1]
                     index.write(row, unit + clusters + piece, self.digest(tokens)[:, None], size)
 
-        layer.pending = layer.cache.state.background.submit(work, keys, values)
+        tensors = keys, values, first, last, index.starts, index.digests
+        layer.pending = layer.cache.state.background.submit(work, *tensors)
 
     def _close_open(self, layer: LayerCache) -> Tensor:
         """The open segment without the tokens just added becomes a unit; [B] rows up to its end."""
@@ -326,7 +329,6 @@ class Retrieval(Method):
     def select(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> None:
         """Bring the units that q wants to the device, in rows where active [B] is 1."""
         index = layer.index
-        layer.positions(layer.keys.shape[1])  # brings them up to date
         scores = self.scores(layer, q, scale, active)
         rows = ops.select_units(scores, index.starts, index.num_indexed, active, self.budget)
         first_local = index.first_local()

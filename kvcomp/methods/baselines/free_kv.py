@@ -29,6 +29,10 @@ class FreeKV(PagedRetrieval, name="free-kv", baseline=True):
     page_size: int = 32
     tau: float = 0.8
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(-1 <= self.tau <= 2, "tau", "a number from -1 to 2", self.tau)
+
     def digest(self, keys: Tensor) -> Tensor:
         return torch.cat([keys.amax(-2), keys.amin(-2)], -1)
 
