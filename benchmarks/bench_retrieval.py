@@ -176,7 +176,7 @@ class Contestant:
         """Retrievals, rows wanted, fetched and stored."""
         meter = self.cache.meter
         counters = (meter.retrievals, meter.wanted_rows, meter.fetched_rows, meter.stored_rows)
-        return torch.stack([counter[0].cpu() for counter in counters])
+        return torch.tensor([int(counter[0]) for counter in counters])
 
     def take(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """A whole step, timed."""
@@ -568,7 +568,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.smoke:
         options.prompt, options.steps, options.shape, options.budget = 1024, 24, (4, 2, 64), 128
         options.tokens, options.layers, options.memory_layers = 512, 2, 3
-        options.iterations, options.repeats = [3], 1
+        options.iterations, options.repeats, options.dtype = [3], 1, options.dtype[:1]
     return options
 
 

@@ -269,7 +269,6 @@ def retrieval_share(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure
         left.bar_label(bars, shares, fontsize=7, padding=3)
         left.margins(x=0.3)
         left.set_yticks(y, names, fontsize=8)
-        left.invert_yaxis()
         left.set_xlabel(f"{dtype}: us of a layer's step; retrieval's share")
         bars = right.barh(y, [r["link_bytes"] / 1024 for r in part], 0.6, color=COLORS[2])
         bought = [f"recall {r['recall']:.0%}, error {r['error']:.1%}" for r in part]
@@ -278,6 +277,7 @@ def retrieval_share(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure
         right.set_xlabel(f"{dtype}: KiB over the link per token")
         for axis in (left, right):
             axis.grid(axis="y", visible=False)
+    axes[0, 0].invert_yaxis()  # and with it all others
     _title(
         figure,
         facts,

@@ -144,6 +144,25 @@ def test_accuracy_is_that_of_the_whole_family_at_one_bound(tmp_path):
     assert any(row["step_accuracy"] < 1 for row in rows)
 
 
+def test_retrieval_is_counted_where_it_happens(tmp_path):
+    module, path = script("bench_retrieval"), tmp_path / "retrieval.json"
+    command = ["--smoke", "--part", "share", "memory", "--dtype", "fp32", "--json", str(path)]
+    assert module.main(command) == 0
+    rows = json.loads(path.read_text())["rows"]
+    share = {r["method"]: r for r in rows if r["part"] == "share"}
+    assert share["full"]["link_bytes"] == share["full"]["rate"] == share["full"]["error"] == 0
+    louis, every = share["louis-kv"], share["per-token-retrieval"]
+    assert 0 < louis["rate"] < 0.25 and every["rate"] == 1 and every["quiet_us"] is None
+    assert 0 < louis["link_bytes"] < every["link_bytes"]
+    assert louis["recall"] > 0.9 and louis["error"] < 0.2
+    assert share["unit_scores + select_units"]["units"] >= 1024 / 16
+    prompt, later = (r for r in rows if r["part"] == "memory")
+    assert prompt["tokens"] == 1024 and later["tokens"] > 1024 and later["index"] > 0
+    for row in (prompt, later):  # the tensors hold what is counted, and spare capacity
+        assert row["held"] >= row["slots_allocated"] >= row["slots"] > 0
+        assert row["host"] >= row["dense"] / 3  # one layer of three, for the other two keep all
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
@@ -175,6 +194,8 @@ def test_plots(smoke, memory, tmp_path):
     }
     pictures += plot.plot(memory, tmp_path)
     assert pictures[-1].stem == "memory-bytes"
+    pictures += plot.plot(BENCHMARKS / "results" / "cpu" / "retrieval-share.json", tmp_path)
+    assert pictures[-1].stem == "retrieval-share-share"
     for part, chart in (("tight", "tight-bytes"), ("lag", "lag-windows")):
         pictures += plot.plot(BENCHMARKS / "results" / "cpu" / f"accuracy-{part}.json", tmp_path)
         assert pictures[-1].stem == f"accuracy-{part}-{chart}"

@@ -144,7 +144,7 @@ def _kmeans_contenders(x: tuple, libraries: bool, run: Settings) -> Iterator[Con
     for name, call in baselines.items():
         yield Contender(name, call, moved, ours=False)
     against = tuple(Against(name, name) for name in ("torch", *baselines))
-    for name in implementations("kmeans", run.device, num_bytes=1 << 40):
+    for name in implementations("kmeans", run.device, moved):
         yield Contender(
             name,
             lambda x, impl=OPS["kmeans"].impls[name]: impl(*x),

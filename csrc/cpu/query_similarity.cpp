@@ -1,5 +1,6 @@
 // The mean over the heads of the cosine between a step's queries and those of the step before. One
 // task is a sequence. Bytes: both, read once, and one written.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -19,7 +20,7 @@ float similarity(const QuerySimilarityParams& p, const simd::TypedRows& rows, in
     float sums[3];
     rows.products(q, previous, p.head_dim, sums);
     const float norms = std::sqrt(sums[0]) * std::sqrt(sums[2]);
-    total += norms > 0.0f ? sums[1] / norms : 0.0f;
+    total += norms > 0.0f ? std::clamp(sums[1] / norms, -1.0f, 1.0f) : 0.0f;
     length += sums[2];
     std::memcpy(previous, q, row_bytes);
   }

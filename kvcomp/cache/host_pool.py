@@ -79,7 +79,6 @@ class HostPool:
         memo[id(self)] = copy
         copy.__dict__.update(self.__dict__)
         copy.memory = deepcopy(self.memory, memo)
-        copy.blocks = list(self.blocks)
         copy.select(torch.arange(self._shape[0]))  # a tensor's own deepcopy would not be pinned
         return copy
 

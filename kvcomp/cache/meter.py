@@ -12,23 +12,26 @@ if TYPE_CHECKING:
     from kvcomp.cache.layer import LayerCache
 
 
+Count = int | Tensor  # a tensor where the layer is on a GPU, which is not waited for
+
+
 class Meter:
     """Figures over all caches that share it; they outlive the caches.
 
     Attributes:
         tokens_decoded: rows times decode steps.
         dense_tokens: int64 scalar, tokens a layer that keeps and reads all would have read.
-        read_tokens: per managed layer an int64 scalar, tokens read by attention.
+        read_tokens: per managed layer, tokens read by attention.
         peak_bytes: most bytes of K and V slots in use by one cache (rows times the longest row).
         peak_note_bytes: most bytes that methods remember about the slots in use and the rows.
         allocated_bytes: the slabs of the latest cache, spare capacity included.
         peak_len, sum_len: longest row of any layer, and the sum over layers and steps.
         evictions: int64 scalar, times that tokens were taken out of a layer.
-        evicted_tokens: per managed layer an int64 scalar, tokens taken out, all rows.
-        retrievals: per managed layer an int64 scalar, selections made, all rows.
-        wanted_rows, fetched_rows: per managed layer int64 scalars, rows of KV heads that selections
+        evicted_tokens: per managed layer, tokens taken out, all rows.
+        retrievals: per managed layer, selections made, all rows.
+        wanted_rows, fetched_rows: per managed layer, rows of KV heads that selections
             held, and those of them that had to come from the host.
-        stored_rows: per managed layer an int64 scalar, rows of KV heads that went to the host.
+        stored_rows: per managed layer, rows of KV heads that went to the host.
         row_bytes: per managed layer, K and V of one token and KV head.
         segments: [tokens + 1] int64, how many segments were closed with so many tokens.
         recalls: [2] fp64, and `audits` how often: attention mass covered by what was retrieved, of
@@ -39,17 +42,17 @@ class Meter:
     def __init__(self, num_layers: int) -> None:
         self.tokens_decoded = 0
         self.dense_tokens = torch.zeros((), dtype=torch.int64)
-        self.read_tokens = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
+        self.read_tokens: list[Count] = [0] * num_layers
         self.token_bytes = [0] * num_layers
         self.slot_bytes = [0] * num_layers
         self.peak_bytes = self.peak_note_bytes = 0
         self.peak_len = self.sum_len = self.steps = 0
         self.evictions = torch.zeros((), dtype=torch.int64)
-        self.evicted_tokens = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
-        self.retrievals = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
-        self.wanted_rows = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
-        self.fetched_rows = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
-        self.stored_rows = [torch.zeros((), dtype=torch.int64) for _ in range(num_layers)]
+        self.evicted_tokens: list[Count] = [0] * num_layers
+        self.retrievals: list[Count] = [0] * num_layers
+        self.wanted_rows: list[Count] = [0] * num_layers
+        self.fetched_rows: list[Count] = [0] * num_layers
+        self.stored_rows: list[Count] = [0] * num_layers
         self.row_bytes = [0] * num_layers
         self.segments = torch.zeros(1, dtype=torch.int64)
         self.recalls, self.audits = torch.zeros(2, dtype=torch.float64), 0
@@ -62,7 +65,7 @@ class Meter:
 
     def attended(self, position: int, lens: Tensor) -> None:
         """Attention of layer `position` reads lens [B] tokens."""
-        self.read_tokens[position] = self.read_tokens[position].to(lens.device) + lens.sum()
+        _add(self.read_tokens, position, _total(lens))
 
     def stepped(self, cache: KVCache) -> None:
         """`cache` has finished a decode step, and nothing has left it since."""
@@ -77,19 +80,18 @@ class Meter:
         """Rows of `layer` are about to be cut to kept_lens [B]."""
         gone = (layer.seq_lens - kept_lens).clamp(min=0).sum()
         self.evictions = self.evictions.to(gone.device) + (gone > 0)
-        count = self.evicted_tokens[layer.position]
-        self.evicted_tokens[layer.position] = count.to(gone.device) + gone
+        _add(self.evicted_tokens, layer.position, gone)
 
     def retrieved(self, layer: LayerCache, active: Tensor, wanted: Tensor, fetched: Tensor) -> None:
         """Rows of `layer` where active [B] is 1 selected wanted [B] tokens for each KV head, of
         which fetched [B, Hkv] came from the host."""
-        _add(self.retrievals, layer, _total(active))
-        _add(self.wanted_rows, layer, _total(active * wanted) * fetched.shape[1])
-        _add(self.fetched_rows, layer, _total(fetched))
+        _add(self.retrievals, layer.position, _total(active))
+        _add(self.wanted_rows, layer.position, _total(active * wanted) * fetched.shape[1])
+        _add(self.fetched_rows, layer.position, _total(fetched))
 
     def stored(self, layer: LayerCache, tokens: Tensor) -> None:
         """tokens [B] of every KV head of `layer` go to the host."""
-        _add(self.stored_rows, layer, _total(tokens) * layer.keys.shape[1])
+        _add(self.stored_rows, layer.position, _total(tokens) * layer.keys.shape[1])
 
     def cut(self, closed: Tensor, longest: int) -> None:
         """Segments of closed [B] tokens end, at most `longest`; 0: none does."""
@@ -137,12 +139,13 @@ class Meter:
         return [int(seen.sum()) for _, seen in self._lens]
 
 
-def _total(counts: Tensor) -> Tensor | int:
+def _total(counts: Tensor) -> Count:
     """Their sum: on the CPU a number, as adding tensors up would take ten times as long."""
     return counts.sum() if counts.is_cuda else sum(counts.flatten().tolist())
 
 
-def _add(counts: list[Tensor], layer: LayerCache, count: Tensor | int) -> None:
-    if isinstance(count, Tensor):
-        counts[layer.position] = counts[layer.position].to(count.device)
-    counts[layer.position] += count
+def _add(counts: list[Count], position: int, count: Count) -> None:
+    have = counts[position]
+    if isinstance(have, Tensor) and isinstance(count, Tensor):
+        have = have.to(count.device)
+    counts[position] = have + count

@@ -81,7 +81,8 @@ class LouisKV(ClusteredRetrieval, name="louis-kv"):
             raise ValueError(
                 "kvcomp.LouisKV.calibrate: no two decode steps to compare; decode more tokens"
             )
-        return cls(**{"tau": round(seen.quantile(rate).item(), 4), **fields})
+        tau = seen.kthvalue(1 + round(rate * (len(seen) - 1))).values  # quantile() wants few
+        return cls(**{"tau": round(tau.item(), 4), **fields})
 
 
 @dataclass(frozen=True)

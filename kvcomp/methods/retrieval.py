@@ -45,7 +45,7 @@ class Retrieval(Method):
             a row selects; with the open segment up to W + s_max.
         segment: (s_min, s_max), tokens of a segment of the output.
         dense_layers: how many first layers keep everything on the device and attend to all.
-        newest: W0, newest tokens of a prompt that stay local; at most W.
+        newest: W0, newest tokens of a prompt that stay local; at most W. None: half of them.
         host_limit: bytes of host memory for K and V, all layers; None: no limit.
         audit: whether to measure, at every step, how much of the attention mass the resident tokens
             cover; that reads the whole pool.
@@ -68,10 +68,8 @@ class Retrieval(Method):
         shortest, longest = self.segment
         self._require(1 <= shortest <= longest, "segment", "1 <= shortest <= longest", self.segment)
         self._require(self.dense_layers >= 0, "dense_layers", "at least 0", self.dense_layers)
-        if self.newest is None:
-            object.__setattr__(self, "newest", self.local // 2)
         self._require(
-            0 <= self.newest <= self.local,
+            0 <= self.num_newest <= self.local,
             "newest",
             f"0 to local={self.local} tokens",
             self.newest,
@@ -106,6 +104,11 @@ class Retrieval(Method):
             "local": local,
             "segment": (min(4, longest), longest),
         }
+
+    @property
+    def num_newest(self) -> int:
+        """W0."""
+        return self.local // 2 if self.newest is None else self.newest
 
     @property
     def most_resident(self) -> int:
@@ -185,14 +188,15 @@ class Retrieval(Method):
         else:
             first_row = self._close_open(layer)
         first = layer.seq_lens - (layer.logical_lens - first_row)  # slots [first, last) leave
-        last = torch.maximum(layer.seq_lens - self.newest, first)
+        last = torch.maximum(layer.seq_lens - self.num_newest, first)
         layer.positions(layer.keys.shape[1])
         self._absorb(layer, first_row, first, last)
-        slot = torch.arange(self.newest, device=last.device)
+        slot = torch.arange(self.num_newest, device=last.device)
         newest = (last[:, None] + slot).clamp(max=layer.max_len - 1)
         sinks = torch.arange(self.sinks, device=last.device).expand(len(last), -1)
         layer.keep(torch.cat([sinks, newest], 1), self.sinks + layer.seq_lens - last)
         layer.state["query"].zero_()  # so that the first step retrieves
+        layer.state.pop("recall", None)  # of `audit`, before this prompt
 
     def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
         if layer.index is None:
@@ -240,7 +244,7 @@ class Retrieval(Method):
         keys, values, pool, index = layer.keys, layer.values, layer.pool, layer.index
         pool.reserve(layer.columns)
         clusters = self.unit_count(keys.shape[2])
-        pieces = -(-self.newest // self.unit_size)
+        pieces = -(-self.num_newest // self.unit_size)
         index.reserve(clusters + pieces)
         before = index.num_units.clone()
         index.num_units += clusters + pieces

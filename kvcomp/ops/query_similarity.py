@@ -36,7 +36,7 @@ def query_similarity(q: Tensor, previous: Tensor) -> Tensor:
 def reference(q, previous):
     dot = (q * previous).sum(-1)
     norms = q.norm(dim=-1) * previous.norm(dim=-1)
-    cosine = torch.where(norms > 0, dot / norms.where(norms > 0, 1.0), 0.0)
+    cosine = torch.where(norms > 0, dot / norms.where(norms > 0, 1.0), 0.0).clamp(-1, 1)
     unknown = (previous == 0).flatten(1).all(1)
     previous.copy_(q)
     return cosine.mean(1).masked_fill(unknown, -torch.inf)

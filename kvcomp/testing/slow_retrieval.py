@@ -139,7 +139,7 @@ class Slow:
                 self.let_go()
         self.seen += count
         self.stored += len(tokens)
-        middle = max(len(tokens) - self.method.newest, 0)
+        middle = max(len(tokens) - self.method.num_newest, 0)
         older, newest = tokens[:middle], tokens[middle:]
         for head in range(self.heads):
             units = self.cut(head, older) if older else []

@@ -34,11 +34,16 @@ class SharedTokens(Method):
     selecting: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.recent <= self.budget:
+        if not 1 <= self.num_recent <= self.budget:
             raise ValueError(
                 f"kvcomp.{type(self).__name__}: recent: expected 1 to budget={self.budget} tokens,"
-                f" got {self.recent}"
+                f" got {self.num_recent}"
             )
+
+    @property
+    def num_recent(self) -> int:
+        """Newest tokens always in the set."""
+        return self.recent
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
@@ -79,6 +84,6 @@ class SharedTokens(Method):
         out, lse = layer.attend(q, scale, logits=logits)
         scores = self.score(layer, logits[:, :, : layer.max_len], lse)
         state.tokens = ops.select_pages(
-            scores, layer.seq_lens, 1, self.budget, num_recent=self.recent
+            scores, layer.seq_lens, 1, self.budget, num_recent=self.num_recent
         )
         return out

@@ -8,7 +8,6 @@ tokens. All heads of the layers that follow attend to it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,21 +15,20 @@ from torch import Tensor
 from kvcomp.cache.layer import LayerCache
 from kvcomp.methods.baselines._shared_tokens import SharedTokens
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 @dataclass(frozen=True)
 class LessIsMore(SharedTokens, name="less-is-more", baseline=True):
-    """Tokens by their best rank under any head."""
+    """Tokens by their best rank under any head.
 
-    recent: int = 256  # a quarter of the budget
+    Attributes:
+        recent: newest tokens always in the set; None: a quarter of the budget.
+    """
 
-    @classmethod
-    def example(cls, budget: int | None = None) -> Self:
-        """For short contexts and few layers; a quarter of the budget is recent."""
-        budget = 128 if budget is None else budget
-        return cls(budget=budget, recent=max(1, budget // 4), selecting=(2,))
+    recent: int | None = None
+
+    @property
+    def num_recent(self) -> int:
+        return max(1, self.budget // 4) if self.recent is None else self.recent
 
     def score(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> Tensor:
         slot = torch.arange(logits.shape[-1], device=logits.device)

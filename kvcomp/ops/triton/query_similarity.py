@@ -44,7 +44,8 @@ def query_similarity_kernel(
         b_q = b_q.to(tl.float32)
         b_norms = tl.sqrt(tl.sum(b_q * b_q, 1)) * tl.sqrt(tl.sum(b_previous * b_previous, 1))
         b_dots = tl.sum(b_q * b_previous, 1)
-        b_sum += tl.where(b_norms > 0, b_dots / tl.where(b_norms > 0, b_norms, 1.0), 0.0)
+        b_cosines = b_dots / tl.where(b_norms > 0, b_norms, 1.0)
+        b_sum += tl.where(b_norms > 0, tl.clamp(b_cosines, -1.0, 1.0), 0.0)
         b_known |= tl.max((b_previous != 0).to(tl.int32), 1)
     b_mean = tl.sum(b_sum, 0) / H
     tl.store(similarity + i_b, tl.where(tl.max(b_known, 0) > 0, b_mean, float("-inf")))
