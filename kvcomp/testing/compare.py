@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvcomp.testing.cases import Case
+from kvcomp.testing.case import Case
 
 
 def in_float64(args: tuple) -> tuple:

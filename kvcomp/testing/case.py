@@ -1,0 +1,66 @@
+"""Case: one input of an op, and what cases are made with."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input of an op. `make(dtype, device)` returns the schema's positional arguments."""
+
+    op: str
+    name: str
+    make: Callable[[torch.dtype, str], tuple]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    mutates: tuple[int, ...] = ()  # positions of the arguments that the op writes
+    blank: Callable[[tuple], None] | None = None  # overwrites what the op leaves unspecified there
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+HALF_AND_FULL = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def generator_for(*key) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def kv_cache(shape, dtype, generator, layout="head") -> Tensor:
+    """[B, Hkv, T, D]: head-major, token-major ([B, T, Hkv, D] in memory) or a slice of a slab."""
+    batch, heads, slots, dim = shape
+    if layout == "token":
+        return torch.randn(batch, slots, heads, dim, generator=generator).to(dtype).transpose(1, 2)
+    if layout == "slab":
+        spare = torch.randn(batch, heads, slots + 5, dim, generator=generator).to(dtype)
+        return spare[:, :, :slots]
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def attention_inputs(batch, heads, kv_heads, slots, dim, dtype, layout="head", peak=2.0):
+    """q, k, v with logits of standard deviation `peak`, so that some tokens stand out."""
+    generator = generator_for(batch, heads, kv_heads, slots, dim)
+    q = (torch.randn(batch, dim, heads, generator=generator) * peak).to(dtype).transpose(1, 2)
+    q = q.contiguous() if layout != "slab" else torch.cat([q, q], 1)[:, :heads]
+    k = kv_cache((batch, kv_heads, slots, dim), dtype, generator, layout)
+    v = kv_cache((batch, kv_heads, slots, dim), dtype, generator, layout)
+    return q, k, v
+
+
+def ints(values) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def on(device: str, *args) -> tuple:
+    def move(a):
+        if isinstance(a, list):
+            return [move(item) for item in a]
+        return a.to(device) if isinstance(a, Tensor) else a
+
+    return tuple(move(a) for a in args)
