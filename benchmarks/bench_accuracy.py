@@ -136,7 +136,7 @@ def family(alpha: float, prompt: int) -> dict[str, Callable[[int, int], Method]]
 
 # The similarity of successive queries of the reasoner is about 0 at every step: it takes a high tau
 # to retrieve at every fact.
-TAUS = (-0.2, 0.0, 0.1, 0.2, 0.3)
+TAUS = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.5)
 
 
 def retrieval_family(bound: int) -> dict[str, Method]:
