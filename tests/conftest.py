@@ -28,6 +28,15 @@ def away_from_the_sources(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(Path(kvcomp.__file__).parents[1]))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny models and caches: more threads would spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def poisoned_outputs(monkeypatch):
     """Freshly allocated memory reads as NaN (or a wild integer), so that a gap cannot hide."""

@@ -44,6 +44,8 @@ from kvcomp.testing.slow_eviction import (
     new_cache,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EVICTIONS = [name for name, method in METHODS.items() if issubclass(method, Eviction)]
 
 # LazyEviction, step by step.

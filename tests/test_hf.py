@@ -16,6 +16,8 @@ from kvcomp.methods.delta import _PageRecorder
 from kvcomp.methods.retrieval import Retrieval
 from kvcomp.testing.models import ARCHITECTURES, REFUSED, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = 24
 DENSE_DELTA = Delta(budget=256, page_size=16, recent=2, warmup=1)  # covers every context here
 LAZY = LazyEviction(budget=24, window=7, alpha=0.02)

@@ -13,6 +13,8 @@ from kvcomp.cache import KVCache
 from kvcomp.methods.delta import best_layers
 from kvcomp.methods.retrieval import Retrieval
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS, HEADS, KV_HEADS, DIM = 8, 6, 2, 64
 INV_FREQ = 10000.0 ** -(torch.arange(DIM // 2) / (DIM // 2))
 

@@ -9,6 +9,8 @@ import pytest
 import kvcomp.reasoner
 from kvcomp.reasoner import task
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "train_reasoner.py"
 

@@ -23,6 +23,8 @@ from kvcomp.testing.slow_retrieval import (
     new_cache,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"budget": 24, "sinks": 3, "local": 8, "newest": 6, "dense_layers": 0}
 FIELDS = {
     "louis-kv": {"segment": (2, 7), "cluster_size": 4},
