@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Text
 
 import kvcomp
 from kvcomp import METHODS, Delta, Full, LazyEviction, LouisKV, StreamingLLM, reasoner
+from kvcomp.cache import HostMemoryError
 from kvcomp.hf import answer_loss, decode_all
 from kvcomp.methods.delta import _PageRecorder
 from kvcomp.methods.retrieval import Retrieval
@@ -597,3 +598,23 @@ def test_calibrate_finds_the_similarity_below_which_a_share_of_the_steps_lies(ll
         LouisKV.calibrate(llama, prompts, rate=2)
     with pytest.raises(ValueError, match="no two decode steps to compare"):
         LouisKV.calibrate(llama, prompts, max_new_tokens=2)
+
+
+def test_refused_host_memory_leaves_the_model_unpatched(llama):
+    """At the prompt, and at a step in the middle; nobody has to call undo()."""
+    batch = padded_batch()
+    stock, implementation = generate(llama, batch), llama.config._attn_implementation
+    method = LouisKV.example(64)
+    with kvcomp.patch(llama, method) as run:
+        generate(llama, batch, max_new_tokens=260)
+    enough = run.report().host_bytes_peak
+    for limit, least in ((1000, 0), (enough - 1, 21)):
+        seen = []
+        run = kvcomp.patch(llama, dataclasses.replace(method, host_limit=limit))
+        with pytest.raises(HostMemoryError, match=f"limit of {limit} bytes"):
+            seen.append(run.new_cache())
+            generate(llama, batch, max_new_tokens=260, past_key_values=seen[0])
+        assert seen[0].get_seq_length() >= least  # the second limit is reached while decoding
+        assert llama.config._attn_implementation == implementation
+        assert torch.equal(generate(llama, batch), stock)
+        run.undo()
