@@ -100,24 +100,13 @@ def reference(
     return closed, triggered
 
 
-def fake(
-    similarity,
-    lengths,
-    starts,
-    num_units,
-    num_indexed,
-    cut_below,
-    retrieve_below,
-    shortest,
-    longest,
-    local,
-):
+def fake(similarity, lengths, *_):
     return torch.empty_like(lengths), torch.empty_like(lengths)
 
 
 def native(backend: int) -> Callable:
     def run(similarity, lengths, starts, num_units, num_indexed, *numbers):
-        closed, triggered = torch.empty_like(lengths), torch.empty_like(lengths)
+        closed, triggered = fake(similarity, lengths)
         _C.segment_boundaries(
             backend,
             similarity,

@@ -20,7 +20,8 @@ class PagedRetrieval(Retrieval):
     """Selects pages at every step by a bound on what a query can find in them.
 
     A page's digest is made of two vectors, and `turned` makes two of a query, so that the bound is
-    one inner product; pages then compete as the units of other methods do.
+    one inner product; pages then compete as the units of other methods do. Here they are Quest's
+    minimum and maximum of each channel; other pages say otherwise.
 
     Attributes:
         page_size: tokens in a page; segments of the output are pages too.
@@ -65,9 +66,13 @@ class PagedRetrieval(Retrieval):
                 digests[row, :, whole] = self.digest(keys[row, :, begin + whole * size : end])
         return labels, digests, sizes[:, None].expand(-1, heads, -1)
 
+    def digest(self, keys: Tensor) -> Tensor:
+        """The largest and the smallest value of each channel: keys [..., n, D] -> [..., 2 D]."""
+        return torch.cat([keys.amax(-2), keys.amin(-2)], -1)
+
     def turned(self, q: Tensor) -> Tensor:
         """q [B, Hq, D] -> [B, Hq, 2 D], whose inner product with a digest is the bound."""
-        raise NotImplementedError
+        return torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
 
     def store(self, layer: LayerCache, closed: Tensor) -> None:
         index = layer.index

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kvcomp import ops
@@ -32,12 +31,6 @@ class FreeKV(PagedRetrieval, name="free-kv", baseline=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(-1 <= self.tau <= 2, "tau", "a number from -1 to 2", self.tau)
-
-    def digest(self, keys: Tensor) -> Tensor:
-        return torch.cat([keys.amax(-2), keys.amin(-2)], -1)
-
-    def turned(self, q: Tensor) -> Tensor:
-        return torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
 
     def similarity(self, layer: LayerCache, q: Tensor) -> Tensor:
         layer.state["similarity"] = ops.query_similarity(q, layer.state["query"])

@@ -10,18 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from kvcomp.methods.baselines._pages import PagedRetrieval
 
 
 @dataclass(frozen=True)
 class Quest(PagedRetrieval, name="quest", baseline=True):
     """Min-max pages, selected at every step."""
-
-    def digest(self, keys: Tensor) -> Tensor:
-        return torch.cat([keys.amax(-2), keys.amin(-2)], -1)
-
-    def turned(self, q: Tensor) -> Tensor:
-        return torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
