@@ -5,6 +5,8 @@ with kvcomp.patch(model, kvcomp.Delta(budget=1024)) as run:
 print(run.report())
 """
 
+import importlib
+
 import torch  # noqa: F401  (first: the native extension takes OpenMP from torch's runtime)
 
 from kvcomp import methods, ops
@@ -16,9 +18,11 @@ __all__ += methods.__all__
 
 
 def __getattr__(name: str):
-    """`kvcomp.patch` is the one public name that needs transformers, so it is imported late."""
+    """`kvcomp.patch` needs transformers, `kvcomp.delethink` openai: both are imported late."""
     if name == "patch":
         from kvcomp.hf import patch
 
         return patch
+    if name == "delethink":
+        return importlib.import_module("kvcomp.delethink")
     raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")

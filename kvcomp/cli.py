@@ -1,12 +1,14 @@
-"""The command line: kvcomp info | demo | generate.
+"""The command line: kvcomp info | demo | generate | trace.
 
 Every error that a user can cause is one line on standard error and exit code 2.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
+import os
 import sys
 import textwrap
 import types
@@ -40,7 +42,8 @@ app = typer.Typer(
 # so the class is taken from where both have it: BadParameter, UsageError, ClickException.
 UsageProblem = typer.BadParameter.__mro__[2]
 
-PROVIDERS = {"matplotlib": "bench"}  # module -> the extra that brings it; the others are in [hf]
+# Module -> the extra that brings it; the others are in [hf].
+PROVIDERS = {"matplotlib": "bench", "openai": "trace"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"this needs {error.name}: pip install 'kvcomp[{extra}]'")
     except typer.Abort:  # Ctrl-C, in versions of typer that do not turn it into an exit code
         return 130
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         if not str(error).lower().startswith("kvcomp"):
             raise  # not one of ours but a bug, which needs its traceback
         return _fail(str(error).removeprefix("kvcomp.").removeprefix("kvcomp: "))
@@ -212,9 +215,23 @@ def generate(
     budget: Annotated[
         int | None, typer.Option(help="Tokens per layer; default: the method's own.")
     ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Of delethink: tokens that the first chunk generates.")
+    ] = None,
+    carry: Annotated[
+        int | None, typer.Option(help="Of delethink: tokens carried on; default: half a chunk.")
+    ] = None,
+    inner: Annotated[
+        str | None,
+        typer.Option(help="Of delethink: the method within a chunk, whose budget it is."),
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Another field of the method.", metavar="FIELD=VALUE"),
+        typer.Option(
+            "--set",
+            help="Another field of the method, or of inner: inner.FIELD=VALUE.",
+            metavar="FIELD=VALUE",
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 4096,
     device: Device = None,
@@ -229,7 +246,8 @@ def generate(
     ] = True,
 ) -> None:
     """Stream text from a model under a method; the report goes to standard error."""
-    chosen = build_method(method, model, budget, settings or [])
+    chunks = {"chunk": chunk, "carry": chunk // 2 if chunk and carry is None else carry}
+    chosen = build_method(method, model, budget, settings or [], chunks, inner)
     sampling = pick_sampling(temperature, top_p)
     where, kind = pick_device(device), pick_dtype(dtype)
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -258,16 +276,31 @@ def generate(
     print(run.report(), file=sys.stderr)
 
 
-def build_method(name: str, model: str, budget: int | None, settings: list[str]) -> Method:
+def build_method(
+    name: str,
+    model: str,
+    budget: int | None,
+    settings: list[str],
+    chunks: dict[str, int | None],
+    inner: str | None,
+) -> Method:
     """The method `name` as published for the model, with what the command line asks for."""
     cls = pick_method(name)
     hints = typing.get_type_hints(cls)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     given: dict[str, Any] = {}
-    if budget is not None:
-        if "budget" not in fields:
-            raise ValueError(f"kvcomp: --budget: method {name!r} has none")
-        given["budget"] = budget
+    if inner is not None:
+        own = [text for text in settings if not text.startswith("inner.")]
+        rest = [text.removeprefix("inner.") for text in settings if text not in own]
+        given["inner"] = build_method(inner, model, budget, rest, {}, None)
+        budget, settings = None, own
+    options = {name: value for name, value in chunks.items() if value is not None}
+    for option, value in (options if budget is None else {**options, "budget": budget}).items():
+        if option not in fields:
+            raise ValueError(f"kvcomp: --{option}: method {name!r} has none")
+        given[option] = value
+    if "inner" in given and "inner" not in fields:
+        raise ValueError(f"kvcomp: --inner: method {name!r} has none")
     for setting in settings:
         field, _, text = setting.partition("=")
         if field not in fields:
@@ -309,8 +342,22 @@ def pick_sampling(temperature: float | None, top_p: float | None) -> dict[str, A
 
 def load(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     """Model and tokenizer, from a folder, the hub, or the box ("reasoner")."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(name, "model")
+    model = pretrained(AutoModelForCausalLM, "model", name, dtype=dtype or "auto")
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str, what: str = "tokenizer") -> Any:
+    from transformers import AutoTokenizer
+
+    return pretrained(AutoTokenizer, what, name)
+
+
+def pretrained(kind: Any, what: str, name: str, **options: Any) -> Any:
+    """`kind.from_pretrained`, quiet, and with one line for what goes wrong."""
     from huggingface_hub.utils import logging as hub_logging
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -318,14 +365,12 @@ def load(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     hub_logging.set_verbosity_error()  # its retries would bury the one line of ours
     source = reasoner.path() if name == "reasoner" else name
     if source.startswith((".", "/")) and not Path(source).is_dir():
-        raise ValueError(f"kvcomp: cannot load model {name!r}: no such folder")
+        raise ValueError(f"kvcomp: cannot load {what} {name!r}: no such folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        return kind.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:  # messages of many lines, some very long
         reason = textwrap.shorten(str(error).strip().partition("\n")[0], 240)
-        raise ValueError(f"kvcomp: cannot load model {name!r}: {reason}") from error
-    return model.to(device).eval(), tokenizer
+        raise ValueError(f"kvcomp: cannot load {what} {name!r}: {reason}") from error
 
 
 def encode(tokenizer: Any, text: str, chat: bool) -> Any:
@@ -337,3 +382,86 @@ def encode(tokenizer: Any, text: str, chat: bool) -> Any:
         return_tensors="pt",
         return_dict=True,
     )
+
+
+# --- trace ----------------------------------------------------------------------------------------
+
+
+@app.command()
+def trace(
+    url: Annotated[str, typer.Option(help="Of the API, as in http://127.0.0.1:8000/v1.")],
+    model: Annotated[str, typer.Option(help="Its name on the server.", metavar="NAME")],
+    problems: Annotated[
+        Path,
+        typer.Option(help='JSONL: {"id", "prompt"}, or "messages" or "ids" for the prompt.'),
+    ],
+    log: Annotated[Path, typer.Option(help="JSONL of finished chunks; a run goes on from it.")],
+    out: Annotated[Path | None, typer.Option(help="Write the traces, JSONL.")] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens that the first chunk generates.")] = 8192,
+    carry: Annotated[int, typer.Option(help="Tokens that the next chunk keeps.")] = 4096,
+    head: Annotated[int, typer.Option(help="First tokens of the output that stay.")] = 100,
+    max_chunks: Annotated[int, typer.Option(help="After which a trace ends.")] = 5,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A folder or hub name; default: the model's.", metavar="NAME")
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(help="ids; text; auto: ids where the server takes and returns them.")
+    ] = "auto",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.6,
+    top_p: float = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling; default: none.")] = None,
+    extra: Annotated[
+        str | None, typer.Option(help="More fields of the request, in JSON.", metavar="OBJECT")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Traces of each problem.")] = 1,
+    concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 32,
+    timeout: Annotated[float, typer.Option(help="Seconds that a chunk may take.")] = 1800,
+    retries: Annotated[
+        int, typer.Option(help="Of a request, up to 8 s apart, while a server restarts.", min=0)
+    ] = 40,
+    progress: Annotated[bool, typer.Option(help="Show a bar on standard error.")] = True,
+) -> None:
+    """Delethink on an engine: chunks of thought from a completions endpoint, with a log.
+
+    The API key is taken from OPENAI_API_KEY.
+    """
+    import openai
+
+    from kvcomp import Delethink, delethink
+
+    method = Delethink(chunk=chunk, carry=carry, head=head, max_chunks=max_chunks)
+    fields = parse_extra(extra)
+    sampling = delethink.Sampling(temperature=temperature, top_p=top_p, seed=seed, extra=fields)
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"kvcomp: --url: expected http://... or https://..., got {url!r}")
+    check_output(log)
+    check_output(out)
+    wanted = delethink.read_problems(problems)
+    words = load_tokenizer(tokenizer or model)
+
+    async def work() -> delethink.Run:
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # local engines ask for none
+        async with openai.AsyncOpenAI(
+            base_url=url, api_key=key, timeout=timeout, max_retries=retries
+        ) as client:
+            return await delethink.trace(
+                client, wanted, method,
+                model=model, log=log, tokenizer=words, tokens=tokens, sampling=sampling,
+                samples=samples, concurrency=concurrency, progress=progress,
+            )  # fmt: skip
+
+    run = asyncio.run(work())
+    if out is not None:
+        rows = ({**dataclasses.asdict(t), "text": words.decode(t.output)} for t in run.traces)
+        out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(run)
+
+
+def parse_extra(text: str | None) -> dict[str, Any]:
+    try:
+        fields = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(f"kvcomp: --extra: expected a JSON object, got {text!r}")
+    return fields

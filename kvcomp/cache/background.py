@@ -20,6 +20,7 @@ class Background:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = None if self._stream else ThreadPoolExecutor(1, "kvcomp")
         self._under_way: deque[Callable[[], None]] = deque()
+        self._latest: Callable[[], bool] | None = None  # whether the latest piece is done
 
     def __deepcopy__(self, memo: dict) -> Background:
         return self  # a copied cache uses the same line
@@ -36,13 +37,21 @@ class Background:
                 self._under_way.popleft()()
         return wait
 
+    @property
+    def busy(self) -> bool:
+        """Whether the latest piece is under way; asking waits for nothing."""
+        return self._latest is not None and not self._latest()
+
     def _start(self, work: Callable[[], None], tensors: tuple[Tensor, ...]) -> Callable[[], None]:
         if self._stream is None:
-            return self._thread.submit(_as_here(work)).result
+            future = self._thread.submit(_as_here(work))
+            self._latest = future.done
+            return future.result
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             work()
             done = self._stream.record_event()
+        self._latest = done.query
         for tensor in tensors:  # not to be given away before the side stream is done
             tensor.record_stream(self._stream)
         return lambda: torch.cuda.current_stream(self._stream.device).wait_event(done)

@@ -18,12 +18,15 @@ class Policy(Protocol):
 
     croppable: ClassVar[bool]
 
+    @property
+    def attention(self) -> Policy: ...
     def check(self, num_layers: int) -> None: ...
     def start(self, cache: KVCache) -> None: ...
     def prefill(self, layer: LayerCache, q: Tensor) -> None: ...
     def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]: ...
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor: ...
     def end_step(self, cache: KVCache) -> None: ...
+    def rewind(self, cache: KVCache, columns: int) -> int: ...
 
 
 class KVCache:
@@ -37,6 +40,9 @@ class KVCache:
         meter: counts for this cache, and for others where it is shared.
         inv_freq: [R / 2] fp32, radians per position by which the model rotates its keys, for
             methods that move keys to other positions; None where that is not known.
+        folded: tokens that each row had in earlier contexts and has no longer.
+        beside: other caches that hold a context of the same sequences; counted with this one.
+        counted: False for those others.
 
     Raises:
         ValueError: the method's parameters do not fit `num_layers` layers.
@@ -50,10 +56,12 @@ class KVCache:
         inv_freq: Tensor | None = None,
     ) -> None:
         method.check(num_layers)
-        self.method = method
+        self.method = method.attention
         self.inv_freq = inv_freq
         self.meter = Meter(num_layers) if meter is None else meter
         self.layers = [LayerCache(self, position) for position in range(num_layers)]
+        self.beside: list[KVCache] = []
+        self.counted = True
         self.reset()
 
     def reset(self) -> None:
@@ -62,6 +70,7 @@ class KVCache:
             layer.reset()
         self.state = SimpleNamespace()
         self.steps = 0
+        self.folded = 0
         self._logits: Tensor | None = None
         self.method.start(self)
 
@@ -112,6 +121,18 @@ class KVCache:
             )
         for layer in self.layers:
             layer.crop(count)
+
+    def adopt(self, other: KVCache, columns: int, room: int) -> None:
+        """From empty, become a copy of the first `columns` columns of `other`.
+
+        Args:
+            room: columns that there will be in all; memory for them is taken at once.
+
+        Raises:
+            ValueError: the method of `other` keeps less, or more, than every token.
+        """
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            layer.adopt(source, columns, room)
 
     def select(self, rows: Tensor) -> None:
         """Reorder, repeat or drop the sequences of every layer."""

@@ -124,7 +124,7 @@ class LayerCache:
             k, v = (x.repeat_interleave(self._copies, 1) for x in (k, v))
         valid = None if valid is None else valid.to(k.device)
         batch, _, count, _ = k.shape
-        if self._k is None:
+        if self.seq_lens is None:
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=k.device)
             self.logical_lens = self.seq_lens.clone()
             self.token_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
@@ -302,19 +302,59 @@ class LayerCache:
             )
         if not self._whole:
             raise ValueError(f"kvcomp: crop of {count} tokens, but tokens have been evicted")
-        self.columns -= count
-        while count > 0:
-            columns, valid = self._arrivals.pop()
-            taken = min(columns, count)
-            removed = taken if valid is None else valid[:, columns - taken :].sum(1).int()
-            self.seq_lens -= removed
-            self.logical_lens -= removed
-            if taken < columns:
-                rest = columns - taken
-                self._arrivals.append((rest, None if valid is None else valid[:, :rest]))
-            count -= taken
+        removed = self._take_back(count)
         if self.seq_lens is not None:
+            self.seq_lens -= removed
             self.max_len = int(self.seq_lens.max())
+
+    def adopt(self, other: LayerCache, columns: int, room: int) -> None:
+        """From empty, become a copy of the first `columns` columns of `other`; see `KVCache`."""
+        other._require_whole("adopt")
+        pieces = other._pieces(0, columns)
+        masked = any(valid is not None for _, valid in pieces)
+        lens = sum(n if valid is None else valid.sum(1).int() for n, valid in pieces)
+        longest = int(lens.max()) if masked else lens
+        slot = torch.arange(longest, device=other.seq_lens.device)
+        self._reserve(other._k, room)
+        valid = slot < lens[:, None] if masked else None
+        self.append(other._k[:, :, :longest], other._v[:, :, :longest], valid)
+        self.columns, self.scale, self._arrivals = columns, other.scale, pieces
+
+    def recede(self, columns: int, kept: int) -> None:
+        """Back to the first `columns` columns: all are in the pool, the first `kept` rows here."""
+        self.settle()
+        self._take_back(self.columns - columns)
+        self.seq_lens.fill_(kept)
+        for tensor in self.slots.values():
+            tensor[..., kept:] = 0
+        self._placed, self._placed_columns = self.logical_lens.clone(), columns
+        self._recount(kept)
+
+    def fold(self, first: int, last: int, inv_freq: Tensor) -> None:
+        """Take columns [first, last), of which none is padding, out of the middle.
+
+        The tokens behind them keep their K and V; their keys are rotated to where they are now.
+
+        Args:
+            inv_freq: [R / 2] fp32, see `ops.rotate_keys`.
+
+        Raises:
+            ValueError: tokens have been evicted, so that columns are not slots.
+        """
+        self._require_whole("fold")
+        count, moved = last - first, self.columns - last
+        step = torch.arange(moved, device=self.seq_lens.device)
+        old = (self.seq_lens.long() - moved)[:, None] + step  # [B, moved] slots
+        rows = torch.arange(len(old), device=old.device)[:, None]
+        k = self._k[rows, :, old].transpose(1, 2)  # [B, Hkv, moved, D], a copy
+        ops.rotate_keys(k, torch.full_like(self.seq_lens, -count), inv_freq)
+        self._k[rows, :, old - count] = k.transpose(1, 2)
+        self._v[rows, :, old - count] = self._v[rows, :, old]
+        self._arrivals = self._pieces(0, first) + self._pieces(last, self.columns)
+        self.columns -= count
+        self.seq_lens -= count
+        self.logical_lens -= count
+        self.max_len -= count
 
     def seen(self) -> Tensor:
         """[B, columns] bool: which of the columns were tokens, and not padding."""
@@ -340,6 +380,32 @@ class LayerCache:
         if self._placed is not None:
             self._placed = self._placed[rows]
         self._arrivals = [(n, None if v is None else v[rows]) for n, v in self._arrivals]
+
+    def _require_whole(self, what: str) -> None:
+        if not self._whole or self.slots or self.state or self.pool or self._copies > 1:
+            raise ValueError(
+                f"kvcomp: {what}: expected a layer that keeps every token and nothing besides"
+            )
+
+    def _take_back(self, count: int) -> Tensor | int:
+        """The last `count` columns were never seen; how many tokens of each row they held."""
+        kept = self._pieces(0, self.columns - count)
+        gone = self._pieces(self.columns - count, self.columns)
+        self._arrivals, self.columns = kept, self.columns - count
+        removed = sum(n if valid is None else valid.sum(1).int() for n, valid in gone)
+        if self.logical_lens is not None:
+            self.logical_lens -= removed
+        return removed
+
+    def _pieces(self, first: int, last: int) -> list[tuple[int, Tensor | None]]:
+        """What arrived as columns [first, last)."""
+        pieces, begin = [], 0
+        for columns, valid in self._arrivals:
+            low, high = max(first - begin, 0), min(last - begin, columns)
+            if low < high:
+                pieces.append((high - low, None if valid is None else valid[:, low:high]))
+            begin += columns
+        return pieces
 
     def _recount(self, most: int) -> None:
         """Rows have new lengths, at most `most`: find the longest where that stalls nothing."""

@@ -37,6 +37,8 @@ class Meter:
         recalls: [2] fp64, and `audits` how often: attention mass covered by what was retrieved, of
             the best set's, summed over audited retrievals: in the step before, and in that step.
         peak_host_bytes: most bytes of host memory that one cache had taken for K and V.
+        reencoded_tokens: encoded anew where a cache went on with a new context, all rows.
+        boundary_seconds: how long decoding stood still at each of these boundaries.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -57,8 +59,11 @@ class Meter:
         self.segments = torch.zeros(1, dtype=torch.int64)
         self.recalls, self.audits = torch.zeros(2, dtype=torch.float64), 0
         self.peak_host_bytes = 0
+        self.reencoded_tokens = 0
+        self.boundary_seconds: list[float] = []
         self.allocated_bytes = 0
-        self._lens: list[tuple[Tensor, Tensor]] = []  # of the latest cache: kept and seen
+        # Of the latest cache, by layer: kept, seen in this context, and before it
+        self._lens: list[tuple[Tensor, Tensor, int]] = []
 
     def __deepcopy__(self, memo: dict) -> Meter:
         return self  # a copied cache belongs to the same run
@@ -69,7 +74,7 @@ class Meter:
 
     def stepped(self, cache: KVCache) -> None:
         """`cache` has finished a decode step, and nothing has left it since."""
-        seen = cache.layers[0].logical_lens
+        seen = cache.layers[0].logical_lens + cache.folded
         self.tokens_decoded += seen.shape[0]
         self.dense_tokens = self.dense_tokens.to(seen.device) + seen.sum()
         self.steps += 1
@@ -108,35 +113,38 @@ class Meter:
 
     def observe(self, cache: KVCache) -> None:
         """Look at what `cache` holds: before anything leaves it, and when it has grown."""
+        if not cache.counted:
+            return
         used = allocated = notes = host = 0
         for position, layer in enumerate(cache.layers):
             self.token_bytes[position] = layer.token_bytes
             self.slot_bytes[position] = layer.slot_bytes
-            used += layer.max_len * layer.slot_bytes
             notes += layer.max_len * layer.note_bytes * len(layer.seq_lens)
             notes += sum(tensor.nbytes for tensor in layer.state.values())
-            allocated += layer.capacity * layer.slot_bytes
             if layer.pool is not None:
                 notes += layer.index.nbytes
                 host += layer.pool.nbytes
                 self.row_bytes[position] = layer.token_bytes // layer.keys.shape[1]
             self.peak_len = max(self.peak_len, layer.max_len)
+            for each in (cache, *cache.beside):
+                used += each.layers[position].max_len * layer.slot_bytes
+                allocated += each.layers[position].capacity * layer.slot_bytes
         rows = cache.layers[0].seq_lens.shape[0]
         self.peak_bytes = max(self.peak_bytes, used * rows)
         self.peak_note_bytes = max(self.peak_note_bytes, notes)
         self.peak_host_bytes = max(self.peak_host_bytes, host)
         self.allocated_bytes = allocated * rows
-        self._lens = [(layer.seq_lens, layer.logical_lens) for layer in cache.layers]
+        self._lens = [(x.seq_lens, x.logical_lens, cache.folded) for x in cache.layers]
 
     @property
     def kept_tokens(self) -> list[int]:
         """Per layer, tokens that the latest cache keeps, all rows; reads the device."""
-        return [int(kept.sum()) for kept, _ in self._lens]
+        return [int(kept.sum()) for kept, *_ in self._lens]
 
     @property
     def seen_tokens(self) -> list[int]:
         """Per layer, tokens that the latest cache has seen, all rows; reads the device."""
-        return [int(seen.sum()) for _, seen in self._lens]
+        return [int((seen + before).sum()) for _, seen, before in self._lens]
 
 
 def _total(counts: Tensor) -> Count:

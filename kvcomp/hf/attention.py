@@ -88,7 +88,7 @@ def _managed(
     """Attention over a layer of ours, in which the new tokens already are: out [B, n, Hq, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     first = kv.columns == query.shape[2]
-    if query.shape[2] == 1 and not first:
+    if query.shape[2] == 1 and not first and not run.encoding:
         return kv.cache.attend(kv, query[:, :, 0], scale)[:, None]
     if first:
         out, _ = _inner(run, module)(

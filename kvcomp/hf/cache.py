@@ -114,8 +114,13 @@ class Cache(TransformersCache):
         self.kv = KVCache(method, len(managed), meter, inv_freq)
         for kv, index in zip(self.kv.layers, managed, strict=True):
             layers[index] = Layer(self, kv)
+        self.all_managed = len(managed) == len(layers)
         self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward
         super().__init__(layers=layers)
+
+    @property
+    def meter(self) -> Meter:
+        return self.kv.meter
 
     def reset(self) -> None:
         super().reset()

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from kvcomp.cache import Meter
 from kvcomp.hf import attention
 from kvcomp.hf.cache import Cache
+from kvcomp.hf.chunked import ChunkedCache
 from kvcomp.hf.report import Report
-from kvcomp.hf.rotation import key_rotation
-from kvcomp.methods import Method
+from kvcomp.hf.rotation import CHANGING, key_rotation
+from kvcomp.methods import Delethink, Method
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 
@@ -70,7 +72,11 @@ class Run:
         self.config = model.config.get_text_config(decoder=True)
         self.inner_name = self.config._attn_implementation
         self.inv_freq = key_rotation(model) if method.moves_keys else None
-        self.meter = Meter(len(Cache(self.config, method, None, self.inv_freq).kv.layers))
+        first = Cache(self.config, method, None, self.inv_freq)
+        self.chunked = isinstance(method, Delethink)
+        if self.chunked:
+            refuse_chunks(model, method, first)
+        self.meter = Meter(len(first.kv.layers))
         self._decode_seconds = 0.0
         self._decoded_before = 0
         self._last_forward: float | None = None  # when the latest forward ended
@@ -87,8 +93,14 @@ class Run:
         """The cache of the forward that runs in this thread."""
         return getattr(self._running, "cache", None)
 
-    def new_cache(self) -> Cache:
+    def new_cache(self) -> Cache | ChunkedCache:
         """A fresh cache of this run, for loops that call the model themselves."""
+        if self.chunked:
+            longest = getattr(self.config, "max_position_embeddings", None)
+            return ChunkedCache(self.method, self._new_context, longest)
+        return self._new_context()
+
+    def _new_context(self) -> Cache:
         return Cache(self.config, self.method, self.meter, self.inv_freq)
 
     def report(self, layers: bool = False) -> Report:
@@ -128,8 +140,14 @@ class Run:
             decoder.register_forward_hook(self._after_forward, always_call=True),
         ):
             self._undo.append(handle.remove)
-        model._prepare_cache_for_generation = self._prepare_cache
-        self._undo.append(lambda: model.__dict__.pop("_prepare_cache_for_generation"))
+        self._replace("_prepare_cache_for_generation", self._prepare_cache)
+        if self.chunked:
+            self._replace("_get_logits_processor", self._announce_prompt)
+
+    def _replace(self, name: str, function: Callable) -> None:
+        """A step of `generate` by ours."""
+        setattr(self.model, name, function)
+        self._undo.append(lambda: self.model.__dict__.pop(name))
 
     def _set_attention(self, name: str) -> None:
         self.model.set_attn_implementation(name)
@@ -158,9 +176,41 @@ class Run:
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_cache()
         self._check_cache(model_kwargs["past_key_values"])
+        if self.chunked:
+            self._prepare_chunks(generation_config, model_kwargs["past_key_values"], mode)
+
+    def _prepare_chunks(self, generation_config: Any, cache: ChunkedCache, mode: Any) -> None:
+        if "beam" in str(mode).lower():
+            raise ValueError(
+                "kvcomp: generate(num_beams=...): the beams of delethink would have to carry their"
+                " own contexts along when they are reordered; sample with num_return_sequences"
+            )
+        if generation_config.eos_token_id is None:
+            raise ValueError(
+                "kvcomp: delethink: the model names no EOS token, so its thinking could only end"
+                " with the budget; pass generate(eos_token_id=...)"
+            )
+        self._running.prepared = cache
+
+    def _announce_prompt(
+        self, generation_config: Any, input_ids_seq_length: int, **rest: Any
+    ) -> Any:
+        """In place of the model's own `_get_logits_processor`: there `generate` says how long the
+        prompt is, and it has not made up its mind yet when to end."""
+        self._running.prepared.announce(input_ids_seq_length)
+        if self.method.budget is not None:
+            most = input_ids_seq_length + self.method.budget
+            generation_config.max_length = min(generation_config.max_length, most)
+        return type(self.model)._get_logits_processor(
+            self.model,
+            generation_config=generation_config,
+            input_ids_seq_length=input_ids_seq_length,
+            **rest,
+        )
 
     def _check_cache(self, cache: Any) -> None:
-        if not isinstance(cache, Cache) or cache.kv.meter is not self.meter:
+        kind = ChunkedCache if self.chunked else Cache
+        if not isinstance(cache, kind) or cache.meter is not self.meter:
             raise ValueError(
                 "kvcomp: past_key_values: expected a cache of this run (run.new_cache(), or the one"
                 f" that generate returned), got {type(cache).__name__}"
@@ -179,15 +229,34 @@ class Run:
             self.config.use_cache if given.get("use_cache") is None else given["use_cache"]
         ):
             cache = given["past_key_values"] = self.new_cache()
-        self._running.cache = cache
+        self._running.cache = None
         if cache is not None:
-            self._check_cache(cache)
+            if not self.encoding:
+                self._check_cache(cache)
+            if isinstance(cache, ChunkedCache):
+                given = cache.enter(given, self._encode)
+                self._running.chunked, cache = cache, cache.context
+            self._running.cache = cache
             tokens = given.get("input_ids")
             tokens = given.get("inputs_embeds") if tokens is None else tokens
             cache.padding = self._new_padding(cache, given.get("attention_mask"), tokens.shape[1])
         if self._last_forward is None:
             self._last_forward = time.perf_counter()
         return (), given
+
+    @property
+    def encoding(self) -> bool:
+        """Whether the forward that runs in this thread makes a context, and decodes nothing."""
+        return getattr(self._running, "encoding", False)
+
+    def _encode(self, cache: Cache, **given: Any) -> None:
+        """Feed tokens to a cache beside the forward that the user has called."""
+        self._running.encoding = True
+        try:
+            with torch.no_grad():
+                self.model.get_decoder()(**given, past_key_values=cache, use_cache=True)
+        finally:
+            self._running.encoding = False
 
     def _new_padding(self, cache: Cache, mask: Any, count: int) -> Tensor | None:
         """[B, count] bool of the valid new tokens; None when all are."""
@@ -217,7 +286,11 @@ class Run:
         # Reading the device once per prompt is fine; at every decode step it would stall it.
         return None if (count > 1 or not valid.is_cuda) and bool(valid.all()) else valid
 
-    def _after_forward(self, decoder: Any, args: Any, output: Any) -> None:
+    def _after_forward(self, decoder: Any, args: Any, output: Any) -> Any:
+        """Measure the time; who called gets the cache back that it has given."""
+        self._running.cache = None
+        if self.encoding:
+            return
         decoded = self.meter.tokens_decoded
         if decoded == self._decoded_before and self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)  # once per prompt: its work is not decoding
@@ -225,7 +298,9 @@ class Run:
         if decoded > self._decoded_before:
             self._decode_seconds += now - self._last_forward
         self._decoded_before, self._last_forward = decoded, now
-        self._running.cache = None
+        chunked, self._running.chunked = getattr(self._running, "chunked", None), None
+        if chunked is not None and isinstance(output, ModelOutput):
+            output["past_key_values"] = chunked
 
 
 def refuse(model: PreTrainedModel) -> None:
@@ -251,3 +326,33 @@ def refuse(model: PreTrainedModel) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(f"kvcomp.patch: {name} {reason}")
+
+
+def refuse_chunks(model: PreTrainedModel, method: Delethink, cache: Cache) -> None:
+    """Raise ValueError, with the reason, for a model that cannot be chunked in that way."""
+    config = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    if longest is not None and method.most_thought >= longest:
+        raise ValueError(
+            f"kvcomp.Delethink: chunk: {method.most_thought} tokens of output in a context, but"
+            f" {type(model).__name__} knows {longest} positions"
+        )
+    if method.reset == "rotate":
+        cache.kv.require_rotation()
+        if not cache.all_managed:
+            raise ValueError(
+                f"kvcomp.Delethink: reset='rotate': {type(model).__name__} has layers without a"
+                " cache of every token; use 'prefill'"
+            )
+    if method.reset == "streaming" and not method.attention.forks:
+        raise ValueError(
+            f"kvcomp.Delethink: reset='streaming' holds two contexts, and"
+            f" {type(method.attention).__name__} would hold the prompt twice in host memory; use"
+            " 'prefill'"
+        )
+    if method.reset == "streaming" and getattr(rotary, "rope_type", "default") in CHANGING:
+        raise ValueError(
+            f"kvcomp.Delethink: reset='streaming': {type(model).__name__} changes its rotary"
+            " frequencies with the length, and two contexts have two; use 'prefill'"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from kvcomp.cache import Meter
@@ -38,6 +39,9 @@ class Report:
         segment_lengths: how many segments of the output were closed with so many tokens.
         recall_before, recall_after: with `audit=True`, of the attention mass of the best set of
             the budget's size, what was covered in the step before a retrieval and in that step.
+        boundaries: times that decoding went on with a new context; boundary_seconds: how long it
+            stood still there in total, and boundary_median: at one of them.
+        tokens_reencoded: encoded anew for those, all rows.
         layers: per managed layer: position, tokens_attended, kept and evicted tokens, bytes read
             and fetched, retrieval rate.
     """
@@ -67,6 +71,10 @@ class Report:
     segment_lengths: dict[int, int] = field(default_factory=dict)
     recall_before: float | None = None
     recall_after: float | None = None
+    boundaries: int = 0
+    boundary_seconds: float = 0.0
+    boundary_median: float = 0.0
+    tokens_reencoded: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -109,6 +117,10 @@ class Report:
             segment_lengths={n: count for n, count in enumerate(meter.segments.tolist()) if count},
             recall_before=before if meter.audits else None,
             recall_after=after if meter.audits else None,
+            boundaries=len(meter.boundary_seconds),
+            boundary_seconds=sum(meter.boundary_seconds),
+            boundary_median=median(meter.boundary_seconds or [0.0]),
+            tokens_reencoded=meter.reencoded_tokens,
             layers=[
                 {
                     "position": position,
@@ -177,6 +189,10 @@ class Report:
                 f"\n  recall    {self.recall_after:.1%} of the best set's attention in the step of"
                 f" a retrieval, {self.recall_before:.1%} in the step before"
             )
+        chunked = (
+            f"  chunks    {self.boundaries} boundaries of {self.boundary_median * 1e3:.1f} ms,"
+            f" {self.tokens_reencoded} tokens encoded anew; contexts of at most {self.kept_peak}"
+        )
         return "\n".join(
             [
                 self.method,
@@ -191,6 +207,7 @@ class Report:
                 f"  KV read   {mebibytes(self.kv_bytes_read_per_token)} per token",
                 *([evicted] if self.evictions else []),
                 *([retrieved] if self.retrievals else []),
+                *([chunked] if self.boundaries else []),
             ]
         )
 

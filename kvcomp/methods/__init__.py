@@ -20,6 +20,7 @@ from kvcomp.methods.baselines.streaming_llm import StreamingLLM
 from kvcomp.methods.baselines.stride_retrieval import StrideRetrieval
 from kvcomp.methods.baselines.tidal_decode import TidalDecode
 from kvcomp.methods.baselines.tova import TOVA
+from kvcomp.methods.delethink import Delethink
 from kvcomp.methods.delta import Delta
 from kvcomp.methods.full import Full
 from kvcomp.methods.lazy_eviction import LazyEviction
@@ -32,6 +33,7 @@ __all__ = [
     "TOVA",
     "ArkVale",
     "ClusterKV",
+    "Delethink",
     "Delta",
     "FreeKV",
     "Full",

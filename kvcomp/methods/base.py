@@ -28,12 +28,14 @@ class Method:
         baseline: True for methods that exist to be compared with.
         croppable: whether the last tokens can be taken back exactly.
         moves_keys: whether it needs to know how keys are rotated (`cache.inv_freq`).
+        forks: whether the same sequences may be in two caches at once.
     """
 
     name: ClassVar[str]
     baseline: ClassVar[bool] = False
     croppable: ClassVar[bool] = True
     moves_keys: ClassVar[bool] = False
+    forks: ClassVar[bool] = True
 
     def __init_subclass__(
         cls, *, name: str | None = None, baseline: bool = False, **kwargs: Any
@@ -62,6 +64,11 @@ class Method:
         """
         return cls(**fields)
 
+    @property
+    def attention(self) -> Method:
+        """Whose hooks run within a context: this method's, but for one that makes contexts."""
+        return self
+
     def check(self, num_layers: int) -> None:
         """Raise ValueError where the parameters do not fit a model of `num_layers` layers."""
 
@@ -85,3 +92,16 @@ class Method:
 
     def end_step(self, cache: KVCache) -> None:
         """After the last layer of a decode step."""
+
+    def rewind(self, cache: KVCache, columns: int) -> int:
+        """Forget all but the first `columns` columns, exactly, as if no others had ever come.
+
+        Returns:
+            how many columns stay: fewer where the method cannot go back to just there, 0 where it
+            must start anew.
+        """
+        if not self.croppable:
+            cache.reset()
+            return 0
+        cache.crop(cache.layers[0].columns - columns)
+        return columns

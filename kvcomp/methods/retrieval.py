@@ -61,6 +61,7 @@ class Retrieval(Method):
     audit: bool = False
 
     croppable: ClassVar[bool] = False
+    forks: ClassVar[bool] = False  # or the prompt would be in host memory twice
 
     def __post_init__(self) -> None:
         self._require(self.sinks >= 0, "sinks", "at least 0", self.sinks)
@@ -177,6 +178,7 @@ class Retrieval(Method):
     def start(self, cache: KVCache) -> None:
         cache.state.memory = HostMemory(self.host_limit)
         cache.state.background = None
+        cache.state.prompt_columns = 0
 
     def prefill(self, layer: LayerCache, q: Tensor) -> None:
         """New tokens become units in host memory; on the device stay sinks and the newest."""
@@ -196,6 +198,9 @@ class Retrieval(Method):
         sinks = torch.arange(self.sinks, device=last.device).expand(len(last), -1)
         layer.keep(torch.cat([sinks, newest], 1), self.sinks + layer.seq_lens - last)
         layer.state["query"].zero_()  # so that the first step retrieves
+        if not layer.cache.steps:
+            layer.state["first_units"] = layer.index.num_units.clone()
+            layer.cache.state.prompt_columns = layer.columns
         layer.state.pop("recall", None)  # of `audit`, before this prompt
 
     def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,6 +218,19 @@ class Retrieval(Method):
             if self.audit:
                 watch(layer, q, scale, self.budget, self.sinks, triggered)
         return layer.attend(q, scale)[0]
+
+    def rewind(self, cache: KVCache, columns: int) -> int:
+        """Back to the first prompt at most, which stays in the pool as it was clustered."""
+        prompt = cache.state.prompt_columns
+        if columns < prompt:
+            return super().rewind(cache, columns)
+        for layer in cache.layers:
+            if layer.index is None:
+                layer.crop(layer.columns - prompt)
+                continue
+            layer.recede(prompt, self.sinks)
+            layer.index.num_units.copy_(layer.state["first_units"])
+        return prompt
 
     # --- how --------------------------------------------------------------------------------------
 

@@ -1,0 +1,227 @@
+"""The loop: many traces at once, chunk after chunk, each finished chunk in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import openai
+
+from kvcomp.delethink.engine import Engine, EngineError, Sampling
+from kvcomp.delethink.log import Log, Record, fingerprint
+from kvcomp.delethink.problems import Problem, prepare
+from kvcomp.delethink.progress import Tell, progress_bar
+from kvcomp.delethink.results import Run, Trace, TraceError
+from kvcomp.methods.delethink import Chunk, Delethink
+
+
+async def trace(
+    client: openai.AsyncOpenAI,
+    problems: Iterable[Mapping[str, Any]],
+    method: Delethink | None = None,
+    *,
+    model: str,
+    log: str | Path,
+    tokenizer: Any = None,
+    tokens: str = "auto",
+    eos: Collection[int] | None = None,
+    sampling: Sampling | None = None,
+    samples: int = 1,
+    concurrency: int = 32,
+    progress: bool = False,
+) -> Run:
+    """Let a server think about `problems` in chunks.
+
+        client = openai.AsyncOpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none",
+                                    timeout=1800, max_retries=40)
+        run = asyncio.run(kvcomp.delethink.trace(client, problems, kvcomp.Delethink(),
+                                                 model=name, log="run.jsonl", tokenizer=tokenizer))
+
+    Args:
+        client: its `timeout` is that of a chunk, and its `max_retries`, with back-off up to 8 s,
+            is how long a server that restarts is waited for: 40 are about five minutes.
+        problems: mappings with an "id", and a "prompt" (text), "messages" (for the tokenizer's chat
+            template) or "ids" (token ids).
+        method: the schedule; default: the published one, 5 chunks of 8192 tokens, 4096 carried.
+        model: its name on the server.
+        log: JSONL; a run with the same log goes on where the last one was. `max_chunks`, `samples`,
+            `concurrency` and the problems may change between the two, nothing else.
+        tokenizer: of the model, as transformers loads it; not needed where problems are ids and
+            the engine takes and returns ids.
+        tokens: "ids"; "text", where an engine cannot do ids: an end token that is the last one of
+            a full chunk is then not seen, and special tokens within the output are lost; "auto":
+            ids if the server takes and returns them, else text.
+        eos: end tokens; default: the tokenizer's. Only for a chunk that ends with one at its limit.
+        samples: traces of each problem.
+        concurrency: requests under way at once.
+        progress: show a bar on standard error.
+
+    Raises:
+        ValueError: bad input, or the log is another run's; nothing was sent.
+        EngineError: the server did not take even a first small request.
+        TraceError: some traces failed, and say why; the others went on to their end, unless the
+            server itself was lost.
+    """
+    method = Delethink() if method is None else method
+    sampling = Sampling() if sampling is None else sampling
+    _check(method, samples, concurrency)
+    todo = prepare(problems, tokenizer)
+    engine = Engine(client, model, sampling, tokenizer, tokens, eos)
+    with Log(log) as book:
+        begun = book.settings is not None
+        if begun and tokens == "auto":
+            engine.tokens, engine.reason = book.settings["tokens"], book.reason
+        if engine.tokens == "text" and tokenizer is None:
+            raise ValueError(f"kvcomp.delethink: {log} holds text: a tokenizer is needed")
+        if not begun:
+            await engine.settle(todo[0].ids)
+        settings = {
+            "model": model,
+            "tokens": engine.tokens,
+            **{name: getattr(method, name) for name in ("chunk", "carry", "head", "variant")},
+            **dataclasses.asdict(sampling),
+        }
+        book.begin(settings, engine.reason)
+        loop = _Loop(engine, method, book, [_Key(p, s) for p in todo for s in range(samples)])
+        if begun and loop.has_work():
+            await engine.settle(todo[0].ids)
+        return await loop.run(concurrency, progress)
+
+
+def _check(method: Any, samples: int, concurrency: int) -> None:
+    if not isinstance(method, Delethink):
+        raise TypeError(f"kvcomp.delethink: method: expected a kvcomp.Delethink, got {method!r}")
+    if method.inner is not None or method.reset != "prefill":
+        raise ValueError(
+            "kvcomp.delethink: an engine attends densely and encodes the carry anew: expected"
+            f" inner=None and reset='prefill', got {method}"
+        )
+    if method.max_chunks is None:
+        raise ValueError(
+            "kvcomp.delethink: max_chunks: expected a number, as nothing else is sure to end a"
+            " trace, got None"
+        )
+    for name, value in (("samples", samples), ("concurrency", concurrency)):
+        if value < 1:
+            raise ValueError(f"kvcomp.delethink: {name}: expected at least 1, got {value}")
+
+
+class _Key(NamedTuple):
+    problem: Problem
+    sample: int
+
+
+class _Loop:
+    def __init__(self, engine: Engine, method: Delethink, book: Log, keys: list[_Key]) -> None:
+        self.engine, self.method, self.book, self.keys = engine, method, book, keys
+        self.hashes = {k.problem.id: fingerprint(book.settings, k.problem.ids) for k in keys}
+        self.done = [self.finished(key) for key in keys]
+        self.resumed = sum(map(len, self.done))
+        self.lost = False  # the server, for everybody
+
+    def finished(self, key: _Key) -> list[Record]:
+        name = key.problem.id
+        records = self.book.done(name, key.sample, self.hashes[name])
+        return records[: self.method.max_chunks]
+
+    def next_chunk(self, done: list[Record]) -> Chunk | None:
+        return None if done and done[-1].finish == "stop" else self.method.chunk_at(len(done))
+
+    def has_work(self) -> bool:
+        return any(self.next_chunk(done) for done in self.done)
+
+    async def run(self, concurrency: int, progress: bool) -> Run:
+        free = asyncio.Semaphore(concurrency)
+        with progress_bar(len(self.keys), progress) as tell:
+            work = zip(self.keys, self.done, strict=True)
+            tasks = [asyncio.create_task(self.follow(*each, free, tell)) for each in work]
+            try:
+                ends = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # no request outlives the log
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        traces = [end for end in ends if isinstance(end, Trace)]
+        run = Run(traces, self.engine.tokens, self.engine.reason, self.resumed)
+        failures = {
+            (key.problem.id, key.sample): end
+            for key, end in zip(self.keys, ends, strict=True)
+            if isinstance(end, EngineError)
+        }
+        if failures:
+            raise TraceError(self.summary(failures, len(traces)), failures, run)
+        return run
+
+    def summary(self, failures: dict[tuple[str, int], EngineError], good: int) -> str:
+        reasons: dict[str, list[str]] = {}
+        for (name, sample), error in failures.items():
+            reasons.setdefault(str(error), []).append(f"{name!r} sample {sample}")
+        shown = "; ".join(
+            f"{', '.join(who[:3])}{f' and {len(who) - 3} more' if len(who) > 3 else ''}: {why}"
+            for why, who in list(reasons.items())[:5]
+        )
+        total = len(self.keys)
+        waiting = total - good - len(failures)
+        return (
+            f"kvcomp.delethink: {len(failures)} of {total} traces failed, {good} came to their end"
+            f"{f', {waiting} were left where they are' if waiting else ''}. {shown}. All finished"
+            f" chunks are in {self.book.path}: run the same again to go on from there"
+        )
+
+    async def follow(
+        self, key: _Key, done: list[Record], free: asyncio.Semaphore, tell: Tell
+    ) -> Trace | EngineError | None:
+        """One trace to its end; an error of its own; None where the server was lost before."""
+        tell(sum(len(record.ids) for record in done), False)
+        async with free:
+            while (chunk := self.next_chunk(done)) is not None:
+                if self.lost:
+                    return None
+                try:
+                    record = await self.ask(key, chunk, done)
+                except EngineError as error:
+                    self.lost |= error.everyone
+                    return error
+                self.book.append(record)
+                done.append(record)
+                tell(len(record.ids), False)
+        tell(0, True)
+        return Trace(
+            id=key.problem.id,
+            sample=key.sample,
+            prompt=key.problem.ids,
+            output=[token for record in done for token in record.ids],
+            finish="eos" if done[-1].finish == "stop" else "budget",
+            chunks=len(done),
+            longest_context=max(record.context for record in done),
+            drift=sum(record.drift for record in done),
+        )
+
+    async def ask(self, key: _Key, chunk: Chunk, done: list[Record]) -> Record:
+        output = [token for record in done for token in record.ids]
+        # By the schedule len(output) is chunk.start; after drift it is near it.
+        carried = max(len(output) - (chunk.start - chunk.carried), 0)
+        context = key.problem.ids + output[: chunk.head] + output[carried:]
+        limit = chunk.stop - chunk.start
+        answer = await self.engine.complete(context, limit, self.seed(key, len(done)))
+        return Record(
+            id=key.problem.id,
+            sample=key.sample,
+            chunk=len(done),
+            hash=self.hashes[key.problem.id],
+            finish=answer.finish,
+            context=len(context) + len(answer.ids),
+            drift=answer.drift,
+            ids=answer.ids,
+        )
+
+    def seed(self, key: _Key, chunk: int) -> int | None:
+        seed = self.engine.sampling.seed
+        if seed is None:
+            return None
+        text = f"{seed}/{key.problem.id}/{key.sample}/{chunk}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1

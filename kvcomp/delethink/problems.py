@@ -1,0 +1,91 @@
+"""What is to be solved: problems with an id, and their prompts as token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PROMPTS = ("prompt", "messages", "ids")
+
+
+class Problem(NamedTuple):
+    id: str
+    ids: list[int]
+
+
+def read_problems(file: str | Path) -> list[dict[str, Any]]:
+    """The problems of a JSONL file: one object a line, see `trace`.
+
+    Raises:
+        ValueError: no such file, or a line that is no JSON object.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"kvcomp.delethink: cannot read problems: {error}") from error
+    problems = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            problem = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"kvcomp.delethink: {file}, line {number}: {error}") from error
+        if not isinstance(problem, dict):
+            raise ValueError(f"kvcomp.delethink: {file}, line {number}: expected an object")
+        problems.append(problem)
+    return problems
+
+
+def prepare(problems: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Problem]:
+    """Check `problems` and encode their prompts: nothing is sent before all are in order."""
+    found: dict[str, Problem] = {}
+    for place, problem in enumerate(problems):
+        if not isinstance(problem, Mapping):
+            _wrong(f"number {place}", "a mapping with an id and a prompt", problem)
+        name = problem.get("id")
+        if isinstance(name, bool) or not isinstance(name, (str, int)):
+            _wrong(f"number {place}: id", "a string or a number", name)
+        name = str(name)
+        if name in found:
+            raise ValueError(f"kvcomp.delethink: problems: the id {name!r} is there twice")
+        found[name] = Problem(name, _encode(name, problem, tokenizer))
+    if not found:
+        raise ValueError("kvcomp.delethink: problems: expected at least one, got none")
+    return list(found.values())
+
+
+def _encode(name: str, problem: Mapping[str, Any], tokenizer: Any) -> list[int]:
+    kinds = [kind for kind in PROMPTS if problem.get(kind) is not None]
+    if len(kinds) != 1:
+        _wrong(repr(name), f"one of {', '.join(PROMPTS)}", kinds or None)
+    kind, value = kinds[0], problem[kinds[0]]
+    if kind != "ids" and tokenizer is None:
+        raise ValueError(f"kvcomp.delethink: problem {name!r} is text, so a tokenizer is needed")
+    if kind == "prompt":
+        if not isinstance(value, str) or not value:
+            _wrong(f"{name!r}: prompt", "some text", value)
+        return list(tokenizer(value)["input_ids"])
+    if kind == "messages":
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                f"kvcomp.delethink: problem {name!r} has messages, but the tokenizer has no chat"
+                " template"
+            )
+        text = tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not is_token_ids(value) or not value:
+        _wrong(f"{name!r}: ids", "a list of token ids", value)
+    return list(value)
+
+
+def is_token_ids(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(type(i) is int and i >= 0 for i in value)
+
+
+def _wrong(where: str, expected: str, got: Any) -> None:
+    raise ValueError(
+        f"kvcomp.delethink: problem {where}: expected {expected}, got {str(got)[:80]!r}"
+    )

@@ -1,0 +1,308 @@
+"""ChunkedCache: the contexts that one batch goes through, behind one cache for `generate`.
+
+`generate` sees a sequence that only grows. The decoder sees the context of the current chunk: each
+forward's tokens go to that context's cache, at the positions they have in it. When the last token
+of a chunk comes in, the next context is made first, and the token is its last one.
+
+All rows of a batch begin together, so a chunk ends for all of them in the same step. A row that has
+ended is carried along, as in `generate` without chunks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache as TransformersCache
+
+from kvcomp.cache import Meter
+from kvcomp.cache.background import Background
+from kvcomp.hf.cache import Cache
+from kvcomp.methods.delethink import Chunk, Delethink
+
+Encode = Callable[..., None]  # (cache, input_ids=, attention_mask=, position_ids=): one forward
+
+
+class ChunkedCache(TransformersCache):
+    """A transformers cache under `Delethink`.
+
+    Args:
+        method: the schedule.
+        new_context: makes an empty cache.
+        longest: positions that the model knows; None: not said.
+
+    Attributes:
+        context: the cache of the current chunk, which the model's layers see.
+        index, chunk: which chunk that is.
+        produced: tokens of the output that have come in.
+    """
+
+    def __init__(
+        self, method: Delethink, new_context: Callable[[], Cache], longest: int | None
+    ) -> None:
+        self.method, self.longest = method, longest
+        self._new_context = new_context
+        self.context = new_context()
+        super().__init__(layers=self.context.layers)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.index, self.chunk = 0, self.method.chunk_at(0)
+        self.produced = 0
+        self.prompt_columns = 0  # that `generate` announced
+        self._prompt: Tensor | None = None  # [B, columns] ids
+        self._mask: Tensor | None = None  # [B, columns] of the prompt; None: no padding
+        self._output: Tensor | None = None  # [B, room] ids
+        self._next: _NextContext | None = None  # under way, with reset="streaming"
+
+    def __deepcopy__(self, memo: dict) -> ChunkedCache:
+        copy = object.__new__(ChunkedCache)
+        memo[id(self)] = copy
+        own = dict(self.__dict__)
+        shared = {name: own.pop(name) for name in ("method", "_new_context")}
+        own["_next"] = None  # the copy makes its own
+        memo[id(self.context.kv.beside)] = []
+        copy.__dict__.update(shared | deepcopy(own, memo))
+        return copy
+
+    @property
+    def meter(self) -> Meter:
+        return self.context.kv.meter
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, of all chunks; columns of the batch, padding included."""
+        return (0 if self._prompt is None else self._prompt.shape[1]) + self.produced
+
+    def reset(self) -> None:
+        self._set_context(self._new_context())
+        self._begin()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        raise ValueError("kvcomp: delethink cannot reorder, repeat or drop the rows of a batch")
+
+    batch_repeat_interleave = reorder_cache = batch_select_indices
+
+    def announce(self, columns: int) -> None:
+        """A prompt of that many columns follows, in one piece or several.
+
+        Raises:
+            ValueError: the cache has thought already, and forgotten most of it.
+        """
+        if self.get_seq_length():
+            raise ValueError(
+                "kvcomp: past_key_values: delethink forgets what it thought, so a second turn"
+                " cannot go on from this cache; generate anew from the whole conversation"
+            )
+        self.prompt_columns = columns
+
+    def enter(self, given: dict[str, Any], encode: Encode) -> dict[str, Any]:
+        """What the decoder is to be called with instead of `given`, after a boundary where it is
+        due."""
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if ids is None:
+            raise ValueError("kvcomp: inputs_embeds: delethink encodes tokens anew: it needs ids")
+        if self._is_prompt(ids):
+            self._add_prompt(ids, mask)
+            return given | {"past_key_values": self.context}
+        self._add_output(ids, mask)
+        if self.produced == self.chunk.stop:
+            self._cross(encode)
+        elif self.method.reset == "streaming":
+            self._encode_ahead(encode)
+        placed = self._placed(self.context.get_seq_length(), 1)
+        if "cache_position" in given:  # of older versions of transformers
+            placed["cache_position"] = None  # it follows from the cache
+        return given | placed | {"past_key_values": self.context}
+
+    # --- what comes in ----------------------------------------------------------------------------
+
+    def _is_prompt(self, ids: Tensor) -> bool:
+        columns = self.get_seq_length()
+        in_pieces = ids.shape[1] > 1 and not self.produced
+        return columns == 0 or columns < self.prompt_columns or in_pieces
+
+    def _add_prompt(self, ids: Tensor, mask: Tensor | None) -> None:
+        joined = ids if self._prompt is None else torch.cat([self._prompt, ids], 1)
+        padded = mask is not None and mask.ndim == 2 and not bool(mask.bool().all())
+        if padded and mask.shape == joined.shape and not bool((mask.diff(dim=1) >= 0).all()):
+            raise ValueError("kvcomp: attention_mask: delethink expects padding on the left only")
+        valid = int(mask.sum(1).max()) if padded else joined.shape[1]
+        bound = valid + self.method.most_thought
+        if self.longest is not None and bound > self.longest:
+            raise ValueError(
+                f"kvcomp: a prompt of {valid} tokens and up to {self.method.most_thought} of output"
+                f" make a context of {bound}; the model knows {self.longest} positions"
+            )
+        self._prompt, self._mask = joined, mask if padded else None
+
+    def _add_output(self, ids: Tensor, mask: Tensor | None) -> None:
+        if ids.shape[1] != 1:
+            raise ValueError(
+                f"kvcomp: delethink: expected one new token at a time behind the prompt, got"
+                f" {ids.shape[1]} (a second turn on one cache is not possible)"
+            )
+        columns = self.get_seq_length() + 1
+        if mask is not None and (mask.ndim != 2 or mask.shape[1] != columns):
+            raise ValueError(
+                f"kvcomp: attention_mask: expected {columns} columns ({columns - 1} seen, 1 new),"
+                f" got {list(mask.shape)}"
+            )
+        if mask is not None and not mask.is_cuda and not bool(mask[:, -1].all()):
+            raise ValueError("kvcomp: attention_mask: delethink: a row cannot sit out a step")
+        if self._output is None or self._output.shape[1] == self.produced:
+            room = ids.new_zeros(len(ids), max(1024, self.produced))
+            self._output = room if self._output is None else torch.cat([self._output, room], 1)
+        self._output[:, self.produced] = ids[:, 0]
+        self.produced += 1
+
+    # --- contexts ---------------------------------------------------------------------------------
+
+    def _tokens(self, chunk: Chunk, first: int, last: int) -> Tensor:
+        """Ids of columns [first, last) of the context in which `chunk` is generated."""
+        parts = [
+            self._prompt,
+            self._output[:, : chunk.head],
+            self._output[:, chunk.carried : chunk.start],
+        ]
+        return torch.cat(parts, 1)[:, first:last]
+
+    def _placed(self, first: int, count: int) -> dict[str, Tensor | None]:
+        """Mask and positions of columns [first, first + count) of any context: padding comes first
+        in all."""
+        columns = torch.arange(first, first + count, device=self._prompt.device)
+        if self._mask is None:
+            return {"attention_mask": None, "position_ids": columns.expand(len(self._prompt), -1)}
+        padding = self._mask.shape[1] - self._mask.sum(1, keepdim=True)
+        more = first + count - self._mask.shape[1]
+        mask = torch.nn.functional.pad(self._mask, (0, max(more, 0)), value=1)[:, : first + count]
+        return {"attention_mask": mask, "position_ids": (columns - padding).clamp(min=0)}
+
+    def _cross(self, encode: Encode) -> None:
+        """The chunk is full: its last token is about to come in, as that of the next context."""
+        chunk = self.method.chunk_at(self.index + 1)
+        if chunk is None:
+            self.produced -= 1  # the token has not come in
+            raise ValueError(
+                f"kvcomp: delethink: max_chunks={self.method.max_chunks} chunks are full, with"
+                f" {self.chunk.stop} tokens of output"
+            )
+        began = _now(self._prompt.device)
+        kept, last = self._bounds(chunk)
+        if self.method.reset == "rotate":
+            self._fold(kept, last)
+            encoded = 0
+        else:
+            following = self._next or _NextContext(self, chunk, self._rewound(kept))
+            encoded = following.finish(encode)
+            self._set_context(following.cache)
+        self.index, self.chunk, self._next = self.index + 1, chunk, None
+        self.context.kv.folded = chunk.carried - chunk.head
+        meter = self.meter
+        meter.reencoded_tokens += encoded * len(self._prompt)
+        meter.boundary_seconds.append(_now(self._prompt.device) - began)
+
+    def _bounds(self, chunk: Chunk) -> tuple[int, int]:
+        """Of a chunk's context, columns of prompt and head, and those before its last token."""
+        prefix = self._prompt.shape[1] + chunk.head
+        return prefix, prefix + chunk.start - chunk.carried - 1
+
+    def _rewound(self, columns: int) -> Cache:
+        """This context, gone back to its first `columns` columns, or as far as it can."""
+        if not self.context.all_managed:
+            self._set_context(self._new_context())
+            return self.context
+        kv = self.context.kv
+        kv.method.rewind(kv, columns)
+        return self.context
+
+    def _fold(self, kept: int, last: int) -> None:
+        """Take what lies between prefix and carry out of the context as it is."""
+        kv = self.context.kv
+        for layer in kv.layers:
+            layer.fold(kept, layer.columns - (last - kept), kv.require_rotation())
+
+    def _encode_ahead(self, encode: Encode) -> None:
+        """Start to make the next context, or go on, as soon as a piece of its carry is known."""
+        chunk = self.method.chunk_at(self.index + 1)
+        if chunk is None or self.produced <= max(chunk.carried, chunk.head):
+            return
+        if self._next is None:
+            cache = self._new_context()
+            kept, last = self._bounds(chunk)
+            if self.context.all_managed and self.method.attention.croppable:
+                cache.kv.adopt(self.context.kv, kept, room=last + chunk.stop - chunk.start + 1)
+            self._next = _NextContext(self, chunk, cache)
+        self._next.go_on(encode)
+
+    def _set_context(self, cache: Cache) -> None:
+        self.context, self.layers = cache, cache.layers
+
+
+class _NextContext:
+    """The context of the next chunk, encoded piece by piece, in the background or here.
+
+    Attributes:
+        cache: what has been encoded; nobody else's until `finish`.
+    """
+
+    def __init__(self, owner: ChunkedCache, chunk: Chunk, cache: Cache) -> None:
+        self.owner, self.chunk, self.cache = owner, chunk, cache
+        self._first = self._sent = cache.get_seq_length()
+        self._prefix, self._last = owner._bounds(chunk)
+        self._background: Background | None = None
+        self._wait: Callable[[], None] | None = None
+
+    def go_on(self, encode: Encode) -> None:
+        """Encode a piece in the background, if one is known and nothing is under way."""
+        if self._background is None:
+            self._background = Background(self.owner._prompt.device)
+            self.cache.kv.counted = False
+            self.owner.context.kv.beside = [self.cache.kv]
+        known = self._prefix + self.owner.produced - self.chunk.carried
+        end = self._sent + self.owner.method.piece
+        if end <= min(known, self._last) and not self._background.busy:
+            if self._wait is not None:
+                self._wait()  # for nothing, but to raise what the piece before has raised
+            work, tensors = self._piece(encode, end)
+            self._wait = self._background.submit(work, *tensors)
+
+    def finish(self, encode: Encode) -> int:
+        """Encode what is missing.
+
+        Returns:
+            columns encoded in all, the background's included.
+        """
+        if self._wait is not None:
+            self._wait()
+        step = self.owner.method.piece if self._background else self._last
+        while self._sent < self._last:
+            self._piece(encode, min(self._sent + step, self._last))[0]()
+        self.cache.kv.counted = True
+        return self._last - self._first
+
+    def _piece(self, encode: Encode, end: int) -> tuple[Callable[[], None], list[Tensor]]:
+        """The work of encoding columns up to `end`, and the tensors that it reads."""
+        ids = self.owner._tokens(self.chunk, self._sent, end)
+        placed = self.owner._placed(self._sent, end - self._sent)
+        self._sent = end
+        tensors = [ids, *(tensor for tensor in placed.values() if tensor is not None)]
+        return lambda: encode(self.cache, input_ids=ids, **placed), tensors
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when all that the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

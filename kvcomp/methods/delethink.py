@@ -1,0 +1,156 @@
+"""Delethink (arXiv 2510.06557): think in chunks, and throw the context away between them.
+
+The first chunk answers the prompt q with up to C tokens. The next context is q, the first h tokens
+of the output, which often hold the plan, and the last ones, the carry; it goes on in the middle of
+the same turn, and nothing tells the model that anything is missing. So do all that follow. The
+output is what was newly generated, so that the carry is in it once.
+
+Context and KV are bounded by |q| + C whatever the length of the thinking; the price is one prefill
+of the carry for each C - m tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvcomp.methods.base import Method
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+VARIANTS = ("exact_bound", "paper")
+RESETS = ("prefill", "streaming", "rotate")
+
+
+class Chunk(NamedTuple):
+    """One context: the prompt, output[:head] and output[carried:start]. In it output[start:stop]
+    is generated."""
+
+    head: int
+    carried: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Delethink(Method, name="delethink"):
+    """Chunked Markovian thinking.
+
+    Attributes:
+        chunk: C, tokens that the first chunk generates.
+        carry: m, tokens that the next context keeps of the output; later chunks generate C - m.
+        max_chunks: I, after which `generate` ends; None: as many as `max_new_tokens` allows.
+        head: h, first tokens of the output that stay with the prompt for good.
+        variant: "exact_bound", the head counts towards the carry, so that a context never exceeds
+            |q| + C (what the published checkpoints were trained with); "paper", the head comes on
+            top, |q| + h + C (Algorithm 1).
+        reset: how the next context gets its K and V. "prefill": prompt and head stay as they are,
+            the carry is encoded anew. "streaming": the same, in pieces, while the chunk before is
+            still being decoded; two contexts are then in memory. "rotate": the carry keeps its K
+            and V, and keys are rotated to their new positions. That is an approximation, and
+            another method: deleted tokens still speak through the states of the carry.
+        piece: g, tokens that "streaming" encodes at once.
+        inner: the method that decides what attention reads and the cache keeps within a context;
+            None: dense attention.
+    """
+
+    chunk: int = 8192  # C
+    carry: int = 4096  # m
+    max_chunks: int | None = 5  # I
+    head: int = 100  # h
+    variant: str = "exact_bound"
+    reset: str = "prefill"
+    piece: int = 256  # g
+    inner: Method | None = None
+
+    croppable = False
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, field: str, expected: str) -> None:
+            if not condition:
+                raise ValueError(
+                    f"kvcomp.Delethink: {field}: expected {expected}, got {getattr(self, field)!r}"
+                )
+
+        require(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}")
+        require(self.reset in RESETS, "reset", f"one of {', '.join(RESETS)}")
+        require(self.carry >= 1, "carry", "at least 1 token")
+        require(self.chunk > self.carry, "chunk", f"more than carry={self.carry} tokens")
+        require(
+            self.max_chunks is None or self.max_chunks >= 1, "max_chunks", "at least 1, or None"
+        )
+        require(self.piece >= 1, "piece", "at least 1 token")
+        if self.variant == "paper":
+            require(0 <= self.head <= self.chunk, "head", f"0 to chunk={self.chunk} tokens")
+        else:
+            require(
+                0 <= self.head < self.carry,
+                "head",
+                f"fewer than carry={self.carry} tokens, which it counts towards in 'exact_bound'",
+            )
+        inner = self.inner
+        require(
+            inner is None or (isinstance(inner, Method) and not isinstance(inner, Delethink)),
+            "inner",
+            "another method, or None",
+        )
+        if self.reset == "rotate" and not self.attention.croppable:
+            raise ValueError(
+                f"kvcomp.Delethink: reset='rotate' moves keys that are all there, but"
+                f" {type(inner).__name__} drops some, or keeps them elsewhere; use 'prefill'"
+            )
+
+    @classmethod
+    def example(cls, budget: int | None = None) -> Self:
+        """Chunks of three quarters of `budget`, which leaves a quarter to the prompt."""
+        chunk = (128 if budget is None else budget) * 3 // 4
+        if chunk < 2:
+            raise ValueError(f"kvcomp.Delethink: budget: expected at least 3 tokens, got {budget}")
+        carry = chunk // 2
+        return cls(chunk=chunk, carry=carry, head=carry // 4, max_chunks=None)
+
+    @property
+    def attention(self) -> Method:
+        return _DENSE if self.inner is None else self.inner
+
+    @property
+    def moves_keys(self) -> bool:
+        return self.reset == "rotate" or self.attention.moves_keys
+
+    @property
+    def tail(self) -> int:
+        """m_t, last tokens of the output in a new context."""
+        return self.carry - self.head if self.variant == "exact_bound" else self.carry
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens that all chunks generate together, C + (I - 1)(C - m); None: no end."""
+        if self.max_chunks is None:
+            return None
+        return self.chunk + (self.max_chunks - 1) * (self.chunk - self.carry)
+
+    @property
+    def most_thought(self) -> int:
+        """Tokens of the output in a context, at most."""
+        return self.chunk + (self.head if self.variant == "paper" else 0)
+
+    def check(self, num_layers: int) -> None:
+        self.attention.check(num_layers)
+
+    def chunk_at(self, index: int) -> Chunk | None:
+        """Chunk `index`, from 0; None behind the last one.
+
+        The carry are the last tokens of the output, and not of the last response, which is shorter
+        than the carry where m > C / 2.
+        """
+        if self.max_chunks is not None and index >= self.max_chunks:
+            return None
+        if index == 0:
+            return Chunk(0, 0, 0, self.chunk)
+        fresh = self.chunk - self.carry
+        start = self.chunk + (index - 1) * fresh
+        return Chunk(self.head, start - self.tail, start, start + fresh)
+
+
+_DENSE = Method()
