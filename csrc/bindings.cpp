@@ -35,7 +35,8 @@ void compact_kv(Backend backend, py::handle k, py::handle v, py::handle state, p
                 py::handle seq_lens, std::uintptr_t stream);
 void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
                       py::handle seq_lens, py::handle page_ids, py::handle logits, py::handle out,
-                      py::handle lse, std::int64_t page_size, double scale, std::uintptr_t stream);
+                      py::handle lse, std::int64_t page_size, double scale, py::handle partial_out,
+                      py::handle partial_lse, std::int64_t split_size, std::uintptr_t stream);
 void fetch_rows(Backend backend, py::handle k, py::handle v, py::handle slot_rows,
                 py::handle seq_lens, py::handle rows, py::handle first_local, py::handle active,
                 py::handle pool, py::handle fetched, std::int64_t num_sinks, std::uintptr_t stream);

@@ -10,6 +10,7 @@
 
 #include "cuda_host/emulator/cuda_host.h"
 #include "kvcomp/device.cuh"
+#include "kvcomp/matrix.cuh"
 
 namespace {
 
@@ -207,7 +208,69 @@ void intrinsics() {
   EXPECT(__half2float(__float2half_rn(NAN)) != 0 && __half2float({0x3555}) == 0.333251953125f);
 }
 
+// C [16, 8] = A [16, 16] B [16, 8] from shared memory: A by rows, B by rows and so transposed.
+template <typename T>
+__global__ void matrices_kernel(const uint16_t* a, const uint16_t* b, float* c, uint16_t* turned) {
+  alignas(16) __shared__ uint16_t shared_a[16 * 24], shared_b[32 * 8];
+  const int lane = threadIdx.x, row = lane % 16, half = lane / 16 * 8;
+  kvcomp::copy_async(shared_a + row * 24 + half, a + row * 16 + half, true);
+  kvcomp::end_copy_group();
+  kvcomp::copy_async(shared_b + lane * 8, b + row * 8, lane < 16);  // the lower half becomes 0
+  kvcomp::end_copy_group();
+  unsigned fragment_a[4], fragment_b[4];
+  kvcomp::wait_for_copies<1>();
+  __syncwarp();
+  kvcomp::load_matrices(fragment_a, shared_a + row * 24 + half);
+  kvcomp::wait_for_copies<0>();
+  __syncwarp();
+  kvcomp::load_matrices_transposed(fragment_b, shared_b + lane * 8);
+  const unsigned upper_and_lower[2] = {fragment_b[0], fragment_b[1]};
+  float sums[4] = {};
+  kvcomp::multiply_add(sums, fragment_a, upper_and_lower, T{});
+  for (int i = 0; i < 4; ++i) {
+    c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] =
+        sums[i] + static_cast<float>(fragment_b[2] | fragment_b[3]);
+  }
+  const unsigned back = kvcomp::transpose_matrix(fragment_b[0]);
+  std::memcpy(turned + lane / 4 * 8 + lane % 4 * 2, &back, sizeof back);
+}
+
+template <typename T>
+void matrices_of(uint16_t (*bits)(float)) {
+  alignas(16) uint16_t a[16 * 16], b[16 * 8], turned[64];
+  float x[16 * 16], y[16 * 8], c[16 * 8];
+  for (int i = 0; i < 256; ++i) a[i] = bits(x[i] = static_cast<float>(i * 29 % 61 - 30));
+  for (int i = 0; i < 128; ++i) b[i] = bits(y[i] = static_cast<float>(i * 17 % 47 - 23));
+  launch(matrices_kernel<T>, 1, 32, 0, a, b, c, turned);
+  for (int i = 0; i < 128; ++i) {
+    float sum = 0;
+    for (int k = 0; k < 16; ++k) sum += x[i / 8 * 16 + k] * y[k * 8 + i % 8];
+    EXPECT(c[i] == sum);
+  }
+  EXPECT(std::memcmp(turned, b, sizeof turned) == 0);
+}
+
+void matrices() {
+  matrices_of<__half>([](float x) { return __float2half_rn(x).bits; });
+  matrices_of<__nv_bfloat16>([](float x) { return __float2bfloat16_rn(x).bits; });
+}
+
 // --- what must be refused ------------------------------------------------------------------------
+
+// A copy that nobody has waited for.
+__global__ void early_read_kernel(const float* in, float* out) {
+  alignas(16) __shared__ float shared[4];
+  for (int i = 0; i < 4; ++i) shared[i] = 0;
+  kvcomp::copy_async(shared, in, true);
+  kvcomp::end_copy_group();
+  kvcomp::wait_for_copies<1>();
+  out[0] = shared[0];
+}
+
+__global__ void crooked_copy_kernel(const float* in) {
+  alignas(16) __shared__ float shared[8];
+  kvcomp::copy_async(shared + 1, in, true);
+}
 
 __global__ void divergent_barrier_kernel() {
   if (threadIdx.x < 40) {
@@ -274,6 +337,7 @@ __global__ void throwing_kernel() {
 }
 
 std::vector<float> floats(64);
+alignas(16) float aligned[4] = {1, 1, 1, 1};
 
 const std::map<std::string, void (*)()> probes = {
     {"indices", indices},
@@ -284,6 +348,9 @@ const std::map<std::string, void (*)()> probes = {
     {"atomics", atomics},
     {"warp_memory", warp_memory},
     {"intrinsics", intrinsics},
+    {"matrices", matrices},
+    {"early_read", [] { launch(early_read_kernel, 1, 1, 0, aligned, floats.data()); }},
+    {"crooked_copy", [] { launch(crooked_copy_kernel, 1, 1, 0, aligned); }},
     {"divergent_barrier", [] { launch(divergent_barrier_kernel, 1, 64, 0); }},
     {"early_warp", [] { launch(early_warp_kernel, 1, 64, 0, std::vector<int>(64).data()); }},
     {"returned_lane",

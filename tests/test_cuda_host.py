@@ -28,7 +28,7 @@ BUILDS = {
 
 RIGHT = (
     *("indices", "softmax", "dynamic_shared", "shuffles", "votes", "atomics", "warp_memory"),
-    *("intrinsics", "after_failure"),
+    *("intrinsics", "matrices", "after_failure"),
 )
 
 WHO = r"^kvcomp cuda-host: kernel probe, block \(0, 0, 0\), thread \(%d, 0, 0\): "
@@ -41,6 +41,7 @@ REFUSED = {
     r" .*; thread \(5, 0, 0\) returned",
     "foreign_mask": (WHO % 31) + r"__syncwarp: its mask lacks its own lane",
     "foreign_lane": (WHO % 0) + r"__shfl_sync: reads lane 20, which its mask lacks",
+    "crooked_copy": (WHO % 0) + r"copy_async: an address that is not aligned to 16 bytes",
     "throwing": r"^thrown by a kernel$",
     "too_many_threads": r"invalid launch: .*block \(64, 32, 1\)",
 }
@@ -48,6 +49,7 @@ REFUSED = {
 REFUSED_WATCHED = {
     "unwritten": (WHO % 63) + r"reads shared memory that no thread of the block has written",
     "unwritten_in_second_block": (WHO % 10) + r"reads shared memory that no thread of the block",
+    "early_read": (WHO % 0) + r"reads shared memory that no thread of the block has written",
     "race": (WHO % 1) + r"writes shared memory that thread 0 read, with no barrier in between",
     "warp_race": (WHO % 31) + r"reads shared memory that thread 30 wrote, with no barrier",
     "past_dynamic": (WHO % 0)

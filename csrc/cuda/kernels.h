@@ -9,6 +9,7 @@ namespace kvcomp::cuda {
 
 void attention_hits(const AttentionHitsParams& params, int device, std::uintptr_t stream);
 void compact_kv(const CompactKvParams& params, int device, std::uintptr_t stream);
+void decode_attention(const DecodeAttentionParams& params, int device, std::uintptr_t stream);
 void fetch_rows(const FetchRowsParams& params, int device, std::uintptr_t stream);
 void page_scores(const PageScoresParams& params, int device, std::uintptr_t stream);
 void recurrence_update(const RecurrenceUpdateParams& params, int device, std::uintptr_t stream);

@@ -7,6 +7,7 @@ namespace kvcomp::cuda_host {
 
 void attention_hits(const AttentionHitsParams& params);
 void compact_kv(const CompactKvParams& params);
+void decode_attention(const DecodeAttentionParams& params);
 void fetch_rows(const FetchRowsParams& params);
 void page_scores(const PageScoresParams& params);
 void recurrence_update(const RecurrenceUpdateParams& params);

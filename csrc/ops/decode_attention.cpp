@@ -6,6 +6,8 @@
 
 #include "backend.h"
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
+#include "cuda_host/kernels.h"
 #include "ops/checks.h"
 #include "tensor.h"
 
@@ -52,7 +54,8 @@ void check_values(const Boundary& at, const DecodeAttentionParams& p) {
 void decode_attention(Backend backend, py::handle q_, py::handle k_, py::handle v_,
                       py::handle seq_lens_, py::handle page_ids_, py::handle logits_,
                       py::handle out_, py::handle lse_, std::int64_t page_size, double scale,
-                      std::uintptr_t) {
+                      py::handle partial_out_, py::handle partial_lse_, std::int64_t split_size,
+                      std::uintptr_t stream) {
   const Boundary at{"decode_attention"};
   const TensorView q = at.tensor("q", q_), k = at.tensor("k", k_), v = at.tensor("v", v_);
   const TensorView seq_lens = at.tensor("seq_lens", seq_lens_);
@@ -112,6 +115,23 @@ void decode_attention(Backend backend, py::handle q_, py::handle k_, py::handle 
   at.shape(lse, {B, Hq});
   at.contiguous(out);
   at.contiguous(lse);
+  const std::optional<TensorView> partial_out = at.optional("partial_out", partial_out_);
+  const std::optional<TensorView> partial_lse = at.optional("partial_lse", partial_lse_);
+  Dim S{"S"};
+  S.size = 1;
+  if (partial_out && partial_lse) {
+    S.size = -1;
+    at.device(backend, {&q, &*partial_out, &*partial_lse});
+    at.dtype(*partial_out, {DType::f32});
+    at.dtype(*partial_lse, {DType::f32});
+    at.shape(*partial_out, {B, Hq, S, D});
+    at.shape(*partial_lse, {B, Hq, S});
+    at.contiguous(*partial_out);
+    at.contiguous(*partial_lse);
+  }
+  if (backend != Backend::cpu && S.size * split_size < positions) {
+    at.fail("split_size", "splits of all " + std::to_string(positions) + " positions", split_size);
+  }
 
   const DecodeAttentionParams params{
       .dtype = at.scalar_type(q),
@@ -123,6 +143,8 @@ void decode_attention(Backend backend, py::handle q_, py::handle k_, py::handle 
       .out = out.data,
       .lse = lse.as<float>(),
       .logits = logits ? logits->as<float>() : nullptr,
+      .partial_out = partial_out ? partial_out->as<float>() : nullptr,
+      .partial_lse = partial_lse ? partial_lse->as<float>() : nullptr,
       .stride_q_b = q.strides[0],
       .stride_q_h = q.strides[1],
       .stride_k_b = k.strides[0],
@@ -142,11 +164,18 @@ void decode_attention(Backend backend, py::handle q_, py::handle k_, py::handle 
       .num_slots = static_cast<std::int32_t>(T.size),
       .num_listed = page_ids ? static_cast<std::int32_t>(K.size) : 0,
       .page_size = static_cast<std::int32_t>(page_size),
+      .num_splits = static_cast<std::int32_t>(S.size),
+      .split_size = static_cast<std::int32_t>(split_size),
       .scale = static_cast<float>(scale),
   };
+  if (backend == Backend::cuda) {
+    if constexpr (kWithCuda) cuda::decode_attention(params, q.device.index, stream);
+    return;
+  }
   // An empty list has no memory, so it would pass for no list; with lengths of 0 that is the same.
   if (page_ids && K.size == 0) check_seq_lens(at, params.seq_lens, B.size, "K * page_size", 0);
   check_values(at, params);
+  if (backend == Backend::cuda_host) return cuda_host::decode_attention(params);
   const py::gil_scoped_release_simple released;
   cpu::decode_attention(params);
 }

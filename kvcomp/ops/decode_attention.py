@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
+from kvcomp.ops._splits import MIN_SPLIT, plan_splits
+
+HEADS_PER_BLOCK = 8  # of the CUDA kernel, see decode_attention.cuh
+BLOCKS_PER_SM = 2
 
 
 def decode_attention(
@@ -90,11 +95,63 @@ def native(backend: int) -> Callable:
     def run(q, k, v, seq_lens, page_ids, page_size, scale, logits):
         out, lse = fake(q, k, v, seq_lens, page_ids, page_size, scale, logits)
         _C.decode_attention(
-            backend, q, k, v, seq_lens, page_ids, logits, out, lse, page_size, scale, raw_stream(q)
+            backend,
+            q,
+            k,
+            v,
+            seq_lens,
+            page_ids,
+            logits,
+            out,
+            lse,
+            page_size,
+            scale,
+            None,
+            None,
+            0,
+            0,
         )
         return out, lse
 
-    return run
+    def run_in_splits(q, k, v, seq_lens, page_ids, page_size, scale, logits):
+        out, lse = fake(q, k, v, seq_lens, page_ids, page_size, scale, logits)
+        (batch, heads, dim), kv_heads = q.shape, k.shape[1]
+        positions = k.shape[2] if page_ids is None else page_ids.shape[2] * page_size
+        blocks = batch * kv_heads * -(-heads // kv_heads // HEADS_PER_BLOCK)
+        chunks = max(1, -(-positions // MIN_SPLIT))
+        splits, size = plan_splits(blocks, chunks, multiprocessors(q.device) * BLOCKS_PER_SM)
+        partial_out = partial_lse = None
+        if splits > 1:
+            partial_out = lse.new_empty(*out.shape[:2], splits, dim)
+            partial_lse = lse.new_empty(*lse.shape, splits)
+        _C.decode_attention(
+            backend,
+            q,
+            k,
+            v,
+            seq_lens,
+            page_ids,
+            logits,
+            out,
+            lse,
+            page_size,
+            scale,
+            partial_out,
+            partial_lse,
+            size,
+            raw_stream(q),
+        )
+        return out, lse
+
+    return run if backend in (_C.Backend.cpu, _C.Backend.check) else run_in_splits
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; of the emulated one, few, so that there is more than one wave."""
+    if device.type == "cpu":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 _op = bind(
@@ -104,6 +161,6 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu",),
+    backends=("cpu", "cuda", "cuda-host"),
     triton=True,
 )

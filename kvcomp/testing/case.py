@@ -33,13 +33,17 @@ def generator_for(*key) -> torch.Generator:
 
 
 def kv_cache(shape, dtype, generator, layout="head") -> Tensor:
-    """[B, Hkv, T, D]: head-major, token-major ([B, T, Hkv, D] in memory) or a slice of a slab."""
+    """[B, Hkv, T, D]: head-major, token-major ([B, T, Hkv, D] in memory), a slice of a slab, or
+    crooked: no row is aligned to more than its elements."""
     batch, heads, slots, dim = shape
     if layout == "token":
         return torch.randn(batch, slots, heads, dim, generator=generator).to(dtype).transpose(1, 2)
     if layout == "slab":
         spare = torch.randn(batch, heads, slots + 5, dim, generator=generator).to(dtype)
         return spare[:, :, :slots]
+    if layout == "crooked":
+        spare = torch.randn(batch, heads, slots, dim + 3, generator=generator).to(dtype)
+        return spare[..., 1 : dim + 1]
     return torch.randn(*shape, generator=generator).to(dtype)
 
 

@@ -82,6 +82,8 @@ def _decode_attention_cases() -> list[Case]:
         _dense("dim96", 1, 3, 3, 50, 96, [47]),
         _dense("dim256", 1, 4, 2, 70, 256, [70]),
         _dense("long-row", 1, 4, 2, 5003, 64, [5001]),
+        _dense("group20", 1, 20, 1, 37, 64, [35], logits=True),
+        _dense("crooked", 2, 4, 2, 70, 80, [66, 70], layout="crooked"),
         _dense("logits", 2, 6, 2, 150, 64, [150, 9], logits=True),
     ]
     paged = [

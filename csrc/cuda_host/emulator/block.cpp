@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda_host/emulator/async_copy.h"
 #include "cuda_host/emulator/fiber.h"
 #include "cuda_host/emulator/shared_memory.h"
 
@@ -142,6 +143,7 @@ void run_block() {
     thread.fiber.start(&thread_main, nullptr);
   }
   shared_memory::begin_block();
+  async_copy::begin_block();
   while (num_live > 0) {
     bool progress = false;
     unsigned at_barrier = 0;

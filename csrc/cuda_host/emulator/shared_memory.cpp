@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "cuda_host/emulator/block.h"
@@ -122,6 +123,14 @@ void access(const void* address, std::size_t size, Access kind) {
       byte->atomic = kind == Access::atomic;
     }
   }
+}
+
+void blur(void* address, std::size_t size) {
+  access(address, size, Access::write);
+  std::memset(address, 0xff, size);  // NaN in every floating type
+  const std::size_t offset = static_cast<unsigned char*>(address) - __bss_start;
+  if (!kWatched || offset >= static_cast<std::size_t>(_end - __bss_start)) return;
+  for (std::size_t i = 0; i < size; ++i) bytes()[offset + i].write_time = 0;
 }
 
 }  // namespace kvcomp::cuda_host::shared_memory

@@ -30,5 +30,8 @@ void order_warp();   // what any lane of the running warp did is seen by its lan
 // One access of the running thread, for what the compiler does not report: atomics, bulk copies.
 void access(const void* address, std::size_t size, Access kind);
 
+// From now until its next write nobody can know what is there.
+void blur(void* address, std::size_t size);
+
 }  // namespace shared_memory
 }  // namespace kvcomp::cuda_host

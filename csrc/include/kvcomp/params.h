@@ -20,6 +20,8 @@ struct DecodeAttentionParams {
   void* out;                // [B, Hq, D], contiguous
   float* lse;               // [B, Hq], contiguous
   float* logits;            // [B, Hq, N] or nullptr
+  float* partial_out;       // [B, Hq, S, D], S > 1: of splits, on a GPU
+  float* partial_lse;       // [B, Hq, S]
   int64_t stride_q_b, stride_q_h;
   int64_t stride_k_b, stride_k_h, stride_k_t;
   int64_t stride_v_b, stride_v_h, stride_v_t;
@@ -29,6 +31,7 @@ struct DecodeAttentionParams {
   int32_t num_slots;   // T
   int32_t num_listed;  // K
   int32_t page_size;
+  int32_t num_splits, split_size;  // S, and positions of each
   float scale;
 };
 

@@ -11,17 +11,16 @@ read again by the merge; with logits 4 T per query head.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvcomp.ops._splits import MAX_SPLITS, MIN_SPLIT, plan_splits
 from kvcomp.ops.triton import COMPILE, LOG2E, dot, num_multiprocessors, on_its_device
 
-MIN_SPLIT = 256  # tokens: below this, a split costs more to merge than it saves
-MAX_SPLITS = 128
 PROGRAMS_PER_SM = 2  # what shared memory and registers allow on Hopper
 
 # These grow while a sequence is decoded: no second compilation at a multiple of 16.
@@ -188,29 +187,6 @@ def merge_splits_kernel(
     tl.store(out + i_row * D + o_d, (b_out / b_sum).to(out.dtype.element_ty), mask=m_d)
 
 
-@lru_cache(maxsize=4096)
-def plan_splits(programs: int, chunks: int, num_sms: int) -> tuple[int, int]:
-    """How many splits, and of how many tokens, from shapes alone.
-
-    Picks the split count with the least waves x (tokens of a split + a fixed cost), so that the
-    last wave is not nearly empty.
-
-    Args:
-        programs: programs of one split.
-        chunks: positions in units of MIN_SPLIT tokens, rounded up.
-        num_sms: of the device.
-    """
-    slots = num_sms * PROGRAMS_PER_SM
-
-    def cost(size: int) -> int:  # of splits of `size` chunks
-        waves = -(-programs * -(-chunks // size) // slots)
-        return waves * (size * MIN_SPLIT + 128)
-
-    smallest = -(-chunks // MAX_SPLITS)
-    size = min(range(smallest, chunks + 1), key=cost)
-    return -(-chunks // size), size * MIN_SPLIT
-
-
 @on_its_device
 def launch(
     q: Tensor,
@@ -230,7 +206,9 @@ def launch(
     block_d = triton.next_power_of_2(head_dim)
     programs = num_kv_heads * -(-group // meta["BLOCK_G"])
     num_splits, split_size = plan_splits(
-        batch * programs, max(1, -(-num_positions // MIN_SPLIT)), num_multiprocessors(q.device)
+        batch * programs,
+        max(1, -(-num_positions // MIN_SPLIT)),
+        num_multiprocessors(q.device) * PROGRAMS_PER_SM,
     )
 
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

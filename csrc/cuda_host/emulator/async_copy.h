@@ -1,0 +1,16 @@
+// Asynchronous copies into shared memory, which happen as late as they may: when their thread waits
+// for them. Until then nobody can read what is there.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda_host/emulator/block.h"
+
+namespace kvcomp::cuda_host::async_copy {
+
+void begin_block();
+void ask(void* shared, const void* from, bool wanted, Where where);  // 16 bytes, or zeros
+void end_group();
+void wait(int later);  // for all groups of the running thread but the `later` latest
+
+}  // namespace kvcomp::cuda_host::async_copy

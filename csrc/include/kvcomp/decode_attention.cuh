@@ -1,0 +1,461 @@
+// decode_attention: one query per sequence over all tokens, or over listed pages.
+//
+// Grid (splits, KV heads x tiles of 8 query heads, sequences). A block has one split of the tokens
+// of one KV head and up to 8 of the query heads that share it, so that each K and V row is read
+// once. Its warps take tiles of 16 tokens in turn, each with a pipeline and a softmax of its own:
+// no barrier before the end. K and V are the tall operands of the tensor cores, tokens in rows,
+// S [16 tokens, 8 heads] = K qT and OT [D, 8 heads] += VT P; where a group has fewer heads than 8
+// the columns idle, which costs nothing in a kernel that waits for memory. Dense and paged input
+// differ in where the slot of a token comes from. At the end the warps' states are merged, and in a
+// second kernel those of the splits.
+//
+// Bytes: 2 * T * D elements per KV head; 4 * D * Hq per split, written and read, for the merge;
+// with logits 4 * T * Hq. In flight per block: (stages - 1) tiles of 16 rows of K and V per warp.
+#pragma once
+
+#include <cstdint>
+
+#include "kvcomp/device.cuh"
+#include "kvcomp/matrix.cuh"
+#include "kvcomp/params.h"
+
+namespace kvcomp {
+
+template <int D>
+struct DecodeTile {
+  static constexpr int kTokens = 16, kHeads = 8;  // of an S fragment
+  static constexpr int kWarps = D <= 128 ? 4 : 2, kThreads = kWarps * 32;
+  // As many as keep a block under 80 KB: two blocks share an SM of 8.0 or 9.0, one those of 8.6.
+  static constexpr int kStages = D <= 64 ? 4 : D <= 96 ? 3 : 2;
+  // 16 bytes more than D elements: the 8 rows of a matrix then lie in different banks.
+  static constexpr int kPitch = D + 8;
+
+  struct Stage {
+    alignas(16) uint16_t k[kTokens * kPitch];
+    alignas(16) uint16_t v[kTokens * kPitch];
+    int slot[kTokens];  // where the tokens come from; < 0: not attended, see Slot
+  };
+  // After the last token the pipelines' memory holds the states that are merged.
+  struct States {
+    float max[kWarps][kHeads], sum[kWarps][kHeads];
+    float out[kWarps][kHeads][D];
+  };
+  static constexpr std::size_t kPipeline = sizeof(Stage) * kStages * kWarps;
+  static constexpr std::size_t kShared = kPipeline > sizeof(States) ? kPipeline : sizeof(States);
+};
+
+enum Slot : int { kSkipped = -1, kWild = -2 };  // kWild: an id out of range, which poisons the row
+
+// Which positions a block attends to, and where they are.
+struct DecodeSplit {
+  const int32_t* ids;  // of this sequence and head; nullptr: dense
+  int page_size, num_slots;
+  int first, end;  // positions [first, end)
+  bool wrong;      // a length that cannot be: the result is NaN
+
+  __device__ DecodeSplit(const DecodeAttentionParams& p, int sequence, int kv_head, int split)
+      : ids(p.page_ids ? p.page_ids + sequence * p.stride_ids_b + kv_head * p.stride_ids_h
+                       : nullptr),
+        page_size(p.page_size),
+        num_slots(p.num_slots) {
+    const int positions = ids ? p.num_listed * p.page_size : p.num_slots;
+    const int length = p.seq_lens[sequence];
+    wrong = length < 0 || length > positions;
+    first = split * p.split_size;
+    end = min(first + p.split_size, min(length, positions));
+  }
+
+  __device__ int slot(int position) const {
+    if (position >= end) return kSkipped;
+    if (!ids) return position;
+    const int64_t id = ids[position / page_size];
+    const int64_t at = id * page_size + position % page_size;
+    return id == -1 ? kSkipped : id < 0 || at >= num_slots ? kWild : static_cast<int>(at);
+  }
+};
+
+// --- one warp's way through its tiles, 16-bit types ----------------------------------------------
+
+template <typename T, int D>
+class DecodeWarp {
+  using Tile = DecodeTile<D>;
+  using Stage = typename Tile::Stage;
+  static constexpr int kTokens = Tile::kTokens, kSteps = D / 16;
+
+ public:
+  __device__ DecodeWarp(const DecodeAttentionParams& p, const DecodeSplit& split, int sequence,
+                        int kv_head, int first_head, Stage* stages)
+      : p_(p),
+        split_(split),
+        k_(static_cast<const T*>(p.k) + sequence * p.stride_k_b + kv_head * p.stride_k_h),
+        v_(static_cast<const T*>(p.v) + sequence * p.stride_v_b + kv_head * p.stride_v_h),
+        aligned_(is_aligned(k_, p.stride_k_t) && is_aligned(v_, p.stride_v_t)),
+        stages_(stages),
+        lane_(threadIdx.x % 32),
+        first_tile_(split.first + threadIdx.x / 32 * kTokens) {
+    const int group = p.num_heads / p.num_kv_heads;
+    num_heads_ = min(Tile::kHeads, group - first_head);
+    head_ = kv_head * group + first_head;
+    const T* q = static_cast<const T*>(p.q) + sequence * p.stride_q_b;
+    const int column = lane_ / 4;  // of B, whose fragment is that of its transpose: q as it is
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        q_[step][i] = 0;
+        if (column < num_heads_) {
+          const T* from = q + (head_ + column) * p.stride_q_h + step * 16 + i * 8 + lane_ % 4 * 2;
+          q_[step][i] = bits(from[0]) | bits(from[1]) << 16;
+        }
+      }
+    }
+    logits_ = p.logits ? p.logits + sequence * p.stride_logits_b : nullptr;
+  }
+
+  __device__ void run() {
+    constexpr int kAhead = Tile::kStages - 1;
+    next_slot_ = load_slot(0);
+#pragma unroll
+    for (int tile = 0; tile < kAhead; ++tile) fetch(tile);
+    for (int tile = 0; position(tile) < split_.end; ++tile) {
+      fetch(tile + kAhead);
+      const Stage& stage = stages_[tile % Tile::kStages];
+      float s[4] = {};
+      wait_for_copies<2 * kAhead + 1>();  // K of this tile; V and later tiles may be under way
+      __syncwarp();
+      multiply_keys(stage, s);
+      mask(stage, position(tile), s);
+      float decay[2];
+      advance_softmax(s, decay);
+      wait_for_copies<2 * kAhead>();
+      __syncwarp();
+      accumulate_values(stage, s, decay);
+      __syncwarp();  // all lanes are done with the stage, which comes to be filled again
+    }
+    wait_for_copies<0>();
+  }
+
+  __device__ void leave(typename Tile::States& states) const {
+    const int warp = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float sum = sum_[i];
+      for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kFullMask, sum, lanes);
+      const int head = lane_ % 4 * 2 + i;
+      if (lane_ < 4) states.max[warp][head] = max_[i], states.sum[warp][head] = sum;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        states.out[warp][head][step * 16 + lane_ / 4] = out_[step][i];
+        states.out[warp][head][step * 16 + lane_ / 4 + 8] = out_[step][i + 2];
+      }
+    }
+  }
+
+ private:
+  __device__ static bool is_aligned(const T* base, int64_t stride) {
+    return reinterpret_cast<std::uintptr_t>(base) % 16 == 0 && stride % 8 == 0;
+  }
+  __device__ static unsigned bits(T value) {
+    uint16_t word;
+    memcpy(&word, &value, sizeof word);
+    return word;
+  }
+
+  __device__ int position(int tile) const { return first_tile_ + tile * Tile::kWarps * kTokens; }
+
+  __device__ int load_slot(int tile) const {
+    return lane_ < kTokens ? split_.slot(position(tile) + lane_) : kSkipped;
+  }
+
+  // Asks for a tile's rows; its slots have been asked for a tile earlier.
+  __device__ void fetch(int tile) {
+    Stage& stage = stages_[tile % Tile::kStages];
+    const int slot = next_slot_;
+    if (lane_ < kTokens) stage.slot[lane_] = slot;
+    fetch_rows(stage.k, k_, p_.stride_k_t, slot);
+    end_copy_group();
+    fetch_rows(stage.v, v_, p_.stride_v_t, slot);
+    end_copy_group();
+    next_slot_ = load_slot(tile + 1);
+  }
+
+  // Rows of tokens that are not attended become zeros: their probabilities are, but 0 * NaN is not.
+  __device__ void fetch_rows(uint16_t* rows, const T* base, int64_t stride, int slot) const {
+    constexpr int kPieces = D / 8;  // of 16 bytes
+    static_assert(kTokens * kPieces % 32 == 0);
+#pragma unroll
+    for (int i = 0; i < kTokens * kPieces / 32; ++i) {
+      const int piece = i * 32 + lane_, row = piece / kPieces, column = piece % kPieces * 8;
+      const int from = __shfl_sync(kFullMask, slot, row);
+      uint16_t* to = rows + row * Tile::kPitch + column;
+      const T* source = base + (from < 0 ? 0 : from * stride + column);
+      if (aligned_) {
+        copy_async(to, source, from >= 0);
+      } else {
+        for (int j = 0; j < 8; ++j) to[j] = from < 0 ? 0 : bits(source[j]);
+      }
+    }
+  }
+
+  __device__ void multiply_keys(const Stage& stage, float (&s)[4]) const {
+    const uint16_t* row = stage.k + lane_ % 16 * Tile::kPitch + lane_ / 16 * 8;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      unsigned keys[4];
+      load_matrices(keys, row + step * 16);
+      multiply_add(s, keys, q_[step], T{});
+    }
+  }
+
+  // s becomes logits; -inf where a token is not attended.
+  __device__ void mask(const Stage& stage, int first, float (&s)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = lane_ / 4 + i / 2 * 8, head = lane_ % 4 * 2 + i % 2;
+      const int slot = stage.slot[token];
+      s[i] = slot == kSkipped ? -INFINITY : slot == kWild ? NAN : s[i] * p_.scale;
+      if (logits_ && head < num_heads_ && first + token < split_.end) {
+        logits_[(head_ + head) * p_.stride_logits_h + first + token] = s[i];
+      }
+    }
+  }
+
+  // s becomes probabilities, relative to the maximum so far; decay what that does to earlier ones.
+  __device__ void advance_softmax(float (&s)[4], float (&decay)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float top = fmaxf(s[i], s[i + 2]);
+      for (int lanes = 4; lanes < 32; lanes *= 2) {
+        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, lanes));
+      }
+      top = fmaxf(top, max_[i]);
+      const float base = top == -INFINITY ? 0.0f : top;
+      decay[i] = exp2f((max_[i] - base) * kLog2e);
+      s[i] = exp2f((s[i] - base) * kLog2e);
+      s[i + 2] = exp2f((s[i + 2] - base) * kLog2e);
+      sum_[i] = sum_[i] * decay[i] + s[i] + s[i + 2];
+      max_[i] = top;
+    }
+  }
+
+  __device__ void accumulate_values(const Stage& stage, const float (&s)[4],
+                                    const float (&decay)[2]) {
+    const unsigned probs[2] = {transpose_matrix(pack(s[0], s[1], T{})),
+                               transpose_matrix(pack(s[2], s[3], T{}))};
+    const uint16_t* row = stage.v + (lane_ % 8 + lane_ / 16 * 8) * Tile::kPitch + lane_ / 8 % 2 * 8;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      unsigned values[4];
+      load_matrices_transposed(values, row + step * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out_[step][i] *= decay[i % 2];
+      multiply_add(out_[step], values, probs, T{});
+    }
+  }
+
+  const DecodeAttentionParams& p_;
+  const DecodeSplit& split_;
+  const T *k_, *v_;
+  const bool aligned_;  // rows can be copied 16 bytes at a time
+  Stage* stages_;
+  const int lane_, first_tile_;
+  int num_heads_, head_;  // of this block: head_ + 0, 1, ...
+  float* logits_;
+  int next_slot_;          // of the tile to be fetched next, lane's token
+  unsigned q_[kSteps][2];  // B fragments
+  float max_[2] = {-INFINITY, -INFINITY}, sum_[2] = {};  // of the lane's two heads; sums by lane
+  float out_[kSteps][4] = {};
+};
+
+// --- the same in fp32, on the CUDA cores: for tests and small jobs -------------------------------
+
+// A warp takes one token at a time, a lane every 32nd element of its row.
+template <int D>
+class DecodeWarp<float, D> {
+  using Tile = DecodeTile<D>;
+  static constexpr int kParts = (D + 31) / 32;
+
+ public:
+  __device__ DecodeWarp(const DecodeAttentionParams& p, const DecodeSplit& split, int sequence,
+                        int kv_head, int first_head, typename Tile::Stage*)
+      : p_(p),
+        split_(split),
+        k_(static_cast<const float*>(p.k) + sequence * p.stride_k_b + kv_head * p.stride_k_h),
+        v_(static_cast<const float*>(p.v) + sequence * p.stride_v_b + kv_head * p.stride_v_h) {
+    const int group = p.num_heads / p.num_kv_heads;
+    num_heads_ = min(Tile::kHeads, group - first_head);
+    head_ = kv_head * group + first_head;
+    const float* q = static_cast<const float*>(p.q) + sequence * p.stride_q_b;
+#pragma unroll
+    for (int head = 0; head < Tile::kHeads; ++head) {
+      max_[head] = -INFINITY;
+      if (head < num_heads_) load(q + (head_ + head) * p.stride_q_h, q_[head]);
+    }
+    logits_ = p.logits ? p.logits + sequence * p.stride_logits_b : nullptr;
+  }
+
+  __device__ void run() {
+    for (int at = split_.first + threadIdx.x / 32; at < split_.end; at += Tile::kWarps) {
+      const int slot = split_.slot(at);
+      float k[kParts] = {}, v[kParts] = {};
+      if (slot >= 0) load(k_ + slot * p_.stride_k_t, k), load(v_ + slot * p_.stride_v_t, v);
+#pragma unroll
+      for (int head = 0; head < Tile::kHeads; ++head) {
+        if (head >= num_heads_) break;
+        float s = 0;
+        for (int i = 0; i < kParts; ++i) s += q_[head][i] * k[i];
+        s = group_sum(s, 32) * p_.scale;
+        s = slot == kSkipped ? -INFINITY : slot == kWild ? NAN : s;
+        if (logits_ && threadIdx.x % 32 == 0) {
+          logits_[(head_ + head) * p_.stride_logits_h + at] = s;
+        }
+        const float top = fmaxf(max_[head], s);
+        const float base = top == -INFINITY ? 0.0f : top;
+        const float decay = exp2f((max_[head] - base) * kLog2e);
+        const float prob = exp2f((s - base) * kLog2e);
+        max_[head] = top;
+        sum_[head] = sum_[head] * decay + prob;
+        for (int i = 0; i < kParts; ++i) out_[head][i] = out_[head][i] * decay + prob * v[i];
+      }
+    }
+  }
+
+  __device__ void leave(typename Tile::States& states) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int head = 0; head < Tile::kHeads; ++head) {
+      if (lane == 0) states.max[warp][head] = max_[head], states.sum[warp][head] = sum_[head];
+      for (int i = 0; i < kParts; ++i) {
+        if (i * 32 + lane < D) states.out[warp][head][i * 32 + lane] = out_[head][i];
+      }
+    }
+  }
+
+ private:
+  __device__ static void load(const float* row, float (&to)[kParts]) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const int at = i * 32 + static_cast<int>(threadIdx.x % 32);
+      to[i] = at < D ? row[at] : 0.0f;
+    }
+  }
+
+  const DecodeAttentionParams& p_;
+  const DecodeSplit& split_;
+  const float *k_, *v_;
+  int num_heads_, head_;
+  float* logits_;
+  float q_[Tile::kHeads][kParts] = {};
+  float max_[Tile::kHeads], sum_[Tile::kHeads] = {}, out_[Tile::kHeads][kParts] = {};
+};
+
+// --- states merged -------------------------------------------------------------------------------
+
+// What softmax states weigh when they become one.
+struct DecodeMerge {
+  float base = -INFINITY, sum = 0;
+
+  __device__ void see(float max) { base = max == max ? fmaxf(base, max) : max; }
+  __device__ float weight(float max) const {
+    return max == -INFINITY ? 0.0f : exp2f((max - base) * kLog2e);
+  }
+  __device__ float lse() const { return sum == 0 ? -INFINITY : base + logf(sum); }
+};
+
+template <typename T, int D>
+__global__ void __launch_bounds__(DecodeTile<D>::kThreads)
+    decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
+  using Tile = DecodeTile<D>;
+  const int sequence = blockIdx.z, group = p.num_heads / p.num_kv_heads;
+  const int tiles = (group + Tile::kHeads - 1) / Tile::kHeads;
+  const int kv_head = blockIdx.y / tiles, first_head = blockIdx.y % tiles * Tile::kHeads;
+  const DecodeSplit split(p, sequence, kv_head, blockIdx.x);
+  {
+    auto* stages = dynamic_shared<typename Tile::Stage>() + threadIdx.x / 32 * Tile::kStages;
+    DecodeWarp<T, D> warp(p, split, sequence, kv_head, first_head, stages);
+    warp.run();
+    __syncthreads();
+    warp.leave(*dynamic_shared<typename Tile::States>());
+    __syncthreads();
+  }
+
+  const auto& states = *dynamic_shared<typename Tile::States>();
+  const int num_heads = min(Tile::kHeads, group - first_head);
+  for (int i = threadIdx.x; i < num_heads * D; i += Tile::kThreads) {
+    const int head = i / D, column = i % D;
+    DecodeMerge merge;
+    for (int w = 0; w < Tile::kWarps; ++w) merge.see(states.max[w][head]);
+    float out = 0;
+    for (int w = 0; w < Tile::kWarps; ++w) {
+      const float weight = merge.weight(states.max[w][head]);
+      merge.sum += weight * states.sum[w][head];
+      out += weight * states.out[w][head][column];
+    }
+    if (split.wrong) merge.sum = NAN;
+    const float value = merge.sum == 0 ? 0.0f : out / merge.sum;
+    const int64_t row =
+        static_cast<int64_t>(sequence) * p.num_heads + kv_head * group + first_head + head;
+    if (p.num_splits == 1) {
+      from_float(value, static_cast<T*>(p.out)[row * D + column]);
+      if (column == 0) p.lse[row] = merge.lse();
+    } else {
+      const int64_t partial = row * p.num_splits + blockIdx.x;
+      p.partial_out[partial * D + column] = value;
+      if (column == 0) p.partial_lse[partial] = merge.lse();
+    }
+  }
+}
+
+// One block per query head of a sequence, a thread per element.
+template <typename T>
+__global__ void merge_splits_kernel(const __grid_constant__ DecodeAttentionParams p) {
+  const int64_t row = blockIdx.x;
+  const float* lse = p.partial_lse + row * p.num_splits;
+  const float* partial = p.partial_out + row * p.num_splits * p.head_dim;
+  DecodeMerge merge;
+  for (int i = 0; i < p.num_splits; ++i) merge.see(lse[i]);
+  float out = 0;
+  for (int i = 0; i < p.num_splits; ++i) {
+    const float weight = merge.weight(lse[i]);
+    merge.sum += weight;
+    out += weight * partial[static_cast<int64_t>(i) * p.head_dim + threadIdx.x];
+  }
+  const float value = merge.sum == 0 ? 0.0f : out / merge.sum;
+  from_float(value, static_cast<T*>(p.out)[row * p.head_dim + threadIdx.x]);
+  if (threadIdx.x == 0) p.lse[row] = merge.lse();
+}
+
+template <typename T, int D, typename Launch>
+void launch_decode_attention(const DecodeAttentionParams& p, const Launch& launch) {
+  using Tile = DecodeTile<D>;
+  const int tiles = (p.num_heads / p.num_kv_heads + Tile::kHeads - 1) / Tile::kHeads;
+  launch(decode_attention_kernel<T, D>, dim3(p.num_splits, p.num_kv_heads * tiles, p.batch),
+         dim3(Tile::kThreads), Tile::kShared, p);
+  if (p.num_splits > 1) {
+    launch(merge_splits_kernel<T>, dim3(p.batch * p.num_heads), dim3(D), 0, p);
+  }
+}
+
+template <typename T, typename Launch>
+void launch_decode_attention(const DecodeAttentionParams& p, const Launch& launch) {
+  switch (p.head_dim) {
+    case 32: return launch_decode_attention<T, 32>(p, launch);
+    case 64: return launch_decode_attention<T, 64>(p, launch);
+    case 80: return launch_decode_attention<T, 80>(p, launch);
+    case 96: return launch_decode_attention<T, 96>(p, launch);
+    case 128: return launch_decode_attention<T, 128>(p, launch);
+    case 256: return launch_decode_attention<T, 256>(p, launch);
+  }
+}
+
+// Starts the kernels through `launch(kernel, grid, block, shared_bytes, args...)`.
+template <typename Launch>
+void launch_decode_attention(const DecodeAttentionParams& p, const Launch& launch) {
+  switch (p.dtype) {
+    case ScalarType::f32: return launch_decode_attention<float>(p, launch);
+    case ScalarType::f16: return launch_decode_attention<__half>(p, launch);
+    case ScalarType::bf16: return launch_decode_attention<__nv_bfloat16>(p, launch);
+  }
+}
+
+}  // namespace kvcomp

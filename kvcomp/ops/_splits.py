@@ -1,0 +1,30 @@
+"""Splits: into how many parts a GPU kernel cuts the tokens of one sequence and head."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+MIN_SPLIT = 256  # tokens: below this, a split costs more to merge than it saves
+MAX_SPLITS = 128
+
+
+@lru_cache(maxsize=4096)
+def plan_splits(programs: int, chunks: int, slots: int) -> tuple[int, int]:
+    """How many splits, and of how many tokens, from shapes alone.
+
+    Picks the split count with the least waves x (tokens of a split + a fixed cost), so that the
+    last wave is not nearly empty.
+
+    Args:
+        programs: programs of one split.
+        chunks: positions in units of MIN_SPLIT tokens, rounded up.
+        slots: programs that the device runs at once.
+    """
+
+    def cost(size: int) -> int:  # of splits of `size` chunks
+        waves = -(-programs * -(-chunks // size) // slots)
+        return waves * (size * MIN_SPLIT + 128)
+
+    smallest = -(-chunks // MAX_SPLITS)
+    size = min(range(smallest, chunks + 1), key=cost)
+    return -(-chunks // size), size * MIN_SPLIT
