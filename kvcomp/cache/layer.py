@@ -336,6 +336,7 @@ class LayerCache:
         The tokens behind them keep their K and V; their keys are rotated to where they are now.
 
         Args:
+            first, last: where last < first, columns [last, first) are there twice afterwards.
             inv_freq: [R / 2] fp32, see `ops.rotate_keys`.
 
         Raises:
@@ -343,6 +344,7 @@ class LayerCache:
         """
         self._require_whole("fold")
         count, moved = last - first, self.columns - last
+        self._reserve(self._k[:, :, :1], self.max_len - count)  # where pieces overlap
         step = torch.arange(moved, device=self.seq_lens.device)
         old = (self.seq_lens.long() - moved)[:, None] + step  # [B, moved] slots
         rows = torch.arange(len(old), device=old.device)[:, None]

@@ -42,8 +42,9 @@ async def trace(
                                                  model=name, log="run.jsonl", tokenizer=tokenizer))
 
     Args:
-        client: its `timeout` is that of a chunk, and its `max_retries`, with back-off up to 8 s,
-            is how long a server that restarts is waited for: 40 are about five minutes.
+        client: its `timeout` is that of a chunk, and should be ample, as a request that timed out
+            is sent again; its `max_retries`, with back-off up to 8 s, say how long a server that
+            restarts is waited for: 40 are about five minutes.
         problems: mappings with an "id", and a "prompt" (text), "messages" (for the tokenizer's chat
             template) or "ids" (token ids).
         method: the schedule; default: the published one, 5 chunks of 8192 tokens, 4096 carried.
@@ -68,7 +69,7 @@ async def trace(
     """
     method = Delethink() if method is None else method
     sampling = Sampling() if sampling is None else sampling
-    _check(method, samples, concurrency)
+    _check(client, method, samples, concurrency)
     todo = prepare(problems, tokenizer)
     engine = Engine(client, model, sampling, tokenizer, tokens, eos)
     with Log(log) as book:
@@ -92,7 +93,9 @@ async def trace(
         return await loop.run(concurrency, progress)
 
 
-def _check(method: Any, samples: int, concurrency: int) -> None:
+def _check(client: Any, method: Any, samples: int, concurrency: int) -> None:
+    if not isinstance(client, openai.AsyncOpenAI):
+        raise TypeError(f"kvcomp.delethink: client: expected an openai.AsyncOpenAI, got {client!r}")
     if not isinstance(method, Delethink):
         raise TypeError(f"kvcomp.delethink: method: expected a kvcomp.Delethink, got {method!r}")
     if method.inner is not None or method.reset != "prefill":

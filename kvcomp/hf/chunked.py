@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -85,7 +86,13 @@ class ChunkedCache(TransformersCache):
         """Tokens seen, of all chunks; columns of the batch, padding included."""
         return (0 if self._prompt is None else self._prompt.shape[1]) + self.produced
 
+    def settle(self) -> None:
+        """Wait for what the background still does to this cache."""
+        if self._next is not None:
+            self._next.settle()
+
     def reset(self) -> None:
+        self.settle()
         self._set_context(self._new_context())
         self._begin()
 
@@ -95,12 +102,12 @@ class ChunkedCache(TransformersCache):
     batch_repeat_interleave = reorder_cache = batch_select_indices
 
     def announce(self, columns: int) -> None:
-        """A prompt of that many columns follows, in one piece or several.
+        """The prompt has that many columns, in one piece or several; some may be in already.
 
         Raises:
             ValueError: the cache has thought already, and forgotten most of it.
         """
-        if self.get_seq_length():
+        if self.produced or 0 < columns <= self.get_seq_length():
             raise ValueError(
                 "kvcomp: past_key_values: delethink forgets what it thought, so a second turn"
                 " cannot go on from this cache; generate anew from the whole conversation"
@@ -115,12 +122,21 @@ class ChunkedCache(TransformersCache):
             raise ValueError("kvcomp: inputs_embeds: delethink encodes tokens anew: it needs ids")
         if self._is_prompt(ids):
             self._add_prompt(ids, mask)
+            if given.get("position_ids") is None:  # as those of the output will be
+                first = self.get_seq_length() - ids.shape[1]
+                positions = self._placed(first, ids.shape[1])["position_ids"]
+                given = given | {"position_ids": positions}
             return given | {"past_key_values": self.context}
         self._add_output(ids, mask)
-        if self.produced == self.chunk.stop:
-            self._cross(encode)
-        elif self.method.reset == "streaming":
-            self._encode_ahead(encode)
+        try:
+            if self.produced == self.chunk.stop:
+                self._cross(encode)
+            elif self.method.reset == "streaming":
+                self._encode_ahead(encode)
+        except BaseException:
+            self.produced -= 1  # the token has not come in, and can come again
+            self._next = None  # it may be half made
+            raise
         placed = self._placed(self.context.get_seq_length(), 1)
         if "cache_position" in given:  # of older versions of transformers
             placed["cache_position"] = None  # it follows from the cache
@@ -135,8 +151,10 @@ class ChunkedCache(TransformersCache):
 
     def _add_prompt(self, ids: Tensor, mask: Tensor | None) -> None:
         joined = ids if self._prompt is None else torch.cat([self._prompt, ids], 1)
+        if mask is None and self._mask is not None:  # what follows is not padding
+            mask = torch.nn.functional.pad(self._mask, (0, ids.shape[1]), value=1)
         padded = mask is not None and mask.ndim == 2 and not bool(mask.bool().all())
-        if padded and mask.shape == joined.shape and not bool((mask.diff(dim=1) >= 0).all()):
+        if padded and mask.shape == joined.shape and not bool((mask.int().diff(dim=1) >= 0).all()):
             raise ValueError("kvcomp: attention_mask: delethink expects padding on the left only")
         valid = int(mask.sum(1).max()) if padded else joined.shape[1]
         bound = valid + self.method.most_thought
@@ -193,7 +211,6 @@ class ChunkedCache(TransformersCache):
         """The chunk is full: its last token is about to come in, as that of the next context."""
         chunk = self.method.chunk_at(self.index + 1)
         if chunk is None:
-            self.produced -= 1  # the token has not come in
             raise ValueError(
                 f"kvcomp: delethink: max_chunks={self.method.max_chunks} chunks are full, with"
                 f" {self.chunk.stop} tokens of output"
@@ -278,6 +295,12 @@ class _NextContext:
             work, tensors = self._piece(encode, end)
             self._wait = self._background.submit(work, *tensors)
 
+    def settle(self) -> None:
+        """Wait for the background; what went wrong there is raised again by `finish`."""
+        if self._wait is not None:
+            with suppress(Exception):
+                self._wait()
+
     def finish(self, encode: Encode) -> int:
         """Encode what is missing.
 
@@ -302,7 +325,7 @@ class _NextContext:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, when all that the device was given is done."""
+    """Seconds, when all that decoding has given to the device is done; the background goes on."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
     return time.perf_counter()

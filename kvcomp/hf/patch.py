@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -81,6 +82,7 @@ class Run:
         self._decoded_before = 0
         self._last_forward: float | None = None  # when the latest forward ended
         self._running = threading.local()
+        self._chunked_caches: weakref.WeakSet[ChunkedCache] = weakref.WeakSet()
         self._undo: list[Callable[[], None]] = []
         try:
             self._apply()
@@ -97,7 +99,9 @@ class Run:
         """A fresh cache of this run, for loops that call the model themselves."""
         if self.chunked:
             longest = getattr(self.config, "max_position_embeddings", None)
-            return ChunkedCache(self.method, self._new_context, longest)
+            cache = ChunkedCache(self.method, self._new_context, longest)
+            self._chunked_caches.add(cache)
+            return cache
         return self._new_context()
 
     def _new_context(self) -> Cache:
@@ -109,6 +113,8 @@ class Run:
 
     def undo(self) -> None:
         """Leave the model as it was; calling it again does nothing."""
+        for cache in self._chunked_caches:
+            cache.settle()  # a context under way in the background would lose its attention
         while self._undo:
             self._undo.pop()()
 

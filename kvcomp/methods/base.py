@@ -103,5 +103,6 @@ class Method:
         if not self.croppable:
             cache.reset()
             return 0
-        cache.crop(cache.layers[0].columns - columns)
+        for layer in cache.layers:  # each for itself: an error may have left some with more
+            layer.crop(layer.columns - columns)
         return columns

@@ -82,7 +82,7 @@ class Delethink(Method, name="delethink"):
         )
         require(self.piece >= 1, "piece", "at least 1 token")
         if self.variant == "paper":
-            require(0 <= self.head <= self.chunk, "head", f"0 to chunk={self.chunk} tokens")
+            require(0 <= self.head < self.chunk, "head", f"fewer than chunk={self.chunk} tokens")
         else:
             require(
                 0 <= self.head < self.carry,

@@ -229,7 +229,10 @@ class Retrieval(Method):
                 layer.crop(layer.columns - prompt)
                 continue
             layer.recede(prompt, self.sinks)
-            layer.index.num_units.copy_(layer.state["first_units"])
+            for count in (layer.index.num_units, layer.index.num_indexed):
+                count.copy_(layer.state["first_units"])  # all of it can be selected
+            layer.state["query"].zero_()  # and is, in the next step
+            layer.state.pop("recall", None)
         return prompt
 
     # --- how --------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ SPARE = 20  # tokens of a trace beyond prompt and steps
 UNITS = {"query_head": HEADS, "kv_head": KV_HEADS, "layer": 1}
 
 
-def rotate(x, positions):
+def rotate(x, positions, inv_freq=INV_FREQ):
     """RoPE in float64, x [H, n, D]."""
-    angle = torch.as_tensor(positions).double()[:, None] * INV_FREQ.double()
+    angle = torch.as_tensor(positions).double()[:, None] * inv_freq.double()
     cos, sin = angle.cos(), angle.sin()
     first, second = x.double().chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,0 +1,664 @@
+"""Delethink under `generate` and in loops of one's own, against slow readings of the paper."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import transformers
+from packaging import version
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+import kvcomp
+from kvcomp import Delethink, Full, LazyEviction, LouisKV
+from kvcomp.cache.background import Background
+from kvcomp.testing import slow_delethink as slow
+from kvcomp.testing.models import ARCHITECTURES, REFUSED, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NEVER = 1000  # an EOS that no model here can say
+SHORT = {"chunk": 13, "carry": 6, "head": 2, "max_chunks": None}
+SCHEDULES = {
+    "carry-below-half": (17, 7, 3, "exact_bound"),
+    "carry-half": (16, 8, 0, "exact_bound"),
+    "carry-over-half": (13, 10, 4, "exact_bound"),
+    "carry-1": (11, 1, 0, "exact_bound"),
+    "carry-2": (11, 2, 0, "exact_bound"),  # one token to encode
+    "head-all-but-one": (12, 6, 5, "exact_bound"),
+    "paper": (17, 7, 3, "paper"),
+    "paper-no-head": (15, 10, 0, "paper"),
+    "paper-overlap": (10, 8, 5, "paper"),  # the carry begins within the head
+    "paper-head-all-but-one": (9, 4, 8, "paper"),
+}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama", num_hidden_layers=3)
+
+
+def known_model(kind):
+    """A tiny model; skips where an older transformers cannot make it, or has its own cache."""
+    try:
+        model = tiny_model(kind)
+    except ValueError as unknown:
+        if version.parse(transformers.__version__) >= version.parse("5.17"):
+            raise
+        pytest.skip(str(unknown)[:80])
+    if not model._supports_default_dynamic_cache():
+        pytest.skip("a cache class of its own")
+    return model
+
+
+def method_of(schedule, **fields):
+    chunk, carry, head, variant = SCHEDULES[schedule]
+    given = {"max_chunks": None, "chunk": chunk, "carry": carry, "head": head, "variant": variant}
+    return Delethink(**given | fields)
+
+
+def ragged(*lens, seed=1):
+    """A left-padded batch of prompts."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 128, (len(lens), max(lens)), generator=generator)
+    mask = torch.stack([torch.arange(max(lens)) >= max(lens) - n for n in lens]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def questions(batch):
+    """Each row by itself, without its padding: [1, n]."""
+    pairs = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    return [ids[valid][None] for ids, valid in pairs]
+
+
+def generate(model, batch, tokens, **options):
+    """The output alone, [B, n]."""
+    given = {"do_sample": False, "eos_token_id": NEVER, "max_new_tokens": tokens, **options}
+    return model.generate(**batch, **given)[:, batch["input_ids"].shape[1] :]
+
+
+def slow_greedy(model, method, batch, tokens):
+    respond = slow.stock(model, do_sample=False, eos_token_id=NEVER)
+    return torch.cat([slow.think(method, row, respond, tokens) for row in questions(batch)])
+
+
+def dictate(model, run, batch, output, each_step=lambda cache, step: None, cache=None):
+    """Logits [B, n, V] of a loop of one's own in which the model is told what to say."""
+    cache = run.new_cache() if cache is None else cache
+    with torch.no_grad():
+        found = [model(**batch, past_key_values=cache).logits[:, -1:]]
+        each_step(cache, 0)
+        for step, token in enumerate(output[:, :-1].split(1, 1), 1):
+            found.append(model(token, past_key_values=cache).logits)
+            each_step(cache, step)
+    return torch.cat(found, 1)
+
+
+def some_output(rows, tokens):
+    return torch.randint(3, 128, (rows, tokens), generator=torch.Generator().manual_seed(5))
+
+
+def slow_logits(method, batch, output, forward):
+    rows = zip(questions(batch), output.split(1), strict=True)
+    return torch.cat([slow.logits(method, question, own, forward) for question, own in rows])
+
+
+def assert_close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+# --- the schedule -----------------------------------------------------------------------------
+
+
+def test_budgets():
+    assert Delethink().budget == 24_576
+    assert Delethink(max_chunks=23).budget == 98_304
+    assert Delethink(max_chunks=31).budget == 131_072
+    assert Delethink(max_chunks=1).budget == 8192
+    assert Delethink(max_chunks=None).budget is None
+
+
+@pytest.mark.parametrize("variant", ["exact_bound", "paper"])
+def test_every_chunk_is_what_the_loop_of_the_paper_makes(variant):
+    """All small settings; question and output are numbers, so that each names its place."""
+    question, tokens = torch.tensor([[-2, -1]]), 40
+    output = torch.arange(tokens)[None]
+    for carry, chunk in itertools.combinations(range(1, 12), 2):
+        for head in range(carry if variant == "exact_bound" else chunk):
+            method = Delethink(chunk, carry, max_chunks=4, head=head, variant=variant)
+            most = min(tokens, method.budget)
+            contexts = slow.chunks(method, question, slow.dictated(output), most)
+            assert sum(response.shape[1] for _, response in contexts) == most
+            for index, (prompt, response) in enumerate(contexts):
+                at = method.chunk_at(index)
+                carried = [*range(at.head), *range(at.carried, at.start)]
+                assert prompt[0].tolist() == [-2, -1, *carried], method
+                assert response[0].tolist() == list(range(at.start, at.stop))[: tokens - at.start]
+                assert prompt.shape[1] + response.shape[1] <= 2 + method.most_thought
+            assert method.chunk_at(4) is None
+
+
+# --- against the slow reading -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("schedule", "piece"), list(zip(SCHEDULES, itertools.cycle((1, 3, 50)), strict=False))
+)
+def test_logits_are_those_of_a_cold_run_on_the_ids(llama, schedule, piece, monkeypatch):
+    """Every step of every chunk, ragged rows, and what the layers hold in between."""
+    monkeypatch.setattr(Background, "busy", False)  # pieces as soon as they are known
+    batch, output = ragged(9, 14, 11), some_output(3, 40)
+    lens = batch["attention_mask"].sum(1)
+    expected = slow_logits(method_of(schedule), batch, output, slow.plain(llama))
+    for fields in ({}, {"reset": "streaming", "piece": piece}):
+        method = method_of(schedule, **fields)
+        prefixes = []
+
+        def look(cache, step, method=method, prefixes=prefixes):
+            assert cache.get_seq_length() == 14 + step
+            for layer in cache.context.kv.layers:
+                assert (layer.logical_lens <= lens + method.most_thought).all()
+                assert torch.equal(layer.seq_lens, layer.logical_lens)
+                assert layer.columns <= 14 + method.most_thought
+            if step >= method.head:
+                prefixes.append(
+                    [
+                        [x[row, :, : n + method.head].clone() for x in (layer.keys, layer.values)]
+                        for layer in cache.context.kv.layers
+                        for row, n in enumerate(lens.tolist())
+                    ]
+                )
+
+        with kvcomp.patch(llama, method) as run:
+            assert_close(dictate(llama, run, batch, output, look), expected)
+        for later in prefixes[1:]:
+            for pair, first in zip(later, prefixes[0], strict=True):
+                assert all(map(torch.equal, pair, first)), "the prefix has changed"
+        contexts = slow.chunks(method, questions(batch)[0], slow.dictated(output[:1]), 40)
+        boundaries = len(contexts) - 1
+        report = run.report()
+        assert report.boundaries == boundaries == len(run.meter.boundary_seconds) > 1
+        assert report.tokens_reencoded == 3 * boundaries * (method.tail - 1)
+        assert report.tokens_decoded == 3 * 39
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3_next", "phi", "cohere2"])
+def test_logits_of_other_architectures(kind):
+    """Hybrids encode each context as a whole; Phi turns a part of its heads."""
+    model = known_model(kind)
+    batch, output = ragged(19, 23), some_output(2, 33)
+    expected = None
+    for fields in ({}, {"reset": "streaming", "piece": 3}):
+        method = method_of("carry-below-half", **fields)
+        if expected is None:
+            expected = slow_logits(method, batch, output, slow.plain(model))
+        with kvcomp.patch(model, method) as run:
+            got = dictate(model, run, batch, output)
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in REFUSED])
+def test_greedy_tokens_are_those_of_the_loop(kind):
+    model = known_model(kind)
+    batch, method = ragged(9, 14), method_of("carry-over-half")
+    before = generate(model, batch, 3)
+    with kvcomp.patch(model, method) as run:
+        together = generate(model, batch, 20)
+    assert run.report().boundaries == 3
+    assert torch.equal(together, slow_greedy(model, method, batch, 20))
+    assert torch.equal(generate(model, batch, 3), before), "undo left something behind"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reset"),
+    [("carry-below-half", "prefill"), ("carry-1", "streaming"), ("paper-overlap", "streaming")],
+)
+def test_greedy_tokens_of_a_ragged_batch(llama, schedule, reset):
+    batch, method = ragged(9, 14, 11), method_of(schedule, reset=reset, piece=2)
+    with kvcomp.patch(llama, method):
+        first = generate(llama, batch, 30)
+        again = generate(llama, batch, 30, prefill_chunk_size=5)  # a second one in the same run
+    assert torch.equal(first, slow_greedy(llama, method, batch, 30))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [*(("llama", schedule) for schedule in SCHEDULES), ("phi", "paper"), ("phi", "paper-overlap")],
+)
+def test_rotated_contexts(kind, schedule):
+    """Against the model's own cache, cut and turned by hand in float64."""
+    model = tiny_model(kind, num_hidden_layers=3)
+    method, batch = method_of(schedule, reset="rotate"), ragged(9, 14)
+    output = some_output(2, 36)
+    with kvcomp.patch(model, method) as run:
+        got = dictate(model, run, batch, output)
+        inv_freq = run.inv_freq
+    rows = zip(questions(batch), output.split(1), strict=True)
+    want = torch.cat([slow.rotated(model, method, *row, inv_freq) for row in rows])
+    assert_close(got, want)
+    assert run.report().tokens_reencoded == 0 < run.report().boundaries
+
+
+def test_rotating_is_exact_in_the_first_layer_and_nowhere_else(llama):
+    batch, output = ragged(9, 14), some_output(2, 30)
+    held = {}
+    for reset in ("rotate", "prefill"):
+        method = method_of("carry-below-half", reset=reset)
+        with kvcomp.patch(llama, method) as run:
+            cache = run.new_cache()
+            dictate(llama, run, batch, output, cache=cache)
+        held[reset] = [(x.keys[1], x.values[1]) for x in cache.context.kv.layers]
+    for position, pair in enumerate(zip(held["rotate"], held["prefill"], strict=True)):
+        for rotated, encoded in zip(*pair, strict=True):
+            assert torch.equal(rotated[:, : 14 + 3], encoded[:, : 14 + 3])
+            apart = (rotated - encoded)[:, 14 + 3 :].norm() / encoded[:, 14 + 3 :].norm()
+            assert apart < 1e-5 if position == 0 else apart > 0.05
+
+
+def test_figures_counted_by_hand(llama):
+    question, output = torch.randint(3, 128, (1, 20)), some_output(1, 36)
+    batch = {"input_ids": question}
+    token_bytes = 3 * 2 * 2 * 32 * 4  # layers; K and V, 2 heads of 32 floats
+    for fields in ({}, {"reset": "streaming", "piece": 2}, {"reset": "rotate"}):
+        method = Delethink(16, 10, max_chunks=None, head=3, **fields)
+        with kvcomp.patch(llama, method) as run:
+            dictate(llama, run, batch, output)
+        report = run.report(layers=True)
+        contexts = slow.chunks(method, question, slow.dictated(output), 36)
+        attended = 0
+        for number, (prompt, response) in enumerate(contexts):  # the first token is no step
+            steps = range(1 if number == 0 else 0, response.shape[1])
+            attended += sum(prompt.shape[1] + step for step in steps)
+        assert report.tokens_decoded == 35
+        assert report.tokens_attended == pytest.approx(attended / 35)
+        assert all(x["tokens_attended"] == pytest.approx(attended / 35) for x in report.layers)
+        assert report.tokens_attended_dense == pytest.approx(sum(range(21, 56)) / 35)
+        assert report.kept_peak == 20 + 16 - 1  # a chunk's last token is the next context's
+        last = contexts[-1][0].shape[1] + contexts[-1][1].shape[1] - 1
+        assert report.kv_bytes_kept == last * token_bytes
+        assert report.kv_bytes_dense == 55 * token_bytes
+        boundaries = len(contexts) - 1
+        assert report.boundaries == boundaries == 4
+        reencoded = 0 if fields.get("reset") == "rotate" else boundaries * (7 - 1)
+        assert report.tokens_reencoded == reencoded
+        one = (20 + 16 - 1) * token_bytes
+        if fields.get("reset") == "streaming":
+            assert one < report.kv_bytes_peak <= one + (20 + 3 + 6) * token_bytes
+        else:
+            assert report.kv_bytes_peak == one
+
+
+# --- how it ends ------------------------------------------------------------------------------
+
+
+def test_where_generate_stops(llama):
+    batch = ragged(9, 14)
+    whole = slow_greedy(llama, Delethink(**SHORT), batch, 40)
+    for max_chunks, tokens, expected in (
+        (3, 100, 27),
+        (3, 20, 20),
+        (3, 13, 13),
+        (3, 14, 14),
+        (1, 100, 13),
+        (None, 40, 40),
+    ):
+        method = Delethink(**SHORT | {"max_chunks": max_chunks})
+        with kvcomp.patch(llama, method) as run:
+            out = generate(llama, batch, tokens)
+        assert torch.equal(out, whole[:, :expected]), (max_chunks, tokens)
+        assert run.report().boundaries == max(0, -(-(expected - 13) // 7))
+    with kvcomp.patch(llama, Delethink(**SHORT | {"max_chunks": 3})):
+        for longest, expected in ((20, 6), (100, 27)):  # of prompt and output
+            out = generate(llama, batch, None, max_length=longest)
+            assert torch.equal(out, whole[:, :expected])
+
+
+class EndsAt(LogitsProcessor):
+    """Makes each row say EOS in its place, whatever the model thinks of it."""
+
+    def __init__(self, prompt, places):
+        self.prompt, self.places = prompt, places
+
+    def __call__(self, input_ids, scores):
+        for row, place in enumerate(self.places):
+            if input_ids.shape[1] - self.prompt == place:
+                scores[row, 2] = torch.inf
+        return scores
+
+
+@pytest.mark.parametrize("reset", ["prefill", "streaming"])
+def test_rows_that_end_in_different_chunks(llama, reset):
+    """Last and first token of a chunk, and in the middle of another; each row as it is alone."""
+    batch, method = ragged(9, 14, 11, 7), Delethink(**SHORT, reset=reset, piece=2)
+    respond = slow.stock(llama, do_sample=False, eos_token_id=2, suppress_tokens=[2])
+    whole = torch.cat([slow.think(method, row, respond, 27) for row in questions(batch)])
+    for places in ((12, 13, 26, 19), (13, 12, 5, 0), (12, 12, 12, 12)):
+        with kvcomp.patch(llama, method) as run:
+            out = generate(
+                llama,
+                batch,
+                40,
+                eos_token_id=2,
+                suppress_tokens=[2],
+                logits_processor=[EndsAt(14, places)],
+            )
+        assert out.shape[1] == max(places) + 1
+        assert run.report().boundaries == max(0, -(-(max(places) - 12) // 7))
+        for row, place in enumerate(places):
+            assert torch.equal(out[row, :place], whole[row, :place])
+            assert out[row, place] == 2
+            assert not out[row, place + 1 :].any(), "padding follows"
+
+
+# --- ways to generate -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reset", ["prefill", "streaming"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_samples_are_those_of_one_generate_per_chunk(llama, reset, rows):
+    question = ragged(11)
+    method = Delethink(**SHORT, reset=reset, piece=2)
+    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "eos_token_id": NEVER}
+    torch.manual_seed(7)
+    prompts = question["input_ids"].expand(rows, -1)
+    want = slow.think(method, prompts, slow.stock(llama, **sampling), 40)
+    torch.manual_seed(7)
+    with kvcomp.patch(llama, method):
+        got = generate(llama, question, 40, **sampling, num_return_sequences=rows)
+    assert torch.equal(got, want)
+    assert len(got.unique(dim=0)) == rows
+
+
+def test_processors_and_criteria_see_the_whole_trace(llama):
+    """A penalty on repetition is about all that was said, and not only what is in the context."""
+    batch, method, seen = ragged(11), Delethink(**SHORT), []
+    penalty = RepetitionPenaltyLogitsProcessor(1.5)
+    trace = batch["input_ids"]
+
+    def respond(prompt, limit):
+        nonlocal trace
+        said = prompt
+        for _ in range(limit):
+            with torch.no_grad():
+                scores = penalty(trace, llama(said).logits[:, -1])
+            said, trace = (torch.cat([x, scores.argmax(-1)[:, None]], 1) for x in (said, trace))
+        return said[:, prompt.shape[1] :]
+
+    want = slow.think(method, batch["input_ids"], respond, 40)
+
+    def enough(input_ids, scores, **kwargs):
+        seen.append(input_ids.clone())
+        return torch.full((len(input_ids),), input_ids.shape[1] == 11 + 31)
+
+    with kvcomp.patch(llama, method):
+        got = generate(llama, batch, 40, repetition_penalty=1.5, stopping_criteria=[enough])
+    assert torch.equal(got, want[:, :31])
+    assert not torch.equal(got, slow_greedy(llama, method, batch, 31))
+    assert [ids.shape[1] for ids in seen] == list(range(12, 43))
+    assert torch.equal(seen[-1][:, 11:], got)
+
+
+def test_a_streamer_gets_each_token_once(llama):
+    class Recorder:
+        def __init__(self):
+            self.tokens, self.ended = [], 0
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.ended += 1
+
+    batch, recorder = ragged(11), Recorder()
+    with kvcomp.patch(llama, Delethink(**SHORT)):
+        out = generate(llama, batch, 40, streamer=recorder)
+    assert recorder.tokens == batch["input_ids"][0].tolist() + out[0].tolist()
+    assert recorder.ended == 1
+
+
+def test_a_dictionary_with_scores(llama):
+    batch, method = ragged(9, 14), Delethink(**SHORT)
+    with kvcomp.patch(llama, method) as run:
+        out = llama.generate(
+            **batch,
+            max_new_tokens=40,
+            do_sample=False,
+            eos_token_id=NEVER,
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
+        )
+        cache = out.past_key_values
+        assert cache.meter is run.meter and cache.get_seq_length() == 14 + 39
+    output = out.sequences[:, 14:]
+    want = slow_logits(method, batch, output, slow.plain(llama))
+    assert_close(torch.stack(out.scores, 1), want)
+    assert_close(torch.stack(out.logits, 1), want)
+
+
+@pytest.mark.parametrize("reset", ["prefill", "streaming", "rotate"])
+def test_a_cache_that_is_copied_or_reset(llama, reset):
+    """In the middle of the first and of a later chunk, and where a boundary comes next."""
+    batch, output = ragged(14, 9), some_output(2, 27)
+    copies = []
+
+    def look(cache, step):
+        if step in (8, 12, 17):
+            copies.append((step, copy.deepcopy(cache)))
+
+    with kvcomp.patch(llama, Delethink(**SHORT, reset=reset, piece=1)) as run, torch.no_grad():
+        cache = run.new_cache()
+        want = dictate(llama, run, batch, output, look, cache)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert_close(dictate(llama, run, batch, output, cache=cache), want)
+        for step, copied in copies:
+            assert copied.get_seq_length() == 14 + step
+            assert not copied.context.kv.beside
+            for later in range(step, 26):
+                got = llama(output[:, later : later + 1], past_key_values=copied).logits
+                assert_close(got, want[:, later + 1 : later + 2])
+
+
+def test_a_prompt_that_is_half_in_the_cache(llama):
+    """The recipe for prefix caching: fill once, deep-copy, continue each copy."""
+    batch = ragged(14, 9)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with kvcomp.patch(llama, Delethink(**SHORT)) as run, torch.no_grad():
+        whole = generate(llama, batch, 20)
+        filled = run.new_cache()
+        llama(ids[:, :8], attention_mask=mask[:, :8], past_key_values=filled)
+        for _ in range(2):
+            copied = copy.deepcopy(filled)
+            assert torch.equal(generate(llama, batch, 20, past_key_values=copied), whole)
+
+
+def test_a_prompt_in_pieces_without_positions(llama):
+    """Padding counts for nothing, whether the mask is said once or at every step."""
+    batch, output = ragged(14, 9), some_output(2, 30)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with kvcomp.patch(llama, Delethink(**SHORT)) as run, torch.no_grad():
+        want = dictate(llama, run, batch, output)
+        cache = run.new_cache()
+        llama(ids[:, :8], attention_mask=mask[:, :8].bool(), past_key_values=cache)
+        llama(ids[:, 8:], past_key_values=cache)
+        for step in range(29):
+            longer = torch.nn.functional.pad(mask, (0, step + 1), value=1)
+            token = output[:, step : step + 1]
+            got = llama(token, attention_mask=longer, past_key_values=cache).logits
+            assert_close(got, want[:, step + 1 : step + 2])
+
+
+# --- what goes wrong --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"chunk": 6}, "chunk: expected more than carry=6 tokens, got 6"),
+        ({"carry": 0}, "carry: expected at least 1"),
+        ({"head": 6}, "head: expected fewer than carry=6"),
+        ({"head": -1}, "head: expected fewer"),
+        ({"head": 13, "variant": "paper"}, "head: expected fewer than chunk=13"),
+        ({"head": -1, "variant": "paper"}, "head: expected fewer than chunk=13"),
+        ({"max_chunks": 0}, "max_chunks: expected at least 1, or None, got 0"),
+        ({"piece": 0}, "piece: expected at least 1"),
+        ({"variant": "v2"}, "variant: expected one of exact_bound, paper, got 'v2'"),
+        ({"reset": "cold"}, "reset: expected one of prefill, streaming, rotate, got 'cold'"),
+        ({"inner": Delethink()}, "inner: expected another method, or None"),
+        ({"inner": "delta"}, "inner: expected another method, or None, got 'delta'"),
+        ({"inner": LazyEviction, "reset": "rotate"}, "inner: expected another method"),
+        ({"inner": LazyEviction(), "reset": "rotate"}, "LazyEviction drops some"),
+        ({"inner": LouisKV(), "reset": "rotate"}, "LouisKV drops some, or keeps them elsewhere"),
+    ],
+)
+def test_bad_settings(fields, reason):
+    with pytest.raises(ValueError, match=f"kvcomp.Delethink: .*{reason}"):
+        Delethink(**SHORT | fields)
+
+
+def test_models_that_cannot_be_chunked_so(llama):
+    batch = ragged(9, 14)
+    for model, method, reason in (
+        (llama, Delethink(chunk=512, carry=6, head=2), "chunk: 512 tokens of output"),
+        (llama, Delethink(505, 6, head=7, variant="paper"), "chunk: 512 tokens of output"),
+        (llama, Delethink(**SHORT, reset="streaming", inner=LouisKV.example()), "LouisKV would"),
+        (llama, Delethink(**SHORT, inner=LouisKV(dense_layers=4)), "dense_layers"),
+        (known_model("olmo3"), Delethink(**SHORT, reset="rotate"), "olmo3.*use 'prefill'|usual"),
+        (known_model("glm4"), Delethink(**SHORT, reset="rotate"), "rotate them in the usual way"),
+        (
+            tiny_model(
+                "llama",
+                rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            ),
+            Delethink(**SHORT, reset="streaming"),
+            "changes its rotary frequencies",
+        ),
+    ):
+        before = generate(model, batch, 5)
+        with pytest.raises(ValueError, match=f"(?i){reason}"):
+            kvcomp.patch(model, method)
+        assert torch.equal(generate(model, batch, 5), before)
+        kvcomp.patch(model, Full()).undo()
+
+
+def test_what_generate_refuses(llama):
+    batch = ragged(9, 14)
+    before = generate(llama, batch, 20)
+    one = {name: tensor[1:] for name, tensor in batch.items()}
+    right = {name: tensor.flip(1) for name, tensor in batch.items()}
+    with kvcomp.patch(llama, Delethink(**SHORT)) as run:
+        for given, options, reason in (
+            (batch, {"eos_token_id": None}, "names no EOS token"),
+            (batch, {"num_beams": 2}, "num_beams"),
+            (one, {"prompt_lookup_num_tokens": 3}, "assisted decoding"),
+            (batch, {"use_cache": False}, "use_cache"),
+            (batch, {"past_key_values": run._new_context()}, "a cache of this run"),
+            (right, {}, "padding on the left only"),
+            (ragged(500), {}, "a context of 513; the model knows 512 positions"),
+        ):
+            with pytest.raises(ValueError, match=reason):
+                generate(llama, given, 20, **options)
+        embeds = llama.get_input_embeddings()(batch["input_ids"]).detach()
+        with pytest.raises(ValueError, match="inputs_embeds: delethink encodes tokens anew"):
+            llama.generate(inputs_embeds=embeds, max_new_tokens=4, eos_token_id=NEVER)
+        assert run.report().tokens_decoded == 0
+        options = {"return_dict_in_generate": True, "eos_token_id": NEVER, "max_new_tokens": 20}
+        first = llama.generate(**one, **options)
+        turn = torch.cat([first.sequences, one["input_ids"][:, :5]], 1)
+        with pytest.raises(ValueError, match="a second turn cannot go on from this cache"):
+            llama.generate(turn, **options | {"past_key_values": first.past_key_values})
+        generate(llama, ragged(499), 5)
+        assert torch.equal(generate(llama, batch, 13), before[:, :13])
+    assert torch.equal(generate(llama, batch, 20), before)
+
+
+def test_what_a_loop_of_ones_own_refuses(llama):
+    """Each with one error, after which the cache goes on as if nothing had been asked."""
+    batch, output = ragged(9, 14), some_output(2, 27)
+    mask = batch["attention_mask"]
+    with kvcomp.patch(llama, Delethink(**SHORT | {"max_chunks": 3})) as run, torch.no_grad():
+        want = dictate(llama, run, batch, output)
+        cache = run.new_cache()
+        for bool_or_int in (mask.flip(1), mask.flip(1).bool()):
+            with pytest.raises(ValueError, match="padding on the left only"):
+                llama(batch["input_ids"].flip(1), bool_or_int, past_key_values=cache)
+        llama(**batch, past_key_values=cache)
+        for step in range(26):
+            token = output[:, step : step + 1]
+            if step in (0, 4, 12, 13):
+                sits_out = torch.nn.functional.pad(mask, (0, step + 1), value=1)
+                sits_out[0, -1] = 0
+                with pytest.raises(ValueError, match="a row cannot sit out a step"):
+                    llama(token, attention_mask=sits_out, past_key_values=cache)
+                with pytest.raises(ValueError, match=f"expected {15 + step} columns"):
+                    llama(token, attention_mask=mask, past_key_values=cache)
+            if step in (4, 12):
+                with pytest.raises(ValueError, match="one new token at a time"):
+                    llama(output[:, :2], past_key_values=cache)
+            got = llama(token, past_key_values=cache).logits
+            assert_close(got, want[:, step + 1 : step + 2])
+        for _ in range(2):
+            with pytest.raises(ValueError, match="max_chunks=3 chunks are full, with 27 tokens"):
+                llama(output[:, -1:], past_key_values=cache)
+        assert cache.get_seq_length() == 14 + 26
+        for change in ("batch_select_indices", "batch_repeat_interleave", "reorder_cache"):
+            with pytest.raises(ValueError, match="delethink cannot reorder"):
+                getattr(cache, change)(torch.tensor([1, 0]))
+    generate(llama, batch, 5)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 4])
+def test_what_the_background_raises_reaches_the_caller(llama, failing, monkeypatch):
+    """Whichever of the four pieces it is; and the broken context is not used when one goes on."""
+    batch, output = ragged(9, 14), some_output(2, 40)
+    method = Delethink(20, 10, max_chunks=None, head=0, reset="streaming", piece=2)
+    submit, count = Background.submit, itertools.count(1)
+
+    def failing_submit(self, work, *tensors):
+        number = next(count)
+
+        def fails():
+            work()
+            raise RuntimeError("in the background")
+
+        return submit(self, fails if number == failing else work, *tensors)
+
+    monkeypatch.setattr(Background, "submit", failing_submit)
+    monkeypatch.setattr(Background, "busy", False)  # pieces as soon as they are known
+    with kvcomp.patch(llama, method) as run, pytest.raises(RuntimeError, match="in the background"):
+        generate(llama, batch, 60)
+    count = itertools.count(1)
+    want = slow_logits(method, batch, output, slow.plain(llama))
+    errors = 0
+    with kvcomp.patch(llama, method) as run, torch.no_grad():
+        cache = run.new_cache()
+        llama(**batch, past_key_values=cache)
+        for step, token in enumerate(output[:, :-1].split(1, 1), 1):
+            try:
+                got = llama(token, past_key_values=cache).logits
+            except RuntimeError:
+                errors += 1
+                assert cache.get_seq_length() == 14 + step - 1
+                got = llama(token, past_key_values=cache).logits
+            assert_close(got, want[:, step : step + 1])
+    assert errors == 1
+
+
+def test_a_boundary_that_fails_can_be_tried_again(llama, monkeypatch):
+    """Out of memory in the third of the layers, say, while the carry is encoded."""
+    batch, output, method = ragged(9, 14), some_output(2, 30), method_of("carry-below-half")
+    want = slow_logits(method, batch, output, slow.plain(llama))
+    with kvcomp.patch(llama, method) as run, torch.no_grad():
+        cache = run.new_cache()
+        llama(**batch, past_key_values=cache)
+        for step, token in enumerate(output[:, :-1].split(1, 1), 1):
+            if step == method.chunk:
+                failed = cache.context.kv.layers[2], "append"
+                with monkeypatch.context() as patched:
+                    patched.setattr(*failed, lambda *args: 1 / 0)
+                    with pytest.raises(ZeroDivisionError):
+                        llama(token, past_key_values=cache)
+            got = llama(token, past_key_values=cache).logits
+            assert_close(got, want[:, step : step + 1])
