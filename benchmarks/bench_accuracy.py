@@ -3,8 +3,10 @@
     python benchmarks/bench_accuracy.py --json accuracy.json      # about a quarter of an hour
     python benchmarks/bench_accuracy.py --part half --problems 16
     python benchmarks/bench_accuracy.py --smoke                   # a few seconds, for CI
+    python benchmarks/bench_accuracy.py --method delethink --budgets 2048 8192
 
-Every eviction method gets the same bound, budget + window tokens a layer, and the same windows, so
+With --method delethink this is `bench_delethink.py --part scaling`, with its options. Without,
+every eviction method gets the same bound, budget + window tokens a layer, and the same windows, so
 that lag and score can be told apart; every retrieval method gets the same number of tokens on the
 device. Four parts:
 
@@ -35,6 +37,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import bench_delethink
 import kvcomp
 from kvcomp import Method
 from kvcomp.methods.eviction import Eviction
@@ -323,8 +326,13 @@ def calibrated(reasoner: Reasoner, part: Part) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    study = argparse.ArgumentParser(add_help=False)
+    study.add_argument("--method", choices=["delethink"], help="its own study, see the file")
+    chosen, rest = study.parse_known_args(arguments)
+    if chosen.method:
+        return bench_delethink.main(["--part", "scaling", *rest])
     names = [part.name for part in PARTS]
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], parents=[study])
     parser.add_argument("--part", choices=names, nargs="+", default=names)
     parser.add_argument("--problems", type=int, default=8)
     parser.add_argument("--alpha", type=float, help="default: calibrated")

@@ -16,30 +16,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; ours first.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F7F7F")
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "legend.frameon": False,
-    "savefig.dpi": 110,
-}
+from decode import charts as decode
+from delethink import charts as delethink
+from drawing import COLORS, STYLE, by, legend, plt, short, title
+
 OURS = ("cpu", "cuda", "triton")
 PLAIN = re.compile(r"n=\d+$")  # a shape of decode_attention without a variant
 
@@ -50,35 +35,35 @@ PLAIN = re.compile(r"n=\d+$")  # a shape of decode_attention without a variant
 def bandwidth(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     """GB/s of each implementation by shape, one panel per dtype, the probe as a line."""
     latency = ("select_pages", "select_victims")  # not about bandwidth
-    for op, chosen in _by(rows, "op").items():
+    for op, chosen in by(rows, "op").items():
         impls = _impls(chosen)
         chosen = [r for r in chosen if r["gbps"] is not None and r["impl"] != "reference"]
         if op == "decode_attention":
             chosen = [r for r in chosen if PLAIN.search(r["shape"])]
         if not chosen or op in latency:
             continue
-        panels = _by(chosen, "dtype")
-        most = max(len(_by(part, "shape")) for part in panels.values())
+        panels = by(chosen, "dtype")
+        most = max(len(by(part, "shape")) for part in panels.values())
         figure, axes = plt.subplots(
             len(panels), figsize=(2 + 0.95 * max(most, 4), 1 + 2.2 * len(panels)), squeeze=False
         )
         for axis, (dtype, part) in zip(axes[:, 0], panels.items(), strict=True):
             _bandwidth_panel(axis, part, impls)
             axis.set_ylabel(f"{dtype}, GB/s")
-        _title(figure, facts, f"{op}: bytes that must be moved per second")
-        _legend(figure)
+        title(figure, facts, f"{op}: bytes that must be moved per second")
+        legend(figure)
         yield f"{op}-bandwidth", figure
 
 
 def _bandwidth_panel(axis: Axes, rows: list[dict], impls: list[str]) -> None:
-    shapes = list(_by(rows, "shape"))
+    shapes = list(by(rows, "shape"))
     shown = _impls(rows)
     width = 0.8 / len(shown)
     for index, impl in enumerate(shown):
         at = {r["shape"]: r["gbps"] for r in rows if r["impl"] == impl}
         x = [shapes.index(s) + (index - (len(shown) - 1) / 2) * width for s in at]
         bars = axis.bar(x, at.values(), width, color=_color(impl, impls), label=_label(impl))
-        axis.bar_label(bars, [_short(v) for v in at.values()], fontsize=6, padding=1)
+        axis.bar_label(bars, [short(v) for v in at.values()], fontsize=6, padding=1)
     probe = {r["shape"]: r["gbps"] for r in rows if r["impl"] == "probe"}
     for index, (shape, gbps) in enumerate(probe.items()):
         middle = shapes.index(shape)
@@ -90,7 +75,7 @@ def _bandwidth_panel(axis: Axes, rows: list[dict], impls: list[str]) -> None:
 
 def speedup(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     """How many times faster than each baseline, on a log axis; 1 is drawn."""
-    for op, chosen in _by(rows, "op").items():
+    for op, chosen in by(rows, "op").items():
         kept = [r for r in chosen if set(r["ratios"]) - {"own-dense"}]
         if not kept or op == "lazy_eviction":
             continue
@@ -104,7 +89,7 @@ def speedup(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
                 ]
                 _dots(axis, points, _color(baseline, impls), baseline)
             _dot_axis(axis, at)
-        _legend(figure)
+        legend(figure)
         yield f"{op}-speedup", figure
 
 
@@ -113,8 +98,8 @@ def variants(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     kept = [r for r in rows if "own-dense" in r["ratios"]]
     if not kept:
         return
-    title = "decode_attention: times faster than the same kernel on all tokens, dense"
-    figure, panels = _dot_panels(kept, facts, title)
+    text = "decode_attention: times faster than the same kernel on all tokens, dense"
+    figure, panels = _dot_panels(kept, facts, text)
     for axis, part, at in panels:
         ideal = [r["ideal_ratios"]["own-dense"] for r in part]
         places = [at[_name(r)] for r in part]
@@ -122,7 +107,7 @@ def variants(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
         points = [(r["ratios"]["own-dense"], y) for r, y in zip(part, places, strict=True)]
         _dots(axis, points, COLORS[0], "measured")
         _dot_axis(axis, at)
-    _legend(figure)
+    legend(figure)
     yield "decode_attention-variants", figure
 
 
@@ -151,8 +136,8 @@ def overhead(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     right.set_xlabel("an eviction, in times the attention of a step")
     left.axvline(5, color="#333333", ls="--", lw=1, label="5 %, or one step")
     right.axvline(1, color="#333333", ls="--", lw=1)
-    _title(figure, facts, "LazyEviction: what one layer pays")
-    _legend(figure)
+    title(figure, facts, "LazyEviction: what one layer pays")
+    legend(figure)
     yield "lazy_eviction-overhead", figure
 
 
@@ -162,10 +147,10 @@ def overhead(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
 def memory(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     """Bytes of all tensors over the tokens generated; on a log axis, as Full outgrows the rest."""
     figure, axis = plt.subplots(figsize=(6.4, 3.8))
-    methods = _by(rows, "method")
+    methods = by(rows, "method")
     for index, (name, part) in enumerate(methods.items()):
         x, y = [r["tokens"] for r in part], [r["bytes"] / 1e6 for r in part]
-        label = f"{name}, {_short(y[-1])} MB"
+        label = f"{name}, {short(y[-1])} MB"
         # Every other one in dashes: methods with the same budget lie upon each other.
         style = "--" if index % 2 else "-"
         axis.plot(x, y, color=COLORS[index % len(COLORS)], lw=1.6, ls=style, label=label)
@@ -177,8 +162,8 @@ def memory(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     axis.set_ylabel("MB allocated")
     heads, kv_heads, dim = facts["shape"]
     model = f"{facts['layers']} layers of {heads}/{kv_heads} heads x {dim}, {facts['dtype']}"
-    _title(figure, facts, f"Memory while decoding, at most {facts['budget']} tokens kept; {model}")
-    _legend(figure)
+    title(figure, facts, f"Memory while decoding, at most {facts['budget']} tokens kept; {model}")
+    legend(figure)
     yield "bytes", figure
 
 
@@ -187,9 +172,9 @@ def memory(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
 
 def accuracy_by_bytes(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     """Steps right over the bytes that a method may hold, wherever the bound was swept."""
-    for part, chosen in _by(rows, "part").items():
+    for part, chosen in by(rows, "part").items():
         shown = [r for r in chosen if r["method"] not in ("full", "lazy without H2")]
-        methods = _by(shown, "method")
+        methods = by(shown, "method")
         if all(len({r["bound"] for r in swept}) == 1 for swept in methods.values()):
             continue
         figure, axis = plt.subplots(figsize=(6.6, 4.2))
@@ -210,19 +195,19 @@ def accuracy_by_bytes(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figu
             )
         axis.set_xlabel("MiB of K and V that a sequence may hold (budget + window)")
         axis.set_ylabel("steps right, %")
-        _title(figure, facts, f"{part}: accuracy at equal bytes, alpha {facts['alpha']:g}")
-        _legend(figure)
+        title(figure, facts, f"{part}: accuracy at equal bytes, alpha {facts['alpha']:g}")
+        legend(figure)
         yield f"{part}-bytes", figure
 
 
 def accuracy_by_window(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     """A table, method by window, wherever the windows were swept: lag and score told apart."""
-    for part, chosen in _by(rows, "part").items():
+    for part, chosen in by(rows, "part").items():
         chosen = [r for r in chosen if r["method"] != "full"]
         windows = sorted({r["window"] for r in chosen})
         if len(windows) == 1:
             continue
-        methods = _by(chosen, "method")
+        methods = by(chosen, "method")
         names = sorted(methods, key=lambda name: -max(r["step_accuracy"] for r in methods[name]))
         values = [
             [
@@ -243,7 +228,7 @@ def accuracy_by_window(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Fig
         axis.tick_params(length=0)
         axis.grid(visible=False)
         kib = chosen[0]["bound_bytes"] / 2**20
-        _title(figure, facts, f"{part}: steps right, %, by steps between evictions; {kib:.2g} MiB")
+        title(figure, facts, f"{part}: steps right, %, by steps between evictions; {kib:.2g} MiB")
         yield f"{part}-windows", figure
 
 
@@ -255,7 +240,7 @@ def retrieval_share(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure
     shown = [r for r in rows if r["part"] == "share" and "step_us" in r]
     if not shown:
         return
-    panels = _by(shown, "dtype")
+    panels = by(shown, "dtype")
     size = (8.4, 1.4 + 1.6 * len(panels))
     figure, axes = plt.subplots(len(panels), 2, figsize=size, sharey=True, squeeze=False)
     for (left, right), (dtype, part) in zip(axes, panels.items(), strict=True):
@@ -278,13 +263,13 @@ def retrieval_share(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure
         for axis in (left, right):
             axis.grid(axis="y", visible=False)
     axes[0, 0].invert_yaxis()  # and with it all others
-    _title(
+    title(
         figure,
         facts,
         f"Retrieval: one layer, {facts['prompt']} tokens, budget {facts['budget']}, queries that"
         " turn every ten steps or so",
     )
-    _legend(figure)
+    legend(figure)
     yield "share", figure
 
 
@@ -292,11 +277,11 @@ def retrieval_share(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure
 
 
 def _dot_panels(
-    rows: list[dict], facts: dict, title: str
+    rows: list[dict], facts: dict, text: str
 ) -> tuple[Figure, list[tuple[Axes, list[dict], dict[str, int]]]]:
     """One panel per dtype. All share their rows, so one without a result leaves a gap."""
     names = {name: place for place, name in enumerate(dict.fromkeys(map(_name, rows)))}
-    panels = _by(rows, "dtype")
+    panels = by(rows, "dtype")
     figure, axes = plt.subplots(
         1,
         len(panels),
@@ -306,7 +291,7 @@ def _dot_panels(
     )
     for axis, dtype in zip(axes[0], panels, strict=True):
         axis.set_title(dtype)
-    _title(figure, facts, title)
+    title(figure, facts, text)
     return figure, [(axis, panels[d], names) for axis, d in zip(axes[0], panels, strict=True)]
 
 
@@ -314,9 +299,7 @@ def _dots(axis: Axes, points: list[tuple[float, int]], color: str, label: str) -
     if points:
         axis.plot(*zip(*points, strict=True), "o", ms=5, color=color, label=label)
     for x, y in points:
-        axis.annotate(
-            _short(x), (x, y), (0, 4), textcoords="offset points", ha="center", fontsize=6
-        )
+        axis.annotate(short(x), (x, y), (0, 4), textcoords="offset points", ha="center", fontsize=6)
 
 
 def _dot_axis(axis: Axes, names: dict[str, int]) -> None:
@@ -329,32 +312,6 @@ def _dot_axis(axis: Axes, names: dict[str, int]) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 else (1,)))
     axis.xaxis.set_major_formatter("{x:g}x")
     axis.minorticks_off()
-
-
-def _title(figure: Figure, facts: dict, title: str) -> None:
-    figure.set_layout_engine("constrained")
-    machine = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
-    version = f"kvcomp {facts['kvcomp']}, torch {facts['torch']}"
-    figure.suptitle(f"{title}\n{machine}; {version}", x=0.01, ha="left", fontsize=9)
-
-
-def _legend(figure: Figure) -> None:
-    """One for all panels, each label once."""
-    labels: dict[str, Artist] = {}
-    for axis in figure.axes:
-        handles, names = axis.get_legend_handles_labels()
-        labels |= dict(zip(names, handles, strict=True))
-    columns = max(2, int(figure.get_figwidth() / 1.7))
-    figure.legend(
-        labels.values(), labels.keys(), loc="outside lower center", ncols=columns, fontsize=7.5
-    )
-
-
-def _by(rows: list[dict], key: str) -> dict[str, list[dict]]:
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(row[key], []).append(row)
-    return groups
 
 
 def _impls(rows: list[dict]) -> list[str]:
@@ -375,14 +332,12 @@ def _color(impl: str, impls: list[str]) -> str:
     return COLORS[impls.index(impl) % len(COLORS)]
 
 
-def _short(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.2g}" if value < 1 else f"{value:.3g}"
-
-
 # --- command line ---------------------------------------------------------------------------------
 
 CHARTS = {
     "accuracy": (accuracy_by_bytes, accuracy_by_window),
+    "decode": (decode.times, decode.parts),
+    "delethink": (delethink.accuracy, delethink.growth, delethink.carries, delethink.stalls),
     "memory": (memory,),
     "ops": (bandwidth, speedup, variants, overhead),
     "retrieval": (retrieval_share,),

@@ -1,8 +1,11 @@
 """The benchmarks run, write what they promise, and give no speed-up for a wrong result."""
 
+import dataclasses
 import importlib.util
 import json
 import math
+import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from kvcomp.ops import OPS
+from kvcomp.reasoner import task
 from kvcomp.testing import bench
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -31,6 +35,21 @@ def script(name):
 def memory(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "memory.json"
     assert script("bench_memory").main(["--smoke", "--json", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def decode(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "decode.json"
+    command = ["--smoke", "--part", "step", "generate", "--json", str(path)]
+    assert script("bench_decode").main(command) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def delethink(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "delethink.json"
+    assert script("bench_delethink").main(["--smoke", "--json", str(path)]) == 0
     return path
 
 
@@ -163,6 +182,80 @@ def test_retrieval_is_counted_where_it_happens(tmp_path):
         assert row["host"] >= row["dense"] / 3  # one layer of three, for the other two keep all
 
 
+def test_a_step_reads_what_its_method_attends_to(decode):
+    rows = json.loads(decode.read_text())["rows"]
+    steps = {r["name"]: r for r in rows if r["part"] == "step"}
+    stock, token = steps["hf dynamic"], 4 * 2 * 2 * 64 * 2  # layers, K and V, heads x size, bf16
+    assert set(steps) == {"hf dynamic", "hf static", *script("bench_decode").OURS}
+    assert stock["speedup"] == 1 and stock["rounds"] == 8
+    assert 256 < stock["kv_bytes"] / token <= 256 + 16
+    assert 256 + 4 <= steps["full"]["kv_bytes"] / token <= 256 + 16  # a mean over its steps
+    assert all(steps[x]["kv_bytes"] < steps["full"]["kv_bytes"] for x in ("delta", "louis-kv"))
+    assert steps["lazy-eviction"]["kv_bytes"] < steps["full"]["kv_bytes"] / 2
+    assert steps["delethink"]["boundary_ms"] > 0 and 0 < steps["louis-kv"]["retrieval_rate"] <= 1
+    for row in steps.values():
+        parts = [row[f"{part}_ms"] for part in ("attention", "update", "linear", "rest")]
+        assert all(part > 0 for part in parts) and row["ceiling_ms"] > 0
+        assert row["weight_bytes"] == stock["weight_bytes"] > 512 * 64 * 2
+    generated = {r["name"]: r for r in rows if r["part"] == "generate"}
+    assert set(generated) == set(steps)
+    assert all(r["generated"] == 8 and r["ms"] > 0 for r in generated.values())
+
+
+def test_chunks_are_flat_where_dense_attention_grows(delethink):
+    content = json.loads(delethink.read_text())
+    parts = {}
+    for row in content["rows"]:
+        parts.setdefault(row["part"], []).append(row)
+    for part in ("scaling summary", "curve summary"):
+        chunked, dense = parts[part]
+        assert (chunked["method"], dense["method"]) == ("delethink", "full")
+        assert chunked["peak_growth"] <= 0 < dense["peak_growth"]
+        assert chunked["kept_growth"] == 0 < dense["kept_growth"]
+    budgets = [r for r in parts["scaling"] if "answers_right" in r]
+    assert {r["tokens"] for r in budgets} == set(content["meta"]["budgets"])
+    assert all(r["step_accuracy"] == r["answers_right"] == 1 for r in budgets)
+    crossed = [r["boundary_s"] > 0 for r in parts["curve"]]
+    assert crossed == [False, True, True, False, False, False]
+    whole, step, sum_alone = (r["step_accuracy"] for r in parts["sweep"])
+    assert whole == step == 1 > sum_alone  # a carry of one token does not say where the walk is
+    for row in parts["rotate"]:
+        assert 0 < row["kl_mean"] <= row["kl_p99"] <= row["kl_max"]
+        assert len(row["kl_by_chunk"]) == row["boundaries"] == 2 and "1" in row["kl_after"]
+    kinds = {(r["threads"], r["reset"]): r for r in parts["stall"]}
+    cores = len(os.sched_getaffinity(0))
+    assert set(kinds) == {(n, x) for n in {1, cores} for x in ("prefill", "streaming")}
+    for (threads, reset), row in kinds.items():
+        assert row["core_free"] == (threads < cores) and row["boundaries"] == 2
+        assert row["peak_bytes"] == kinds[threads, "prefill"]["peak_bytes"] or reset == "streaming"
+
+
+def test_the_study_of_delethink_is_a_part_of_the_accuracy_benchmark(tmp_path):
+    path = tmp_path / "delethink.json"
+    command = ["--method", "delethink", "--smoke", "--json", str(path)]
+    assert script("bench_accuracy").main(command) == 0
+    content = json.loads(path.read_text())
+    assert content["meta"]["part"] == ["scaling"]
+    assert {r["method"] for r in content["rows"]} == {"delethink", "full"}
+
+
+def test_right_tokens_are_those_of_right_steps():
+    script("bench_delethink")
+    walks = sys.modules["delethink.walks"]
+    problem = task.make_problem(4, 12, 0)
+    longer = dataclasses.replace(problem, steps=16)  # a step cut in two makes one more to grade
+    words, choice = problem.gold().split(), random.Random(0)
+    for wrong in range(len(words)):
+        for answer in (
+            [*words[:wrong], choice.choice(task.VOCABULARY), *words[wrong + 1 :]],
+            words[:wrong] + words[wrong + 1 :],
+            [*words[:wrong], "7", *words[wrong:]],
+        ):
+            marks = walks.right_words(problem, answer)
+            grade = task.grade(longer, " ".join(answer))
+            assert sum(marks) == 4 * round(grade.step_accuracy * longer.steps), (wrong, answer)
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
@@ -180,7 +273,7 @@ def test_a_bad_command_line_says_why(command, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_plots(smoke, memory, tmp_path):
+def test_plots(smoke, memory, decode, delethink, tmp_path):
     pytest.importorskip("matplotlib")
     plot = script("plot")
     pictures = plot.plot(smoke, tmp_path)
@@ -199,6 +292,12 @@ def test_plots(smoke, memory, tmp_path):
     for part, chart in (("tight", "tight-bytes"), ("lag", "lag-windows")):
         pictures += plot.plot(BENCHMARKS / "results" / "cpu" / f"accuracy-{part}.json", tmp_path)
         assert pictures[-1].stem == f"accuracy-{part}-{chart}"
+    pictures += plot.plot(decode, tmp_path)
+    assert [p.stem for p in pictures[-2:]] == ["decode-tiny-1-times", "decode-tiny-1-parts"]
+    charts = plot.plot(delethink, tmp_path)
+    names = ("accuracy", "growth", "carries", "stalls")
+    assert [p.stem for p in charts] == [f"delethink-{name}" for name in names]
+    pictures += charts
     assert all(1_000 < p.stat().st_size < 100_000 for p in pictures)
     other = tmp_path / "other.json"
     bench.write_json(other, {"benchmark": "unheard of"}, [])

@@ -61,7 +61,7 @@ class Delethink(Method, name="delethink"):
     head: int = 100  # h
     variant: str = "exact_bound"
     reset: str = "prefill"
-    piece: int = 256  # g
+    piece: int = 128  # g
     inner: Method | None = None
 
     croppable = False

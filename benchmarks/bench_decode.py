@@ -1,0 +1,97 @@
+"""One decode step, and a generation, of models of real shapes: ours beside stock transformers.
+
+    python benchmarks/bench_decode.py --json decode.json              # Qwen3-0.6B, 2K to 32K tokens
+    python benchmarks/bench_decode.py --shape r1-distill-qwen-1.5b --batch 1 4 --tokens 2048 8192
+    python benchmarks/bench_decode.py --part generate --tokens 2048 --generate 256
+    python benchmarks/bench_decode.py --smoke                         # a few seconds, for CI
+
+step      ms per step of a model with random weights, whose caches are filled with random K and V
+          instead of a prefill. Each contender takes its steps in turn with stock (DynamicCache,
+          sdpa; the concatenation of K and V at every step is a part of it) and a bandwidth probe.
+          Beside it what the step had to read, how long that takes at the probe's rate, and how a
+          step divides between attention, cache update, linear layers and the rest.
+generate  ms per token of a generation through `generate`, with what seldom happens in a step.
+peer      a step of llama.cpp beside one of ours, dense both: needs `pip install kvcomp[peers]`.
+
+A contender stands where it would after n tokens: LazyEviction keeps half of them, the others have
+the budgets of their papers; Delethink is in the middle of a chunk, and what encoding the carry of
+the next adds to a token is shown apart. LouisKV's prompt is clustered in one iteration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from decode.contenders import OURS, STATIC
+from decode.generation import bench_generation
+from decode.models import SHAPES
+from decode.peer import bench_peer
+from decode.steps import bench_steps
+from kvcomp.testing.bench import OtherLoad, header, meta, write_json
+from ops.common import DTYPES
+
+BENCHMARKS = {"step": bench_steps, "generate": bench_generation, "peer": bench_peer}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--part", nargs="+", choices=BENCHMARKS, default=["step"])
+    add("--shape", choices=SHAPES, default="qwen3-0.6b")
+    add("--dtype", choices=DTYPES, default="bf16")
+    add("--tokens", type=int, nargs="+", default=[2048, 8192, 16384, 32768], metavar="N")
+    add("--batch", type=int, nargs="+", default=[1], metavar="B")
+    add("--method", nargs="*", choices=(STATIC, *OURS), default=[STATIC, *OURS], metavar="NAME")
+    add("--prompt", type=int, default=512, metavar="N", help="of a Delethink context")
+    add("--rounds", type=int, default=24, help="most steps of a contender; a multiple of 8")
+    add("--seconds", type=float, default=25.0, help="for all of a race; 8 rounds in any case")
+    add("--generate", type=int, default=256, metavar="N")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=int, help="default: what torch uses")
+    add("--seed", type=int, default=0)
+    add("--json", metavar="FILE")
+    add("--smoke", action="store_true", help="a tiny model, a few seconds: does it run?")
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    if options.rounds % 8 or options.rounds < 8:
+        parser.error(f"--rounds: expected a multiple of 8, got {options.rounds}")
+    if options.smoke:
+        options.shape, options.tokens, options.prompt = "tiny", [256], 32
+        options.rounds, options.generate = 8, 8
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    load = OtherLoad()
+    names = ("part", "shape", "dtype", "batch", "tokens", "rounds", "generate")
+    facts = meta("decode", options.device, **{name: getattr(options, name) for name in names})
+    print(header(facts), flush=True)
+    if options.smoke:
+        print("smoke test: the model is too small for these figures to mean anything")
+    rows = []
+    for part in options.part:
+        print(f"\n{part}", flush=True)
+        for row in BENCHMARKS[part](options):
+            print(row.line(), flush=True)
+            rows.append(asdict(row))
+    facts["others_cpu_share"] = load.share()
+    if facts["others_cpu_share"] is not None:
+        print(f"\nother processes took {facts['others_cpu_share']:.0%} of the CPU meanwhile")
+    if options.json:
+        write_json(options.json, facts, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Delethink: accuracy, memory and time of thinking in chunks.
+
+    python benchmarks/bench_delethink.py --part scaling --json delethink-scaling.json
+    python benchmarks/bench_delethink.py --part scaling --budgets 2048 8192 --nodes 16
+    python benchmarks/bench_delethink.py --smoke                  # a few seconds, for CI
+
+scaling  Walks of the reasoner far beyond the 4096 positions that it knows, with Delethink and with
+         dense attention: which steps are right in each chunk, which answers at each thinking
+         budget, K and V, and time.
+curve    K and V, and time per token, on a random model of a real shape; the two take turns.
+sweep    Chunk, carry and head at one thinking budget; down to a carry that loses the state.
+rotate   What becomes of distributions and answers where the carry's keys are rotated and not
+         encoded anew.
+stall    How long decoding stands still at a boundary, with the next context encoded there or in
+         the background, with a free core and without.
+
+Decoding is greedy, on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+
+from delethink.rotate import bench_rotate
+from delethink.scaling import bench_curve, bench_scaling
+from delethink.stall import bench_stall
+from delethink.sweep import bench_sweep
+from kvcomp.testing.bench import OtherLoad, header, meta, write_json
+
+BENCHMARKS = {
+    "scaling": bench_scaling,
+    "sweep": bench_sweep,
+    "rotate": bench_rotate,
+    "curve": bench_curve,
+    "stall": bench_stall,
+}
+SMOKE = {
+    "budgets": [64, 96],
+    "nodes": [4],
+    "problems": 2,
+    "chunk": 48,
+    "carry": 24,
+    "head": 8,
+    "sweep_tokens": 48,
+    "sweep_problems": 2,
+    "rotate_chunk": 16,
+    "rotate_boundaries": 2,
+    "rotate_problems": 2,
+    "stall_boundaries": 2,
+    "pieces": [8],
+}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--part", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    add(
+        "--budgets",
+        type=int,
+        nargs="+",
+        default=[1024, 2048, 4096, 6144, 8192],
+        metavar="N",
+        help="thinking tokens, of scaling and curve; the largest is decoded",
+    )
+    add("--nodes", type=int, nargs="+", default=[16, 48], help="of scaling; others take the first")
+    add("--problems", type=int, default=8, help="of scaling")
+    add("--chunk", type=int, default=1024, metavar="C", help="not of sweep, rotate")
+    add("--carry", type=int, default=512, metavar="M", help="the same")
+    add("--head", type=int, default=100, metavar="H", help="the same")
+    add("--sweep-tokens", type=int, default=1536, metavar="N")
+    add("--sweep-problems", type=int, default=4)
+    add("--rotate-chunk", type=int, default=512, metavar="C")
+    add("--rotate-boundaries", type=int, default=8)
+    add("--rotate-problems", type=int, default=4)
+    add("--stall-boundaries", type=int, default=5)
+    add("--pieces", type=int, nargs="+", default=[64, 128, 256], metavar="G", help="of stall")
+    add("--threads", type=int, help="not of stall; default: 1 for the reasoner, else torch's")
+    add("--seed", type=int, default=0)
+    add("--json", metavar="FILE")
+    add("--smoke", action="store_true", help="tiny inputs, a few seconds: does it run?")
+    options = parser.parse_args(argv)
+    if options.smoke:
+        vars(options).update(SMOKE)
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    load, cores = OtherLoad(), torch.get_num_threads()
+    chosen = {k: v for k, v in vars(options).items() if k not in ("json", "threads")}
+    facts = meta("delethink", "cpu", **chosen)
+    print(header(facts), flush=True)
+    if options.smoke:
+        print("smoke test: the inputs are too small for these figures to mean anything")
+    rows = []
+    for part in options.part:
+        small = part in ("scaling", "sweep", "rotate")  # so small a model gains nothing from more
+        torch.set_num_threads(options.threads or (1 if small else cores))
+        print(f"\n{part}", flush=True)
+        for row in BENCHMARKS[part](options):
+            print(row.line(), flush=True)
+            rows.append(asdict(row))
+    torch.set_num_threads(cores)
+    facts["others_cpu_share"] = load.share()
+    if facts["others_cpu_share"] is not None:
+        print(f"\nother processes took {facts['others_cpu_share']:.0%} of the CPU meanwhile")
+    if options.json:
+        write_json(options.json, facts, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
