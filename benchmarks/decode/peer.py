@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -60,31 +61,33 @@ def bench_peer(options: argparse.Namespace) -> Iterator[PeerRow]:
         for tokens in options.tokens:
             filling = Filling.make(model, 1, tokens, options.seed)
             room = WARM_UP + options.rounds + 8
-            peer = LlamaCpp(path, filling, room, torch.get_num_threads())
+            peers = [LlamaCpp(path, filling, room, flash) for flash in (False, True)]
             full = contender("full", model, filling, room, options)
             token = filling.ids[:, -1:]
-            ours, theirs = full.step(token).flatten().float(), peer.step(token)
-            times, _ = race([full, peer], probe, filling, options)
+            ours = full.step(token).flatten().float()
+            apart = [(peer.step(token) - ours).norm() / ours.norm() for peer in peers]
+            times, _ = race([full, *peers], probe, filling, options)
+            full_ms, full_ms_min = (times["full"].mean(pick) * 1e3 for pick in (median, min))
+            for peer, error in zip(peers, apart, strict=True):
+                peer.close()
+                ms, ms_min = (times[peer.name].mean(pick) * 1e3 for pick in (median, min))
+                yield PeerRow(
+                    part="peer",
+                    shape=options.shape,
+                    dtype=options.dtype,
+                    batch=1,
+                    tokens=tokens,
+                    name=peer.name,
+                    ms=ms,
+                    ms_min=ms_min,
+                    full_ms=full_ms,
+                    full_ms_min=full_ms_min,
+                    ahead=ms / full_ms,
+                    ahead_min=ms_min / full_ms_min,
+                    logit_error=error.item(),
+                    version=llama_cpp.__version__,
+                )
             full.close()
-            peer.close()
-            least = {name: times[name].mean(min) * 1e3 for name in ("full", peer.name)}
-            usual = {name: times[name].mean() * 1e3 for name in ("full", peer.name)}
-            yield PeerRow(
-                part="peer",
-                shape=options.shape,
-                dtype=options.dtype,
-                batch=1,
-                tokens=tokens,
-                name=peer.name,
-                ms=usual[peer.name],
-                ms_min=least[peer.name],
-                full_ms=usual["full"],
-                full_ms_min=least["full"],
-                ahead=usual[peer.name] / usual["full"],
-                ahead_min=least[peer.name] / least["full"],
-                logit_error=((ours - theirs).norm() / ours.norm()).item(),
-                version=llama_cpp.__version__,
-            )
 
 
 def write_gguf(model: PreTrainedModel, path: Path) -> None:
@@ -128,12 +131,11 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
 class LlamaCpp:
     """A context of llama.cpp that stands behind the filling; K and V in fp16, its default."""
 
-    name = "llama.cpp"
-
-    def __init__(self, path: Path, filling: Filling, room: int, threads: int) -> None:
+    def __init__(self, path: Path, filling: Filling, room: int, flash: bool) -> None:
         import llama_cpp
 
         self.lib, tokens = llama_cpp, filling.keys.shape[2]
+        self.name = f"llama.cpp, flash {'on' if flash else 'off'}"
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, None)
         settings = llama_cpp.llama_model_default_params()
@@ -143,13 +145,15 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp {llama_cpp.__version__} does not load {path.name}")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = tokens + room, 1
-        params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.n_threads = params.n_threads_batch = torch.get_num_threads()
+        params.flash_attn_type = getattr(
+            llama_cpp, f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if flash else 'DISABLED'}"
+        )
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(
             llama_cpp.llama_model_get_vocab(self.model)
         )
-        self._fill(filling)
+        self._fill(filling, flash)
 
     def step(self, ids: Tensor) -> Tensor:
         """ids [1, 1] -> logits [vocabulary]."""
@@ -166,7 +170,7 @@ class LlamaCpp:
         self.lib.llama_free(self.context)
         self.lib.llama_model_free(self.model)
 
-    def _fill(self, filling: Filling) -> None:
+    def _fill(self, filling: Filling, flash: bool) -> None:
         """Through the state of a sequence: that of one token is the pattern for that of n."""
         get, put = self.lib.llama_state_seq_get_data, self.lib.llama_state_seq_set_data
         self.step(filling.ids[:, :1])
@@ -175,6 +179,8 @@ class LlamaCpp:
         k, v = (
             x[0].transpose(0, 1).flatten(1).half().numpy() for x in (filling.keys, filling.values)
         )
+        if not flash:  # which wants V as [Hkv * D, n]
+            v = v.T.copy()
         tokens, row, parts = len(k), k[0].nbytes, 2 * self.lib.llama_model_n_layer(self.model)
         # Header and number of cells, the cells, 8 bytes about the data, the parts: K of all layers
         # and then V, each 12 bytes about it and its rows.
