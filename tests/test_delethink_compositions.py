@@ -1,6 +1,7 @@
 """Delethink around other methods, and what it asks of the cache, against slow readings."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -210,6 +211,21 @@ def test_a_long_question_stays_in_the_pool(llama, name, schedule):
     assert int(sum(run.meter.retrievals)) > 0
 
 
+def test_the_step_behind_a_boundary_retrieves(llama, texts):
+    """Also where nothing is encoded anew, and however alike the queries are."""
+    inner = dataclasses.replace(METHODS["louis-kv"].example(24), tau=-1.0)
+    done = [0]
+
+    def look(cache, step):
+        done.append(int(sum(run.meter.retrievals)))
+
+    with kvcomp.patch(llama, Delethink(9, 1, None, 0, inner=inner)) as run:
+        dictate(llama, run, *texts, look)
+    layers = llama.config.num_hidden_layers - inner.dense_layers
+    for step in (1, 9, 17, 25):
+        assert done[step] - done[step - 1] == 2 * layers, f"step {step}: {done}"
+
+
 def test_a_copy_over_a_pool_goes_on_by_itself(llama, texts):
     question, output = texts
     copies = []
@@ -365,6 +381,7 @@ def test_recede_keeps_the_first_slots():
     assert layer.seq_lens.tolist() == [3, 3, 3]
     assert layer.logical_lens.tolist() == list(LENS)
     assert torch.equal(layer.keys, kept)
+    assert not layer.slots["position"][..., 3:].any()
     layer.append(*(torch.randn(3, KV_HEADS, 2, DIM) for _ in range(2)))
     for row, n in enumerate(LENS):
         assert layer.positions(KV_HEADS)[row].tolist() == [[0, 1, 2, n, n + 1]] * KV_HEADS

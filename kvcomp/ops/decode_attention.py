@@ -92,38 +92,18 @@ def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits):
 
 
 def native(backend: int) -> Callable:
+    in_splits = backend in (_C.Backend.cuda, _C.Backend.cuda_host)
+
     def run(q, k, v, seq_lens, page_ids, page_size, scale, logits):
         out, lse = fake(q, k, v, seq_lens, page_ids, page_size, scale, logits)
-        _C.decode_attention(
-            backend,
-            q,
-            k,
-            v,
-            seq_lens,
-            page_ids,
-            logits,
-            out,
-            lse,
-            page_size,
-            scale,
-            None,
-            None,
-            0,
-            0,
-        )
-        return out, lse
-
-    def run_in_splits(q, k, v, seq_lens, page_ids, page_size, scale, logits):
-        out, lse = fake(q, k, v, seq_lens, page_ids, page_size, scale, logits)
-        (batch, heads, dim), kv_heads = q.shape, k.shape[1]
-        positions = k.shape[2] if page_ids is None else page_ids.shape[2] * page_size
-        blocks = batch * kv_heads * -(-heads // kv_heads // HEADS_PER_BLOCK)
-        chunks = max(1, -(-positions // MIN_SPLIT))
-        splits, size = plan_splits(blocks, chunks, multiprocessors(q.device) * BLOCKS_PER_SM)
         partial_out = partial_lse = None
-        if splits > 1:
-            partial_out = lse.new_empty(*out.shape[:2], splits, dim)
-            partial_lse = lse.new_empty(*lse.shape, splits)
+        size = 0
+        if in_splits:
+            positions = k.shape[2] if page_ids is None else page_ids.shape[2] * page_size
+            splits, size = plan(q, k.shape[1], positions)
+            if splits > 1:
+                partial_out = lse.new_empty(*out.shape[:2], splits, out.shape[2])
+                partial_lse = lse.new_empty(*lse.shape, splits)
         _C.decode_attention(
             backend,
             q,
@@ -143,7 +123,15 @@ def native(backend: int) -> Callable:
         )
         return out, lse
 
-    return run if backend in (_C.Backend.cpu, _C.Backend.check) else run_in_splits
+    return run
+
+
+def plan(q: Tensor, num_kv_heads: int, positions: int) -> tuple[int, int]:
+    """How many splits of how many positions the CUDA kernel makes."""
+    group = q.shape[1] // num_kv_heads
+    blocks = q.shape[0] * num_kv_heads * -(-group // HEADS_PER_BLOCK)
+    chunks = max(1, -(-positions // MIN_SPLIT))
+    return plan_splits(blocks, chunks, multiprocessors(q.device) * BLOCKS_PER_SM)
 
 
 @cache

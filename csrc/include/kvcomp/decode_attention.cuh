@@ -15,64 +15,11 @@
 
 #include <cstdint>
 
-#include "kvcomp/device.cuh"
+#include "kvcomp/decode_attention_fp32.cuh"
+#include "kvcomp/decode_split.cuh"
 #include "kvcomp/matrix.cuh"
-#include "kvcomp/params.h"
 
 namespace kvcomp {
-
-template <int D>
-struct DecodeTile {
-  static constexpr int kTokens = 16, kHeads = 8;  // of an S fragment
-  static constexpr int kWarps = D <= 128 ? 4 : 2, kThreads = kWarps * 32;
-  // As many as keep a block under 80 KB: two blocks share an SM of 8.0 or 9.0, one those of 8.6.
-  static constexpr int kStages = D <= 64 ? 4 : D <= 96 ? 3 : 2;
-  // 16 bytes more than D elements: the 8 rows of a matrix then lie in different banks.
-  static constexpr int kPitch = D + 8;
-
-  struct Stage {
-    alignas(16) uint16_t k[kTokens * kPitch];
-    alignas(16) uint16_t v[kTokens * kPitch];
-    int slot[kTokens];  // where the tokens come from; < 0: not attended, see Slot
-  };
-  // After the last token the pipelines' memory holds the states that are merged.
-  struct States {
-    float max[kWarps][kHeads], sum[kWarps][kHeads];
-    float out[kWarps][kHeads][D];
-  };
-  static constexpr std::size_t kPipeline = sizeof(Stage) * kStages * kWarps;
-  static constexpr std::size_t kShared = kPipeline > sizeof(States) ? kPipeline : sizeof(States);
-};
-
-enum Slot : int { kSkipped = -1, kWild = -2 };  // kWild: an id out of range, which poisons the row
-
-// Which positions a block attends to, and where they are.
-struct DecodeSplit {
-  const int32_t* ids;  // of this sequence and head; nullptr: dense
-  int page_size, num_slots;
-  int first, end;  // positions [first, end)
-  bool wrong;      // a length that cannot be: the result is NaN
-
-  __device__ DecodeSplit(const DecodeAttentionParams& p, int sequence, int kv_head, int split)
-      : ids(p.page_ids ? p.page_ids + sequence * p.stride_ids_b + kv_head * p.stride_ids_h
-                       : nullptr),
-        page_size(p.page_size),
-        num_slots(p.num_slots) {
-    const int positions = ids ? p.num_listed * p.page_size : p.num_slots;
-    const int length = p.seq_lens[sequence];
-    wrong = length < 0 || length > positions;
-    first = split * p.split_size;
-    end = min(first + p.split_size, min(length, positions));
-  }
-
-  __device__ int slot(int position) const {
-    if (position >= end) return kSkipped;
-    if (!ids) return position;
-    const int64_t id = ids[position / page_size];
-    const int64_t at = id * page_size + position % page_size;
-    return id == -1 ? kSkipped : id < 0 || at >= num_slots ? kWild : static_cast<int>(at);
-  }
-};
 
 // --- one warp's way through its tiles, 16-bit types ----------------------------------------------
 
@@ -265,88 +212,6 @@ class DecodeWarp {
   unsigned q_[kSteps][2];  // B fragments
   float max_[2] = {-INFINITY, -INFINITY}, sum_[2] = {};  // of the lane's two heads; sums by lane
   float out_[kSteps][4] = {};
-};
-
-// --- the same in fp32, on the CUDA cores: for tests and small jobs -------------------------------
-
-// A warp takes one token at a time, a lane every 32nd element of its row.
-template <int D>
-class DecodeWarp<float, D> {
-  using Tile = DecodeTile<D>;
-  static constexpr int kParts = (D + 31) / 32;
-
- public:
-  __device__ DecodeWarp(const DecodeAttentionParams& p, const DecodeSplit& split, int sequence,
-                        int kv_head, int first_head, typename Tile::Stage*)
-      : p_(p),
-        split_(split),
-        k_(static_cast<const float*>(p.k) + sequence * p.stride_k_b + kv_head * p.stride_k_h),
-        v_(static_cast<const float*>(p.v) + sequence * p.stride_v_b + kv_head * p.stride_v_h) {
-    const int group = p.num_heads / p.num_kv_heads;
-    num_heads_ = min(Tile::kHeads, group - first_head);
-    head_ = kv_head * group + first_head;
-    const float* q = static_cast<const float*>(p.q) + sequence * p.stride_q_b;
-#pragma unroll
-    for (int head = 0; head < Tile::kHeads; ++head) {
-      max_[head] = -INFINITY;
-      if (head < num_heads_) load(q + (head_ + head) * p.stride_q_h, q_[head]);
-    }
-    logits_ = p.logits ? p.logits + sequence * p.stride_logits_b : nullptr;
-  }
-
-  __device__ void run() {
-    for (int at = split_.first + threadIdx.x / 32; at < split_.end; at += Tile::kWarps) {
-      const int slot = split_.slot(at);
-      float k[kParts] = {}, v[kParts] = {};
-      if (slot >= 0) load(k_ + slot * p_.stride_k_t, k), load(v_ + slot * p_.stride_v_t, v);
-#pragma unroll
-      for (int head = 0; head < Tile::kHeads; ++head) {
-        if (head >= num_heads_) break;
-        float s = 0;
-        for (int i = 0; i < kParts; ++i) s += q_[head][i] * k[i];
-        s = group_sum(s, 32) * p_.scale;
-        s = slot == kSkipped ? -INFINITY : slot == kWild ? NAN : s;
-        if (logits_ && threadIdx.x % 32 == 0) {
-          logits_[(head_ + head) * p_.stride_logits_h + at] = s;
-        }
-        const float top = fmaxf(max_[head], s);
-        const float base = top == -INFINITY ? 0.0f : top;
-        const float decay = exp2f((max_[head] - base) * kLog2e);
-        const float prob = exp2f((s - base) * kLog2e);
-        max_[head] = top;
-        sum_[head] = sum_[head] * decay + prob;
-        for (int i = 0; i < kParts; ++i) out_[head][i] = out_[head][i] * decay + prob * v[i];
-      }
-    }
-  }
-
-  __device__ void leave(typename Tile::States& states) const {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-#pragma unroll
-    for (int head = 0; head < Tile::kHeads; ++head) {
-      if (lane == 0) states.max[warp][head] = max_[head], states.sum[warp][head] = sum_[head];
-      for (int i = 0; i < kParts; ++i) {
-        if (i * 32 + lane < D) states.out[warp][head][i * 32 + lane] = out_[head][i];
-      }
-    }
-  }
-
- private:
-  __device__ static void load(const float* row, float (&to)[kParts]) {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      const int at = i * 32 + static_cast<int>(threadIdx.x % 32);
-      to[i] = at < D ? row[at] : 0.0f;
-    }
-  }
-
-  const DecodeAttentionParams& p_;
-  const DecodeSplit& split_;
-  const float *k_, *v_;
-  int num_heads_, head_;
-  float* logits_;
-  float q_[Tile::kHeads][kParts] = {};
-  float max_[Tile::kHeads], sum_[Tile::kHeads] = {}, out_[Tile::kHeads][kParts] = {};
 };
 
 // --- states merged -------------------------------------------------------------------------------

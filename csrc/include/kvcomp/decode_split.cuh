@@ -1,0 +1,70 @@
+// What the warps of decode_attention share, whatever the type: the shape of a block, its part of
+// the tokens, and what a warp must offer.
+#pragma once
+
+#include <cstdint>
+
+#include "kvcomp/device.cuh"
+#include "kvcomp/params.h"
+
+namespace kvcomp {
+
+template <int D>
+struct DecodeTile {
+  static constexpr int kTokens = 16, kHeads = 8;  // of an S fragment
+  static constexpr int kWarps = D <= 128 ? 4 : 2, kThreads = kWarps * 32;
+  // As many as keep a block under 80 KB: two blocks share an SM of 8.0 or 9.0, one those of 8.6.
+  static constexpr int kStages = D <= 64 ? 4 : D <= 96 ? 3 : 2;
+  // 16 bytes more than D elements: the 8 rows of a matrix then lie in different banks.
+  static constexpr int kPitch = D + 8;
+
+  struct Stage {
+    alignas(16) uint16_t k[kTokens * kPitch];
+    alignas(16) uint16_t v[kTokens * kPitch];
+    int slot[kTokens];  // where the tokens come from; < 0: not attended, see Slot
+  };
+  // After the last token the pipelines' memory holds the states that are merged.
+  struct States {
+    float max[kWarps][kHeads], sum[kWarps][kHeads];
+    float out[kWarps][kHeads][D];
+  };
+  static constexpr std::size_t kPipeline = sizeof(Stage) * kStages * kWarps;
+  static constexpr std::size_t kShared = kPipeline > sizeof(States) ? kPipeline : sizeof(States);
+};
+
+enum Slot : int { kSkipped = -1, kWild = -2 };  // kWild: an id out of range, which poisons the row
+
+// Which positions a block attends to, and where they are.
+struct DecodeSplit {
+  const int32_t* ids;  // of this sequence and head; nullptr: dense
+  int page_size, num_slots;
+  int first, end;  // positions [first, end)
+  bool wrong;      // a length that cannot be: the result is NaN
+
+  __device__ DecodeSplit(const DecodeAttentionParams& p, int sequence, int kv_head, int split)
+      : ids(p.page_ids ? p.page_ids + sequence * p.stride_ids_b + kv_head * p.stride_ids_h
+                       : nullptr),
+        page_size(p.page_size),
+        num_slots(p.num_slots) {
+    const int positions = ids ? p.num_listed * p.page_size : p.num_slots;
+    const int length = p.seq_lens[sequence];
+    wrong = length < 0 || length > positions;
+    first = split * p.split_size;
+    end = min(first + p.split_size, min(length, positions));
+  }
+
+  __device__ int slot(int position) const {
+    if (position >= end) return kSkipped;
+    if (!ids) return position;
+    const int64_t id = ids[position / page_size];
+    const int64_t at = id * page_size + position % page_size;
+    return id == -1 ? kSkipped : id < 0 || at >= num_slots ? kWild : static_cast<int>(at);
+  }
+};
+
+// One warp's way through its tokens: made from the block's place, run() attends, leave(states)
+// hands over max, sum and output of each head.
+template <typename T, int D>
+class DecodeWarp;
+
+}  // namespace kvcomp
