@@ -32,7 +32,7 @@ from decode.generation import bench_generation
 from decode.models import SHAPES
 from decode.peer import bench_peer
 from decode.steps import bench_steps
-from kvcomp.testing.bench import OtherLoad, header, meta, write_json
+from kvcomp.testing.bench import OtherLoad, conclude, header, meta
 from ops.common import DTYPES
 
 BENCHMARKS = {"step": bench_steps, "generate": bench_generation, "peer": bench_peer}
@@ -85,11 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in BENCHMARKS[part](options):
             print(row.line(), flush=True)
             rows.append(asdict(row))
-    facts["others_cpu_share"] = load.share()
-    if facts["others_cpu_share"] is not None:
-        print(f"\nother processes took {facts['others_cpu_share']:.0%} of the CPU meanwhile")
-    if options.json:
-        write_json(options.json, facts, rows)
+    conclude(options.json, facts, rows, load)
     return 0
 
 

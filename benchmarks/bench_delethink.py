@@ -30,7 +30,7 @@ from delethink.rotate import bench_rotate
 from delethink.scaling import bench_curve, bench_scaling
 from delethink.stall import bench_stall
 from delethink.sweep import bench_sweep
-from kvcomp.testing.bench import OtherLoad, header, meta, write_json
+from kvcomp.testing.bench import OtherLoad, conclude, header, meta
 
 BENCHMARKS = {
     "scaling": bench_scaling,
@@ -109,11 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(row.line(), flush=True)
             rows.append(asdict(row))
     torch.set_num_threads(cores)
-    facts["others_cpu_share"] = load.share()
-    if facts["others_cpu_share"] is not None:
-        print(f"\nother processes took {facts['others_cpu_share']:.0%} of the CPU meanwhile")
-    if options.json:
-        write_json(options.json, facts, rows)
+    conclude(options.json, facts, rows, load)
     return 0
 
 

@@ -24,9 +24,9 @@ from kvcomp.testing.bench import (
     OtherLoad,
     Row,
     bandwidth_probe,
+    conclude,
     header,
     meta,
-    write_json,
 )
 from kvcomp.testing.contest import Settings
 from ops import attention, eviction, lazy_eviction, overhead, pages, retrieval
@@ -140,11 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for group in BENCHMARKS[op](options, run):
             print("", *(row.line() for row in group), sep="\n", flush=True)
             rows += group
-    facts["others_cpu_share"] = load.share()
-    if facts["others_cpu_share"] is not None:
-        print(f"\nother processes took {facts['others_cpu_share']:.0%} of the CPU meanwhile")
-    if options.json:
-        write_json(options.json, facts, rows)
+    conclude(options.json, facts, rows, load)
     wrong = sum(not row.correct for row in rows)
     if wrong:
         print(f"{wrong} rows with a wrong result", file=sys.stderr)

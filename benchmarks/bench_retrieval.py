@@ -27,7 +27,7 @@ from dataclasses import asdict
 
 import torch
 
-from kvcomp.testing.bench import OtherLoad, header, meta, write_json
+from kvcomp.testing.bench import OtherLoad, conclude, header, meta
 from ops.common import DTYPES, heads_of
 from retrieval.memory import bench_memory
 from retrieval.prefill import bench_prefill
@@ -87,11 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in BENCHMARKS[part](options):
             print(row.line(), flush=True)
             rows.append(asdict(row))
-    facts["others_cpu_share"] = load.share()
-    if facts["others_cpu_share"] is not None:
-        print(f"\nother processes took {facts['others_cpu_share']:.0%} of the CPU meanwhile")
-    if options.json:
-        write_json(options.json, facts, rows)
+    conclude(options.json, facts, rows, load)
     return 0
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
+
+import torch
 
 MIN_SPLIT = 256  # tokens: below this, a split costs more to merge than it saves
 MAX_SPLITS = 128
+
+
+@cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of the GPU; where there is none, as under an interpreter, 132 as on Hopper."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=4096)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
-from kvcomp.ops._splits import MIN_SPLIT, plan_splits
+from kvcomp.ops._splits import MIN_SPLIT, num_multiprocessors, plan_splits
 
 HEADS_PER_BLOCK = 8  # of the CUDA kernel, see decode_attention.cuh
 BLOCKS_PER_SM = 2
@@ -131,15 +130,7 @@ def plan(q: Tensor, num_kv_heads: int, positions: int) -> tuple[int, int]:
     group = q.shape[1] // num_kv_heads
     blocks = q.shape[0] * num_kv_heads * -(-group // HEADS_PER_BLOCK)
     chunks = max(1, -(-positions // MIN_SPLIT))
-    return plan_splits(blocks, chunks, multiprocessors(q.device) * BLOCKS_PER_SM)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; of the emulated one, few, so that there is more than one wave."""
-    if device.type == "cpu":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return plan_splits(blocks, chunks, num_multiprocessors(q.device) * BLOCKS_PER_SM)
 
 
 _op = bind(

@@ -333,3 +333,12 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def conclude(path: Path | None, facts: dict, rows: Sequence[Row | dict], load: OtherLoad) -> None:
+    """Say how busy the machine was, and write the file that was asked for."""
+    facts["others_cpu_share"] = load.share()
+    if facts["others_cpu_share"] is not None:
+        print(f"\nother processes took {facts['others_cpu_share']:.0%} of the CPU meanwhile")
+    if path is not None:
+        write_json(path, facts, rows)

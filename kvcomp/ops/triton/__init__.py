@@ -6,7 +6,7 @@ run time. Arguments have been checked before launch().
 """
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import wraps
 
 import torch
 import triton
@@ -35,11 +35,3 @@ def dot(a, b, acc):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@cache
-def num_multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side; 132 as on Hopper in the interpreter."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcomp.ops._splits import MAX_SPLITS, MIN_SPLIT, plan_splits
-from kvcomp.ops.triton import COMPILE, LOG2E, dot, num_multiprocessors, on_its_device
+from kvcomp.ops._splits import MAX_SPLITS, MIN_SPLIT, num_multiprocessors, plan_splits
+from kvcomp.ops.triton import COMPILE, LOG2E, dot, on_its_device
 
 PROGRAMS_PER_SM = 2  # what shared memory and registers allow on Hopper
 
