@@ -10,7 +10,7 @@ namespace kvcomp::simd {
 namespace {
 
 constexpr int kLanes = 8;
-constexpr int kWide = 2;
+constexpr int kSums = 8;
 constexpr int kTall = 6;
 
 struct Vec {

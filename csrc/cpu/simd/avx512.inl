@@ -1,7 +1,7 @@
 // Vec with 16 lanes: of avx512.cpp and avx512bf16.cpp.
 
 constexpr int kLanes = 16;
-constexpr int kWide = 4;
+constexpr int kSums = 16;
 constexpr int kTall = 12;
 
 struct Vec {

@@ -12,7 +12,7 @@
 //   memory          load(p) and store(p, Vec) of each element type; load_first(float*, n) with
 //                   zeros after n; load_pair(p) and store_pair(p, Pair) of 2 * kLanes elements in
 //                   whatever order is cheapest
-//   kWide           vectors of a row that pv holds at once, an even number
+//   kSums           sums that pv holds at once, a power of two: enough to hide an fma's latency
 //   kTall           centres that nearest holds at once, a divisor of kCentreBlock
 //   UNROLL          before a loop whose arrays must end up in registers
 
@@ -66,12 +66,14 @@ struct Dot {
   static Vec half_add(Vec q, Vec k, Vec sum) { return fma(q, k, sum); }
 };
 
-// The next kBytes of a row into L2: into L1 they would only displace the tile in work. Asked for
-// piece by piece, as the row in work is read, so that few requests wait at a time.
+// kBytes of a row, from byte `at` on, into L2: into L1 they would only displace the tile in work.
+// Asked for piece by piece, as the row in work is read, so that few requests wait at a time, and
+// where pieces are smaller than a line, by the first of it.
 template <int kBytes>
-inline void prefetch(const void* piece) {
+inline void prefetch(const void* row, int at) {
+  if (kBytes < 64 && at % 64 != 0) return;
   for (int i = 0; i < kBytes; i += 64) {
-    __builtin_prefetch(static_cast<const char*>(piece) + i, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(row) + at + i, 0, 2);
   }
 }
 
@@ -89,12 +91,25 @@ void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count
     UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zero();
     int i = 0;
     for (; i + D::kStep <= head_dim; i += D::kStep) {
-      decltype(D::query(q)) step_q[H];
-      UNROLL for (int h = 0; h < H; ++h) step_q[h] = D::query(q + h * stride_q + i);
-      UNROLL for (int r = 0; r < R; ++r) {
-        if (fetch) prefetch<D::kStep * sizeof(T)>(static_cast<const T*>(fetch[t + r]) + i);
-        const auto k = D::row(static_cast<const T*>(rows[t + r]) + i);
-        UNROLL for (int h = 0; h < H; ++h) sums[h * R + r] = D::add(step_q[h], k, sums[h * R + r]);
+      const auto row = [&](int r) {
+        if (fetch) prefetch<D::kStep * sizeof(T)>(fetch[t + r], i * sizeof(T));
+        return D::row(static_cast<const T*>(rows[t + r]) + i);
+      };
+      const auto query = [&](int h) { return D::query(q + h * stride_q + i); };
+      if constexpr (R < H) {  // what there is less of stays in registers, beside the sums
+        decltype(row(0)) k[R];
+        UNROLL for (int r = 0; r < R; ++r) k[r] = row(r);
+        UNROLL for (int h = 0; h < H; ++h) {
+          const auto x = query(h);
+          UNROLL for (int r = 0; r < R; ++r) sums[h * R + r] = D::add(x, k[r], sums[h * R + r]);
+        }
+      } else {
+        decltype(query(0)) x[H];
+        UNROLL for (int h = 0; h < H; ++h) x[h] = query(h);
+        UNROLL for (int r = 0; r < R; ++r) {
+          const auto k = row(r);
+          UNROLL for (int h = 0; h < H; ++h) sums[h * R + r] = D::add(x[h], k, sums[h * R + r]);
+        }
       }
     }
     if (i < head_dim) {
@@ -167,7 +182,7 @@ void pv_block(const float* probs, int head_dim, RowPointers rows, int count, Row
   Vec sums[H][N];
   UNROLL for (int h = 0; h < H; ++h) { UNROLL for (int n = 0; n < N; ++n) sums[h][n] = zero(); }
   for (int t = 0; t < count; ++t) {
-    if (fetch) prefetch<N * kLanes * sizeof(T)>(static_cast<const T*>(fetch[t]) + column);
+    if (fetch) prefetch<N * kLanes * sizeof(T)>(fetch[t], column * sizeof(T));
     const T* row = static_cast<const T*>(rows[t]) + column;
     Vec v[N];
     if constexpr (N == 1) {
@@ -192,21 +207,15 @@ void pv_block(const float* probs, int head_dim, RowPointers rows, int count, Row
   }
 }
 
-template <class T, int H>
+// As many vectors at once as there are sums, then half as many of what is left.
+template <class T, int H, int N = kSums / H / 2 * 2>
 void pv_heads(const float* probs, int head_dim, RowPointers rows, int count, RowPointers fetch,
-              const float* rescale, float* acc) {
-  for (int column = 0; column < head_dim;) {
-    const int left = (head_dim - column) / kLanes;
-    if (left >= kWide) {
-      pv_block<T, H, kWide>(probs, head_dim, rows, count, fetch, rescale, column, acc);
-      column += kWide * kLanes;
-    } else if (left >= 2) {
-      pv_block<T, H, 2>(probs, head_dim, rows, count, fetch, rescale, column, acc);
-      column += 2 * kLanes;
-    } else {
-      pv_block<T, H, 1>(probs, head_dim, rows, count, fetch, rescale, column, acc);
-      column += kLanes;
-    }
+              const float* rescale, float* acc, int column = 0) {
+  for (; column + N * kLanes <= head_dim; column += N * kLanes) {
+    pv_block<T, H, N>(probs, head_dim, rows, count, fetch, rescale, column, acc);
+  }
+  if constexpr (N > 1) {
+    pv_heads<T, H, N / 2>(probs, head_dim, rows, count, fetch, rescale, acc, column);
   }
 }
 
