@@ -116,9 +116,9 @@ class Kernel {
         rows_(simd::rows()),
         typed_(typed(rows_, params.dtype)),
         scattered_(is_scattered(p_)),
-        tile_size_(std::clamp((scattered_ ? 8192 : 4096) / p_.head_dim / 16 * 16, 16, kTile)),
-        group_(p_.num_heads / p_.num_kv_heads),
         walk_heads_(heads_per_walk(p_)),
+        tile_size_(tile_size(p_.head_dim)),
+        group_(p_.num_heads / p_.num_kv_heads),
         num_walks_(p_.num_kv_heads / walk_heads_),
         heads_(group_ * walk_heads_) {
     static thread_local std::vector<std::int64_t> first_tile;
@@ -155,6 +155,12 @@ class Kernel {
   }
 
  private:
+  // Elements of a head that make a tile: several heads of a token are many bytes as it is.
+  int tile_size(int head_dim) const {
+    const int elements = walk_heads_ > 1 ? 2048 : scattered_ ? 8192 : 4096;
+    return std::clamp(elements / head_dim / 16 * 16, 16, kTile);
+  }
+
   int num_tiles(int batch) const { return (p_.seq_lens[batch] + tile_size_ - 1) / tile_size_; }
 
   std::int64_t part_begin(int part, int parts) const {
@@ -307,9 +313,9 @@ class Kernel {
   // Memory delivers rows in sequence best when K and V are fetched by turns, 8 to 16 KiB each, and
   // each while the other is in work; scattered rows take longer and are fetched a tile ahead.
   const bool scattered_;
+  const int walk_heads_;  // KV heads walked together
   const int tile_size_;   // tokens
   const int group_;       // G
-  const int walk_heads_;  // KV heads walked together
   const int num_walks_;
   const int heads_;                 // query heads of a walk
   const std::int64_t* first_tile_;  // [B + 1] tiles of all walks before a row
