@@ -19,17 +19,10 @@ from collections.abc import Sequence
 
 import torch
 
-from kvcomp.testing.bench import (
-    LEAST_SAMPLES,
-    OtherLoad,
-    Row,
-    bandwidth_probe,
-    conclude,
-    header,
-    meta,
-)
+from kvcomp.testing.bench import OtherLoad, Row, bandwidth_probe, conclude, header, meta, write_json
 from kvcomp.testing.contest import Settings
-from ops import attention, eviction, lazy_eviction, overhead, pages, retrieval
+from kvcomp.testing.timing import LEAST_SAMPLES
+from ops import attention, eviction, fetching, lazy_eviction, overhead, pages, retrieval
 from ops.common import DTYPES, PAGE, heads_of
 
 SHAPES = ("32/8x128", "28/4x128", "12/2x128", "16/8x64")
@@ -55,7 +48,7 @@ BENCHMARKS = {
     "store_segments": retrieval.bench_store_segments,
     "unit_scores": retrieval.bench_unit_scores,
     "select_units": retrieval.bench_select_units,
-    "fetch_rows": retrieval.bench_fetch_rows,
+    "fetch_rows": fetching.bench_fetch_rows,
     "lazy_eviction": lazy_eviction.bench_lazy_eviction,
     "overhead": overhead.bench_overhead,
 }
@@ -140,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for group in BENCHMARKS[op](options, run):
             print("", *(row.line() for row in group), sep="\n", flush=True)
             rows += group
+            if options.json:  # what is there survives an interruption
+                write_json(options.json, facts, rows)
     conclude(options.json, facts, rows, load)
     wrong = sum(not row.correct for row in rows)
     if wrong:

@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 import pytest
 
 import kvcomp
+from kvcomp.testing import compare
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +39,6 @@ def one_thread():
 
 
 @pytest.fixture
-def poisoned_outputs(monkeypatch):
-    """Freshly allocated memory reads as NaN (or a wild integer), so that a gap cannot hide."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def poisoned_outputs():
+    with compare.poisoned_outputs():
+        yield

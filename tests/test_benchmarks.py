@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from kvcomp.ops import OPS
 from kvcomp.reasoner import task
-from kvcomp.testing import bench
+from kvcomp.testing import bench, timing
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 KEYS = {"op", "shape", "dtype", "device", "impl", "ms", "gbps"}
@@ -304,18 +305,45 @@ def test_plots(smoke, memory, decode, delethink, tmp_path):
     assert plot.main([str(other)]) == 2
 
 
+def test_the_gpu_script_walks_its_steps_without_a_gpu(tmp_path):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("typer")
+    settings = {"KVCOMP_GPU_DRY": "1", "KVCOMP_GPU_OUT": str(tmp_path), "PYTHON": sys.executable}
+    run = subprocess.run(
+        ["bash", BENCHMARKS / "gpu.sh"], env=os.environ | settings, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr
+    steps = {p.stem for p in (tmp_path / "logs").iterdir()}
+    measured = {p.stem for p in tmp_path.glob("*.json")}
+    assert measured == {"decode", *(f"ops-{x}" for x in FAMILIES)}
+    assert steps == measured | {"versions", "selftest", "op-tests", "plots"}
+    rows = [
+        r for f in FAMILIES for r in json.loads((tmp_path / f"ops-{f}.json").read_text())["rows"]
+    ]
+    assert {r["op"] for r in rows} >= set(OPS) and all(r["correct"] for r in rows)
+    assert {p.stem for p in tmp_path.glob("*.png")} >= {
+        "ops-attention-decode_attention-bandwidth",
+        "ops-pages-select_pages-speedup",
+        "decode-tiny-1-times",
+    }
+    assert "ok (" in (tmp_path / "logs" / "selftest.txt").read_text()
+
+
+FAMILIES = ("attention", "pages", "eviction", "retrieval", "overhead")
+
+
 def test_interleave_bounds_the_slow_and_never_starves_them():
-    timings = bench.interleave(
+    timings = timing.interleave(
         {"slow": lambda: time.sleep(0.01), "fast": lambda: None}, repeats=20, budget=0.05
     )
-    assert bench.LEAST_SAMPLES <= timings["slow"].samples <= 5
+    assert timing.LEAST_SAMPLES <= timings["slow"].samples <= 5
     assert timings["fast"].samples == 20
     assert timings["slow"].minimum >= 0.01 > timings["fast"].median
 
 
 def test_rotation_gives_every_set_to_whoever_asks():
     taken = []
-    rotation = bench.Rotation("abc")
+    rotation = timing.Rotation("abc")
     first, second = rotation.calling(taken.append), rotation.calling(taken.append)
     for _ in range(3):
         first()

@@ -1,13 +1,11 @@
-"""The command line and what the README promises."""
+"""The command line."""
 
 import io
 import json
 import os
-import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +16,6 @@ from kvcomp import METHODS, cli
 from kvcomp.ops import OPS
 from kvcomp.reasoner import task
 
-README = Path(__file__).parents[1] / "README.md"
 PROBLEM = task.make_problem(nodes=4, steps=8, seed=1)
 SHORT = ["--set", "page_size=4", "--set", "recent=2"]
 
@@ -214,21 +211,3 @@ def test_a_missing_extra_is_named(monkeypatch, call):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = call("demo", "--plot", "x.png")
     assert code == 2 and "matplotlib" in err and "kvcomp[bench]" in err
-
-
-# --- README ---------------------------------------------------------------------------------------
-
-
-def test_readme_has_a_row_for_every_method_and_op():
-    rows = [line for line in README.read_text().splitlines() if line.startswith("| ")]
-    for name in [*METHODS, *OPS]:
-        assert any(f"`{name}`" in row for row in rows), name
-
-
-def test_readme_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "tokens per step and layer" in done.stdout

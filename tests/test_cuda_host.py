@@ -121,3 +121,27 @@ def test_every_tile_of_page_scores(page_size, heads):
         got = op.impl("cuda-host")(logits, *args)
         want = op.reference(logits.double(), lse.double(), *args[1:])
         torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_pages", [1, 31, 33, 1023, 1025, 4097])
+@pytest.mark.parametrize("kind", ["distinct", "few", "nan", "infinite", "zeros"])
+def test_every_road_of_select_pages(num_pages, kind):
+    """Stretches that end anywhere, cuts after each round, ties up to everything."""
+    op = OPS["select_pages"]
+    scores = torch.randn(2, 2, num_pages + 3)[..., :num_pages] * 1e-4
+    if kind == "few":
+        scores = scores.sign()
+    elif kind == "nan":
+        scores[scores < 0] = torch.nan
+    elif kind == "infinite":
+        scores[scores < 0], scores[scores > 1e-4] = -torch.inf, torch.inf
+    elif kind == "zeros":
+        scores = torch.zeros_like(scores)
+        scores[..., ::3], scores[..., ::7] = -0.0, torch.nan
+    lens = torch.tensor([num_pages * 3, num_pages * 2 - 1], dtype=torch.int32)
+    for recent, sink, free in (1, 0, 0), (2, 4, 1), (8, 0, 60), (1, 1, 900):
+        args = lens, 3, recent + sink + free, recent, sink
+        for got, want in zip(
+            op.impl("cuda-host")(scores, *args), op.reference(scores.double(), *args), strict=True
+        ):
+            assert torch.equal(got, want), (recent, sink, free)

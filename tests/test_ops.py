@@ -12,7 +12,7 @@ import torch
 import kvcomp
 from kvcomp.ops import OPS
 from kvcomp.testing.cases import CASES
-from kvcomp.testing.compare import assert_close, in_float64, outputs
+from kvcomp.testing.compare import check, outputs
 
 DEVICES = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
@@ -29,18 +29,7 @@ def runs():
 
 @pytest.mark.parametrize("case, name, device, dtype", list(runs()))
 def test_op(case, name, device, dtype, poisoned_outputs):
-    op = OPS[case.op]
-    args = case.make(dtype, device)
-    truth = outputs(op.reference, case, in_float64(case.make(dtype, device)))
-    fallback = outputs(op.impls["reference"], case, case.make(dtype, device))
-    actual = outputs(op.impls[name], case, args)
-    assert len(actual) == len(truth)
-    for index, (got, want, plain) in enumerate(zip(actual, truth, fallback, strict=True)):
-        what = f"{case} {name} output {index}"
-        if got.is_floating_point():
-            assert_close(got, want, plain, what)
-        else:
-            assert torch.equal(got, want), f"{what}: {got} is not {want}"
+    check(case, name, dtype, device)
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -16,6 +16,7 @@ from kvcomp.ops import OPS
 from kvcomp.testing.bench import Row
 from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations, measure
 from ops.common import DTYPES, PAGE, PEAK, plain_contenders
+from ops.gpu_baselines import GPU_BASELINES, usable
 
 RECENT = 8  # pages, DELTA's default
 
@@ -52,6 +53,8 @@ class Attention(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+    k_by_token: Tensor  # the same K and V, the heads of a token side by side
+    v_by_token: Tensor
     lens: Tensor  # all of n
     ragged: Tensor  # 0.25 to 1 n
     selected: Tensor  # all of the tokens listed in `pages` or `tokens`
@@ -73,6 +76,7 @@ def attention_sets(shape: Shape, budget: int, run: Settings) -> list[Attention]:
     first = random(kv_shape, dtype=shape.dtype), random(kv_shape, dtype=shape.dtype)
     count = run.num_sets(shape.kv_bytes(shape.batch * shape.tokens))
     copies = [first] + [(first[0].clone(), first[1].clone()) for _ in range(count - 1)]
+    by_token = [tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in c) for c in copies]
     logits = [
         torch.empty(shape.batch, shape.heads, shape.tokens, device=run.device) for _ in copies
     ]
@@ -92,13 +96,15 @@ def attention_sets(shape: Shape, budget: int, run: Settings) -> list[Attention]:
             q=(random(shape.batch, shape.heads, shape.dim) * PEAK).to(shape.dtype),
             k=k,
             v=v,
+            k_by_token=k_by_token,
+            v_by_token=v_by_token,
             pages=pages,
             tokens=tokens,
             logits=buffer,
             **same,
         )
         for pages, tokens in zip(page_lists, token_lists, strict=True)
-        for (k, v), buffer in zip(copies, logits, strict=True)
+        for (k, v), (k_by_token, v_by_token), buffer in zip(copies, by_token, logits, strict=True)
     ]
 
 
@@ -166,6 +172,7 @@ class Variant:
     lens: str = "lens"
     pages: str | None = None
     page_size: int = 1
+    token_major: bool = False
     logits: bool = False
     select: int = 0  # a layer of DELTA that selects so many pages by these logits
     ideal: float = 1.0  # the bytes of dense over the bytes of this
@@ -191,6 +198,15 @@ def variants(shape: Shape, budget: int) -> list[Variant]:
         by_token = shape.kv_bytes(listed) + 4 * listed * shape.kv_heads
         table += [
             Variant(f"pages{PAGE} k={budget}", by_page, "selected", "pages", PAGE, ideal=ideal),
+            Variant(
+                f"pages{PAGE} k={budget} token-major",
+                by_page,
+                "selected",
+                "pages",
+                PAGE,
+                token_major=True,
+                ideal=ideal,
+            ),
             Variant(f"tokens k={budget}", by_token, "selected", "tokens", ideal=ideal),
         ]
     return table
@@ -200,8 +216,9 @@ def attend(use: dict[str, Callable], shape: Shape, variant: Variant, x: Attentio
     """Call the variant with the implementations to `use`, by op."""
     lens, page_ids = getattr(x, variant.lens), variant.pages and getattr(x, variant.pages)
     logits = x.logits if variant.logits else None
+    k, v = (x.k_by_token, x.v_by_token) if variant.token_major else (x.k, x.v)
     out, lse = use["decode_attention"](
-        x.q, x.k, x.v, lens, page_ids, variant.page_size, shape.scale, logits
+        x.q, k, v, lens, page_ids, variant.page_size, shape.scale, logits
     )
     if not variant.logits:
         return out, lse
@@ -220,10 +237,13 @@ def attention_contenders(
     table = variants(shape, budget)
     expected = _expectations(shape, table, x)
     dense = table[0].num_bytes
-    for name, baseline in DENSE_BASELINES.items():
+    baselines = DENSE_BASELINES
+    if device == "cuda":
+        baselines = baselines | usable(GPU_BASELINES, shape, x)
+    for name, baseline in baselines.items():
         yield Contender(name, partial(baseline, shape), dense, "", expected[""], ours=False)
     sparse = ("tokens", "pages") if shape.batch == 1 else ("tokens",)
-    gathered = {v.name for v in table if v.pages in sparse}
+    gathered = {v.name for v in table if v.pages in sparse and not v.token_major}
     for v in table:
         if v.name in gathered:
             call = partial(SPARSE_BASELINES[v.pages], shape)
@@ -238,7 +258,7 @@ def attention_contenders(
             if v.name:
                 against.append(Against("own-dense", name, v.ideal))
             elif name != "reference":
-                against += [Against(baseline, baseline) for baseline in DENSE_BASELINES]
+                against += [Against(baseline, baseline) for baseline in baselines]
             if v.name in gathered:
                 against.append(Against("gather-sdpa", f"gather-sdpa {v.name}"))
             call = partial(attend, use, shape, v)

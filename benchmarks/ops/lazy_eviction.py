@@ -19,8 +19,9 @@ from torch import Tensor
 from kvcomp import LazyEviction, ops
 from kvcomp.cache import KVCache, LayerCache
 from kvcomp.ops.recurrence_update import MAX_STEPS
-from kvcomp.testing.bench import Row, Timing
+from kvcomp.testing.bench import Row
 from kvcomp.testing.contest import Settings, timed
+from kvcomp.testing.timing import Timing
 from ops.common import DTYPES, PEAK
 
 
@@ -74,6 +75,7 @@ def _bench_layer(
     def row(name: str, timing: Timing, *, overhead: bool = False) -> Row:
         row = Row("lazy_eviction", shape, dtype, run.device, name)
         row.ms, row.ms_min = timing.median * 1e3, timing.minimum * 1e3
+        row.spread, row.in_graph = timing.spread, timing.in_graph
         if overhead:
             row.overhead = timing.median / decode.median - 1
             row.overhead_min = timing.minimum / decode.minimum - 1
@@ -92,8 +94,10 @@ def _bench_layer(
 
 
 def _combined(a: Timing, b: Timing, weight: float) -> Timing:
-    median, minimum = a.median + weight * b.median, a.minimum + weight * b.minimum
-    return Timing(max(median, 1e-9), max(minimum, 1e-9), min(a.samples, b.samples))
+    median = max(a.median + weight * b.median, 1e-9)
+    minimum = max(a.minimum + weight * b.minimum, 1e-9)
+    spread = (a.spread * a.median + abs(weight) * b.spread * b.median) / median
+    return Timing(median, minimum, min(a.samples, b.samples), spread, a.in_graph and b.in_graph)
 
 
 def _layer(

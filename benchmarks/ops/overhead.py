@@ -11,8 +11,9 @@ import torch
 
 from kvcomp import _C, ops
 from kvcomp.ops import OPS
-from kvcomp.testing.bench import Row, interleave
+from kvcomp.testing.bench import Row
 from kvcomp.testing.contest import Settings
+from kvcomp.testing.timing import interleave
 
 
 def bench_overhead(options: argparse.Namespace, run: Settings) -> Iterator[list[Row]]:

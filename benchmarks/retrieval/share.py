@@ -16,7 +16,7 @@ from kvcomp import Method, ops
 from kvcomp.cache import KVCache, LayerCache
 from kvcomp.methods.audit import recall
 from kvcomp.methods.retrieval import Retrieval
-from kvcomp.testing.bench import last_level_cache
+from kvcomp.testing.timing import last_level_cache
 from ops.common import DTYPES
 from retrieval.common import now
 from retrieval.trace import WARM_UP, Trace, make_trace

@@ -14,6 +14,7 @@ void fetch_rows(const FetchRowsParams& params, int device, std::uintptr_t stream
 void page_scores(const PageScoresParams& params, int device, std::uintptr_t stream);
 void recurrence_update(const RecurrenceUpdateParams& params, int device, std::uintptr_t stream);
 void segment_boundaries(const SegmentBoundariesParams& params, int device, std::uintptr_t stream);
+void select_pages(const SelectPagesParams& params, int device, std::uintptr_t stream);
 void select_units(const SelectUnitsParams& params, int device, std::uintptr_t stream);
 void select_victims(const SelectVictimsParams& params, int device, std::uintptr_t stream);
 void store_segments(const StoreSegmentsParams& params, int device, std::uintptr_t stream);

@@ -12,6 +12,7 @@ void fetch_rows(const FetchRowsParams& params);
 void page_scores(const PageScoresParams& params);
 void recurrence_update(const RecurrenceUpdateParams& params);
 void segment_boundaries(const SegmentBoundariesParams& params);
+void select_pages(const SelectPagesParams& params);
 void select_units(const SelectUnitsParams& params);
 void select_victims(const SelectVictimsParams& params);
 void store_segments(const StoreSegmentsParams& params);

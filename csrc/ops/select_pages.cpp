@@ -3,6 +3,8 @@
 
 #include "backend.h"
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
+#include "cuda_host/kernels.h"
 #include "ops/checks.h"
 #include "tensor.h"
 
@@ -10,7 +12,7 @@ namespace kvcomp {
 
 void select_pages(Backend backend, py::handle scores_, py::handle seq_lens_, py::handle page_ids_,
                   py::handle selected_lens_, std::int64_t page_size, std::int64_t num_recent,
-                  std::int64_t num_sink, std::uintptr_t) {
+                  std::int64_t num_sink, std::uintptr_t stream) {
   const Boundary at{"select_pages"};
   const TensorView scores = at.tensor("scores", scores_);
   const TensorView seq_lens = at.tensor("seq_lens", seq_lens_);
@@ -27,6 +29,7 @@ void select_pages(Backend backend, py::handle scores_, py::handle seq_lens_, py:
   at.shape(seq_lens, {B});
   at.shape(page_ids, {B, H, K});
   if (B.size < 1) at.fail("scores", "at least one sequence", B.size);
+  if (H.size < 1) at.fail("scores", "at least one head", H.size);
   constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
   if (page_size < 1 || page_size > kMax) at.fail("page_size", "at least 1", page_size);
   if (num_recent < 1) at.fail("num_recent", "at least 1", num_recent);
@@ -45,8 +48,7 @@ void select_pages(Backend backend, py::handle scores_, py::handle seq_lens_, py:
   at.dtype(selected_lens, {DType::i32});
   at.shape(selected_lens, {B});
   at.contiguous(selected_lens);
-  check_seq_lens(at, seq_lens.as<std::int32_t>(), B.size, "P * page_size", P.size * page_size);
-  cpu::select_pages({
+  const SelectPagesParams params{
       .scores = scores.as<float>(),
       .seq_lens = seq_lens.as<std::int32_t>(),
       .page_ids = page_ids.as<std::int32_t>(),
@@ -60,7 +62,17 @@ void select_pages(Backend backend, py::handle scores_, py::handle seq_lens_, py:
       .page_size = static_cast<std::int32_t>(page_size),
       .num_recent = static_cast<std::int32_t>(num_recent),
       .num_sink = static_cast<std::int32_t>(num_sink),
-  });
+  };
+  if (backend == Backend::cuda) {
+    if constexpr (kWithCuda) cuda::select_pages(params, scores.device.index, stream);
+    return;
+  }
+  check_seq_lens(at, params.seq_lens, B.size, "P * page_size", P.size * page_size);
+  if (backend == Backend::cuda_host) {
+    cuda_host::select_pages(params);
+  } else {
+    cpu::select_pages(params);
+  }
 }
 
 }  // namespace kvcomp

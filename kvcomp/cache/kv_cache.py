@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import ClassVar, Protocol
 
 import torch
@@ -29,6 +28,11 @@ class Policy(Protocol):
     def rewind(self, cache: KVCache, columns: int) -> int: ...
 
 
+class Notes:
+    """What a method remembers about a batch, by name. A class of our own, since dynamo does not
+    trace assignments to a SimpleNamespace."""
+
+
 class KVCache:
     """The managed layers of one batch, their method, and what it remembers between layers.
 
@@ -48,6 +52,8 @@ class KVCache:
         ValueError: the method's parameters do not fit `num_layers` layers.
     """
 
+    layer_class: ClassVar[type[LayerCache]] = LayerCache
+
     def __init__(
         self,
         method: Policy,
@@ -59,7 +65,7 @@ class KVCache:
         self.method = method.attention
         self.inv_freq = inv_freq
         self.meter = Meter(num_layers) if meter is None else meter
-        self.layers = [LayerCache(self, position) for position in range(num_layers)]
+        self.layers = [self.layer_class(self, position) for position in range(num_layers)]
         self.beside: list[KVCache] = []
         self.counted = True
         self.reset()
@@ -68,7 +74,7 @@ class KVCache:
         """Forget the sequences; the next `append` starts new ones."""
         for layer in self.layers:
             layer.reset()
-        self.state = SimpleNamespace()
+        self.state = Notes()
         self.steps = 0
         self.folded = 0
         self._logits: Tensor | None = None

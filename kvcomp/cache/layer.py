@@ -34,6 +34,7 @@ class LayerCache:
         logical_lens: [B] int32, tokens each row has seen, padding not counted.
         max_len: upper bound of `seq_lens`, known on the host without reading the device.
         columns: tokens seen counted as columns of the batch, padding included.
+        first: whether the last `append` brought the first columns.
         state: what a method remembers about the rows of this layer; each tensor is [B, ...] and
             follows the rows through `select`.
         scale: of the logits, known from the first prompt on.
@@ -68,6 +69,7 @@ class LayerCache:
         self.token_bytes = self.slot_bytes = 0
         self.max_len = 0
         self.columns = 0
+        self.first = True
         self.scale = 1.0
         self.added: int | Tensor = 0
         self.state: dict[str, Tensor] = {}
@@ -139,6 +141,7 @@ class LayerCache:
         self.seq_lens += added
         self.logical_lens += added
         self.added = added
+        self.first = not self.columns
         self.max_len += count
         self.columns += count
         self._arrivals.append((count, valid))
@@ -363,6 +366,10 @@ class LayerCache:
         rows = self.seq_lens.new_ones(self.seq_lens.shape[0], 1, dtype=torch.bool)
         pieces = [rows.expand(-1, n) if valid is None else valid for n, valid in self._arrivals]
         return torch.cat(pieces, 1)
+
+    def shows(self, mask: Tensor) -> bool:
+        """Whether mask [B, columns] bool shows what has been seen, no more and no less."""
+        return torch.equal(mask, self.seen().to(mask.device))
 
     def select(self, rows: Tensor) -> None:
         """Rows become `rows` ([B'] int64 indices): reorder, repeat or drop sequences."""

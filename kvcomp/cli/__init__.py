@@ -1,4 +1,4 @@
-"""The command line: kvcomp info | demo | generate | trace.
+"""The command line: kvcomp info | demo | generate | plan | trace.
 
 Every error that a user can cause is one line on standard error and exit code 2.
 """
@@ -19,6 +19,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 from kvcomp.cli.generate import generate
+from kvcomp.cli.plan import plan
 from kvcomp.cli.show import demo, info
 from kvcomp.cli.trace import trace
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (info, demo, generate, trace):
+for command in (info, demo, generate, plan, trace):
     app.command()(command)
 
 # What typer raises for a bad command line. typer has its own copy of click from some version on,

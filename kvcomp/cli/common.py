@@ -81,8 +81,8 @@ def pretrained(kind: Any, what: str, name: str, **options: Any) -> Any:
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # its retries would bury the one line of ours
     source = reasoner.path() if name == "reasoner" else name
-    if source.startswith((".", "/")) and not Path(source).is_dir():
-        raise ValueError(f"kvcomp: cannot load {what} {name!r}: no such folder")
+    if source.startswith((".", "/")) and not Path(source).exists():
+        raise ValueError(f"kvcomp: cannot load {what} {name!r}: no such folder or file")
     try:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:  # messages of many lines, some very long

@@ -24,18 +24,32 @@ from kvcomp.reasoner import task
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    with_selftest: Annotated[
+        bool,
+        typer.Option("--selftest", help="Check every kernel here; exit code 1 if any is wrong."),
+    ] = False,
 ) -> None:
     """Versions, devices, and which implementation of each op runs where."""
     from kvcomp.info import gather, tables
 
     found = gather()
+    if with_selftest:
+        from kvcomp.testing import selftest
+
+        found["selftest"] = selftest.run()
     if as_json:
         print(json.dumps(found, indent=2))
-        return
-    console = output_console()
-    for table in tables(found):
-        console.print(table)
-        console.print()
+    else:
+        console = output_console()
+        for table in tables(found):
+            console.print(table)
+            console.print()
+        if with_selftest:
+            console.print(selftest.table(found["selftest"]))
+            for line in selftest.complaints(found["selftest"]):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if with_selftest and not selftest.is_right(found["selftest"]):
+        raise typer.Exit(1)
 
 
 def demo(

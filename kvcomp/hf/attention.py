@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcomp.cache import HostMemoryError, LayerCache
@@ -87,10 +86,9 @@ def _managed(
 ) -> Tensor:
     """Attention over a layer of ours, in which the new tokens already are: out [B, n, Hq, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    first = kv.columns == query.shape[2]
-    if query.shape[2] == 1 and not first and not run.encoding:
+    if query.shape[2] == 1 and not kv.first and not run.encoding:
         return kv.cache.attend(kv, query[:, :, 0], scale)[:, None]
-    if first:
+    if kv.first:
         out, _ = _inner(run, module)(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -132,11 +130,11 @@ def attend_many(
 
 
 def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
-    """The mask of the implementation that the user had; decode steps of our layers ignore it."""
+    """What the run says; decode steps of our layers ignore it."""
     run = RUNS.get(id(config))
     if run is None:
         raise RuntimeError(f"kvcomp: a config is set to {NAME!r} attention without kvcomp.patch")
-    return ALL_MASK_ATTENTION_FUNCTIONS[run.inner_name](*args, config=config, **kwargs)
+    return run.mask(*args, config=config, **kwargs)
 
 
 def _inner(run: Run, module: torch.nn.Module) -> Any:

@@ -6,6 +6,8 @@ classes that transformers gives them.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
@@ -96,6 +98,8 @@ class Cache(TransformersCache):
         ValueError: no full-attention layer in the model, or parameters that do not fit its depth.
     """
 
+    layer_class: ClassVar[type[Layer]] = Layer
+
     def __init__(
         self,
         config,
@@ -111,12 +115,15 @@ class Cache(TransformersCache):
                 f"kvcomp: {type(config).__name__} has no full-attention layer to manage: its cache"
                 f" layers are {', '.join(kinds)}"
             )
-        self.kv = KVCache(method, len(managed), meter, inv_freq)
+        self.kv = self._new_kv(method, len(managed), meter, inv_freq)
         for kv, index in zip(self.kv.layers, managed, strict=True):
-            layers[index] = Layer(self, kv)
+            layers[index] = self.layer_class(self, kv)
         self.all_managed = len(managed) == len(layers)
         self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward
         super().__init__(layers=layers)
+
+    def _new_kv(self, *args) -> KVCache:
+        return KVCache(*args)
 
     @property
     def meter(self) -> Meter:

@@ -12,11 +12,12 @@ import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from kvcomp.cache import Meter
@@ -30,7 +31,7 @@ from kvcomp.methods import Delethink, Method
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 
 
-def patch(model: PreTrainedModel, method: Method) -> Run:
+def patch(model: PreTrainedModel, method: Method, *, max_tokens: int | None = None) -> Run:
     """Decode with `method` until `undo()`, or within a `with` block.
 
         with kvcomp.patch(model, kvcomp.Delta(budget=1024)) as run:
@@ -40,14 +41,21 @@ def patch(model: PreTrainedModel, method: Method) -> Run:
     Args:
         model: a Hugging Face causal LM whose attention goes through `AttentionInterface`.
         method: a `Method`; its figures are counted by the run.
+        max_tokens: prompt and output, if the cache is to be of one size from the start. Decode
+            steps then compile as one graph: transformers does so by itself on a GPU, and
+            `run.compile()` does for loops of one's own. See `kvcomp.hf.StaticRun`.
 
     Raises:
-        TypeError: not a transformers model, or not a method.
+        TypeError: not a transformers model, not a method, or `max_tokens` not a whole number.
         ValueError: the model is patched already, or does what a method cannot do exactly (learned
             sinks, soft-capped logits, latent attention, an unsupported head size), or the method's
             parameters do not fit its layers. The model is as before.
     """
-    return Run(model, method)
+    if max_tokens is None:
+        return Run(model, method)
+    from kvcomp.hf.static import StaticRun  # it builds on what is below
+
+    return StaticRun(model, method, max_tokens)
 
 
 class Run:
@@ -57,6 +65,8 @@ class Run:
         inner_name: the attention implementation that the user had.
         meter: counts over all caches of this run.
     """
+
+    meter_class: ClassVar[type[Meter]] = Meter
 
     def __init__(self, model: PreTrainedModel, method: Method) -> None:
         if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
@@ -75,9 +85,8 @@ class Run:
         self.inv_freq = key_rotation(model) if method.moves_keys else None
         first = Cache(self.config, method, None, self.inv_freq)
         self.chunked = isinstance(method, Delethink)
-        if self.chunked:
-            refuse_chunks(model, method, first)
-        self.meter = Meter(len(first.kv.layers))
+        self._refuse(first)
+        self.meter = self.meter_class(len(first.kv.layers))
         self._decode_seconds = 0.0
         self._decoded_before = 0
         self._last_forward: float | None = None  # when the latest forward ended
@@ -94,6 +103,10 @@ class Run:
     def current(self) -> Cache | None:
         """The cache of the forward that runs in this thread."""
         return getattr(self._running, "cache", None)
+
+    @current.setter
+    def current(self, cache: Cache | None) -> None:
+        self._running.cache = cache
 
     def new_cache(self) -> Cache | ChunkedCache:
         """A fresh cache of this run, for loops that call the model themselves."""
@@ -128,6 +141,11 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         self.undo()
+
+    def _refuse(self, first: Cache) -> None:
+        """Raise ValueError for what this kind of run cannot do with its model and method."""
+        if self.chunked:
+            refuse_chunks(self.model, self.method, first)
 
     def _apply(self) -> None:
         attention.register()
@@ -235,14 +253,14 @@ class Run:
             self.config.use_cache if given.get("use_cache") is None else given["use_cache"]
         ):
             cache = given["past_key_values"] = self.new_cache()
-        self._running.cache = None
+        self.current = None
         if cache is not None:
             if not self.encoding:
                 self._check_cache(cache)
             if isinstance(cache, ChunkedCache):
                 given = cache.enter(given, self._encode)
                 self._running.chunked, cache = cache, cache.context
-            self._running.cache = cache
+            self.current = cache
             tokens = given.get("input_ids")
             tokens = given.get("inputs_embeds") if tokens is None else tokens
             cache.padding = self._new_padding(cache, given.get("attention_mask"), tokens.shape[1])
@@ -273,17 +291,13 @@ class Run:
                 "kvcomp: attention_mask: expected [B, tokens] of 0 and 1 (padding only), got"
                 f" {list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
             )
-        seen, first = cache.get_seq_length(), cache.kv.layers[0]
+        seen, first = int(cache.get_seq_length()), cache.kv.layers[0]
         if mask.shape[1] != seen + count:
             raise ValueError(
                 f"kvcomp: attention_mask: expected {seen + count} columns ({seen} seen, {count}"
                 f" new), got {mask.shape[1]}"
             )
-        if (
-            seen
-            and count > 1
-            and not torch.equal(mask[:, :seen].bool(), first.seen().to(mask.device))
-        ):
+        if seen and count > 1 and not first.shows(mask[:, :seen].bool()):
             raise ValueError(
                 "kvcomp: attention_mask: hides tokens that are in the cache already, or shows"
                 " padding that never entered it"
@@ -294,19 +308,28 @@ class Run:
 
     def _after_forward(self, decoder: Any, args: Any, output: Any) -> Any:
         """Measure the time; who called gets the cache back that it has given."""
-        self._running.cache = None
+        self.current = None
         if self.encoding:
             return
         decoded = self.meter.tokens_decoded
-        if decoded == self._decoded_before and self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)  # once per prompt: its work is not decoding
-        now = time.perf_counter()
-        if decoded > self._decoded_before:
-            self._decode_seconds += now - self._last_forward
-        self._decoded_before, self._last_forward = decoded, now
+        self._clock(decoded > self._decoded_before)
+        self._decoded_before = decoded
         chunked, self._running.chunked = getattr(self._running, "chunked", None), None
         if chunked is not None and isinstance(output, ModelOutput):
             output["past_key_values"] = chunked
+
+    def _clock(self, decoding: bool) -> None:
+        """A forward has ended."""
+        if not decoding and self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # once per prompt: its work is not decoding
+        now = time.perf_counter()
+        if decoding:
+            self._decode_seconds += now - self._last_forward
+        self._last_forward = now
+
+    def mask(self, *args: Any, **kwargs: Any) -> Any:
+        """The mask function of `attention.NAME`: that of the implementation that the user had."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.inner_name](*args, **kwargs)
 
 
 def refuse(model: PreTrainedModel) -> None:

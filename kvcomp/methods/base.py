@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.cost import Place, StepBytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -29,6 +30,8 @@ class Method:
         croppable: whether the last tokens can be taken back exactly.
         moves_keys: whether it needs to know how keys are rotated (`cache.inv_freq`).
         forks: whether the same sequences may be in two caches at once.
+        static: whether a decode step is the same work at all lengths, decided on the device alone,
+            and lets nothing leave; `layer.max_len` is then the capacity of a static cache.
     """
 
     name: ClassVar[str]
@@ -36,6 +39,7 @@ class Method:
     croppable: ClassVar[bool] = True
     moves_keys: ClassVar[bool] = False
     forks: ClassVar[bool] = True
+    static: ClassVar[bool] = False
 
     def __init_subclass__(
         cls, *, name: str | None = None, baseline: bool = False, **kwargs: Any
@@ -106,3 +110,9 @@ class Method:
         for layer in cache.layers:  # each for itself: an error may have left some with more
             layer.crop(layer.columns - columns)
         return columns
+
+    def step_bytes(self, at: Place) -> StepBytes:
+        """What a decode step of one sequence moves and holds, by formula; unless a method says
+        otherwise, everything is read and kept. `kvcomp plan` asks for it."""
+        whole = at.seen * at.layers * at.token_bytes
+        return StepBytes(read=whole, held=whole)

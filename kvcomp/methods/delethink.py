@@ -11,16 +11,18 @@ of the carry for each C - m tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvcomp.methods.base import Method
+from kvcomp.methods.cost import Place, StepBytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 VARIANTS = ("exact_bound", "paper")
 RESETS = ("prefill", "streaming", "rotate")
+SAMPLES = 16  # of a chunk, for its mean
 
 
 class Chunk(NamedTuple):
@@ -137,6 +139,29 @@ class Delethink(Method, name="delethink"):
 
     def check(self, num_layers: int) -> None:
         self.attention.check(num_layers)
+
+    def step_bytes(self, at: Place) -> StepBytes:
+        """Within the first chunk as it stands; from its end on, the mean over a later chunk."""
+        if at.seen - at.prompt < self.chunk:
+            return self.attention.step_bytes(at)
+        fresh, most = self.chunk - self.carry, at.prompt + self.most_thought
+        begun = replace(at, prompt=most - fresh)
+        steps = [
+            self.attention.step_bytes(replace(begun, seen=most - fresh * (i + 0.5) / SAMPLES))
+            for i in range(SAMPLES)
+        ]
+        full = self.attention.step_bytes(replace(begun, seen=most))
+        held = full.held
+        if self.reset == "streaming":  # the next context is there before this one has gone
+            held += self.attention.step_bytes(replace(begun, seen=most - fresh)).held
+        return StepBytes(
+            read=sum(step.read for step in steps) / SAMPLES,
+            held=held,
+            scoring=sum(step.scoring for step in steps) / SAMPLES,
+            link=sum(step.link for step in steps) / SAMPLES,
+            host=full.host,
+            encoded=0.0 if self.reset == "rotate" else self.tail / fresh,
+        )
 
     def chunk_at(self, index: int) -> Chunk | None:
         """Chunk `index`, from 0; None behind the last one.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from kvcomp import ops
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
 from kvcomp.methods.base import Method
+from kvcomp.methods.cost import Place, StepBytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -56,6 +57,8 @@ class Delta(Method, name="delta"):
     warmup: int = 2  # W0
     delta_layers: tuple[int, ...] | None = None  # D
     group: Any = field(default=None, repr=False, compare=False)
+
+    static: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.page_size < 1 or self.recent < 1 or self.warmup < 0:
@@ -132,12 +135,28 @@ class Delta(Method, name="delta"):
                 places.append(place)
         return tuple(places)
 
-    def start(self, cache: KVCache) -> None:
-        planners = self.plan(len(cache.layers))
-        cache.state.dense = frozenset((*range(self.warmup), *planners))
-        cache.state.planners = frozenset(  # a delta layer plans if a sparse one comes next
-            x for x in planners if x + 1 not in cache.state.dense and x + 1 < len(cache.layers)
+    def roles(self, num_layers: int) -> tuple[frozenset[int], frozenset[int]]:
+        """The layers that attend densely, and those of them that select pages."""
+        delta_layers = self.plan(num_layers)
+        dense = frozenset((*range(self.warmup), *delta_layers))
+        # A delta layer selects if a sparse one comes next.
+        planners = (x for x in delta_layers if x + 1 not in dense and x + 1 < num_layers)
+        return dense, frozenset(planners)
+
+    def step_bytes(self, at: Place) -> StepBytes:
+        if at.seen <= self.budget:
+            return super().step_bytes(at)
+        dense, planners = self.roles(at.layers)
+        sparse = at.layers - len(dense)
+        selected = self.budget - -at.seen % self.page_size  # the last page may be partial
+        return StepBytes(
+            read=(len(dense) * at.seen + sparse * selected) * at.token_bytes,
+            held=at.seen * at.layers * at.token_bytes,
+            scoring=len(planners) * at.seen * at.logit_bytes + sparse * 4 * self.num_pages,
         )
+
+    def start(self, cache: KVCache) -> None:
+        cache.state.dense, cache.state.planners = self.roles(len(cache.layers))
         cache.state.pages = None  # (page_ids [B, 1, K], selected_lens [B]) of this step
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
@@ -158,6 +177,9 @@ class Delta(Method, name="delta"):
             scores, layer.seq_lens, self.page_size, self.num_pages, num_recent=self.recent
         )
         return out
+
+    def end_step(self, cache: KVCache) -> None:
+        cache.state.pages = None
 
     def score(self, logits: Tensor, lse: Tensor, seq_lens: Tensor) -> Tensor:
         """Page scores [B, 1, pages]; over all ranks of `group` where heads are split."""

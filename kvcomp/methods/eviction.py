@@ -8,7 +8,7 @@ keep equally many.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from kvcomp import ops
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
 from kvcomp.methods.base import Method
+from kvcomp.methods.cost import Place, StepBytes
 from kvcomp.ops.recurrence_update import MAX_STEPS
 
 if TYPE_CHECKING:
@@ -102,6 +103,19 @@ class Eviction(Method):
             return max(self.budget, cache.state.prompt + self.num_recent)
         return self.budget
 
+    def step_bytes(self, at: Place) -> StepBytes:
+        kept = max(self.budget, at.prompt + self.num_recent) if self.keep_prompt else self.budget
+        attended = min(at.seen, kept + (self.window + 1) / 2)  # from one eviction to the next
+        if at.seen <= at.prompt + self.window:  # there was none yet
+            attended = at.seen
+        row_bytes = at.layers * at.token_bytes * self._copies(at)
+        most = min(at.seen, max(kept, at.prompt) + self.window)
+        return StepBytes(read=attended * row_bytes, held=most * row_bytes)
+
+    def _copies(self, at: Place) -> int:
+        """Of K and V, for sets of tokens per query head."""
+        return at.heads // at.kv_heads if self.unit == "query_head" else 1
+
     def kept_lens(self, layer: LayerCache) -> Tensor:
         """[B] int32: tokens that each row keeps after an eviction."""
         if self.keep_prompt:
@@ -141,6 +155,11 @@ class Eviction(Method):
 @dataclass(frozen=True)
 class ObservingEviction(Eviction):
     """Evicts by what attention said: `observe` sees the logits of every decode step."""
+
+    def step_bytes(self, at: Place) -> StepBytes:
+        step = super().step_bytes(at)
+        tokens = step.read / (at.token_bytes * self._copies(at))
+        return replace(step, scoring=tokens * at.logit_bytes)
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         logits = layer.cache.logits_for(layer, q)

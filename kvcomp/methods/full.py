@@ -7,6 +7,7 @@ no padding stored) and the kernel (each K and V row read once for its group of q
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kvcomp.methods.base import Method
 
@@ -14,3 +15,5 @@ from kvcomp.methods.base import Method
 @dataclass(frozen=True)
 class Full(Method, name="full", baseline=True):
     """Dense attention."""
+
+    static: ClassVar[bool] = True

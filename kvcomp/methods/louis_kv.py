@@ -27,6 +27,8 @@ from kvcomp.methods.clustered import ClusteredRetrieval
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+CALIBRATED_RATE = 0.1  # retrievals per step and layer that `calibrate` aims at
+
 
 @dataclass(frozen=True)
 class LouisKV(ClusteredRetrieval, name="louis-kv"):
@@ -42,6 +44,10 @@ class LouisKV(ClusteredRetrieval, name="louis-kv"):
     def retrieve_below(self) -> float:
         return self.tau
 
+    @property
+    def selection_rate(self) -> float:
+        return CALIBRATED_RATE
+
     @classmethod
     def calibrate(
         cls,
@@ -49,7 +55,7 @@ class LouisKV(ClusteredRetrieval, name="louis-kv"):
         prompts: list,
         *,
         tokenizer: Any = None,
-        rate: float = 0.1,
+        rate: float = CALIBRATED_RATE,
         max_new_tokens: int = 1024,
         **fields: Any,
     ) -> Self:

@@ -26,6 +26,7 @@ from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.unit_index import UnitIndex
 from kvcomp.methods.audit import watch
 from kvcomp.methods.base import Method
+from kvcomp.methods.cost import Place, StepBytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -115,6 +116,29 @@ class Retrieval(Method):
     def most_resident(self) -> int:
         """Tokens of a row on the device, at most, the newest included."""
         return self.sinks + self.budget + self.local + self.segment[1] + 1
+
+    def step_bytes(self, at: Place) -> StepBytes:
+        """As if the output made units of the prompt's size. A step is charged its share of the
+        selections, and these with everything that they may have to fetch."""
+        retrieving = at.layers - self.dense_layers
+        attended = min(at.seen, self.sinks + self.budget + self.local)
+        resident = min(at.seen, self.most_resident)
+        fetched = min(max(at.seen - self.sinks - self.local, 0), self.budget)
+        width = self.digest(torch.zeros(1, at.head_dim)).shape[-1]
+        digests = retrieving * at.seen / self.unit_size * at.kv_heads * width * at.itemsize
+        whole = self.dense_layers * at.seen
+        return StepBytes(
+            read=(whole + retrieving * attended) * at.token_bytes,
+            held=(whole + retrieving * resident) * at.token_bytes + digests,
+            scoring=self.selection_rate * digests,
+            link=self.selection_rate * retrieving * fetched * at.token_bytes,
+            host=retrieving * at.seen * at.token_bytes,
+        )
+
+    @property
+    def selection_rate(self) -> float:
+        """Selections per step and layer, as far as that is known before decoding."""
+        return 1.0
 
     # --- what subclasses say ----------------------------------------------------------------------
 

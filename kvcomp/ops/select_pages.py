@@ -99,6 +99,6 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu",),
+    backends=("cpu", "cuda", "cuda-host"),
     triton=True,
 )

@@ -1,18 +1,10 @@
-"""What the benchmarks share: timing, cold buffers, the bandwidth probe, the line and the JSON.
-
-Ratios of one run are the only claims: everything that is compared runs in one process in turn
-(A B C, B A C ...), the read probe too, on buffers that have left the caches since their last use.
-"""
+"""What the benchmarks share: the bandwidth probe, the line and the JSON."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import platform
-import random
-import statistics
 import subprocess
 import sys
 import time
@@ -26,125 +18,10 @@ from torch import Tensor
 import kvcomp
 from kvcomp import _C
 from kvcomp.info import cpu_model
+from kvcomp.testing.timing import interleave
 
-SHORTEST_SAMPLE = 2e-4  # seconds; quicker calls are timed several at a time
-CALLS_IN_GRAPH = 20
-LEAST_SAMPLES = 3
 PROBE_BYTES = 256 << 20
 ENVIRONMENT = ("KVCOMP_ISA", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "CUDA_VISIBLE_DEVICES")
-
-
-# --- timing ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call."""
-
-    median: float
-    minimum: float
-    samples: int
-
-
-def interleave(
-    runs: dict[str, Callable[[], object]],
-    repeats: int = 30,
-    *,
-    device: str = "cpu",
-    budget: float = math.inf,
-    calls_in_graph: int = CALLS_IN_GRAPH,
-) -> dict[str, Timing]:
-    """Time the callables in turn.
-
-    Args:
-        runs: name -> what to time. Each call should take the next set of a `Rotation`.
-        repeats: rounds, each in another order and each sample after an untimed call, so that
-            nobody pays for what a certain neighbour leaves behind (dirty cache lines above all).
-        device: on "cuda" a sample is the replay of a graph of many calls.
-        budget: seconds for one callable. One that needs more sits rounds out, evenly spread, but
-            is timed LEAST_SAMPLES times whatever it takes.
-        calls_in_graph: calls that one graph holds; at least as many as there are cold buffers.
-    """
-    if device == "cuda":
-        timers = {name: _graph_timer(run, calls_in_graph) for name, run in runs.items()}
-    else:
-        timers = {name: _call_timer(run) for name, run in runs.items()}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    spent = dict.fromkeys(runs, 0.0)
-    order = random.Random(0)
-    for turn in range(repeats):
-        for name in order.sample(list(runs), len(runs)):
-            if len(samples[name]) >= LEAST_SAMPLES and spent[name] > budget * turn / repeats:
-                continue
-            start = time.perf_counter()
-            samples[name].append(timers[name]())
-            spent[name] += time.perf_counter() - start
-    return {name: Timing(statistics.median(s), min(s), len(s)) for name, s in samples.items()}
-
-
-def _call_timer(run: Callable) -> Callable[[], float]:
-    def sample(calls: int) -> float:
-        run()
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return (time.perf_counter() - start) / calls
-
-    calls = max(1, math.ceil(SHORTEST_SAMPLE / sample(1)))
-    return lambda: sample(calls)
-
-
-def _graph_timer(run: Callable, calls: int) -> Callable[[], float]:
-    """A CUDA graph of `calls` calls; what cannot be captured would stall a decode, and fails."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            run()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def sample() -> float:
-        graph.replay()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
-
-    return sample
-
-
-class Rotation:
-    """Hands out sets of inputs in turn, whoever asks, so that a set has gone cold when it is back.
-
-    Neighbouring sets must not share large buffers: what one callable has just read, the next one
-    would find in the cache.
-    """
-
-    def __init__(self, sets: Sequence) -> None:
-        self.sets = sets
-        self._turn = itertools.cycle(sets)
-
-    def calling(self, function: Callable) -> Callable[[], object]:
-        return lambda: function(next(self._turn))
-
-
-def cold_sets(touched_bytes: int, device: str = "cpu") -> int:
-    """How many sets it takes to touch four times the last-level cache; two at least."""
-    return max(2, -(-4 * last_level_cache(device) // touched_bytes))
-
-
-def last_level_cache(device: str = "cpu") -> int:
-    """Bytes; 32 MiB where the system does not say."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).L2_cache_size
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    return max((int(s.read_text().strip().rstrip("K")) << 10 for s in sizes), default=32 << 20)
 
 
 # --- the ceiling ----------------------------------------------------------------------------------
@@ -196,6 +73,18 @@ def copy_probe(device: str = "cpu", num_bytes: int = PROBE_BYTES) -> Probe:
     return Probe("copy, read + write", run, 2 * num_bytes, gbps)
 
 
+def link_probe(num_bytes: int = PROBE_BYTES) -> Probe:
+    """A copy from pinned host memory to the GPU, counted once: what the link between them does."""
+    floats = torch.randn(num_bytes // 4).pin_memory()
+    target = torch.empty_like(floats, device="cuda")
+
+    def run() -> Tensor:
+        return target.copy_(floats, non_blocking=True)
+
+    timing = interleave({"copy": run}, 8, device="cuda")["copy"]
+    return Probe("copy from pinned memory", run, num_bytes, num_bytes / timing.minimum / 1e9)
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 
@@ -216,6 +105,8 @@ class Row:
     ratios_min: dict[str, float] = field(default_factory=dict)  # the same by minima
     ideal_ratios: dict[str, float] = field(default_factory=dict)  # what the bytes allow
     max_error: float | None = None  # against float64; None where there is nothing to compare
+    spread: float | None = None  # of two runs of the same: a smaller difference is no result
+    in_graph: bool = False  # on a GPU: replayed from a graph; without, the host's calls count too
     overhead: float | None = None  # share of the baseline's time that comes on top of it
     overhead_min: float | None = None  # the same by minima
     correct: bool = True  # no ratio is given for, or against, a wrong result
@@ -229,6 +120,10 @@ class Row:
         if not self.correct:
             columns.append("WRONG RESULT, no speed-up")
         columns += [self._ratio(name) for name in self.ratios]
+        if self.spread is not None:
+            columns.append(f"+-{self.spread:.1%}")
+        if self.device == "cuda" and self.spread is not None and not self.in_graph:
+            columns.append("no graph")
         if self.overhead is not None:
             columns.append(f"{self.overhead:+.1%} (min {self.overhead_min:+.1%}) over the baseline")
         if self.max_error is not None:
@@ -272,7 +167,22 @@ def meta(benchmark: str, device: str, **more) -> dict:
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
+        facts["driver"], facts["sm_clock_mhz"] = _nvidia_smi("driver_version", "clocks.sm")
     return facts
+
+
+def _nvidia_smi(*names: str) -> list[str | None]:
+    """What the driver says of the current GPU; nothing where the program is absent."""
+    index = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0]
+    index = index or str(torch.cuda.current_device())
+    command = ["nvidia-smi", "-i", index, f"--query-gpu={','.join(names)}"]
+    try:
+        run = subprocess.run(
+            [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return [None] * len(names)
+    return [field.strip() for field in run.stdout.strip().split(",")]
 
 
 def header(facts: dict) -> str:
@@ -286,7 +196,7 @@ def header(facts: dict) -> str:
         f"  commit {facts['commit'] or 'unknown'}",
     ]
     if "gpu" in facts:
-        lines.insert(0, f"{facts['gpu']}, CUDA {facts['cuda']}")
+        lines.insert(0, f"{facts['gpu']}, CUDA {facts['cuda']}, driver {facts['driver']}")
     if "ceiling" in facts:
         ceiling = facts["ceiling"]
         lines.append(f"ceiling {ceiling['gbps']:.1f} GB/s ({ceiling['probe']})")
@@ -338,6 +248,8 @@ def _commit() -> str | None:
 def conclude(path: Path | None, facts: dict, rows: Sequence[Row | dict], load: OtherLoad) -> None:
     """Say how busy the machine was, and write the file that was asked for."""
     facts["others_cpu_share"] = load.share()
+    if "gpu" in facts:
+        (facts["sm_clock_mhz_after"],) = _nvidia_smi("clocks.sm")
     if facts["others_cpu_share"] is not None:
         print(f"\nother processes took {facts['others_cpu_share']:.0%} of the CPU meanwhile")
     if path is not None:

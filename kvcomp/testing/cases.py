@@ -184,6 +184,7 @@ def _select_pages_cases() -> list[Case]:
         build("empty-row", 2, 1, [0, 100], 16, 4),
         build("tokens", 1, 2, [513], 1, 100, recent=8, sink=4),
         build("long", 1, 1, [65536], 16, 128, recent=8),
+        build("many-pages-tied", 1, 2, [4999], 1, 4000, recent=3, sink=1, ties=True),
     ]
 
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from kvcomp.ops import OPS
-from kvcomp.testing.bench import Probe, Rotation, Row, Timing, cold_sets, interleave
+from kvcomp.testing.bench import Probe, Row
 from kvcomp.testing.compare import in_float64, max_error
+from kvcomp.testing.timing import Rotation, Timing, cold_sets, interleave, rounds_in_graph
 
 KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # worth timing on a device
 REFERENCE_BYTES = 40 << 20  # larger inputs are not run through the reference
@@ -126,6 +127,7 @@ def measure(
         gbps = c.num_bytes / timing.median
         row = Row(op, f"{shape} {c.variant}".strip(), dtype, run.device, c.impl, max_error=error)
         row.ms, row.ms_min = timing.median * 1e3, timing.minimum * 1e3
+        row.spread, row.in_graph = timing.spread, timing.in_graph
         row.gbps, row.ceiling_share, row.correct = gbps / 1e9, gbps / ceiling, correct
         for other in c.against:
             if not correct or not checks[other.key][1]:
@@ -150,7 +152,7 @@ def timed(sets: Sequence, calls: dict[str, Callable], run: Settings) -> dict[str
         run.repeats,
         device=run.device,
         budget=run.budget,
-        calls_in_graph=min(max(20, len(sets)), 200),
+        calls_in_graph=dict.fromkeys(runs, rounds_in_graph(len(sets))),
     )
 
 

@@ -1,6 +1,7 @@
 // What the selections share: an order of scores as integers, and the search for the last key that
 // is taken, eight bits at a time from the top. A round is a histogram of the next digit over the
-// keys that agree so far, and a scan of its bins by one warp.
+// keys that agree so far, a scan of its bins by one warp, and on with the bin where the last place
+// falls, until a bin is taken as a whole. Distinct scores take three or four rounds.
 #pragma once
 
 #include "kvcomp/device.cuh"
@@ -59,6 +60,48 @@ __device__ inline Bin take_bin(int* histogram, int places) {
   const int owner = __ffs(reached) - 1;
   return {__shfl_sync(kFullMask, bin.digit, owner), __shfl_sync(kFullMask, bin.below, owner),
           __shfl_sync(kFullMask, bin.size, owner)};
+}
+
+// What a block needs of shared memory for the search.
+struct CutSearch {
+  int histogram[Radix::kBins];
+  Bin bin;
+};
+
+// Where a selection ends: a key is taken if it is ahead, and so are `places` of those that tie.
+template <typename Key>
+struct Cut {
+  Key prefix;
+  int shift, places;
+
+  __device__ bool ahead(Key key) const { return key >> shift < prefix; }
+  __device__ bool ties(Key key) const { return key >> shift == prefix; }
+};
+
+// By the whole block, the lowest keys first. for_each_key(use) calls use(key, weight) for every
+// key, in whole warps; of what has a weight of 0 there is nothing to take.
+template <typename Key, typename ForEachKey>
+__device__ inline Cut<Key> find_cut(CutSearch& search, int places, const ForEachKey& for_each_key) {
+  if (threadIdx.x < Radix::kBins) search.histogram[threadIdx.x] = 0;
+  __syncthreads();
+  Cut<Key> cut{0, 8 * sizeof(Key), places};
+  do {
+    cut.shift -= Radix::kBits;
+    for_each_key([&](Key key, int weight) {
+      const Key digits = key >> cut.shift;
+      count_digit(search.histogram, digits >> Radix::kBits == cut.prefix ? weight : 0,
+                  static_cast<int>(digits % Radix::kBins));
+    });
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      const Bin found = take_bin(search.histogram, cut.places);
+      if (threadIdx.x == 0) search.bin = found;
+    }
+    __syncthreads();
+    cut.prefix = cut.prefix << Radix::kBits | static_cast<unsigned>(search.bin.digit);
+    cut.places -= search.bin.below;
+  } while (cut.places < search.bin.size && cut.shift > 0);
+  return cut;
 }
 
 }  // namespace kvcomp

@@ -1,10 +1,10 @@
 // select_units: the tokens of the best units that fit a budget, as ascending pool rows.
 //
 // Grid (heads, sequences), 1024 threads. Units are taken in the order of a 32-bit key, which is
-// lower for a higher score, then of their number. As in select_victims the block fixes the key of
-// the last unit that is taken eight bits at a time, but a unit counts as many times as it has
-// tokens: the last place is where the budget is full. Then each warp adds up what is taken in its
-// stretch of units, which says where its rows begin, and writes them, a unit at a time.
+// lower for a higher score, then of their number. The block finds the key of the last unit that is
+// taken, see radix_select.cuh, where a unit counts as many times as it has tokens: the last place
+// is where the budget is full. Then each warp adds up what is taken in its stretch of units, which
+// says where its rows begin, and writes them, a unit at a time.
 //
 // Bytes: 8 per unit, read once per pass (about six), from L1 after the first up to some 20K units
 // and from L2 beyond; 4 per token of the budget written. A context of 128K is 64 KB per head: the
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(SelectUnitsTile::kThreads, 1)
   using Tile = SelectUnitsTile;
   constexpr int kThreads = Tile::kThreads, kWarps = Tile::kWarps, kLoads = Tile::kLoads;
   static_assert(kWarps == 32, "a lane per warp when each warp adds up what all found");
-  __shared__ int histogram[Radix::kBins], warp_ahead[kWarps], warp_tied[kWarps];
-  __shared__ Bin bin;
+  __shared__ CutSearch search;
+  __shared__ int warp_ahead[kWarps], warp_tied[kWarps];
 
   const int head = blockIdx.x, sequence = blockIdx.y;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -65,35 +65,15 @@ __global__ void __launch_bounds__(SelectUnitsTile::kThreads, 1)
       p.starts + sequence * p.stride_starts_b + head * p.stride_starts_h,
       p.budget,
   };
-  if (thread < Radix::kBins) histogram[thread] = 0;
-  __syncthreads();
-
-  // Invariant: a unit is taken if its key >> shift is below `prefix`, and so are `places` tokens of
-  // those where it equals it.
-  unsigned prefix = 0;
-  int shift = 32, places = p.budget;
-  do {
-    shift -= Radix::kBits;
+  const auto cut = find_cut<unsigned>(search, p.budget, [&](const auto& use) {
     for (int first = 0; first < count; first += kLoads * kThreads) {
       unsigned keys[kLoads];
       int sizes[kLoads];
       order.load(first + thread, kThreads, count, keys, sizes);
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const unsigned key = keys[i] >> shift;
-        count_digit(histogram, key >> Radix::kBits == prefix ? sizes[i] : 0,
-                    static_cast<int>(key % Radix::kBins));
-      }
+      for (int i = 0; i < kLoads; ++i) use(keys[i], sizes[i]);
     }
-    __syncthreads();
-    if (warp == 0) {
-      const Bin found = take_bin(histogram, places);
-      if (lane == 0) bin = found;
-    }
-    __syncthreads();
-    prefix = prefix << Radix::kBits | static_cast<unsigned>(bin.digit);
-    places -= bin.below;
-  } while (places < bin.size && shift > 0);
+  });
 
   // Each warp has a stretch of units. Tokens of it that are ahead of the last key, and tied with
   // it: of these the first `places` are taken.
@@ -106,8 +86,8 @@ __global__ void __launch_bounds__(SelectUnitsTile::kThreads, 1)
     order.load(first + lane, 32, end, keys, sizes);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      ahead += keys[i] >> shift < prefix ? sizes[i] : 0;
-      tied += keys[i] >> shift == prefix ? sizes[i] : 0;
+      ahead += cut.ahead(keys[i]) ? sizes[i] : 0;
+      tied += cut.ties(keys[i]) ? sizes[i] : 0;
     }
   }
   ahead = __reduce_add_sync(kFullMask, ahead);
@@ -116,20 +96,20 @@ __global__ void __launch_bounds__(SelectUnitsTile::kThreads, 1)
   __syncthreads();
   ahead = warp_ahead[lane], tied = warp_tied[lane];
   const int total =
-      __reduce_add_sync(kFullMask, ahead) + min(__reduce_add_sync(kFullMask, tied), places);
+      __reduce_add_sync(kFullMask, ahead) + min(__reduce_add_sync(kFullMask, tied), cut.places);
   ahead = __reduce_add_sync(kFullMask, lane < warp ? ahead : 0);  // of the warps before
   tied = __reduce_add_sync(kFullMask, lane < warp ? tied : 0);
   for (int first = begin; first < end; first += 32) {
     unsigned keys[1];
     int sizes[1];
     order.load(first + lane, 32, end, keys, sizes);
-    const int own_ahead = keys[0] >> shift < prefix ? sizes[0] : 0;
-    const int own_tied = keys[0] >> shift == prefix ? sizes[0] : 0;
+    const int own_ahead = cut.ahead(keys[0]) ? sizes[0] : 0;
+    const int own_tied = cut.ties(keys[0]) ? sizes[0] : 0;
     if (!__any_sync(kFullMask, own_ahead || own_tied)) continue;
     const int ahead_through = ahead + sum_through(own_ahead);
     const int tied_through = tied + sum_through(own_tied);
-    const int place = ahead_through - own_ahead + min(tied_through - own_tied, places);
-    const int taken = ahead_through + min(tied_through, places) - place;
+    const int place = ahead_through - own_ahead + min(tied_through - own_tied, cut.places);
+    const int taken = ahead_through + min(tied_through, cut.places) - place;
     for (unsigned left = __ballot_sync(kFullMask, taken > 0); left; left &= left - 1) {
       const int source = __ffs(left) - 1, unit = first + source;
       const int from = __shfl_sync(kFullMask, place, source);

@@ -1,11 +1,9 @@
 // select_victims: the lowest-scored tokens of every row and unit, the newest ones protected.
 //
 // Grid (units, sequences), 1024 threads. Tokens leave in the order of a 64-bit key: score, then
-// position. The block fixes the key of the last one that leaves eight bits at a time, from the top:
-// a histogram of the next digit over the tokens that agree so far, a scan of its bins by one warp,
-// and on with the bin where the last place falls, until a bin leaves as a whole. Distinct scores
-// take three or four rounds, equal ones all eight. Then each warp counts the victims in its stretch
-// of slots, and writes them.
+// position. The block finds the key of the last one that leaves, see radix_select.cuh; equal scores
+// take all eight rounds. Then each warp counts the victims in its stretch of slots, and writes
+// them.
 //
 // Bytes: 8 per token, read once per pass (about seven) and from L1 after the first: a row of 2K is
 // 16 KB. The time is latency and barriers, once per window of steps, so one block per unit will do.
@@ -57,11 +55,10 @@ struct LeavingOrder {
 __global__ void __launch_bounds__(SelectVictimsTile::kThreads)
     select_victims_kernel(const __grid_constant__ SelectVictimsParams p) {
   using Tile = SelectVictimsTile;
-  constexpr int kThreads = Tile::kThreads, kWarps = Tile::kWarps, kBits = Radix::kBits,
-                kLoads = Tile::kLoads;
+  constexpr int kThreads = Tile::kThreads, kWarps = Tile::kWarps, kLoads = Tile::kLoads;
   static_assert(kWarps == 32, "a lane per warp when one warp reduces what all found");
-  __shared__ int histogram[Radix::kBins], warp_values[kWarps];
-  __shared__ Bin bin;
+  __shared__ CutSearch search;
+  __shared__ int warp_values[kWarps];
 
   const int unit = blockIdx.x, sequence = blockIdx.y;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -89,34 +86,17 @@ __global__ void __launch_bounds__(SelectVictimsTile::kThreads)
   }
   newest = __reduce_max_sync(kFullMask, newest);
   if (lane == 0) warp_values[warp] = newest;
-  if (thread < Radix::kBins) histogram[thread] = 0;
   __syncthreads();
   order.newest = __reduce_max_sync(kFullMask, warp_values[lane]);
 
-  // Invariant: a token leaves if its key >> shift is below `prefix`, and so do `places` of those
-  // where it equals it.
-  std::uint64_t prefix = 0, keys[kLoads];
-  int shift = 64, places = count;
-  do {
-    shift -= kBits;
+  std::uint64_t keys[kLoads];
+  const auto cut = find_cut<std::uint64_t>(search, count, [&](const auto& use) {
     for (int first = 0; first < length; first += kLoads * kThreads) {
       order.load_keys(first + thread, kThreads, length, keys);
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const std::uint64_t key = keys[i] >> shift;
-        count_digit(histogram, keys[i] != LeavingOrder::kNever && key >> kBits == prefix,
-                    static_cast<int>(key % Radix::kBins));
-      }
+      for (int i = 0; i < kLoads; ++i) use(keys[i], keys[i] != LeavingOrder::kNever);
     }
-    __syncthreads();
-    if (warp == 0) {
-      const Bin found = take_bin(histogram, places);
-      if (lane == 0) bin = found;
-    }
-    __syncthreads();
-    prefix = prefix << kBits | static_cast<unsigned>(bin.digit);
-    places -= bin.below;
-  } while (places < bin.size && shift > 0);
+  });
 
   // Each warp has a stretch of slots, 32 of them to a word of votes.
   const int stretch = (length + kThreads - 1) / kThreads * 32;
@@ -126,8 +106,8 @@ __global__ void __launch_bounds__(SelectVictimsTile::kThreads)
     order.load_keys(first + lane, 32, end, keys);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      const bool leaves = keys[i] != LeavingOrder::kNever && keys[i] >> shift <= prefix;
-      words[i] = __ballot_sync(kFullMask, leaves);
+      const bool leaves = cut.ahead(keys[i]) || cut.ties(keys[i]);
+      words[i] = __ballot_sync(kFullMask, leaves && keys[i] != LeavingOrder::kNever);
     }
   };
   int leaving = 0;

@@ -11,6 +11,7 @@ from kvcomp import ops
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
 from kvcomp.methods.base import Method
+from kvcomp.methods.cost import Place, StepBytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,6 +65,18 @@ class SharedTokens(Method):
                 f" dense_layers={self.dense_layers}, which must select, up to {num_layers - 1},"
                 f" got {plan}"
             )
+
+    def step_bytes(self, at: Place) -> StepBytes:
+        if at.seen <= self.budget:
+            return super().step_bytes(at)
+        selecting = len(self.plan(at.layers))
+        sparse = at.layers - self.dense_layers - selecting
+        read = (at.layers - sparse) * at.seen + sparse * self.budget
+        return StepBytes(
+            read=read * at.token_bytes,
+            held=at.seen * at.layers * at.token_bytes,
+            scoring=selecting * at.seen * at.logit_bytes + sparse * 4 * self.budget,
+        )
 
     def start(self, cache: KVCache) -> None:
         cache.state.selecting = frozenset(self.plan(len(cache.layers)))

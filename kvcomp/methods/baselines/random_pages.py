@@ -17,6 +17,7 @@ from kvcomp import ops
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
 from kvcomp.methods.base import Method
+from kvcomp.methods.cost import Place, StepBytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,6 +64,17 @@ class RandomPages(Method, name="random-pages", baseline=True):
                 f"kvcomp.RandomPages: dense_layers: expected layers in 0..{num_layers - 1},"
                 f" got {self.dense_layers}"
             )
+
+    def step_bytes(self, at: Place) -> StepBytes:
+        if at.seen <= self.budget:
+            return super().step_bytes(at)
+        dense, pages = len(set(self.dense_layers)), self.budget // self.page_size
+        sparse, selected = at.layers - dense, self.budget - -at.seen % self.page_size
+        return StepBytes(
+            read=(dense * at.seen + sparse * selected) * at.token_bytes,
+            held=at.seen * at.layers * at.token_bytes,
+            scoring=sparse * 4 * pages,
+        )
 
     def start(self, cache: KVCache) -> None:
         cache.state.generator = torch.Generator().manual_seed(self.seed)

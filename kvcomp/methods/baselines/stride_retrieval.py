@@ -55,3 +55,7 @@ class StrideRetrieval(ClusteredRetrieval, name="stride-retrieval", baseline=True
     @property
     def retrieve_below(self) -> float:
         return -1.0
+
+    @property
+    def selection_rate(self) -> float:
+        return 1 / self.stride

@@ -1,0 +1,185 @@
+"""The Triton kernels compiled ahead of time, without a GPU: what each takes on each architecture.
+
+A kernel enters with one line in CALLS, the arguments of its op's launch(): the configurations
+compiled are those that launch() chooses. Needs Triton without its interpreter, so a process whose
+TRITON_INTERPRET is not 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from compiled.cubins import Kernel, read_usage
+
+# Compute capability -> bytes of shared memory that one block may ask for.
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")  # launch() looks at shapes only
+
+
+LENS = empty(2, dtype=INT32)
+
+
+def attention(dtype, head_dim, group=4, page_size=0, logits=False):
+    """Arguments of decode_attention, two KV heads; page_size 0 is dense."""
+    kv = empty(2, 2, 16384, head_dim, dtype=dtype)
+    ids = empty(2, 2, 4096 // page_size, dtype=INT32) if page_size else None
+    side = empty(2, 2 * group, 16384) if logits else None
+    q = empty(2, 2 * group, head_dim, dtype=dtype)
+    return q, kv, kv, LENS, ids, max(page_size, 1), head_dim**-0.5, side
+
+
+def sides(dtype, head_dim):
+    """Arguments of merge_states."""
+    return 2 * (empty(2, 32, head_dim, dtype=dtype), empty(2, 32))
+
+
+def scored(page_size, num_groups, use_max):
+    """Arguments of page_scores."""
+    return empty(2, 32, 16384), empty(2, 32), LENS, page_size, num_groups, use_max
+
+
+def turned(dtype, head_dim, rotated):
+    """Arguments of rotate_keys."""
+    return empty(2, 8, 16384, head_dim, dtype=dtype), *2 * (empty(2, rotated // 2),)
+
+
+def clustered(dtype, head_dim):
+    """Arguments of kmeans."""
+    return empty(2, 8, 32768, head_dim, dtype=dtype), LENS, LENS, 16, 8192, 1
+
+
+def units(dtype, head_dim, group=4):
+    """Arguments of unit_scores, two KV heads."""
+    q = empty(2, 2 * group, head_dim, dtype=dtype)
+    centroids = empty(2, 2, 16384, head_dim, dtype=dtype)
+    return q, centroids, empty(2, 2, 16385, dtype=INT32), LENS, LENS, head_dim**-0.5
+
+
+# (op, what is special about the call, arguments of launch)
+CALLS = [
+    ("decode_attention", "bf16 D32", attention(BF16, 32)),
+    ("decode_attention", "bf16 D64", attention(BF16, 64)),
+    ("decode_attention", "bf16 D80 logits", attention(BF16, 80, logits=True)),
+    ("decode_attention", "bf16 D96 page 1", attention(BF16, 96, page_size=1)),
+    ("decode_attention", "bf16 D128", attention(BF16, 128)),
+    ("decode_attention", "bf16 D128 logits", attention(BF16, 128, logits=True)),
+    ("decode_attention", "bf16 D128 page 16", attention(BF16, 128, page_size=16)),
+    ("decode_attention", "bf16 D128 page 64", attention(BF16, 128, page_size=64)),
+    ("decode_attention", "bf16 D128 G 40", attention(BF16, 128, group=40)),
+    ("decode_attention", "bf16 D256", attention(BF16, 256)),
+    ("decode_attention", "bf16 D256 page 16 G 40", attention(BF16, 256, 40, page_size=16)),
+    ("decode_attention", "fp16 D64 page 16", attention(FP16, 64, page_size=16)),
+    ("decode_attention", "fp16 D128", attention(FP16, 128)),
+    ("decode_attention", "fp32 D64 G 1", attention(FP32, 64, group=1)),
+    ("decode_attention", "fp32 D128 logits", attention(FP32, 128, logits=True)),
+    ("decode_attention", "fp32 D256 page 16 G 40", attention(FP32, 256, 40, page_size=16)),
+    ("merge_states", "bf16 D80", sides(BF16, 80)),
+    ("merge_states", "fp16 D128", sides(FP16, 128)),
+    ("merge_states", "fp32 D256", sides(FP32, 256)),
+    ("page_scores", "max page 16", scored(16, 1, True)),
+    ("page_scores", "sum page 1", scored(1, 8, False)),
+    ("page_scores", "max page 2000", scored(2000, 8, True)),
+    ("rotate_keys", "bf16 D128", turned(BF16, 128, 128)),
+    ("rotate_keys", "fp16 D80 R 32", turned(FP16, 80, 32)),
+    ("rotate_keys", "fp32 D256", turned(FP32, 256, 256)),
+    ("select_pages", "P 100", (empty(2, 8, 100), LENS, 16, 64, 8, 0)),
+    ("select_pages", "P 1024", (empty(2, 1, 1024), LENS, 16, 64, 8, 0)),
+    ("select_pages", "P 128K", (empty(2, 8, 1 << 17), LENS, 1, 2048, 128, 4)),
+    ("kmeans", "bf16 D128", clustered(BF16, 128)),
+    ("kmeans", "bf16 D256", clustered(BF16, 256)),
+    ("kmeans", "fp16 D80", clustered(FP16, 80)),
+    ("kmeans", "fp32 D128", clustered(FP32, 128)),
+    ("kmeans", "fp32 D256", clustered(FP32, 256)),
+    ("query_similarity", "bf16 D128", 2 * (empty(2, 32, 128, dtype=BF16),)),
+    ("query_similarity", "fp16 D80 H 28", 2 * (empty(2, 28, 80, dtype=FP16),)),
+    ("query_similarity", "fp32 D512", 2 * (empty(2, 32, 512),)),
+    ("unit_scores", "bf16 D128", units(BF16, 128)),
+    ("unit_scores", "bf16 D80 G 40", units(BF16, 80, group=40)),
+    ("unit_scores", "fp16 D512", units(FP16, 512)),
+    ("unit_scores", "fp32 D128 G 1", units(FP32, 128, group=1)),
+    ("unit_scores", "fp32 D256 G 40", units(FP32, 256, group=40)),
+]
+
+
+def triton_kernels() -> list[Kernel]:
+    """One per architecture and distinct kernel, compiled on two cores."""
+    jobs = [(sm, part) for sm in SHARED_LIMIT for part in range(4)]
+    with ProcessPoolExecutor(2) as pool:
+        return [one for part in pool.map(compile_part, *zip(*jobs, strict=True)) for one in part]
+
+
+def compile_part(capability: int, part: int) -> list[Kernel]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", capability, 32)
+    kernels = []
+    for kernel, call, source, options in recorded_launches()[part::4]:
+        compiled = triton.compile(source, target=target, options=options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            (used,) = read_usage(Path(file.name))
+        shared = compiled.metadata.shared  # all of it is asked for at launch
+        kernels.append(
+            Kernel(f"{kernel}, {call}", f"sm_{capability}", used.registers, shared, used.spilled)
+        )
+    return kernels
+
+
+@cache
+def recorded_launches() -> list[tuple]:
+    """(kernel, call, source, options) of each distinct kernel that the calls launch."""
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    launches = []
+    JITFunction.run = lambda kernel, *args, **keywords: launches.append((kernel, args, keywords))
+    found = {}
+    for op, call, args in CALLS:
+        importlib.import_module(f"kvcomp.ops.triton.{op}").launch(*args)
+        for kernel, values, keywords in launches:
+            signature, constants, hints = specialize(kernel, values, keywords)
+            names = set(keywords) - set(kernel.arg_names) - {"grid", "warmup"}
+            options = {name: keywords[name] for name in sorted(names)}
+            source = ASTSource(kernel, signature, constants, hints)
+            key = (kernel.__name__, str(signature), str(constants), str(hints), str(options))
+            found.setdefault(key, (kernel.__name__, call, source, options))
+        launches.clear()
+    return list(found.values())
+
+
+DIVISIBLE = [["tt.divisibility", 16]]
+
+
+def specialize(kernel, values, keywords) -> tuple[dict, dict, dict]:
+    """What Triton's launcher derives from arguments: types, constants, which divide by 16."""
+    pointers = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", INT32: "*i32"}
+    bound = {**keywords, **dict(zip(kernel.arg_names, values, strict=False))}
+    signature, constants, hints = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, bound[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[name], hints[(index,)] = pointers[value.dtype], DIVISIBLE
+            continue
+        by_value = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (by_value and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, float):
+            signature[name] = "fp32"
+            continue
+        signature[name] = "i32" if abs(value) < 2**31 else "i64"
+        if by_value and value % 16 == 0:
+            hints[(index,)] = DIVISIBLE
+    return signature, constants, hints

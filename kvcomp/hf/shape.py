@@ -1,0 +1,146 @@
+"""The shape of a model from its config alone: it is built on the meta device, where weights have
+sizes and no memory, and its parameters are counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kvcomp.hf.cache import Cache, Layer
+from kvcomp.hf.patch import refuse
+from kvcomp.methods import Method
+from kvcomp.plan import Shape
+
+# What configs call the routed experts of a layer, and those of them that a token takes.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_k")
+
+
+def shape_of(
+    config: Any, *, name: str | None = None, dtype: str | None = None, weights: float | None = None
+) -> Shape:
+    """Read a config of transformers. Neither weights nor a GPU are needed.
+
+    Args:
+        config: of a causal LM.
+        name: what to call it; default: its class.
+        dtype: of weights, K and V; default: the config's, else bfloat16.
+        weights: bytes of all weights, where they are not of that dtype.
+
+    Raises:
+        ValueError: what no method can decode (see `kvcomp.patch`): no attention, no full-attention
+            layer, latent attention, and so on; or weights whose bytes the config does not tell.
+    """
+    text = config.get_text_config(decoder=True)
+    name = name or type(config).__name__
+    heads, kv_heads, head_dim = head_counts(text, name)
+    if weights is None and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"kvcomp.plan: {name} has quantized weights, whose bytes its config does not tell;"
+            " give their size (--weights GB)"
+        )
+    kind = pick_dtype(dtype or getattr(text, "dtype", None))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+    except Exception as error:  # whatever a model's code makes of a config that is not for it
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"kvcomp.plan: cannot build {name}: {reason}") from error
+    cache = Cache(text, Method())
+    refuse(model)
+    managed = [index for index, layer in enumerate(cache.layers) if isinstance(layer, Layer)]
+    sliding = [i for i, layer in enumerate(cache.layers) if getattr(layer, "is_sliding", False)]
+    shape = Shape(
+        name=name,
+        dtype=str(kind).removeprefix("torch."),
+        itemsize=kind.itemsize,
+        layers=len(managed),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        windows=tuple(cache.layers[index].sliding_window for index in sliding),
+        linear=len(cache.layers) - len(managed) - len(sliding),
+        positions=getattr(text, "max_position_embeddings", None),
+        **count_weights(model, text, name),
+    )
+    check_heads(model, shape, {*managed, *sliding})
+    if weights is not None:
+        share = weights / shape.weights
+        shape = replace(
+            shape,
+            weights=int(weights),
+            fixed=int(shape.fixed * share),
+            routed=int(shape.routed * share),
+        )
+    return shape
+
+
+def head_counts(config: Any, name: str) -> tuple[int, int, int]:
+    """Query heads, KV heads and head size of every attention layer."""
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+    except RuntimeError as error:  # what transformers says where layers differ
+        raise ValueError(f"kvcomp.plan: {name} has layers with heads of different sizes") from error
+    if not all(isinstance(count, int) for count in (heads, kv_heads, head_dim)):
+        raise ValueError(
+            f"kvcomp.plan: {name}: {type(config).__name__} names no attention heads, or not the"
+            " same for all layers"
+        )
+    return heads, kv_heads, head_dim
+
+
+def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.bfloat16
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(f"kvcomp.plan: dtype: expected float32, bfloat16, ..., got {dtype!r}")
+    return kind
+
+
+def count_weights(model: PreTrainedModel, config: Any, name: str) -> dict[str, int]:
+    """The fields of a Shape that are about weights. An embedding is looked up, and only read as a
+    whole where it is the LM head too."""
+    head = model.get_output_embeddings()
+    looked_up = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and (head is None or module.weight is not head.weight)
+    }
+    total = fixed = routed = 0
+    for path, parameter in model.named_parameters():
+        total += parameter.nbytes
+        if ".experts." in path:
+            routed += parameter.nbytes
+        elif id(parameter) not in looked_up:
+            fixed += parameter.nbytes
+    counts = {"weights": total, "fixed": fixed, "routed": routed}
+    if not routed:
+        return {**counts, "parameters": fixed // model.dtype.itemsize}
+    for field, known in (("experts", EXPERTS), ("active", ACTIVE)):
+        found = next((getattr(config, key) for key in known if getattr(config, key, None)), None)
+        if not isinstance(found, int):
+            raise ValueError(
+                f"kvcomp.plan: {name} routes to experts, and its config names no {known[0]}"
+            )
+        counts[field] = found
+    passed = fixed + routed * counts["active"] // counts["experts"]
+    return {**counts, "parameters": passed // model.dtype.itemsize}
+
+
+def check_heads(model: PreTrainedModel, shape: Shape, layers: set[int]) -> None:
+    """Raise ValueError where a layer's K or V is not of the size that the config says."""
+    expected = shape.kv_heads * shape.head_dim
+    for module in model.modules():
+        if getattr(module, "layer_idx", None) not in layers:
+            continue
+        for projection in (getattr(module, "k_proj", None), getattr(module, "v_proj", None)):
+            if isinstance(projection, nn.Linear) and projection.out_features != expected:
+                raise ValueError(
+                    f"kvcomp.plan: {shape.name}: layer {module.layer_idx} has K or V of"
+                    f" {projection.out_features} values a token, where its config says {expected}"
+                )

@@ -1,0 +1,223 @@
+"""patch(model, method, max_tokens=N): a cache of one size, and decode steps that compile.
+
+The memory is allocated once, lengths are tensors, masks stay outside: a decode step is one graph,
+the same one for every length. `generate` compiles it as it does for transformers' static caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcomp.cache import KVCache, StaticKVCache, StaticMeter
+from kvcomp.hf.cache import Cache, Layer
+from kvcomp.hf.patch import Run
+from kvcomp.hf.report import Report
+from kvcomp.methods import Method
+
+COMPILED = ("_compiled_call", "_last_compile_config")  # what a model keeps of its compiled steps
+
+
+class StaticLayer(Layer):
+    """One managed layer; `get_seq_length` is a tensor, so that positions made of it are traced."""
+
+    is_compileable = True
+    is_croppable = False
+
+    def get_seq_length(self) -> int | Tensor:
+        return self.kv.cache.columns if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0  # of a first prompt, the only one whose mask is looked at
+
+    def get_max_length(self) -> int:
+        return self.kv.cache.max_tokens
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens: int) -> None:
+        self.kv.cache.crop(tokens)
+
+
+class StaticCache(Cache):
+    """A `Cache` with room for `max_tokens` columns, padding included."""
+
+    layer_class = StaticLayer
+
+    def __init__(self, config, method: Method, meter: StaticMeter, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        super().__init__(config, method, meter)
+
+    def _new_kv(self, method: Method, num_layers: int, meter: StaticMeter, *_) -> KVCache:
+        return StaticKVCache(method, num_layers, meter, self.max_tokens)
+
+
+class StaticRun(Run):
+    """A run whose decode steps are one graph of fixed shapes and addresses.
+
+    `generate` without a cache of the caller's uses one cache again and again, unless it is to
+    return it (`return_dict_in_generate`). `new_cache()` allocates another one. One forward runs at
+    a time. Steps that run without the host, such as those of a graph that the user captured, are
+    counted, but not timed. Time includes compilation.
+
+    Raises:
+        TypeError, ValueError: as `patch`, and for a method or a model whose steps differ with the
+            length. The model is as before.
+    """
+
+    meter_class = StaticMeter
+    encoding = False
+    current: StaticCache | None = None  # a plain attribute, which a graph may set
+
+    def __init__(self, model: PreTrainedModel, method: Method, max_tokens: int) -> None:
+        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
+            raise TypeError(f"kvcomp.patch: max_tokens: expected a number, got {max_tokens!r}")
+        if max_tokens < 1:
+            raise ValueError(f"kvcomp.patch: max_tokens: expected at least 1, got {max_tokens}")
+        self.max_tokens = max_tokens
+        self._own: StaticCache | None = None  # of `generate`
+        self._decoding = False  # whether the forward that runs is a decode step
+        self._beside = False  # whether `_step` does what the host must do for it
+        super().__init__(model, method)
+
+    def report(self, layers: bool = False) -> Report:
+        self.meter.settle()
+        return super().report(layers)
+
+    def compile(self, **options: Any) -> Callable:
+        """The model compiled, for loops of one's own: `step(ids, past_key_values=cache, ...)`.
+
+        Args:
+            options: of `torch.compile`; without any, one graph that is captured as a CUDA graph.
+
+        Returns:
+            a function that runs prompts eagerly and steps of one token compiled; ValueError where
+            the cache has no room for them.
+        """
+        options = options or {"fullgraph": True, "mode": "reduce-overhead"}
+        return self._step(torch.compile(self.model, **options))
+
+    def _new_context(self) -> StaticCache:
+        return StaticCache(self.config, self.method, self.meter, self.max_tokens)
+
+    def _refuse(self, first: Cache) -> None:
+        if not self.method.static:
+            raise ValueError(
+                f"kvcomp.patch: max_tokens: {type(self.method).__name__} decides on the host what"
+                " stays or comes, or keeps what it needs elsewhere, which one graph for all steps"
+                " cannot hold; leave max_tokens out"
+            )
+        if not first.all_managed:
+            raise ValueError(
+                f"kvcomp.patch: max_tokens: {type(self.model).__name__} has sliding or linear"
+                " layers, whose caches are not of this kind; leave max_tokens out"
+            )
+        if len({parameter.device for parameter in self.model.parameters()}) > 1:
+            raise ValueError(
+                f"kvcomp.patch: max_tokens: {type(self.model).__name__} is spread over several"
+                " devices, and a graph runs on one; leave max_tokens out"
+            )
+
+    def _apply(self) -> None:
+        super()._apply()
+        state = self.model.__dict__
+        before = {name: state.pop(name) for name in COMPILED if name in state}
+
+        def restore() -> None:
+            for name in COMPILED:
+                state.pop(name, None)
+            state.update(before)
+            self._own = None
+
+        self._undo.append(restore)
+        self._replace("get_compiled_call", self._get_compiled_call)
+
+    def _prepare_cache(
+        self,
+        generation_config: Any,
+        model_kwargs: dict,
+        mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if max_cache_length > self.max_tokens:
+            raise ValueError(
+                f"kvcomp: generate: prompt and output need room for {max_cache_length} tokens"
+                f" (padding included), but patch(max_tokens={self.max_tokens}) made less"
+            )
+        if "assisted" in str(mode).lower():
+            raise ValueError(
+                "kvcomp: assisted decoding takes tokens back, which a static cache does not; leave"
+                " patch(max_tokens=...) out"
+            )
+        returned = generation_config.return_dict_in_generate
+        if model_kwargs.get("past_key_values") is None and not returned:
+            if self._own is None:
+                self._own = self.new_cache()
+            self._own.reset()
+            model_kwargs["past_key_values"] = self._own
+        super()._prepare_cache(generation_config, model_kwargs, mode)
+
+    def _get_compiled_call(self, compile_config: Any) -> Callable:
+        """In place of the model's own: its compiled forward, and what the host does beside it."""
+        return self._step(type(self.model).get_compiled_call(self.model, compile_config))
+
+    def _step(self, compiled: Callable) -> Callable:
+        def step(input_ids: Tensor, *, past_key_values: StaticCache, **given: Any) -> Any:
+            given |= {"input_ids": input_ids, "past_key_values": past_key_values}
+            self._check_cache(past_key_values)
+            if input_ids.shape[1] > 1 or not past_key_values.kv.seen:  # a prompt
+                return self.model(**given)
+            past_key_values.kv.enter(1)
+            self._beside = True
+            try:
+                out = compiled(**given)
+            finally:
+                self._beside = False
+            self._clock(decoding=True)
+            return out
+
+        return step
+
+    def _before_forward(self, decoder: Any, args: tuple, kwargs: dict) -> Any:
+        mask = kwargs.get("attention_mask")
+        if torch.compiler.is_compiling():
+            cache = kwargs.get("past_key_values")
+            self._check_cache(cache)
+            cache.padding = mask[:, -1:].bool() if isinstance(mask, Tensor) else None
+            self.current = cache
+            return None
+        self._decoding = False
+        if isinstance(mask, dict):  # one for each kind of layer, prepared by `mask`
+            kwargs = kwargs | {"attention_mask": next(iter(mask.values()))}
+        return super()._before_forward(decoder, args, kwargs)
+
+    def _new_padding(self, cache: StaticCache, mask: Any, count: int) -> Tensor | None:
+        if count > 1:
+            padding = super()._new_padding(cache, mask, count)
+        else:
+            padding = None if mask is None else mask[:, -1:].bool()
+        decoding = count == 1 and cache.kv.seen > 0
+        if not self._beside:
+            cache.kv.enter(count)
+        self._decoding = decoding
+        return padding
+
+    def _after_forward(self, decoder: Any, args: Any, output: Any) -> None:
+        if self.current is not None:
+            self.current.padding = None
+            self.current = None
+        if not torch.compiler.is_compiling() and not self._beside:
+            self._clock(self._decoding)
+
+    def mask(self, *args: Any, q_length: int, attention_mask: Any = None, **kwargs: Any) -> Any:
+        """None for decode steps: the cache knows which tokens there are."""
+        if self.current is None:  # `generate` prepares masks ahead; the forward makes its own
+            return attention_mask if q_length > 1 else None
+        if q_length == 1 or self.current.kv.seen > q_length:
+            return None
+        return super().mask(*args, q_length=q_length, attention_mask=attention_mask, **kwargs)

@@ -1,0 +1,60 @@
+"""What one decode step moves and holds, by formula: what `Method.step_bytes` is asked and answers.
+
+Bytes of one sequence, in all of the layers that a method manages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sequence stands, and the shape of the layers that a method manages.
+
+    Attributes:
+        seen: tokens of the sequence, the newest included.
+        prompt: how many of them it began with.
+        layers: that the method manages.
+        heads, kv_heads, head_dim: Hq, Hkv and D.
+        itemsize: bytes of one value of K or V.
+    """
+
+    seen: float
+    prompt: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    itemsize: int
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.itemsize
+
+    @property
+    def logit_bytes(self) -> int:
+        """The logits of one token in one layer, fp32 for every query head, written and read."""
+        return 2 * 4 * self.heads
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of one sequence.
+
+    Attributes:
+        read: K and V that attention reads in a step, on average over the steps nearby.
+        held: K and V on the device, and what stands for those that are not, at most.
+        scoring: moved besides in a step, to choose: logits, digests, page tables.
+        link: K and V from host memory in a step, if nothing that is selected is resident yet.
+        host: K and V in host memory.
+        encoded: tokens, not bytes, that are encoded anew for each one decoded.
+    """
+
+    read: float
+    held: float
+    scoring: float = 0.0
+    link: float = 0.0
+    host: float = 0.0
+    encoded: float = 0.0
