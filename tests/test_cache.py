@@ -1,7 +1,9 @@
 """The slab cache: ragged rows, growth, crop and row selection, against lists of tokens."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -148,6 +150,43 @@ def test_rows_move_together():
     rows.select([3, 0])
     rows.crop(1)
     rows.check()
+
+
+def test_heads_of_a_token_side_by_side(monkeypatch):
+    """In another order in memory, and otherwise the same: growth, crop, reordering, copies."""
+    monkeypatch.setattr("kvcomp.cache.layer.TOKEN_ROW", 4 * HEADS * DIM)
+    rows = Rows()
+    rows.layer.shared_sets = True
+    rows.append(9, left_padding(9, 2, 5))
+    for count in (1, FIRST_CAPACITY, 1):
+        rows.append(count)
+        stride = rows.layer.keys.stride()
+        assert stride[1] == DIM and stride[2] == HEADS * DIM
+        rows.check()
+    rows.crop(3)
+    rows.select([2, 0, 0])
+    rows.append(2)
+    rows.check()
+    monkeypatch.setattr("kvcomp.cache.layer.TOKEN_ROW", 4 * HEADS * DIM + 1)
+    short = Rows()
+    short.layer.shared_sets = True
+    short.append(4)
+    assert short.layer.keys.stride(2) == DIM
+
+
+def test_a_dropped_cache_is_gone_at_once():
+    rows = Rows()
+    rows.append(5)
+    other = copy.deepcopy(rows.cache)
+    assert all(layer.cache is other for layer in other.layers)
+    slab = weakref.ref(rows.layer._k)
+    gc.disable()  # so that nothing but the counting of references can free it
+    try:
+        del rows
+        assert slab() is None
+    finally:
+        gc.enable()
+    assert other.layers[0].keys.shape[2] == 5
 
 
 def test_reset_gives_memory_back():

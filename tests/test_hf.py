@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -101,6 +103,24 @@ def test_ways_to_generate(llama, options, method):
     with kvcomp.patch(llama, method):
         torch.manual_seed(7)
         assert torch.equal(generate(llama, batch, **options), stock)
+
+
+@pytest.mark.parametrize("method", [Full(), LAZY, METHODS["louis-kv"].example(48)], ids=str)
+def test_generate_leaves_no_cache_behind(llama, method, monkeypatch):
+    """Its memory is free when it returns, and not when Python next looks for cycles."""
+    caches, batch = [], padded_batch()
+    with kvcomp.patch(llama, method) as run:
+        new_cache = run.new_cache
+        monkeypatch.setattr(
+            run, "new_cache", lambda: caches.append(weakref.ref(cache := new_cache())) or cache
+        )
+        gc.collect()
+        gc.disable()
+        try:
+            generate(llama, batch)
+            assert len(caches) == 1 and caches[0]() is None
+        finally:
+            gc.enable()
 
 
 def test_two_turns_on_one_cache(llama, poisoned_outputs):

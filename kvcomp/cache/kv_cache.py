@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import ClassVar, Protocol
 
 import torch
@@ -69,6 +70,13 @@ class KVCache:
         self.beside: list[KVCache] = []
         self.counted = True
         self.reset()
+
+    def __deepcopy__(self, memo: dict) -> KVCache:
+        copy = memo[id(self)] = object.__new__(type(self))
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        for layer in copy.layers:
+            layer.own(copy)
+        return copy
 
     def reset(self) -> None:
         """Forget the sequences; the next `append` starts new ones."""

@@ -7,6 +7,7 @@ tokens never enter the slab, so the rows of a batch are ragged, and no kernel ev
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 GROWTH = 1.5  # a full slab is replaced by one this many times larger
 FIRST_CAPACITY = 256  # tokens
+TOKEN_ROW = 2048  # bytes of a token, all KV heads, from which on they are better read as one
 
 
 class LayerCache:
@@ -37,6 +39,9 @@ class LayerCache:
         first: whether the last `append` brought the first columns.
         state: what a method remembers about the rows of this layer; each tensor is [B, ...] and
             follows the rows through `select`.
+        shared_sets: whether all KV heads mostly attend to the same few tokens, as a method may say
+            at its start. On a CPU the heads of a token then lie side by side, where they fill
+            `TOKEN_ROW` bytes: one read where there would be a short one for each head.
         scale: of the logits, known from the first prompt on.
         added: tokens that each row gained by the last `append`, a number or [B] int32.
         pool: all of the tokens in host memory, for methods that retrieve.
@@ -51,9 +56,18 @@ class LayerCache:
     """
 
     def __init__(self, cache: KVCache, position: int) -> None:
-        self.cache = cache
+        self.own(cache)
         self.position = position
         self.reset()
+
+    def own(self, cache: KVCache) -> None:
+        """This is a layer of `cache` now: without keeping it alive, so that a cache that nobody
+        holds gives its memory back at once, and not when Python looks for cycles."""
+        self._cache = weakref.ref(cache)
+
+    @property
+    def cache(self) -> KVCache:
+        return self._cache()
 
     def __getstate__(self) -> dict:
         """For copies: work in the background belongs to this layer, and not to its copy."""
@@ -70,6 +84,7 @@ class LayerCache:
         self.max_len = 0
         self.columns = 0
         self.first = True
+        self.shared_sets = False
         self.scale = 1.0
         self.added: int | Tensor = 0
         self.state: dict[str, Tensor] = {}
@@ -459,11 +474,14 @@ class LayerCache:
     def _resize(self, capacity: int) -> None:
         """Move the kept tokens and what `slots` says about them to memory of another size."""
 
-        def moved(old: Tensor) -> Tensor:
-            return _padded(old[:, :, : min(old.shape[2], self.max_len)], capacity)
+        def moved(old: Tensor, by_token: bool = False) -> Tensor:
+            return _padded(old[:, :, : min(old.shape[2], self.max_len)], capacity, by_token)
 
-        self._k = moved(self._k)
-        self._v = moved(self._v)
+        _, heads, _, dim = self._k.shape
+        row = heads * dim * self._k.element_size()
+        by_token = self.shared_sets and self._k.is_cpu and row >= TOKEN_ROW
+        self._k = moved(self._k, by_token)
+        self._v = moved(self._v, by_token)
         self.slots = {name: moved(tensor) for name, tensor in self.slots.items()}
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
@@ -491,9 +509,13 @@ class LayerCache:
                 raise ValueError(f"kvcomp: append: {what}: the cache has {old}, got {new}")
 
 
-def _padded(x: Tensor, capacity: int) -> Tensor:
-    """[B, U, n, ...] -> [B, U, capacity, ...], a copy."""
+def _padded(x: Tensor, capacity: int, by_token: bool = False) -> Tensor:
+    """[B, U, n, ...] -> [B, U, capacity, ...], a copy; in memory by token [B, capacity, U, ...]."""
+    batch, units, _, *rest = x.shape
     # Zeros, because a mask does not stop the NaN that memory never written may hold.
-    new = x.new_zeros(*x.shape[:2], capacity, *x.shape[3:])
+    if by_token:
+        new = x.new_zeros(batch, capacity, units, *rest).transpose(1, 2)
+    else:
+        new = x.new_zeros(batch, units, capacity, *rest)
     new[:, :, : x.shape[2]] = x
     return new

@@ -6,6 +6,8 @@ classes that transformers gives them.
 
 from __future__ import annotations
 
+import weakref
+from copy import deepcopy
 from typing import ClassVar
 
 import torch
@@ -25,9 +27,13 @@ class Layer(CacheLayerMixin):
 
     def __init__(self, owner: Cache, kv: LayerCache) -> None:
         super().__init__()
-        self.owner = owner
+        self.own(owner)
         self.kv = kv
         self.fresh: tuple[Tensor, Tensor] | None = None  # handed out by update, not yet attended
+
+    def own(self, owner: Cache) -> None:
+        """As `LayerCache.own`."""
+        self._owner = weakref.ref(owner)
 
     @property
     def is_croppable(self) -> bool:
@@ -41,7 +47,7 @@ class Layer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store the new tokens and return just them: the attention function reads `kv` itself."""
         self.is_initialized = True
-        self.kv.append(key_states, value_states, self.owner.padding)
+        self.kv.append(key_states, value_states, self._owner().padding)
         self.fresh = key_states, value_states
         return self.fresh
 
@@ -121,6 +127,14 @@ class Cache(TransformersCache):
         self.all_managed = len(managed) == len(layers)
         self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward
         super().__init__(layers=layers)
+
+    def __deepcopy__(self, memo: dict) -> Cache:
+        copy = memo[id(self)] = object.__new__(type(self))
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        for layer in copy.layers:
+            if isinstance(layer, Layer):
+                layer.own(copy)
+        return copy
 
     def _new_kv(self, *args) -> KVCache:
         return KVCache(*args)

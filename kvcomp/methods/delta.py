@@ -157,6 +157,8 @@ class Delta(Method, name="delta"):
 
     def start(self, cache: KVCache) -> None:
         cache.state.dense, cache.state.planners = self.roles(len(cache.layers))
+        for layer in cache.layers:
+            layer.shared_sets = layer.position not in cache.state.dense
         cache.state.pages = None  # (page_ids [B, 1, K], selected_lens [B]) of this step
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:

@@ -80,6 +80,8 @@ class RandomPages(Method, name="random-pages", baseline=True):
         cache.state.generator = torch.Generator().manual_seed(self.seed)
         cache.state.pages = None
         cache.state.step = -1
+        for layer in cache.layers:
+            layer.shared_sets = layer.position not in self.dense_layers
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         if layer.position in self.dense_layers or layer.max_len <= self.budget:
