@@ -119,7 +119,11 @@ bench ops-eviction 50 bench_ops.py "${sizes[@]}" \
 bench ops-retrieval 60 bench_ops.py "${sizes[@]}" \
   --op kmeans query_similarity segment_boundaries store_segments unit_scores select_units fetch_rows
 bench ops-overhead 20 bench_ops.py --op overhead
-bench decode 80 bench_decode.py --shape r1-distill-qwen-1.5b --tokens 4096 16384 --seconds 8
+model=(--shape r1-distill-qwen-1.5b)
+bench decode 80 bench_decode.py "${model[@]}" --tokens 4096 16384 --seconds 8
+# The middles of five equal parts of 18K tokens: what a generation of that length sees.
+bench decode-graph 80 bench_decode.py --part graph "${model[@]}" --batch 64 --rounds 16 \
+  --tokens 1843 5530 9216 12902 16589
 
 shopt -s nullglob
 measured=("$out"/ops-*.json "$out/decode.json")

@@ -183,6 +183,22 @@ def test_retrieval_is_counted_where_it_happens(tmp_path):
         assert row["host"] >= row["dense"] / 3  # one layer of three, for the other two keep all
 
 
+def test_steps_on_caches_of_one_size():
+    bench = script("bench_decode")
+    options = bench.parse(["--smoke", "--part", "graph"])
+    options.tokens = [96, 256]
+    rows = list(bench.bench_graphs(options))
+    names = [(row.tokens, row.name) for row in rows]
+    assert names == [(n, x) for n in (96, 256, "mean") for x in ("full", "delta", "hf static")]
+    token = rows[0].kv_bytes // 97  # of all layers
+    assert [row.kv_bytes for row in rows[:1] + rows[2:4] + rows[5:6]] == [
+        token * n for n in (97, 97, 257, 257)
+    ]
+    assert rows[4].kv_bytes < rows[3].kv_bytes
+    assert rows[6].ms == (rows[0].ms + rows[3].ms) / 2 and rows[6].speedup == 1.0
+    assert all(row.ms > 0 and not row.in_graph and row.line() for row in rows)
+
+
 def test_a_step_reads_what_its_method_attends_to(decode):
     rows = json.loads(decode.read_text())["rows"]
     steps = {r["name"]: r for r in rows if r["part"] == "step"}
@@ -315,7 +331,7 @@ def test_the_gpu_script_walks_its_steps_without_a_gpu(tmp_path):
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr
     steps = {p.stem for p in (tmp_path / "logs").iterdir()}
     measured = {p.stem for p in tmp_path.glob("*.json")}
-    assert measured == {"decode", *(f"ops-{x}" for x in FAMILIES)}
+    assert measured == {"decode", "decode-graph", *(f"ops-{x}" for x in FAMILIES)}
     assert steps == measured | {"versions", "selftest", "op-tests", "plots"}
     rows = [
         r for f in FAMILIES for r in json.loads((tmp_path / f"ops-{f}.json").read_text())["rows"]

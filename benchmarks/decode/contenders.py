@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 import kvcomp
 from decode.models import token_bytes, twin
 from kvcomp import METHODS, Delethink, Method
+from kvcomp.hf import Cache, Run
 from kvcomp.methods.eviction import Eviction
 from retrieval.common import now
 
@@ -123,8 +124,8 @@ class Patched(Contender):
     def __init__(self, method: Method, model: PreTrainedModel, filling: Filling) -> None:
         self.name, self.parameters, self.filling = method.name, repr(method), filling
         self.model, self.device = twin(model), model.device.type
-        self.run = kvcomp.patch(self.model, method)
-        self.cache = self.layers = self.run.new_cache()
+        self.run = self._patch(method)
+        self.cache = self.layers = self._new_cache()
         if isinstance(method, Delethink):
             self.cache.enter({"input_ids": filling.ids[:, :-1]}, encode=lambda *args: None)
             self.layers = self.cache.context
@@ -136,6 +137,12 @@ class Patched(Contender):
                 layer.settle()
                 if isinstance(method, Eviction):  # as it is in the long run
                     method.evict(layer)
+
+    def _patch(self, method: Method) -> Run:
+        return kvcomp.patch(self.model, method)
+
+    def _new_cache(self) -> Cache:
+        return self.run.new_cache()
 
     def counts(self) -> tuple[int, int]:
         report = self.run.report()
