@@ -44,11 +44,17 @@ def bench_compact_kv(options: argparse.Namespace, run: Settings) -> Iterator[lis
         for batch in (1, 8) if (budget, window) == options.evictions[0] else (1,):
             for dtype in options.dtype:
                 row_bytes = 2 * dim * DTYPES[dtype].itemsize + 4
-                moved = 2 * batch * heads * window * row_bytes  # read and written
+                holes = window * budget // (budget + window - _protected(budget, window))
+                moved = 2 * batch * heads * holes * row_bytes  # read and written
                 sets = _slabs(batch, heads, dim, budget, window, DTYPES[dtype], moved, run)
                 contenders = list(_compact_contenders(sets[0], moved, run))
                 shape = f"B={batch} H={heads}x{dim} {budget}+{window}"
                 yield measure("compact_kv", shape, dtype, sets, contenders, run)
+
+
+def _protected(budget: int, window: int) -> int:
+    """Newest tokens of which none leaves: a window, but none where half of all tokens leave."""
+    return window if 2 * window <= budget else 0
 
 
 def _slabs(
@@ -61,7 +67,7 @@ def _slabs(
     moved: int,
     run: Settings,
 ) -> list[Slab]:
-    total = budget + window
+    total, older = budget + window, budget + window - _protected(budget, window)
     generator = torch.Generator(run.device).manual_seed(0)
     random = partial(torch.randn, generator=generator, device=run.device)
     k, v = (random(batch, heads, total, dim, dtype=dtype) for _ in "kv")
@@ -71,9 +77,9 @@ def _slabs(
     first_row = torch.arange(batch * heads, device=run.device).view(batch, heads, 1) * total
     sets = []
     for _ in range(run.num_sets(moved)):
-        noise = torch.rand(batch, heads, budget, generator=generator, device=run.device)
+        noise = torch.rand(batch, heads, older, generator=generator, device=run.device)
         order = noise.argsort(-1)
-        newest = torch.arange(budget, total, device=run.device).expand(batch, heads, -1)
+        newest = torch.arange(older, total, device=run.device).expand(batch, heads, -1)
         kept = torch.cat([order[..., window:], newest], -1).sort(-1).values
         sets.append(
             Slab(
