@@ -276,7 +276,8 @@ class Rows:
         self.v = torch.randn(shape, generator=generator)
         self.columns, self.rows = [], [[] for _ in LENS]  # columns kept; columns of a row's tokens
         self.used = 0
-        self.layer = KVCache(Full(), 1).layers[0]
+        self.cache = KVCache(Full(), 1)
+        self.layer = self.cache.layers[0]
 
     def append(self, count, padding=(0, 0, 0)):
         own = range(self.used, self.used + count)
@@ -354,7 +355,7 @@ def test_adopt_copies_the_first_columns(columns, padded):
     before = rows.layer.keys.clone()
     rows.layer.scale = 0.25
     copied = KVCache(Full(), 1)
-    copied.adopt(rows.layer.cache, columns, room=700)
+    copied.adopt(rows.cache, columns, room=700)
     layer = copied.layers[0]
     assert layer.capacity == 700 and layer.scale == 0.25
     part = Rows()
@@ -404,7 +405,7 @@ def test_only_a_whole_layer_folds_or_is_adopted():
         with pytest.raises(ValueError, match="fold: expected a layer that keeps every token"):
             rows.layer.fold(1, 2, INV_FREQ)
         with pytest.raises(ValueError, match="adopt: expected a layer that keeps every token"):
-            KVCache(Full(), 1).adopt(rows.layer.cache, 3, room=9)
+            KVCache(Full(), 1).adopt(rows.cache, 3, room=9)
 
 
 def test_a_method_goes_back_as_far_as_it_can():

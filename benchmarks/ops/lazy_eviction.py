@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvcomp import LazyEviction, ops
-from kvcomp.cache import KVCache, LayerCache
+from kvcomp.cache import KVCache
 from kvcomp.ops.recurrence_update import MAX_STEPS
 from kvcomp.testing.bench import Row
 from kvcomp.testing.contest import Settings, timed
@@ -26,9 +26,9 @@ from ops.common import DTYPES, PEAK
 
 
 class Step(NamedTuple):
-    """One layer in the steady state."""
+    """A cache of one layer, in the steady state."""
 
-    layer: LayerCache
+    cache: KVCache
     q: Tensor
     k: Tensor  # the whole slab
     v: Tensor
@@ -122,7 +122,7 @@ def _layer(
     pauses = torch.rand(2, batch, kv_heads, slots, device=device).log().mul(-60).int() + 1
     pauses[1].masked_fill_(torch.rand_like(pauses[1], dtype=torch.float32) < 1 / 3, 0)
     x = Step(
-        layer,
+        cache,
         q,
         k,
         v,
@@ -156,16 +156,16 @@ def _replay(x: Step) -> None:
 
 def _refill(x: Step, method: LazyEviction) -> None:
     """What `window` decode steps leave behind, all but K and V, whose contents do not matter."""
-    layer = x.layer
-    layer.cache.steps += method.window
+    layer = x.cache.layers[0]
+    x.cache.steps += method.window
     layer.logical_lens += method.window
     layer.max_len = method.budget + method.window
     layer.seq_lens.fill_(layer.max_len)
     slots = layer.slots
-    torch.sub(layer.cache.steps, x.silence, out=slots["last_hit"][..., : layer.max_len])
+    torch.sub(x.cache.steps, x.silence, out=slots["last_hit"][..., : layer.max_len])
     slots["longest"][..., method.budget : layer.max_len] = x.longest
 
 
 def _evict(x: Step, method: LazyEviction) -> None:
     _refill(x, method)
-    method.evict(x.layer)
+    method.evict(x.cache.layers[0])

@@ -67,7 +67,10 @@ class LayerCache:
 
     @property
     def cache(self) -> KVCache:
-        return self._cache()
+        cache = self._cache()
+        if cache is None:
+            raise ReferenceError("kvcomp: the cache of this layer is gone; keep a reference to it")
+        return cache
 
     def __getstate__(self) -> dict:
         """For copies: work in the background belongs to this layer, and not to its copy."""
