@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +114,6 @@ class Contender:
 
     def close(self) -> None:
         self.cache = self.layers = None
-        gc.collect()  # a cache and its layers know each other, and nobody else frees them in time
 
 
 class Patched(Contender):
