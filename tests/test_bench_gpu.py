@@ -268,7 +268,7 @@ def gpu_script(tmp_path, monkeypatch):
 @pytest.mark.parametrize("build", ["isolated", "plain", "installed"])
 def test_gpu_script_takes_every_step_and_names_what_failed(gpu_script, benchmarks, build, tmp_path):
     code, output, called = gpu_script(KVCOMP_GPU_BUILD=build)
-    assert code == 1 and output.rstrip().endswith("FAILED: decode"), output
+    assert code == 1 and output.rstrip().endswith("FAILED: decode decode-graph"), output
     installs = [line for line in called if "pip install" in line]
     assert len(installs) == (build != "installed")
     assert all("--no-deps --target" in line for line in installs)
