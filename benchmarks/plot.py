@@ -204,10 +204,10 @@ def accuracy_by_window(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Fig
     """A table, method by window, wherever the windows were swept: lag and score told apart."""
     for part, chosen in by(rows, "part").items():
         chosen = [r for r in chosen if r["method"] != "full"]
-        windows = sorted({r["window"] for r in chosen})
-        if len(windows) == 1:
-            continue
         methods = by(chosen, "method")
+        if all(len({r["window"] for r in swept}) == 1 for swept in methods.values()):
+            continue
+        windows = sorted({r["window"] for r in chosen})
         names = sorted(methods, key=lambda name: -max(r["step_accuracy"] for r in methods[name]))
         values = [
             [
