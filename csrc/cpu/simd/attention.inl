@@ -1,0 +1,229 @@
+// Attention over the rows of a tile: logits, softmax, and the sum of values. Part of rows.inl.
+
+// --- q k^T -------------------------------------------------------------------------------------
+
+// How a step of a row multiplies q: in fp32, in the order of load_pair. An instruction set with a
+// dot product of its own specialises it.
+template <class T>
+struct Dot {
+  using Query = float;  // of prepared q
+  static constexpr int kStep = 2 * kLanes;
+
+  static void prepare(const T* q, int head_dim, Query* prepared) {
+    int i = 0;
+    for (; i + kStep <= head_dim; i += kStep) {
+      const Pair pair = load_pair(q + i);
+      store(prepared + i, pair.a);
+      store(prepared + i + kLanes, pair.b);
+    }
+    if (i < head_dim) store(prepared + i, load(q + i));
+  }
+  static Pair query(const Query* q) { return {load(q), load(q + kLanes)}; }
+  static Pair row(const T* k) { return load_pair(k); }
+  static Vec add(Pair q, Pair k, Vec sum) { return fma(q.b, k.b, fma(q.a, k.a, sum)); }
+
+  // The last kLanes elements, where head_dim is not a multiple of kStep.
+  static Vec half_query(const Query* q) { return load(q); }
+  static Vec half_row(const T* k) { return load(k); }
+  static Vec half_add(Vec q, Vec k, Vec sum) { return fma(q, k, sum); }
+};
+
+// kBytes of a row, from byte `at` on, into L2: into L1 they would only displace the tile in work.
+// Asked for piece by piece, as the row in work is read, so that few requests wait at a time, and
+// where pieces are smaller than a line, by the first of it.
+template <int kBytes>
+inline void prefetch(const void* row, int at) {
+  if (kBytes < 64 && at % 64 != 0) return;
+  for (int i = 0; i < kBytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(row) + at + i, 0, 2);
+  }
+}
+
+// H heads against kLanes / H rows at a time: kLanes sums in registers, reduced together.
+template <class T, int H>
+void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count, RowPointers fetch,
+              float scale, float* logits) {
+  using D = Dot<T>;
+  using Query = typename D::Query;
+  constexpr int R = kLanes / (H == 3 ? 4 : H);  // of three heads, a quarter of the lanes idle
+  const auto* q = reinterpret_cast<const Query*>(prepared_q);
+  const int stride_q = head_dim * static_cast<int>(sizeof(float) / sizeof(Query));
+  for (int t = 0; t < count; t += R) {
+    Vec sums[kLanes];
+    UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zero();
+    int i = 0;
+    for (; i + D::kStep <= head_dim; i += D::kStep) {
+      const auto row = [&](int r) {
+        if (fetch) prefetch<D::kStep * sizeof(T)>(fetch[t + r], i * sizeof(T));
+        return D::row(static_cast<const T*>(rows[t + r]) + i);
+      };
+      const auto query = [&](int h) { return D::query(q + h * stride_q + i); };
+      if constexpr (R < H) {  // what there is less of stays in registers, beside the sums
+        decltype(row(0)) k[R];
+        UNROLL for (int r = 0; r < R; ++r) k[r] = row(r);
+        UNROLL for (int h = 0; h < H; ++h) {
+          const auto x = query(h);
+          UNROLL for (int r = 0; r < R; ++r) sums[h * R + r] = D::add(x, k[r], sums[h * R + r]);
+        }
+      } else {
+        decltype(query(0)) x[H];
+        UNROLL for (int h = 0; h < H; ++h) x[h] = query(h);
+        UNROLL for (int r = 0; r < R; ++r) {
+          const auto k = row(r);
+          UNROLL for (int h = 0; h < H; ++h) sums[h * R + r] = D::add(x[h], k, sums[h * R + r]);
+        }
+      }
+    }
+    if (i < head_dim) {
+      UNROLL for (int r = 0; r < R; ++r) {
+        const auto k = D::half_row(static_cast<const T*>(rows[t + r]) + i);
+        UNROLL for (int h = 0; h < H; ++h) {
+          sums[h * R + r] = D::half_add(D::half_query(q + h * stride_q + i), k, sums[h * R + r]);
+        }
+      }
+    }
+    float block[kLanes];
+    store(block, reduce(sums) * broadcast(scale));
+    UNROLL for (int h = 0; h < H; ++h) {
+      __builtin_memcpy(logits + h * kTile + t, block + h * R, R * sizeof(float));
+    }
+  }
+}
+
+template <class T>
+void prepare_q(const void* q, int head_dim, float* prepared) {
+  using Query = typename Dot<T>::Query;
+  Dot<T>::prepare(static_cast<const T*>(q), head_dim, reinterpret_cast<Query*>(prepared));
+}
+
+template <class T>
+void qk(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, int count,
+        RowPointers fetch, float scale, float* logits) {
+  for (int h = 0, n; h < num_heads; h += n, fetch = nullptr) {  // later heads find the rows in L1
+    n = min(num_heads - h, 4);
+    const float* q = prepared_q + h * head_dim;
+    float* x = logits + h * kTile;
+    switch (n) {
+      case 1: qk_heads<T, 1>(q, head_dim, rows, count, fetch, scale, x); break;
+      case 2: qk_heads<T, 2>(q, head_dim, rows, count, fetch, scale, x); break;
+      case 3: qk_heads<T, 3>(q, head_dim, rows, count, fetch, scale, x); break;
+      case 4: qk_heads<T, 4>(q, head_dim, rows, count, fetch, scale, x); break;
+    }
+  }
+}
+
+// --- softmax -----------------------------------------------------------------------------------
+
+void softmax(float* logits, int num_heads, int count, float* max_, float* sum, float* rescale) {
+  const int padded = (count + kLanes - 1) / kLanes * kLanes;
+  for (int h = 0; h < num_heads; ++h, logits += kTile) {
+    for (int t = count; t < padded; ++t) logits[t] = -kInfinity;
+    Vec top = broadcast(max_[h]);
+    for (int t = 0; t < padded; t += kLanes) top = max(top, load(logits + t));
+    const float new_max = reduce_max(top);
+    const Vec shift = broadcast(new_max == -kInfinity ? 0.0f : new_max);
+    Vec total = zero();
+    for (int t = 0; t < padded; t += kLanes) {
+      const Vec p = exp(load(logits + t) - shift);
+      store(logits + t, p);
+      total = total + p;
+    }
+    rescale[h] = first(exp(broadcast(max_[h]) - shift));
+    sum[h] = sum[h] * rescale[h] + reduce_add(total);
+    max_[h] = new_max;
+  }
+}
+
+// --- probs v -----------------------------------------------------------------------------------
+
+// N vectors of a row from `column` on, for H heads: H * N sums in registers over all rows. They
+// start from zero, not from acc: rounding then grows with the number of tiles, not of tokens.
+template <class T, int H, int N>
+void pv_block(const float* probs, int head_dim, RowPointers rows, int count, RowPointers fetch,
+              const float* rescale, int column, float* acc) {
+  Vec sums[H][N];
+  UNROLL for (int h = 0; h < H; ++h) { UNROLL for (int n = 0; n < N; ++n) sums[h][n] = zero(); }
+  for (int t = 0; t < count; ++t) {
+    if (fetch) prefetch<N * kLanes * sizeof(T)>(fetch[t], column * sizeof(T));
+    const T* row = static_cast<const T*>(rows[t]) + column;
+    Vec v[N];
+    if constexpr (N == 1) {
+      v[0] = load(row);
+    } else {
+      UNROLL for (int n = 0; n < N; n += 2) {
+        const Pair pair = load_pair(row + n * kLanes);
+        v[n] = pair.a;
+        v[n + 1] = pair.b;
+      }
+    }
+    UNROLL for (int h = 0; h < H; ++h) {
+      const Vec p = broadcast(probs[h * kTile + t]);
+      UNROLL for (int n = 0; n < N; ++n) sums[h][n] = fma(p, v[n], sums[h][n]);
+    }
+  }
+  UNROLL for (int h = 0; h < H; ++h) {
+    UNROLL for (int n = 0; n < N; ++n) {
+      float* sum = acc + h * head_dim + column + n * kLanes;
+      store(sum, fma(load(sum), broadcast(rescale[h]), sums[h][n]));
+    }
+  }
+}
+
+// As many vectors at once as there are sums, then half as many of what is left.
+template <class T, int H, int N = kSums / H / 2 * 2>
+void pv_heads(const float* probs, int head_dim, RowPointers rows, int count, RowPointers fetch,
+              const float* rescale, float* acc, int column = 0) {
+  for (; column + N * kLanes <= head_dim; column += N * kLanes) {
+    pv_block<T, H, N>(probs, head_dim, rows, count, fetch, rescale, column, acc);
+  }
+  if constexpr (N > 1) {
+    pv_heads<T, H, N / 2>(probs, head_dim, rows, count, fetch, rescale, acc, column);
+  }
+}
+
+template <class T>
+void pv(const float* probs, int num_heads, int head_dim, RowPointers rows, int count,
+        RowPointers fetch, const float* rescale, float* acc) {
+  for (int h = 0, n; h < num_heads; h += n, fetch = nullptr) {  // later heads find the rows in L1
+    n = min(num_heads - h, 4);
+    const float *p = probs + h * kTile, *alpha = rescale + h;
+    float* sums = acc + h * head_dim;
+    switch (n) {
+      case 1: pv_heads<T, 1>(p, head_dim, rows, count, fetch, alpha, sums); break;
+      case 2: pv_heads<T, 2>(p, head_dim, rows, count, fetch, alpha, sums); break;
+      case 3: pv_heads<T, 3>(p, head_dim, rows, count, fetch, alpha, sums); break;
+      case 4: pv_heads<T, 4>(p, head_dim, rows, count, fetch, alpha, sums); break;
+    }
+  }
+}
+
+// --- whole rows --------------------------------------------------------------------------------
+
+template <class T>
+void store_row(const float* acc, float factor, int head_dim, void* out_) {
+  T* out = static_cast<T*>(out_);
+  const Vec f = broadcast(factor);
+  int i = 0;
+  for (; i + 2 * kLanes <= head_dim; i += 2 * kLanes) {
+    store_pair(out + i, {load(acc + i) * f, load(acc + i + kLanes) * f});
+  }
+  if (i < head_dim) store(out + i, load(acc + i) * f);
+}
+
+template <class T>
+void blend(const void* a_, float weight_a, const void* b_, float weight_b, int head_dim,
+           void* out_) {
+  const T *a = static_cast<const T*>(a_), *b = static_cast<const T*>(b_);
+  T* out = static_cast<T*>(out_);
+  const Vec wa = broadcast(weight_a), wb = broadcast(weight_b);
+  for (int i = 0; i < head_dim; i += kLanes) {
+    store(out + i, fma(load(a + i), wa, load(b + i) * wb));
+  }
+}
+
+void accumulate(float* acc, float factor, const float* x, float weight, int count) {
+  const Vec f = broadcast(factor), w = broadcast(weight);
+  for (int i = 0; i < count; i += kLanes) {
+    store(acc + i, fma(load(acc + i), f, load(x + i) * w));
+  }
+}
