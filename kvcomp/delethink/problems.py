@@ -21,8 +21,13 @@ def read_problems(file: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: no such file, or a line that is no JSON object.
     """
+    return [problem for _, problem in read_lines(file)]
+
+
+def read_lines(file: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file with the numbers of their lines; empty lines are skipped."""
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").split("\n")  # not at U+2028 in a text
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"kvcomp.delethink: cannot read problems: {error}") from error
     problems = []
@@ -35,7 +40,7 @@ def read_problems(file: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"kvcomp.delethink: {file}, line {number}: {error}") from error
         if not isinstance(problem, dict):
             raise ValueError(f"kvcomp.delethink: {file}, line {number}: expected an object")
-        problems.append(problem)
+        problems.append((number, problem))
     return problems
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
@@ -336,9 +336,7 @@ def refuse(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model that no method can decode exactly."""
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+    unknown = ", ".join(map(str, head_sizes(config) - set(HEAD_SIZES)))
     reasons = {
         "is patched already, or shares its config with a model that is; undo() the other run"
         " first": config._attn_implementation == attention.NAME,
@@ -350,11 +348,24 @@ def refuse(model: PreTrainedModel) -> None:
         "caps its attention logits": getattr(config, "attn_logit_softcapping", None),
         "has learned attention sinks": any(k.endswith(".sinks") for k in model.state_dict()),
         "returns attention weights (output_attentions)": config.output_attentions,
-        f"has heads of size {head_dim}; supported are {HEAD_SIZES}": head_dim not in HEAD_SIZES,
+        f"has heads of size {unknown}; supported are {HEAD_SIZES}": unknown,
     }
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(f"kvcomp.patch: {name} {reason}")
+
+
+def head_sizes(config: PretrainedConfig) -> set[int]:
+    """Of the layers that keep every token."""
+
+    def size(layer: PretrainedConfig) -> int:
+        return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+
+    try:
+        return {size(config)}
+    except RuntimeError:  # layers differ: in Gemma 4 the sliding ones, whose heads nobody minds
+        layers = zip(config.per_layer_config, config.layer_types, strict=True)
+        return {size(layer) for layer, kind in layers if kind != "sliding_attention"}
 
 
 def refuse_chunks(model: PreTrainedModel, method: Delethink, cache: Cache) -> None:

@@ -140,11 +140,11 @@ def make_problem(
     states (node, sum) that can be reached, so nearly all facts of reachable nodes come up.
     """
     if live is not None and not 2 <= live <= nodes:
-        raise ValueError(f"live must be in 2..nodes={nodes}, got {live}")
+        raise ValueError(f"kvcomp.reasoner: live: expected 2 to nodes={nodes}, got {live}")
     if not 2 <= nodes <= len(NAMES):
-        raise ValueError(f"nodes must be in 2..{len(NAMES)}, got {nodes}")
+        raise ValueError(f"kvcomp.reasoner: nodes: expected 2 to {len(NAMES)}, got {nodes}")
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise ValueError(f"kvcomp.reasoner: steps: expected at least 1, got {steps}")
     rng = np.random.default_rng([HELD_OUT, nodes, seed])
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[:nodes]]
     while True:
@@ -207,12 +207,12 @@ def grade(problem: Problem, text: str) -> Grade:
 def split_steps(text: str) -> list[tuple[str, str, int, int] | None]:
     """Cut an answer at its source words into (source, target, weight, sum), None if malformed."""
     steps: list[tuple[str, str, int, int] | None] = []
-    words = text.split()
-    while words:
-        length = next((i for i, word in enumerate(words[1:], 1) if word in _SOURCES), len(words))
-        length = min(length, TOKENS_PER_STEP)  # what follows a step and is no source is a bad step
-        chunk, words = words[:length], words[length:]
-        steps.append(_read_step(chunk))
+    words, place = text.split(), 0
+    while place < len(words):
+        chunk = words[place : place + TOKENS_PER_STEP]  # behind it only a source is no bad step
+        length = next((i for i, word in enumerate(chunk[1:], 1) if word in _SOURCES), len(chunk))
+        steps.append(_read_step(chunk[:length]))
+        place += length
     return steps
 
 
