@@ -11,9 +11,10 @@ step      ms per step of a model with random weights, whose caches are filled wi
           Beside it what the step had to read, how long that takes at the probe's rate, and how a
           step divides between attention, cache update, linear layers and the rest.
 generate  ms per token of a generation through `generate`, with what seldom happens in a step.
-graph     a step as one CUDA graph: Full, Delta and transformers' StaticCache, and their means over
-          the contexts; with --device cuda --shape r1-distill-qwen-1.5b --batch 64 --tokens 1843
-          5530 9216 12902 16589 the published comparison of DELTA, over 18K tokens.
+graph     a step as one CUDA graph: Full, Delta, LazyEviction with its share of an eviction, and
+          transformers' StaticCache, and their means over the contexts; with --device cuda --shape
+          r1-distill-qwen-1.5b --batch 64 --tokens 1843 5530 9216 12902 16589 the published
+          comparison of DELTA, over 18K tokens.
 peer      a step of llama.cpp beside one of ours, dense both: needs `pip install kvcomp[peers]`.
 
 A contender stands where it would after n tokens: LazyEviction keeps half of them, the others have

@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
+from accuracy import charts as accuracy
+from accuracy import study_charts as study
 from decode import charts as decode
 from delethink import charts as delethink
 from drawing import COLORS, STYLE, by, legend, plt, short, title
@@ -167,69 +169,30 @@ def memory(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
     yield "bytes", figure
 
 
-# --- bench_accuracy -------------------------------------------------------------------------------
-
-
-def accuracy_by_bytes(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
-    """Steps right over the bytes that a method may hold, wherever the bound was swept."""
-    for part, chosen in by(rows, "part").items():
-        shown = [r for r in chosen if r["method"] not in ("full", "lazy without H2")]
-        methods = by(shown, "method")
-        if all(len({r["bound"] for r in swept}) == 1 for swept in methods.values()):
-            continue
-        figure, axis = plt.subplots(figsize=(6.6, 4.2))
-        ranked = sorted(methods, key=lambda name: -max(r["step_accuracy"] for r in methods[name]))
-        others = [name for name in ranked if name != "lazy-eviction"]
-        for name in ["lazy-eviction", *others]:
-            ours, place = name == "lazy-eviction", others.index(name) if name in others else 0
-            axis.plot(
-                [r["bound_bytes"] / 2**20 for r in methods[name]],
-                [100 * r["step_accuracy"] for r in methods[name]],
-                color=COLORS[0] if ours else COLORS[1 + place % (len(COLORS) - 1)],
-                ls="-" if ours else ("--", ":", "-.")[place // (len(COLORS) - 1)],
-                lw=2.6 if ours else 1.3,
-                marker="o" if ours else None,
-                ms=4,
-                label=name,
-                zorder=3 if ours else 2,
-            )
-        axis.set_xlabel("MiB of K and V that a sequence may hold (budget + window)")
-        axis.set_ylabel("steps right, %")
-        title(figure, facts, f"{part}: accuracy at equal bytes, alpha {facts['alpha']:g}")
-        legend(figure)
-        yield f"{part}-bytes", figure
-
-
-def accuracy_by_window(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
-    """A table, method by window, wherever the windows were swept: lag and score told apart."""
-    for part, chosen in by(rows, "part").items():
-        chosen = [r for r in chosen if r["method"] != "full"]
-        methods = by(chosen, "method")
-        if all(len({r["window"] for r in swept}) == 1 for swept in methods.values()):
-            continue
-        windows = sorted({r["window"] for r in chosen})
-        names = sorted(methods, key=lambda name: -max(r["step_accuracy"] for r in methods[name]))
-        values = [
-            [
-                100 * next(r["step_accuracy"] for r in methods[n] if r["window"] == w)
-                for w in windows
-            ]
-            for n in names
-        ]
-        size = (3.4 + 0.9 * len(windows), 1.2 + 0.27 * len(names))
-        figure, axis = plt.subplots(figsize=size)
-        axis.imshow(values, cmap="Blues", vmin=0, vmax=130, aspect="auto")
-        for y, line in enumerate(values):
-            for x, value in enumerate(line):
-                axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8)
-        axis.set_xticks(range(len(windows)), [f"every {w}" for w in windows])
-        axis.set_yticks(range(len(names)), names)
-        axis.spines[:].set_visible(False)
-        axis.tick_params(length=0)
-        axis.grid(visible=False)
-        kib = chosen[0]["bound_bytes"] / 2**20
-        title(figure, facts, f"{part}: steps right, %, by steps between evictions; {kib:.2g} MiB")
-        yield f"{part}-windows", figure
+def long_run(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
+    """Slabs on the device, and host memory where there is some, over the tokens decoded."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.8))
+    for index, (name, part) in enumerate(by(rows, "method").items()):
+        x = [r["tokens"] for r in part]
+        # Every other one in dashes, as above.
+        for key, where, style in (
+            ("reserved", "", "--" if index % 2 else "-"),
+            ("host", ", host memory", ":"),
+        ):
+            y = [r[key] / 1e6 for r in part]
+            if any(y):
+                label = f"{name}{where}, {short(y[-1])} MB"
+                axis.plot(x, y, color=COLORS[index % len(COLORS)], ls=style, lw=1.8, label=label)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.minorticks_off()
+    axis.set_xlabel("tokens decoded")
+    axis.set_ylabel("MB of K and V, spare room included")
+    title(figure, facts, f"A long run on the reasoner, budget {facts['budget']}")
+    legend(figure)
+    yield "bytes", figure
 
 
 # --- bench_retrieval ------------------------------------------------------------------------------
@@ -335,9 +298,11 @@ def _color(impl: str, impls: list[str]) -> str:
 # --- command line ---------------------------------------------------------------------------------
 
 CHARTS = {
-    "accuracy": (accuracy_by_bytes, accuracy_by_window),
+    "accuracy": (accuracy.by_bytes, accuracy.by_window),
+    "accuracy-study": (study.by_bytes, study.by_attended, study.memory),
     "decode": (decode.times, decode.parts),
     "delethink": (delethink.accuracy, delethink.growth, delethink.carries, delethink.stalls),
+    "long-run": (long_run,),
     "memory": (memory,),
     "ops": (bandwidth, speedup, variants, overhead),
     "retrieval": (retrieval_share,),
@@ -361,11 +326,11 @@ def plot(path: Path, out: Path) -> list[Path]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """As a PNG of 64 colours, a third of the size."""
+    """As a PNG of 256 colours, half of the size."""
     pixels = io.BytesIO()
     figure.savefig(pixels)
     plt.close(figure)
-    Image.open(pixels).convert("RGB").quantize(64).save(path, optimize=True)
+    Image.open(pixels).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

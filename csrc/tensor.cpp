@@ -120,7 +120,7 @@ bool view_through_dlpack(py::handle tensor, TensorView& view) {
   if (Torch::get().borrow(tensor.ptr(), &from) != 0) throw py::error_already_set();
   if (from.ndim > kMaxDims) throw std::invalid_argument("more than 6 dimensions");
   if (from.device.type < kDlCpu || from.device.type > kDlCudaHost) {
-    throw std::invalid_argument("not a CPU or CUDA tensor");
+    throw std::invalid_argument("one on " + text(tensor.attr("device")));
   }
   view.data = static_cast<char*>(from.data) + from.byte_offset;
   view.ndim = from.ndim;
@@ -155,7 +155,7 @@ bool view_through_attributes(py::handle tensor, TensorView& view) {
   if (ndim > kMaxDims) throw std::invalid_argument("more than 6 dimensions");
   view.device.is_cuda = attribute(tensor, torch.is_cuda).ptr() == Py_True;
   if (!view.device.is_cuda && attribute(tensor, torch.is_cpu).ptr() != Py_True) {
-    throw std::invalid_argument("not a CPU or CUDA tensor");
+    throw std::invalid_argument("one on " + text(tensor.attr("device")));
   }
   view.device.index = view.device.is_cuda
                           ? static_cast<int>(PyLong_AsLong(call(tensor, torch.get_device).ptr()))
@@ -227,7 +227,10 @@ TensorView Boundary::tensor(const char* argument, py::handle object, ViewThrough
       if (!view.data && !is_empty(view)) throw std::invalid_argument("one without memory");
       return view;
     }
-  } catch (const std::exception& error) {  // a fake, sparse or meta tensor, for example
+  } catch (const py::error_already_set&) {  // a sparse or meta tensor, of which torch says pages
+    fail(argument, "a dense CPU or CUDA tensor",
+         text(object.attr("layout")) + " on " + text(object.attr("device")));
+  } catch (const std::exception& error) {
     fail(argument, "a dense CPU or CUDA tensor", error.what());
   }
   throw py::type_error(

@@ -13,6 +13,7 @@ linear layers are not counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -231,7 +232,7 @@ def plan(
             f"kvcomp.plan: prompt: expected fewer tokens than context={context}, got {prompt}"
         )
     for name in ("bandwidth", "memory"):
-        if not getattr(device, name) > 0:
+        if not 0 < getattr(device, name) < math.inf:
             raise ValueError(
                 f"kvcomp.plan: device: expected a {name} above 0, got {getattr(device, name):g}"
             )

@@ -13,6 +13,17 @@ import pytest
 import kvcomp
 from kvcomp.testing import compare
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which share the cores
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-matrix",
+        action="store_true",
+        help="write what test_model_matrix.py finds into docs/models.md and README.md",
+    )
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -155,7 +155,8 @@ def test_accuracy_is_that_of_the_whole_family_at_one_bound(tmp_path):
     assert module.main(["--smoke", "--part", "tight", "--json", str(path)]) == 0
     full, *rows = json.loads(path.read_text())["rows"]
     assert full["method"] == "full" and full["step_accuracy"] == 1.0
-    assert {row["method"] for row in rows} >= set(module.family(0.2, 100)) - {
+    family = sys.modules["accuracy.family"].family(0.2, 100)
+    assert {row["method"] for row in rows} >= set(family) - {
         "raas",  # the prompt does not fit the bound
         "random, prompt pinned",
     }
@@ -189,13 +190,17 @@ def test_steps_on_caches_of_one_size():
     options.tokens = [96, 256]
     rows = list(bench.bench_graphs(options))
     names = [(row.tokens, row.name) for row in rows]
-    assert names == [(n, x) for n in (96, 256, "mean") for x in ("full", "delta", "hf static")]
-    token = rows[0].kv_bytes // 97  # of all layers
-    assert [row.kv_bytes for row in rows[:1] + rows[2:4] + rows[5:6]] == [
-        token * n for n in (97, 97, 257, 257)
-    ]
-    assert rows[4].kv_bytes < rows[3].kv_bytes
-    assert rows[6].ms == (rows[0].ms + rows[3].ms) / 2 and rows[6].speedup == 1.0
+    contenders = ("full", "delta", "lazy-eviction", "hf static")
+    assert names == [(n, x) for n in (96, 256, "mean") for x in contenders]
+    short, long, means = rows[:4], rows[4:8], rows[8:]
+    token = short[0].kv_bytes // 97  # of all layers
+    for (full, delta, lazy, static), tokens in ((short, 97), (long, 257)):
+        assert full.kv_bytes == static.kv_bytes == token * tokens
+        assert delta.kv_bytes < full.kv_bytes
+        window = tokens // 8  # a quarter of the budget; of a window a half is there, and a token
+        assert lazy.kv_bytes == token * (tokens // 2 - window + window // 2 + 1)
+        assert 0 < lazy.between_ms < lazy.ms and full.between_ms == 0
+    assert means[0].ms == (short[0].ms + long[0].ms) / 2 and means[0].speedup == 1.0
     assert all(row.ms > 0 and not row.in_graph and row.line() for row in rows)
 
 

@@ -144,39 +144,6 @@ def test_generate_streams_what_dense_decoding_says(call, monkeypatch):
     assert "delta_layers=(2, 4)" in report
 
 
-@pytest.mark.parametrize(
-    "args, named",
-    [
-        (["generate", "./no-such-model", "--prompt", "x"], "./no-such-model"),
-        (["generate", "reasoner", "--prompt", "x", "--method", "magic"], "magic"),
-        (["generate", "reasoner", "--prompt", "x", "--budget", "100"], "page_size=16"),
-        (["generate", "reasoner", "--prompt", "x", "--budget", "16"], "128 tokens"),
-        (["generate", "reasoner", "--prompt", "x", "--budget", "-64"], "budget"),
-        (["generate", "reasoner", "--prompt", "x", "--budget", "many"], "--budget"),
-        (["generate", "reasoner", "--prompt", "x", "--method", "full", "--budget", "64"], "full"),
-        (["generate", "reasoner", "--prompt", "x", "--set", "speed=9"], "speed"),
-        (["generate", "reasoner", "--prompt", "x", "--set", "recent=few"], "recent=few"),
-        (["generate", "reasoner", "--prompt", "x", "--set", "delta_layers=2,99"], "99"),
-        (["generate", "reasoner", "--prompt", " "], "--prompt"),
-        (["generate", "reasoner", "--prompt", "x", "--device", "abacus"], "abacus"),
-        (["generate", "reasoner", "--prompt", "x", "--dtype", "int3"], "int3"),
-        (["generate", "reasoner"], "--prompt"),
-        (["demo", "--method", "magic"], "magic"),
-        (["demo", "--budget", "6"], "page_size=4"),
-        (["demo", "--nodes", "999"], "--nodes"),
-        (["demo", "--steps", "9999"], "9999"),
-        (["demo", "--json", "no/such/folder/x.json"], "no/such/folder"),
-        (["dance"], "dance"),
-    ],
-    ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else "",
-)
-def test_mistakes_get_one_line(call, args, named):
-    code, out, err = call(*args)
-    assert code == 2 and out == ""
-    assert err.startswith("kvcomp: error: ") and err.count("\n") == 1
-    assert named in err
-
-
 def test_the_program_itself_exits_with_2():
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

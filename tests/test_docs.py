@@ -83,7 +83,7 @@ def test_the_commands_of_a_page_parse(page):
 
 
 def check_script(script, words):
-    known = "".join(file.read_text() for file in script.parent.glob("*.py"))
+    known = "".join(file.read_text() for file in script.parent.rglob("*.py"))
     assert script.is_file(), script
     for word in words:
         if word.startswith("--"):

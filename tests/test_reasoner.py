@@ -42,12 +42,6 @@ def test_problems_are_deterministic():
     assert long.gold().startswith(short.gold())
 
 
-@pytest.mark.parametrize("nodes, steps", [(1, 8), (65, 8), (16, 0)])
-def test_impossible_problems_are_refused(nodes, steps):
-    with pytest.raises(ValueError, match="got"):
-        task.make_problem(nodes, steps)
-
-
 @pytest.mark.parametrize("nodes", [16, 48])
 def test_walks_keep_needing_old_facts(nodes):
     """Many facts are used, some never, and the silence before one comes back is uneven."""

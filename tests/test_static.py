@@ -1,27 +1,35 @@
 """The static flavour: one graph for all decode steps, and the tokens of the dynamic one."""
 
-import copy
 import dataclasses
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvcomp
 from kvcomp import METHODS, Delta, Full, Method, reasoner
 from kvcomp.testing.models import tiny_model
+from kvcomp.testing.static_decoding import (
+    STEPS,
+    OnMeta,
+    addresses,
+    captured_step,
+    compile_config,
+    decode,
+    padded_batch,
+    reference,
+    same_figures,
+    to_meta,
+    turns,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread", "fresh_dynamo")
 
-STEPS = 40
 ROOM = 80
 # Dense in layers 0 and 1, of which 1 selects; 2 and 3 attend to 16 tokens: fewer than a prompt.
 DELTA = Delta(budget=16, page_size=4, recent=2, warmup=1, delta_layers=(1,))
 BOTH = pytest.mark.parametrize("method", [Full(), DELTA], ids=["full", "delta"])
-UNCOUNTED = {"decode_seconds", "tokens_per_second", "kv_bytes_allocated"}
 
 
 @pytest.fixture
@@ -35,56 +43,8 @@ def qwen3():
     return tiny_model("qwen3")
 
 
-def padded_batch(rows=2, width=21, pad=6):
-    """Token ids [rows, width] and their mask; where there are several, the first is padded."""
-    ids = torch.randint(3, 128, (rows, width), generator=torch.Generator().manual_seed(rows))
-    mask = torch.ones_like(ids)
-    if rows > 1:
-        ids[0, :pad] = mask[0, :pad] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def generate(model, batch, **options):
     return model.generate(**batch, **{"max_new_tokens": STEPS, "do_sample": False, **options})
-
-
-def compile_config(backend="eager", **options):
-    config = CompileConfig(backend=backend, fullgraph=True, mode=None, **options)
-    config._compile_all_devices = True  # transformers compiles on accelerators only
-    return config
-
-
-@torch.no_grad()
-def decode(model, batch, cache, step, steps=STEPS):
-    """Greedy decoding in a loop of one's own: the logits of all steps, [steps, B, vocabulary]."""
-    mask = batch["attention_mask"]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = [model(**batch, position_ids=positions, past_key_values=cache).logits[:, -1]]
-    for count in range(steps - 1):
-        token, given = logits[-1].argmax(-1, keepdim=True), {"past_key_values": cache}
-        if len(token) > 1:  # a single row has the positions that the cache says
-            given["position_ids"] = positions[:, -1:] + 1 + count
-        logits.append(step(token, **given).logits[:, -1].clone())  # a graph's memory is used again
-    return torch.stack(logits)
-
-
-def reference(model, method, batch, steps=STEPS):
-    """The same under the dynamic flavour, with its report."""
-    with kvcomp.patch(model, method) as run:
-        logits = decode(model, batch, run.new_cache(), model, steps)
-    return logits, run.report(layers=True)
-
-
-def same_figures(report, expected):
-    got, expected = report.to_dict(), expected.to_dict()
-    for name in expected.keys() - UNCOUNTED:
-        assert got[name] == expected[name], name
-
-
-def addresses(cache):
-    layers = cache.kv.layers
-    kept = [x for layer in layers for x in (layer._k, layer._v, layer.seq_lens)]
-    return [x.data_ptr() for x in (*kept, cache.kv.columns, cache.meter.counts)]
 
 
 @BOTH
@@ -136,16 +96,6 @@ def test_addresses_stay_and_figures_are_those_of_the_dynamic_flavour(qwen3, meth
     assert report.kv_bytes_allocated == 2 * ROOM * sum(run.meter.slot_bytes)
 
 
-class OnMeta(TorchDispatchMode):
-    """Every tensor of every op is on the meta device: none comes from the host or goes there."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves((args, kwargs, out)):
-            assert not isinstance(x, torch.Tensor) or x.is_meta, function
-        return out
-
-
 @BOTH
 def test_a_step_waits_for_nothing_and_brings_nothing_from_the_host(method):
     """On a device without data: reading a tensor, or a shape that depends on one, is an error."""
@@ -153,10 +103,7 @@ def test_a_step_waits_for_nothing_and_brings_nothing_from_the_host(method):
     with kvcomp.patch(model, method, max_tokens=ROOM) as run, torch.no_grad():
         cache = run.new_cache()
         model(padded_batch()["input_ids"], past_key_values=cache)
-        model.to("meta")
-        for layer in cache.kv.layers:
-            layer._bind(tuple(tensor.to("meta") for tensor in layer._slab))
-        cache.kv.open(torch.device("meta"))
+        to_meta(model, cache)
         with OnMeta():
             assert model(token, past_key_values=cache).logits.is_meta
         with pytest.raises(RuntimeError, match="meta"):
@@ -241,27 +188,7 @@ def test_a_step_as_one_cuda_graph(method):
     batch = {name: tensor.cuda() for name, tensor in padded_batch().items()}
     expected, figures = reference(model, method, batch)
     with kvcomp.patch(model, method, max_tokens=ROOM) as run:
-        graph, side, given, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), {}, {}
-
-        def step(token, *, position_ids, past_key_values):
-            if not given:
-                given.update(token=token.clone(), positions=position_ids.clone(), warm_up=3)
-            given["token"].copy_(token)
-            given["positions"].copy_(position_ids)
-            inputs = {"position_ids": given["positions"], "past_key_values": past_key_values}
-            if given["warm_up"]:  # on a stream of its own, as capture wants it
-                given["warm_up"] -= 1
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    out = model(given["token"], **inputs)
-                torch.cuda.current_stream().wait_stream(side)
-                return out
-            if not result:
-                with torch.cuda.graph(graph):
-                    result["out"] = model(given["token"], **inputs)
-            graph.replay()
-            return result["out"]
-
+        step = captured_step(model)
         got = decode(model, batch, run.new_cache(), step)
     assert torch.equal(got.argmax(-1), expected.argmax(-1))
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
@@ -282,40 +209,11 @@ def test_reduce_overhead_on_a_gpu(method):
 
 
 def test_rows_and_turns(qwen3):
-    """Beams reorder rows, a second turn and pieces of a prompt attend to what is there, a copy
-    goes on by itself, a prompt may be one token."""
     batch = padded_batch()
-    one = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.tensor([[1]])}
-
-    def everything(run):
-        yield generate(qwen3, batch, num_beams=3, max_new_tokens=12)
-        yield generate(qwen3, batch, prefill_chunk_size=5, max_new_tokens=12)
-        yield generate(qwen3, one, max_new_tokens=12)
-        first = generate(qwen3, batch, return_dict_in_generate=True, max_new_tokens=12)
-        yield generate(qwen3, padded_batch(3), max_new_tokens=12)  # does not touch what is returned
-        ids = torch.cat([first.sequences, batch["input_ids"][:, -9:]], 1)
-        mask = torch.ones_like(ids)
-        mask[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"]
-        second = {"input_ids": ids, "attention_mask": mask}
-        copied = copy.deepcopy(first.past_key_values)
-        for cache in (copied, first.past_key_values):
-            yield generate(qwen3, second, past_key_values=cache, max_new_tokens=12)
-        cache = run.new_cache()
-        with torch.no_grad():
-            qwen3(**batch, past_key_values=cache)
-            mask = batch["attention_mask"]
-            for new in ([[0], [1]], [[1], [1]]):  # the first row takes part in the second step only
-                mask = torch.cat([mask, torch.tensor(new)], 1)
-                given = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
-                out = qwen3(torch.full((2, 1), 9), past_key_values=cache, **given)
-                yield out.logits[:, -1][mask[:, -1] > 0]
-            cache.batch_repeat_interleave(2)
-            yield qwen3(torch.full((4, 1), 9), past_key_values=cache).logits
-
     with kvcomp.patch(qwen3, DELTA) as run:
-        expected = list(everything(run))
+        expected = list(turns(qwen3, run, batch))
     with kvcomp.patch(qwen3, DELTA, max_tokens=ROOM) as run:
-        for got, want in zip(everything(run), expected, strict=True):
+        for got, want in zip(turns(qwen3, run, batch), expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 

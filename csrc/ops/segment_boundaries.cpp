@@ -1,4 +1,6 @@
 // Native entry of segment_boundaries: checks, params, implementation.
+#include <cmath>
+
 #include "backend.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
@@ -66,6 +68,8 @@ void segment_boundaries(Backend backend, py::handle similarity_, py::handle leng
   if (H.size < 1) at.fail("starts", "at least one head", H.size);
   if (starts.shape[2] < 2) at.fail("starts", "room for a unit", starts.shape[2]);
   check_size(at, starts, "units", starts.shape[2]);
+  if (std::isnan(cut_below)) at.fail("cut_below", "a number", "nan");
+  if (std::isnan(retrieve_below)) at.fail("retrieve_below", "a number", "nan");
   if (shortest < 1) at.fail("shortest", "at least 1", shortest);
   if (longest < shortest) at.fail("longest", "at least " + std::to_string(shortest), longest);
   if (local < 0) at.fail("local", "at least 0", local);

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.meter import Meter
+from kvcomp.cache.ring import Ring
 
 
 class Policy(Protocol):
@@ -26,6 +27,7 @@ class Policy(Protocol):
     def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]: ...
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor: ...
     def end_step(self, cache: KVCache) -> None: ...
+    def between_steps(self, cache: KVCache) -> None: ...
     def rewind(self, cache: KVCache, columns: int) -> int: ...
 
 
@@ -96,6 +98,10 @@ class KVCache:
             self._logits = q.new_empty(shape, dtype=torch.float32)
         return self._logits
 
+    def ring(self, size: int) -> Ring:
+        """For notes of up to `size` steps, in memory that a method keeps."""
+        return Ring(size)
+
     def require_rotation(self) -> Tensor:
         """`inv_freq`, for methods that cannot do without.
 
@@ -124,6 +130,7 @@ class KVCache:
             self.steps += 1
             self.meter.stepped(self)
             self.method.end_step(self)
+            self.method.between_steps(self)
         return out
 
     def crop(self, count: int) -> None:

@@ -209,6 +209,11 @@ class LayerCache:
         self.slots[name] = self._k.new_zeros(batch, units, capacity, dtype=dtype)
         return self.slots[name]
 
+    def remember(self, name: str, note: Tensor) -> Tensor:
+        """Set `state[name]` to a note that decode steps change in place."""
+        self.state[name] = note
+        return note
+
     def positions(self, units: int) -> Tensor:
         """[B, units, max_len] int32: the place of every kept token among those its row has seen.
 
@@ -249,8 +254,12 @@ class LayerCache:
         free = slot >= self.seq_lens[:, None, None]
         for tensor in self.slots.values():
             tensor[..., shortest : self.max_len].masked_fill_(free, 0)
-        self.max_len = min(self.max_len, longest)
         self._whole = False
+        self._shrink(longest)
+
+    def _shrink(self, longest: int) -> None:
+        """No row has more than `longest` tokens now: memory too large for that goes back."""
+        self.max_len = min(self.max_len, longest)
         if self._most is not None and self.max_len <= self._most[0] < self.capacity - self._most[1]:
             self._resize(sum(self._most))
 

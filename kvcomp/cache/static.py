@@ -1,31 +1,41 @@
 """The static flavour of the cache: memory of a fixed size, lengths that only tensors know.
 
 A decode step then does the same work on the same addresses whatever the lengths, so one compiled
-graph, or one CUDA graph, holds it. What the host must know it counts beside the steps (`seen`), and
-what steps read they count on the device (`StaticMeter`).
+graph, or one CUDA graph, holds it. What the host must know it counts beside the steps (`seen`,
+`steps`), and between two of them it may take tokens out; what steps read they count on the device
+(`StaticMeter`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from kvcomp.cache.kv_cache import KVCache, Policy
 from kvcomp.cache.layer import LayerCache
-from kvcomp.cache.meter import Meter
+from kvcomp.cache.ring import StaticRing
+from kvcomp.cache.static_meter import Sizes, StaticMeter
 
 
 class StaticLayerCache(LayerCache):
-    """K and V of one layer: [B, Hkv, max_tokens, D] each, for methods that let nothing leave.
+    """K and V of one layer: [B, Hkv, capacity, D] each.
 
-    `max_len` is `max_tokens` from the start, and `logical_lens` is `seq_lens`. `reset` keeps the
-    memory for sequences of the same shape, so that addresses outlive a batch.
+    Where nothing leaves, `capacity` is `max_tokens` and `logical_lens` is `seq_lens`. Where a
+    method names a bound (`limit`), it is what the longer of prompt and budget needs, and a window;
+    only a later prompt for which that is too little moves what is kept to larger memory. `max_len`
+    is `capacity` as soon as there are tokens. `reset` keeps the memory for sequences that fit, so
+    that addresses outlive a batch.
     """
 
     cache: StaticKVCache
 
     def __init__(self, cache: StaticKVCache, position: int) -> None:
-        self._slab: tuple[Tensor, ...] | None = None  # k, v and seq_lens, also between sequences
+        # Also between sequences: k, v, seq_lens, and logical_lens where they differ; `remember`.
+        self._slab: tuple[Tensor, ...] | None = None
+        self._remembered: dict[str, Tensor] = {}
         super().__init__(cache, position)
 
     def reset(self) -> None:
@@ -33,16 +43,43 @@ class StaticLayerCache(LayerCache):
         self.max_len = self.cache.max_tokens
         self._uniform = False  # as far as the host knows
 
+    def limit(self, budget: int, window: int) -> None:
+        super().limit(budget, window)
+        if self._k is not None:
+            self._fit(budget)
+
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Add n tokens to every row, as `LayerCache.append`; the caller has checked the room."""
         self._check(k, v, valid)
+        k, v = k.detach(), v.detach()
         self.first = self.seq_lens is None
         if self.first:
             self._open(k)
-        self.added = self._scatter(k.detach(), v.detach(), valid)
+        elif self._most is not None and k.shape[2] > 1:
+            self._fit(int(self.seq_lens.max()) + k.shape[2])
+        if self._copies > 1:
+            k, v = (x.repeat_interleave(self._copies, 1) for x in (k, v))
+        self.added = self._scatter(k, v, valid)
         self.seq_lens.add_(self.added)
+        if self.logical_lens is not self.seq_lens:
+            self.logical_lens.add_(self.added)
         if self.position == 0:
             self.cache.columns.add_(k.shape[2])
+
+    def repeat_heads(self, heads: int) -> None:
+        if heads == self._k.shape[1]:  # the memory is from sequences that had them repeated
+            return
+        super().repeat_heads(heads)
+        self._bind((self._k, self._v, *self._slab[2:]))
+
+    def remember(self, name: str, note: Tensor) -> Tensor:
+        """As `LayerCache.remember`, in the memory of the last sequences, if it fits."""
+        have = self._remembered.get(name)
+        if have is not None and (have.shape, have.device) == (note.shape, note.device):
+            note = have.copy_(note)
+        self._remembered[name] = note
+        torch._dynamo.mark_static_address(note, guard=False)
+        return super().remember(name, note)
 
     def select(self, rows: Tensor) -> None:
         """Rows become `rows` ([B'] int64 indices), in place where their number stays the same."""
@@ -50,35 +87,63 @@ class StaticLayerCache(LayerCache):
             return
         rows = rows.to(self._k.device)
         if len(rows) == len(self.seq_lens):
-            for tensor in self._slab:
+            placed = [] if self._placed is None else [self._placed]
+            for tensor in (*self._slab, *self.state.values(), *self.slots.values(), *placed):
                 tensor.copy_(tensor[rows])
-        else:
-            self._bind(tuple(tensor[rows] for tensor in self._slab))
+            return
+        self._bind(tuple(tensor[rows] for tensor in self._slab))
+        self.slots = {name: tensor[rows] for name, tensor in self.slots.items()}
         self.state = {name: tensor[rows] for name, tensor in self.state.items()}
+        for name in self._remembered.keys() & self.state.keys():
+            self.remember(name, self.state[name])
+        if self._placed is not None:
+            self._placed = self._placed[rows]
 
     def shows(self, mask: Tensor) -> bool:
         """By the number of tokens of each row: where they stood, a static cache does not keep."""
-        return torch.equal(mask.sum(1).int(), self.seq_lens.to(mask.device))
+        return torch.equal(mask.sum(1).int(), self.logical_lens.to(mask.device))
 
     def _open(self, k: Tensor) -> None:
         """The first tokens of new sequences come in: memory of the last ones, if it fits."""
-        shape = torch.Size((*k.shape[:2], self.max_len, k.shape[3]))
-        have = self._slab and (self._slab[0].shape, self._slab[0].dtype, self._slab[0].device)
-        if have != (shape, k.dtype, k.device):
-            self._slab = None  # before there is more
+        slab, room = self._slab, self._room(k.shape[2])
+        if slab is not None:
+            self._copies = slab[0].shape[1] // k.shape[1]
+        batch, heads, _, dim = k.shape
+        heads *= self._copies
+        have = slab and (*slab[0].shape[:2], slab[0].shape[3], slab[0].dtype, slab[0].device)
+        if have != (batch, heads, dim, k.dtype, k.device) or slab[0].shape[2] < room:
+            slab = self._slab = None  # before there is more
             # Zeros, because a mask does not stop the NaN that memory never written may hold.
-            lens = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
-            self._slab = k.new_zeros(shape), k.new_zeros(shape), lens
-        self._bind(self._slab)
-        self.seq_lens.zero_()
-        self.token_bytes = self.slot_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
+            lens = torch.zeros(batch, dtype=torch.int32, device=k.device)
+            both = (lens,) if self._most is None else (lens, lens.clone())
+            slab = *(k.new_zeros(batch, heads, room, dim) for _ in range(2)), *both
+        self._bind(slab)
+        for lens in slab[2:]:
+            lens.zero_()
+        self.token_bytes = 2 * k.shape[1] * dim * k.element_size()
+        self.slot_bytes = self.token_bytes * self._copies
         if self.position == 0:
             self.cache.open(k.device)
 
+    def _room(self, longest: int) -> int:
+        """Slots that rows of up to `longest` tokens need until some leave."""
+        if self._most is None:
+            return self.cache.max_tokens
+        budget, window = self._most
+        return min(max(longest, budget) + window, self.cache.max_tokens)
+
+    def _fit(self, longest: int) -> None:
+        if (room := self._room(longest)) > self.capacity:
+            self._resize(room)
+            self._bind((self._k, self._v, *self._slab[2:]))
+
+    def _shrink(self, longest: int) -> None:
+        """Memory stays, and so does `max_len`."""
+
     def _bind(self, slab: tuple[Tensor, ...]) -> None:
         self._slab = slab
-        self._k, self._v, self.seq_lens = slab
-        self.logical_lens = self.seq_lens
+        self._k, self._v, self.seq_lens = slab[:3]
+        self.logical_lens, self.max_len = slab[-1], self.capacity
         for tensor in slab:
             torch._dynamo.mark_static_address(tensor, guard=False)
 
@@ -87,10 +152,12 @@ class StaticKVCache(KVCache):
     """The layers of one batch, with room for `max_tokens` columns (padding included).
 
     Attributes:
-        max_tokens: columns that there may be, and capacity of each row.
+        max_tokens: columns that there may be.
         columns: [] int64, columns seen, on the device.
         seen: the same on the host: exact after a prompt, and at least that many later. Steps that
-            run without the host, such as those of a graph that is replayed, are not in it.
+            run without the host, such as those of a graph that is replayed, are not in it, unless
+            `step` is around them; methods that let tokens leave need it there.
+        sizes: what a token takes, see `StaticMeter`.
     """
 
     layer_class = StaticLayerCache
@@ -101,6 +168,8 @@ class StaticKVCache(KVCache):
     ) -> None:
         self.max_tokens = max_tokens
         self.columns = torch.zeros((), dtype=torch.int64)
+        self.sizes: Sizes = (0, 0, 0)
+        self._ring: StaticRing | None = None  # also between sequences
         super().__init__(method, num_layers, meter)
 
     def reset(self) -> None:
@@ -130,9 +199,28 @@ class StaticKVCache(KVCache):
                 f" patch(max_tokens={self.max_tokens}) made room for no more"
             )
         self.seen += count
+        for layer in self.layers:
+            layer.columns = self.seen
+
+    def leave(self) -> None:
+        """A decode step is over: what the host decides between two of them."""
+        self.steps += 1
+        self.method.between_steps(self)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a decode step for which nobody else calls `enter` and `leave`."""
+        self.enter(1)
+        yield
+        self.leave()
+
+    def ring(self, size: int) -> StaticRing:
+        if self._ring is None or self._ring.row.device != self.columns.device:
+            self._ring = StaticRing(size, self.columns.device)
+        return self._ring
 
     def logits_for(self, layer: LayerCache, q: Tensor) -> Tensor:
-        """Room for the logits of a decode step, [B, Hq, max_tokens] fp32, out of the graph's own
+        """Room for the logits of a decode step, [B, Hq, capacity] fp32, out of the graph's own
         memory."""
         return q.new_empty(*q.shape[:2], layer.capacity, dtype=torch.float32)
 
@@ -145,59 +233,3 @@ class StaticKVCache(KVCache):
 
     def crop(self, count: int) -> None:
         raise ValueError("kvcomp: crop: a static cache takes no tokens back")
-
-
-class StaticMeter(Meter):
-    """A Meter whose steps count on the device; `settle` brings the figures home.
-
-    Attributes:
-        counts: [4 + layers] int64: steps, longest row summed over steps, rows decoded, tokens
-            that a layer with all would have read, and tokens read by each layer.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(num_layers)
-        self.counts = torch.zeros(4 + num_layers, dtype=torch.int64)
-        self._reads: list[Tensor | None] = [None] * num_layers  # [B] each, of the running step
-
-    def count_on(self, device: torch.device) -> None:
-        """Count there; the address stays the same as long as the device does."""
-        if self.counts.device != device:
-            self.counts = self.counts.to(device)
-        torch._dynamo.mark_static_address(self.counts, guard=False)
-
-    def attended(self, position: int, lens: Tensor) -> None:
-        self._reads[position] = lens
-
-    def stepped(self, cache: KVCache) -> None:
-        """One small reduction for the whole step."""
-        seen = cache.layers[0].seq_lens
-        one = torch.ones_like(seen)
-        rows = torch.stack([one, seen, *self._reads]).sum(1)  # int64
-        self.counts.add_(torch.cat([one[:1].long(), seen.max()[None].long(), rows]))
-        self._reads[:] = [None] * len(self._reads)
-
-    def observe(self, cache: KVCache) -> None:
-        """New tokens are in `cache`, and what another one held is settled."""
-        self.settle()
-        self.token_bytes = [layer.token_bytes for layer in cache.layers]
-        self.slot_bytes = [layer.slot_bytes for layer in cache.layers]
-        self._lens = [(x.seq_lens, x.logical_lens, 0) for x in cache.layers]
-        slots = len(cache.layers[0].seq_lens) * cache.layers[0].capacity
-        self.allocated_bytes = slots * sum(self.slot_bytes)
-        self.settle()
-
-    def settle(self) -> None:
-        """Bring the figures up to date; this waits for the device."""
-        steps, longest, rows, dense, *reads = self.counts.tolist()
-        self.counts.zero_()
-        self.steps += steps
-        self.sum_len += longest * len(reads)
-        self.tokens_decoded += rows
-        self.dense_tokens += dense
-        self.read_tokens = [a + b for a, b in zip(self.read_tokens, reads, strict=True)]
-        if self._lens:
-            lens = self._lens[0][0]
-            self.peak_len = max(self.peak_len, int(lens.max()))
-            used = int(lens.max()) * len(lens) * sum(self.slot_bytes)
-            self.peak_bytes = max(self.peak_bytes, used)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +92,7 @@ def plan(
     name = model_name(model)
     methods = build_methods(method or [], name, budget, settings or [], chunks, inner)
     for option, value in (("bandwidth", bandwidth), ("memory", memory), ("weights", weights)):
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"kvcomp: --{option}: expected a number above 0, got {value:g}")
 
     from transformers import AutoConfig

@@ -60,6 +60,8 @@ def trace(
     sampling = delethink.Sampling(temperature=temperature, top_p=top_p, seed=seed, extra=fields)
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"kvcomp: --url: expected http://... or https://..., got {url!r}")
+    if not timeout > 0:
+        raise ValueError(f"kvcomp: --timeout: expected seconds above 0, got {timeout:g}")
     check_output(log)
     check_output(out)
     wanted = delethink.read_problems(problems)

@@ -8,6 +8,7 @@ what can be seen of the difference is counted as drift.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ class Sampling:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(
                 f"kvcomp.Sampling: temperature: expected at least 0, got {self.temperature}"
             )

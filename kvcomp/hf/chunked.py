@@ -57,7 +57,8 @@ class ChunkedCache(TransformersCache):
         self.prompt_columns = 0  # that `generate` announced
         self._prompt: Tensor | None = None  # [B, columns] ids
         self._mask: Tensor | None = None  # [B, columns] of the prompt; None: no padding
-        self._output: Tensor | None = None  # [B, room] ids
+        self._output: Tensor | None = None  # [B, room] ids, less those that `_forget` took out
+        self._forgotten = 0  # tokens of the output behind the head
         self._next: _NextContext | None = None  # under way, with reset="streaming"
 
     def __deepcopy__(self, memo: dict) -> ChunkedCache:
@@ -179,10 +180,11 @@ class ChunkedCache(TransformersCache):
             )
         if mask is not None and not mask.is_cuda and not bool(mask[:, -1].all()):
             raise ValueError("kvcomp: attention_mask: delethink: a row cannot sit out a step")
-        if self._output is None or self._output.shape[1] == self.produced:
-            room = ids.new_zeros(len(ids), max(1024, self.produced))
+        place = self.produced - self._forgotten
+        if self._output is None or self._output.shape[1] == place:
+            room = ids.new_zeros(len(ids), max(1024, place))
             self._output = room if self._output is None else torch.cat([self._output, room], 1)
-        self._output[:, self.produced] = ids[:, 0]
+        self._output[:, place] = ids[:, 0]
         self.produced += 1
 
     # --- contexts ---------------------------------------------------------------------------------
@@ -192,9 +194,18 @@ class ChunkedCache(TransformersCache):
         parts = [
             self._prompt,
             self._output[:, : chunk.head],
-            self._output[:, chunk.carried : chunk.start],
+            self._output[:, chunk.carried - self._forgotten : chunk.start - self._forgotten],
         ]
         return torch.cat(parts, 1)[:, first:last]
+
+    def _forget(self, chunk: Chunk) -> None:
+        """No context behind that of `chunk` has more of the output before its carry than the head:
+        the others' ids move up, so that these too are bounded."""
+        count = chunk.carried - chunk.head - self._forgotten
+        if count > 0:
+            rest = self._output[:, chunk.head + count :].clone()
+            self._output[:, chunk.head : chunk.head + rest.shape[1]] = rest
+            self._forgotten += count
 
     def _placed(self, first: int, count: int) -> dict[str, Tensor | None]:
         """Mask and positions of columns [first, first + count) of any context: padding comes first
@@ -225,6 +236,7 @@ class ChunkedCache(TransformersCache):
             encoded = following.finish(encode)
             self._set_context(following.cache)
         self.index, self.chunk, self._next = self.index + 1, chunk, None
+        self._forget(chunk)
         self.context.kv.folded = chunk.carried - chunk.head
         meter = self.meter
         meter.reencoded_tokens += encoded * len(self._prompt)

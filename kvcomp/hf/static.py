@@ -2,11 +2,13 @@
 
 The memory is allocated once, lengths are tensors, masks stay outside: a decode step is one graph,
 the same one for every length. `generate` compiles it as it does for transformers' static caches.
+What a method does every so many steps, such as an eviction, the host does between two of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -52,6 +54,11 @@ class StaticCache(Cache):
         self.max_tokens = max_tokens
         super().__init__(config, method, meter)
 
+    def step(self) -> AbstractContextManager[None]:
+        """Around every replay of a graph that the user captured, where tokens may leave: the host
+        counts it, and evicts behind it what is due."""
+        return self.kv.step()
+
     def _new_kv(self, method: Method, num_layers: int, meter: StaticMeter, *_) -> KVCache:
         return StaticKVCache(method, num_layers, meter, self.max_tokens)
 
@@ -62,7 +69,8 @@ class StaticRun(Run):
     `generate` without a cache of the caller's uses one cache again and again, unless it is to
     return it (`return_dict_in_generate`). `new_cache()` allocates another one. One forward runs at
     a time. Steps that run without the host, such as those of a graph that the user captured, are
-    counted, but not timed. Time includes compilation.
+    counted, but not timed; methods that evict need `with cache.step():` around each of them. Time
+    includes compilation.
 
     Raises:
         TypeError, ValueError: as `patch`, and for a method or a model whose steps differ with the
@@ -83,6 +91,7 @@ class StaticRun(Run):
         self._decoding = False  # whether the forward that runs is a decode step
         self._beside = False  # whether `_step` does what the host must do for it
         super().__init__(model, method)
+        self._needs_host = type(method).between_steps is not Method.between_steps
 
     def report(self, layers: bool = False) -> Report:
         self.meter.settle()
@@ -107,8 +116,8 @@ class StaticRun(Run):
     def _refuse(self, first: Cache) -> None:
         if not self.method.static:
             raise ValueError(
-                f"kvcomp.patch: max_tokens: {type(self.method).__name__} decides on the host what"
-                " stays or comes, or keeps what it needs elsewhere, which one graph for all steps"
+                f"kvcomp.patch: max_tokens: {type(self.method).__name__} asks the host within a"
+                " step, or remembers every step in other memory, which one graph for all steps"
                 " cannot hold; leave max_tokens out"
             )
         if not first.all_managed:
@@ -172,10 +181,10 @@ class StaticRun(Run):
             self._check_cache(past_key_values)
             if input_ids.shape[1] > 1 or not past_key_values.kv.seen:  # a prompt
                 return self.model(**given)
-            past_key_values.kv.enter(1)
             self._beside = True
             try:
-                out = compiled(**given)
+                with past_key_values.step():
+                    out = compiled(**given)
             finally:
                 self._beside = False
             self._clock(decoding=True)
@@ -186,6 +195,11 @@ class StaticRun(Run):
     def _before_forward(self, decoder: Any, args: tuple, kwargs: dict) -> Any:
         mask = kwargs.get("attention_mask")
         if torch.compiler.is_compiling():
+            if self._needs_host and not self._beside:
+                raise ValueError(
+                    f"kvcomp: torch.compile: {type(self.method).__name__} evicts between steps, for"
+                    " which a model that is compiled alone has no place; use run.compile()"
+                )
             cache = kwargs.get("past_key_values")
             self._check_cache(cache)
             cache.padding = mask[:, -1:].bool() if isinstance(mask, Tensor) else None
@@ -202,17 +216,25 @@ class StaticRun(Run):
         else:
             padding = None if mask is None else mask[:, -1:].bool()
         decoding = count == 1 and cache.kv.seen > 0
-        if not self._beside:
+        if not self._beside and not self._capturing:
             cache.kv.enter(count)
         self._decoding = decoding
         return padding
 
     def _after_forward(self, decoder: Any, args: Any, output: Any) -> None:
-        if self.current is not None:
-            self.current.padding = None
-            self.current = None
-        if not torch.compiler.is_compiling() and not self._beside:
-            self._clock(self._decoding)
+        cache, self.current = self.current, None
+        if cache is not None:
+            cache.padding = None
+        if torch.compiler.is_compiling() or self._beside or self._capturing:
+            return
+        if self._decoding and output is not None:  # None: the forward has failed
+            cache.kv.leave()
+        self._clock(self._decoding)
+
+    @property
+    def _capturing(self) -> bool:
+        """Whether a graph is being captured: a forward then runs nothing."""
+        return self.model.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def mask(self, *args: Any, q_length: int, attention_mask: Any = None, **kwargs: Any) -> Any:
         """None for decode steps: the cache knows which tokens there are."""

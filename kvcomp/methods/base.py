@@ -14,6 +14,7 @@ from torch import Tensor
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
 from kvcomp.methods.cost import Place, StepBytes
+from kvcomp.methods.fields import check_types
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,7 +32,7 @@ class Method:
         moves_keys: whether it needs to know how keys are rotated (`cache.inv_freq`).
         forks: whether the same sequences may be in two caches at once.
         static: whether a decode step is the same work at all lengths, decided on the device alone,
-            and lets nothing leave; `layer.max_len` is then the capacity of a static cache.
+            up to `between_steps`; `layer.max_len` is then the capacity of a static cache.
     """
 
     name: ClassVar[str]
@@ -48,6 +49,20 @@ class Method:
         if name is not None:  # tools that observe a run are methods too, but not in the tables
             cls.name, cls.baseline = name, baseline
             METHODS[name] = cls
+
+    def __post_init__(self) -> None:
+        """Of a dataclass, which adds what else it expects of its fields.
+
+        Raises:
+            TypeError: a field of another type than its annotation.
+        """
+        check_types(self)
+
+    def _require(self, condition: bool, field: str, expected: str, got: object) -> None:
+        if not condition:
+            raise ValueError(
+                f"kvcomp.{type(self).__name__}: {field}: expected {expected}, got {got}"
+            )
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
@@ -95,7 +110,11 @@ class Method:
         return layer.attend(q, scale)[0]
 
     def end_step(self, cache: KVCache) -> None:
-        """After the last layer of a decode step."""
+        """After the last layer of a decode step, as a part of it."""
+
+    def between_steps(self, cache: KVCache) -> None:
+        """After a decode step, beside the graph where steps are one: what the host decides by
+        counting them (`cache.steps`)."""
 
     def rewind(self, cache: KVCache, columns: int) -> int:
         """Forget all but the first `columns` columns, exactly, as if no others had ever come.

@@ -69,6 +69,8 @@ class Delethink(Method, name="delethink"):
     croppable = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         def require(condition: bool, field: str, expected: str) -> None:
             if not condition:
                 raise ValueError(

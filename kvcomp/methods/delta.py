@@ -61,6 +61,7 @@ class Delta(Method, name="delta"):
     static: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.page_size < 1 or self.recent < 1 or self.warmup < 0:
             raise ValueError(
                 "kvcomp.Delta: expected page_size >= 1, recent >= 1 and warmup >= 0, got"

@@ -49,6 +49,7 @@ class Eviction(Method):
     croppable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = f"kvcomp.{type(self).__name__}"
         if self.unit not in UNITS:
             raise ValueError(f"{name}: unit: expected one of {', '.join(UNITS)}, got {self.unit!r}")
@@ -94,7 +95,7 @@ class Eviction(Method):
             layer.repeat_heads(q.shape[1])
         if not state.decoding:
             layer.state["prompt_lens"] = layer.logical_lens.clone()
-            state.prompt = layer.max_len
+            state.prompt = layer.columns
             layer.limit(self.most_kept(layer.cache), self.window)
 
     def most_kept(self, cache: KVCache) -> int:
@@ -122,7 +123,7 @@ class Eviction(Method):
             return (layer.state["prompt_lens"] + self.num_recent).clamp(min=self.budget)
         return torch.full_like(layer.seq_lens, self.budget)
 
-    def end_step(self, cache: KVCache) -> None:
+    def between_steps(self, cache: KVCache) -> None:
         cache.state.decoding = True
         for layer, filled in zip(cache.layers, cache.state.filled, strict=True):
             bound = max(self.most_kept(cache), filled) + self.window
@@ -133,7 +134,7 @@ class Eviction(Method):
 
     def evict(self, layer: LayerCache) -> None:
         """Cut `layer` down to the budget, in every row that exceeds it."""
-        if layer.max_len <= self.budget:
+        if layer.columns <= self.budget:
             return
         positions = layer.positions(self.num_units(layer))
         scores = self.score(layer)
@@ -190,62 +191,72 @@ class RecurrenceEviction(ObservingEviction):
 
     alpha: float = 1e-4
 
+    static: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.alpha < 1:
             raise ValueError(
                 f"kvcomp.{type(self).__name__}: alpha: expected a probability between 0 and 1,"
                 f" got {self.alpha}"
             )
-        super().__post_init__()
-
-    def start(self, cache: KVCache) -> None:
-        super().start(cache)
-        cache.state.pending = 0  # steps whose bits wait to be replayed
 
     def prefill(self, layer: LayerCache, q: Tensor) -> None:
         super().prefill(layer, q)
+        state, steps = layer.cache.state, layer.cache.steps
         if "last_hit" not in layer.slots:
-            units = self.num_units(layer)
+            units, words = self.num_units(layer), -(-layer.capacity // 32)
             layer.track("last_hit", units)
             layer.track("longest", units)
-            layer.state["hits"] = layer.seq_lens.new_zeros(len(layer.seq_lens), MAX_STEPS, units, 0)
+            hits = layer.seq_lens.new_zeros(len(layer.seq_lens), MAX_STEPS, units, words)
+            layer.remember("hits", hits)
             layer.state["replayed"] = torch.zeros_like(layer.logical_lens)
-            return
-        state = layer.cache.state
-        if state.pending:  # what was seen before these tokens came
+            if layer.position == 0:
+                state.ring = layer.cache.ring(MAX_STEPS)  # of `hits`
+        elif steps > state.replayed:  # what was seen before these tokens came
             self._replay(layer, layer.added)
+        self._hits(layer)
         if layer.position == len(layer.cache.layers) - 1:
-            state.pending = 0
+            self._begin_anew(layer.cache)
 
     def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
-        row = self._hits(layer)[:, layer.cache.state.pending]
-        ops.attention_hits(logits, lse, layer.seq_lens, row, self.alpha)
+        hits, ring = self._hits(layer), layer.cache.state.ring
+        ops.attention_hits(logits, lse, layer.seq_lens, hits, self.alpha, row=ring.row)
 
     def end_step(self, cache: KVCache) -> None:
-        cache.state.pending += 1
-        if cache.state.pending == MAX_STEPS or cache.steps % self.window == 0:
+        cache.state.ring.advance()
+
+    def between_steps(self, cache: KVCache) -> None:
+        pending = cache.steps - cache.state.replayed
+        if pending == MAX_STEPS or cache.steps % self.window == 0:
             for layer in cache.layers:
                 self._replay(layer)
-            cache.state.pending = 0
-        super().end_step(cache)
+            self._begin_anew(cache)
+        super().between_steps(cache)
 
     def _hits(self, layer: LayerCache) -> Tensor:
         """[B, 32, U, words]: a bit for every slot of the slab, which grows and shrinks."""
         hits, words = layer.state["hits"], -(-layer.capacity // 32)
         if hits.shape[3] != words:
-            hits = torch.nn.functional.pad(hits, (0, words - hits.shape[3]))
-            layer.state["hits"] = hits
+            padded = torch.nn.functional.pad(hits, (0, words - hits.shape[3]))
+            hits = layer.remember("hits", padded)
         return hits
 
     def _replay(self, layer: LayerCache, unseen: int | Tensor = 0) -> None:
         """Bring `slots` up to the last step, which came before the `unseen` newest tokens."""
-        state, logical_lens = layer.cache.state, layer.logical_lens - unseen
+        steps, replayed = layer.cache.steps, layer.cache.state.replayed
+        logical_lens = layer.logical_lens - unseen
         ops.recurrence_update(
-            self._hits(layer)[:, : state.pending],
+            self._hits(layer)[:, : steps - replayed],
             layer.slots["last_hit"],
             layer.slots["longest"],
             layer.seq_lens - unseen,
             logical_lens - layer.state["replayed"],
-            layer.cache.steps - state.pending + 1,
+            replayed + 1,
         )
         layer.state["replayed"] = logical_lens
+
+    def _begin_anew(self, cache: KVCache) -> None:
+        """No bits wait to be replayed."""
+        cache.state.replayed = cache.steps  # up to which `slots` know them
+        cache.state.ring.restart()

@@ -63,11 +63,11 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
     h1: str = "paper"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.h1 not in FORMS:
             raise ValueError(
                 f"kvcomp.LazyEviction: h1: expected one of {', '.join(FORMS)}, got {self.h1!r}"
             )
-        super().__post_init__()
 
     @classmethod
     def published(cls, model: str, task: str, **fields: Any) -> Self:

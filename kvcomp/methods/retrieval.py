@@ -65,6 +65,7 @@ class Retrieval(Method):
     forks: ClassVar[bool] = False  # or the prompt would be in host memory twice
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.sinks >= 0, "sinks", "at least 0", self.sinks)
         self._require(self.local >= 1, "local", "at least 1 token", self.local)
         shortest, longest = self.segment
@@ -82,12 +83,12 @@ class Retrieval(Method):
             f"at least sinks + local = {self.sinks + self.local} tokens",
             self.budget,
         )
-
-    def _require(self, condition: bool, field: str, expected: str, got: object) -> None:
-        if not condition:
-            raise ValueError(
-                f"kvcomp.{type(self).__name__}: {field}: expected {expected}, got {got}"
-            )
+        self._require(
+            self.host_limit is None or self.host_limit >= 0,
+            "host_limit",
+            "at least 0 bytes, or None",
+            self.host_limit,
+        )
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

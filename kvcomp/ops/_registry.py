@@ -126,8 +126,8 @@ def _shortcut(dispatched: Callable, op: Op) -> Callable:
 
 
 def raw_stream(tensor: torch.Tensor) -> int:
-    """The current CUDA stream of the tensor's device as an integer; 0 for a CPU tensor."""
-    return 0 if tensor.is_cpu else torch._C._cuda_getCurrentRawStream(tensor.device.index)
+    """The current CUDA stream of the tensor's device as an integer; 0 for a tensor elsewhere."""
+    return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else 0
 
 
 def _checked(check: Callable, run: Callable) -> Callable:

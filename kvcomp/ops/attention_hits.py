@@ -13,7 +13,13 @@ from kvcomp.ops._registry import bind, raw_stream
 
 
 def attention_hits(
-    logits: Tensor, lse: Tensor, seq_lens: Tensor, hits: Tensor, threshold: float
+    logits: Tensor,
+    lse: Tensor,
+    seq_lens: Tensor,
+    hits: Tensor,
+    threshold: float,
+    *,
+    row: int | Tensor | None = None,
 ) -> None:
     """Mark the tokens whose probability reaches `threshold` under any head of a unit.
 
@@ -27,6 +33,8 @@ def attention_hits(
         hits: [B, U, W] int32, written whole: token i is bit i % 32 of word i // 32; 0 past the end
             of a row. W * 32 >= N; B may be strided.
         threshold: probability in (0, 1); LazyEviction's alpha (arXiv 2506.15969).
+        row: hits are [B, R, U, W], the bits of R steps, and hits[:, row] is written: a number, or
+            [1] int64 on the device, as a graph needs it that writes another row at each replay.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout; a threshold outside (0, 1).
@@ -36,7 +44,19 @@ def attention_hits(
             "kvcomp.attention_hits: argument 'threshold': expected a probability between 0 and 1,"
             f" got {threshold}"
         )
-    _op(logits, lse, seq_lens, hits, math.log(threshold))
+    into = hits
+    if isinstance(row, Tensor):
+        if row.shape != (1,) or row.dtype != torch.int64:
+            raise ValueError(
+                "kvcomp.attention_hits: argument 'row': expected a number or a tensor [1] of int64,"
+                f" got {list(row.shape)} of {row.dtype}"
+            )
+        into = hits.new_empty(hits.shape[:1] + hits.shape[2:])
+    elif row is not None:
+        into = hits[:, row]
+    _op(logits, lse, seq_lens, into, math.log(threshold))
+    if isinstance(row, Tensor):
+        hits.index_copy_(1, row, into[:, None])
 
 
 def reference(logits, lse, seq_lens, hits, log_threshold):

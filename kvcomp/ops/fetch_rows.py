@@ -92,7 +92,7 @@ def _read(pool: list[Tensor], row: int, head: int, rows: Tensor, device: torch.d
 
 
 def fake(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks):
-    return seq_lens.new_empty(k.shape[:2])
+    return seq_lens.new_empty(k.shape[:2], dtype=torch.int32)
 
 
 def native(backend: int) -> Callable:

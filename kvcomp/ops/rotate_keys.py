@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
+
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def rotate_keys(k: Tensor, shift: Tensor, inv_freq: Tensor) -> None:
@@ -26,11 +29,21 @@ def rotate_keys(k: Tensor, shift: Tensor, inv_freq: Tensor) -> None:
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout.
     """
-    if shift.is_floating_point():
+    if shift.dtype not in INTEGERS:
         raise TypeError(
             f"kvcomp.rotate_keys: argument 'shift': expected integers, got {shift.dtype}"
         )
+    if not inv_freq.is_floating_point():
+        raise TypeError(
+            "kvcomp.rotate_keys: argument 'inv_freq': expected a floating-point dtype,"
+            f" got {inv_freq.dtype}"
+        )
     for name, tensor in (("shift", shift), ("inv_freq", inv_freq)):
+        if tensor.device != k.device or tensor.layout != torch.strided:
+            raise ValueError(
+                f"kvcomp.rotate_keys: argument '{name}': expected a dense tensor on the device of"
+                f" 'k', {k.device}, got {tensor.layout} on {tensor.device}"
+            )
         if tensor.ndim != 1:
             raise ValueError(
                 f"kvcomp.rotate_keys: argument '{name}': expected one dimension,"

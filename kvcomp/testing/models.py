@@ -80,8 +80,17 @@ ARCHITECTURES: dict[str, dict] = {
     },
 }
 
-# The same, for architectures that only show a refusal.
-OTHERS: dict[str, dict] = {"diffllama": {}}
+# The same, for architectures that show one thing only.
+OTHERS: dict[str, dict] = {
+    "diffllama": {},  # attends twice
+    "gemma4_text": {  # sliding layers with heads of another size
+        **_HYBRID,
+        "global_head_dim": 64,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 128,
+        "hidden_size_per_layer_input": 16,
+    },
+}
 
 # model type -> why a method cannot decode it exactly, as the refusal says it
 REFUSED = {

@@ -30,9 +30,9 @@ class PagedRetrieval(Retrieval):
     page_size: int = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.page_size >= 1, "page_size", "at least 1 token", self.page_size)
         object.__setattr__(self, "segment", (self.page_size, self.page_size))
-        super().__post_init__()
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

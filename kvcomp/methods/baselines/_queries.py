@@ -27,12 +27,12 @@ class LastQueries(Eviction):
     recent: int = 8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.recent < 1:
             raise ValueError(
                 f"kvcomp.{type(self).__name__}: recent: expected at least 1 token, got"
                 f" {self.recent}"
             )
-        super().__post_init__()
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

@@ -35,6 +35,9 @@ class SharedTokens(Method):
     selecting: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = self.dense_layers
+        self._require(layers >= 0, "dense_layers", "at least 0", layers)
         if not 1 <= self.num_recent <= self.budget:
             raise ValueError(
                 f"kvcomp.{type(self).__name__}: recent: expected 1 to budget={self.budget} tokens,"

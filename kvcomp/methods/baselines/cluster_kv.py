@@ -41,10 +41,10 @@ class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
     output_cluster: int = 40
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.output_window >= 1, "output_window", "at least 1", self.output_window)
         self._require(self.output_cluster >= 1, "output_cluster", "at least 1", self.output_cluster)
         object.__setattr__(self, "segment", (self.output_window, self.output_window))
-        super().__post_init__()
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

@@ -29,6 +29,10 @@ class H2O(ObservingEviction, name="h2o", baseline=True):
 
     recent: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.num_recent >= 0, "recent", "at least 0 tokens, or None", self.recent)
+
     @property
     def num_recent(self) -> int:
         return self.budget // 2 if self.recent is None else self.recent

@@ -9,7 +9,7 @@ partition to a ratio; the last two partitions, which have no score yet, stay.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,8 +34,12 @@ class LagKV(Eviction, name="lagkv", baseline=True):
     partition: int = 128
     sinks: int = 4
 
+    static: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._require(self.partition >= 1, "partition", "at least 1 token", self.partition)
+        self._require(self.sinks >= 0, "sinks", "at least 0 tokens", self.sinks)
         if self.budget < self.sinks + self.num_recent:
             raise ValueError(
                 "kvcomp.LagKV: budget: expected at least sinks + 2 * partition - 1 ="

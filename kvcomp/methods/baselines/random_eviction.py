@@ -32,6 +32,10 @@ class RandomEviction(Eviction, name="random-eviction", baseline=True):
     recent: int = 32
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.recent >= 0, "recent", "at least 0 tokens", self.recent)
+
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
         """Evicts at every step; an eighth of the budget for the newest tokens."""

@@ -42,6 +42,7 @@ class RandomPages(Method, name="random-pages", baseline=True):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.page_size < 1 or self.budget % self.page_size:
             raise ValueError(
                 f"kvcomp.RandomPages: budget: expected a multiple of page_size={self.page_size},"

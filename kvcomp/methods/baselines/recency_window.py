@@ -6,6 +6,7 @@ The plain sliding window: what every score must beat.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,6 +19,8 @@ class RecencyWindow(Eviction, name="recency-window", baseline=True):
     """Score: the position."""
 
     unit: str = "layer"
+
+    static: ClassVar[bool] = True
 
     def score(self, layer: LayerCache) -> Tensor:
         return layer.positions(self.num_units(layer)).float()

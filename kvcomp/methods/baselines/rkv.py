@@ -31,6 +31,12 @@ class RKV(LastQueries, name="r-kv", baseline=True):
     trade_off: float = 0.1
     similar: float = 0.5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.kernel >= 1, "kernel", "at least 1 token", self.kernel)
+        self._require(0 <= self.trade_off <= 1, "trade_off", "0 to 1", self.trade_off)
+        self._require(-1 <= self.similar <= 1, "similar", "a cosine, -1 to 1", self.similar)
+
     def score(self, layer: LayerCache) -> Tensor:
         importance = self.importance(layer, self.kernel)
         return self.trade_off * importance - (1 - self.trade_off) * self.redundancy(layer)

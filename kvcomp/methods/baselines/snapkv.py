@@ -26,5 +26,9 @@ class SnapKV(LastQueries, name="snapkv", baseline=True):
 
     kernel: int = 7
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.kernel >= 1, "kernel", "at least 1 token", self.kernel)
+
     def score(self, layer: LayerCache) -> Tensor:
         return self.importance(layer, self.kernel)

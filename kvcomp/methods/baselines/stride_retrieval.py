@@ -31,9 +31,9 @@ class StrideRetrieval(ClusteredRetrieval, name="stride-retrieval", baseline=True
     stride: int = 10
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._require(self.stride >= 1, "stride", "at least 1 step", self.stride)
         object.__setattr__(self, "segment", (self.stride, self.stride))
-        super().__post_init__()
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

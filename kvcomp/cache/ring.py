@@ -1,0 +1,41 @@
+"""Rings: where steps leave notes, row after row, until the host has read them and begins anew."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Ring:
+    """The row of the running step, which the host knows.
+
+    Attributes:
+        row: 0 at first, below `size`.
+    """
+
+    row: int | Tensor
+
+    def __init__(self, size: int) -> None:
+        self.size, self.row = size, 0
+
+    def advance(self) -> None:
+        """A step is over."""
+        self.row = (self.row + 1) % self.size
+
+    def restart(self) -> None:
+        """The next step writes the first row."""
+        self.row = 0
+
+
+class StaticRing(Ring):
+    """The row is [1] int64 on a device, at one address, so that steps of one graph count it up."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.row = size, torch.zeros(1, dtype=torch.int64, device=device)
+        torch._dynamo.mark_static_address(self.row, guard=False)
+
+    def advance(self) -> None:
+        self.row.add_(1).remainder_(self.size)
+
+    def restart(self) -> None:
+        self.row.zero_()

@@ -1,0 +1,99 @@
+"""StaticMeter: counts on the device, for steps that run without the host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvcomp.cache.meter import Meter
+
+if TYPE_CHECKING:
+    from kvcomp.cache.kv_cache import KVCache
+    from kvcomp.cache.layer import LayerCache
+
+Sizes = tuple[int, int, int]  # bytes by token of the longest row: K and V, notes; notes on rows
+
+
+class StaticMeter(Meter):
+    """A Meter whose steps count on the device; `settle` brings the figures home.
+
+    Attributes:
+        counts: [4 + layers] int64: steps, longest row summed over steps, rows decoded, tokens
+            that a layer with all would have read, and tokens read by each layer.
+        peaks: [3] int64: longest row, and the most bytes of K and V and of notes; up to date
+            before tokens leave, and once settled.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(num_layers)
+        self.counts = torch.zeros(4 + num_layers, dtype=torch.int64)
+        self.peaks = torch.zeros(3, dtype=torch.int64)
+        self._reads: list[Tensor | None] = [None] * num_layers  # [B] each, of the running step
+        self._held: tuple[Tensor, Sizes] | None = None  # seq_lens [B] of the latest cache
+
+    def count_on(self, device: torch.device) -> None:
+        """Count there; the address stays the same as long as the device does."""
+        if self.counts.device != device:
+            self.counts = self.counts.to(device)
+        torch._dynamo.mark_static_address(self.counts, guard=False)
+
+    def attended(self, position: int, lens: Tensor) -> None:
+        self._reads[position] = lens
+
+    def stepped(self, cache: KVCache) -> None:
+        """One small reduction for the whole step; all layers keep equally many tokens."""
+        kept, seen = cache.layers[0].seq_lens, cache.layers[0].logical_lens
+        one = torch.ones_like(seen)
+        rows = torch.stack([one, seen, *self._reads]).sum(1)  # int64
+        self.counts.add_(torch.cat([one[:1].long(), kept.max()[None].long(), rows]))
+        self._reads[:] = [None] * len(self._reads)
+
+    def evicting(self, layer: LayerCache, kept_lens: Tensor) -> None:
+        cache = layer.cache
+        if layer.position == 0:  # there are never more than now
+            self._look(layer.seq_lens, cache.sizes)
+        super().evicting(layer, kept_lens)
+        if layer.position == len(cache.layers) - 1:  # which may have noted positions for this
+            self._hold(cache)
+
+    def observe(self, cache: KVCache) -> None:
+        """New tokens are in `cache`, and what another one held is settled."""
+        self.settle()
+        self.token_bytes = [layer.token_bytes for layer in cache.layers]
+        self.slot_bytes = [layer.slot_bytes for layer in cache.layers]
+        self._lens = [(x.seq_lens, x.logical_lens, 0) for x in cache.layers]
+        slots = len(cache.layers[0].seq_lens) * cache.layers[0].capacity
+        self.allocated_bytes = slots * sum(self.slot_bytes)
+        self._hold(cache)
+        self.settle()
+
+    def settle(self) -> None:
+        """Bring the figures up to date; this waits for the device."""
+        steps, longest, rows, dense, *reads = self.counts.tolist()
+        self.counts.zero_()
+        self.steps += steps
+        self.sum_len += longest * len(reads)
+        self.tokens_decoded += rows
+        self.dense_tokens += dense
+        self.read_tokens = [a + b for a, b in zip(self.read_tokens, reads, strict=True)]
+        if self._held is not None:
+            self._look(*self._held)
+        self.peak_len, self.peak_bytes, self.peak_note_bytes = self.peaks.tolist()
+
+    def _hold(self, cache: KVCache) -> None:
+        rows = len(cache.layers[0].seq_lens)
+        cache.sizes = (
+            rows * sum(layer.slot_bytes for layer in cache.layers),
+            rows * sum(layer.note_bytes for layer in cache.layers),
+            sum(note.nbytes for layer in cache.layers for note in layer.state.values()),
+        )
+        self._held = cache.layers[0].seq_lens, cache.sizes
+
+    def _look(self, lens: Tensor, sizes: Sizes) -> None:
+        """Perhaps the longest row has never been as long as now; waits for nothing."""
+        longest = lens.max().long()
+        slots, notes, rows = sizes
+        now = torch.stack([longest, longest * slots, longest * notes + rows])
+        self.peaks = torch.maximum(self.peaks.to(now.device), now)

@@ -1,0 +1,70 @@
+"""Whether the fields of a method are of the types that it says: 2.5 pages fail where they are asked
+for, and not in a kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from functools import cache
+from numbers import Integral, Real
+from typing import Any
+
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+
+
+def check_types(method: Any) -> None:
+    """Raise TypeError for the first field whose value is of another type than its annotation.
+
+    Looked at are numbers, strings, flags, tuples of them, and None; other annotations fit anything.
+    """
+    for name, hint in _hints(type(method)).items():
+        value = getattr(method, name)
+        if not _fits(value, hint):
+            raise TypeError(
+                f"kvcomp.{type(method).__name__}: {name}: expected {_words(hint)}, got {value!r}"
+            )
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    try:
+        hints = typing.get_type_hints(cls)
+    except NameError:  # one that is imported for type checkers only
+        return {}
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is type(None):
+        return value is None
+    if _is_union(hint):
+        return any(_fits(value, each) for each in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        of, *others = typing.get_args(hint)
+        return (
+            isinstance(value, (tuple, list))
+            and (others == [...] or len(value) == len(others) + 1)
+            and all(_fits(each, of) for each in value)
+        )
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return hint is not str or isinstance(value, str)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _words(hint: Any) -> str:
+    if hint is type(None):
+        return "None"
+    if _is_union(hint):
+        return " or ".join(_words(each) for each in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        of, *others = typing.get_args(hint)
+        many = "several" if others == [...] else len(others) + 1
+        return f"a tuple of {many}, each {_words(of)}"
+    return WORDS[hint]

@@ -1,0 +1,62 @@
+"""Ops: every tensor of every op with another dtype, on another device, and with a row too few."""
+
+import inspect
+
+import torch
+
+from bad_input import Bad
+from bad_input import op_calls as good
+from bad_input.op_calls import Call
+from kvcomp import ops
+
+CALLS = {
+    "attention_hits": good.hits,
+    "compact_kv": good.compact,
+    "decode_attention": good.attention,
+    "fetch_rows": good.fetch,
+    "kmeans": good.cluster,
+    "merge_states": good.merge,
+    "page_scores": good.scores,
+    "query_similarity": good.similarity,
+    "recurrence_update": good.recurrence,
+    "rotate_keys": good.rotate,
+    "segment_boundaries": good.cut,
+    "select_pages": good.select,
+    "select_units": good.best_units,
+    "select_victims": good.victims,
+    "store_segments": good.store,
+    "unit_scores": good.unit_worth,
+}
+ROWLESS = {"inv_freq"}  # the same for all rows
+
+
+def changed(op, name, change):
+    """The good call of an op with one argument changed."""
+
+    def make():
+        arguments = arguments_of(op)
+        arguments[name] = change(arguments[name])
+        return Call(getattr(ops, op), **arguments)
+
+    return make
+
+
+def arguments_of(op):
+    call = CALLS[op]()
+    return dict(inspect.signature(getattr(ops, op)).bind(*call.args, **call.named).arguments)
+
+
+def rows_of(op):
+    tensors = [name for name, value in arguments_of(op).items() if isinstance(value, torch.Tensor)]
+    for name in tensors:
+        named = rf"^kvcomp\.{op}: argument '{name}'"
+        for dtype in (torch.bool, torch.complex64):
+            yield Bad(changed(op, name, lambda x, t=dtype: x.to(t)), named, TypeError)
+        if name != tensors[0]:  # on that depends who is asked: the meta device has its own answer
+            there = rf"{named}: expected .*got torch.strided on meta"
+            yield Bad(changed(op, name, lambda x: x.to("meta")), there)
+        if name not in ROWLESS:  # one of them is short of rows, or has one too many
+            yield Bad(changed(op, name, lambda x: x[:1]), rf"^kvcomp\.{op}: argument '\w+'")
+
+
+ROWS = [row for op in CALLS for row in rows_of(op)]

@@ -1,0 +1,174 @@
+"""A good call of each op, of which a row replaces some arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bad_input import Attempt, bits
+from kvcomp import ops
+
+B, HQ, HKV, T, D = 2, 8, 2, 40, 64
+
+
+class Call(Attempt):
+    """A call that is about to be made; none of its tensors may change if it fails."""
+
+    def __init__(self, op: Callable, *args: Any, **named: Any) -> None:
+        self.args, self.named = args, named
+        tensors = [*args, *named.values()]
+        super().__init__(run=lambda: op(*args, **named), state=lambda: bits(tensors))
+
+
+def attention(**changes):
+    """A good call of decode_attention, with some arguments replaced."""
+    args = {
+        "q": torch.randn(B, HQ, D),
+        "k": torch.randn(B, HKV, T, D),
+        "v": torch.randn(B, HKV, T, D),
+        "seq_lens": torch.full((B,), T, dtype=torch.int32),
+        **changes,
+    }
+    return Call(ops.decode_attention, **args)
+
+
+def paged(page_ids, page_size=16, **changes):
+    lens = torch.full((B,), 16, dtype=torch.int32)
+    return attention(page_ids=page_ids, page_size=page_size, **{"seq_lens": lens, **changes})
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def merge(**changes):
+    args = {"out_a": torch.randn(B, HQ, D), "lse_a": torch.randn(B, HQ)}
+    args |= {"out_b": torch.randn(B, HQ, D), "lse_b": torch.randn(B, HQ), **changes}
+    return Call(ops.merge_states, **args)
+
+
+def scores(page_size=16, num_groups=1, reduction="max", **changes):
+    args = {"logits": torch.randn(B, HQ, T), "lse": torch.randn(B, HQ), "seq_lens": ints(T, T)}
+    args |= changes
+    return Call(
+        ops.page_scores, *args.values(), page_size, num_groups=num_groups, reduction=reduction
+    )
+
+
+def select(page_size=16, num_pages=2, **changes):
+    counts = {name: changes.pop(name) for name in ("num_recent", "num_sink") if name in changes}
+    args = {"scores": torch.rand(B, 1, 3), "seq_lens": ints(T, T), **changes}
+    return Call(ops.select_pages, *args.values(), page_size, num_pages, **counts)
+
+
+def hits(threshold=0.01, **changes):
+    args = {"logits": torch.randn(B, HQ, T), "lse": torch.randn(B, HQ), "seq_lens": ints(T, T)}
+    args |= {"hits": torch.zeros(B, HKV, 2, dtype=torch.int32), **changes}
+    return Call(ops.attention_hits, *args.values(), threshold)
+
+
+def recurrence(first_step=7, **changes):
+    args = {"hits": torch.zeros(B, 3, HKV, 2, dtype=torch.int32)}
+    args |= {name: torch.zeros(B, HKV, T, dtype=torch.int32) for name in ("last_hit", "longest")}
+    args |= {"seq_lens": ints(T, T), "born": ints(3, 3), **changes}
+    return Call(ops.recurrence_update, *args.values(), first_step)
+
+
+def victims(num_victims=10, num_recent=5, **changes):
+    args = {"scores": torch.rand(B, HKV, T)}
+    args |= {"positions": torch.arange(T, dtype=torch.int32).expand(B, HKV, T)}
+    args |= {"seq_lens": ints(T, T), "kept_lens": ints(T - 10, T), **changes}
+    return Call(ops.select_victims, *args.values(), num_victims, num_recent=num_recent)
+
+
+def compact(**changes):
+    args = {"k": torch.randn(B, HKV, T, D), "v": torch.randn(B, HKV, T, D)}
+    args |= {"state": [torch.zeros(B, HKV, T, dtype=torch.int32), torch.zeros(B, HKV, T)]}
+    args |= {"victims": gone([1, 5, -1], [0, 39, -1]), "seq_lens": ints(T, T), **changes}
+    return Call(ops.compact_kv, *args.values())
+
+
+def gone(*units):
+    """Victims [B, U, V]: in row 0 these, in row 1 none."""
+    victims = torch.full((B, len(units), len(units[0])), -1, dtype=torch.int32)
+    victims[0] = torch.tensor(units)
+    return victims
+
+
+def rotate(**changes):
+    args = {"k": torch.randn(B, HKV, T, D), "shift": torch.tensor([-3, 5])}
+    args |= {"inv_freq": torch.rand(D // 2), **changes}
+    return Call(ops.rotate_keys, *args.values())
+
+
+U, R, K = 6, 50, 12  # units, rows of the pool, wanted rows
+
+
+def cluster(cluster_size=4, window=16, iterations=2, **changes):
+    args = {"keys": torch.randn(B, HKV, T, D), "first": ints(0, 3), "last": ints(T, 3), **changes}
+    numbers = {"cluster_size": cluster_size, "window": window, "iterations": iterations}
+    return Call(ops.kmeans, *args.values(), **numbers)
+
+
+def similarity(**changes):
+    args = {"q": torch.randn(B, HQ, D), "previous": torch.randn(B, HQ, D), **changes}
+    return Call(ops.query_similarity, *args.values())
+
+
+def bounds():
+    """Unit u holds tokens [5 u, 5 u + 5)."""
+    return torch.arange(0, 5 * U + 1, 5, dtype=torch.int32).expand(B, HKV, U + 1).clone()
+
+
+def cut(shortest=2, longest=8, local=4, cut_below=0.5, retrieve_below=0.5, **changes):
+    args = {"similarity": torch.zeros(B), "lengths": ints(14, 19), "starts": bounds()}
+    args |= {"num_units": ints(2, 3), "num_indexed": ints(1, 3), **changes}
+    numbers = {"shortest": shortest, "longest": longest, "local": local}
+    numbers |= {"cut_below": cut_below, "retrieve_below": retrieve_below}
+    return Call(ops.segment_boundaries, *args.values(), **numbers)
+
+
+def pool(*rows, dim=D, **options):
+    return [torch.randn(B, HKV, n, 2, dim, **options) for n in rows]
+
+
+def held():
+    """Slot t holds row t."""
+    return torch.arange(T, dtype=torch.int32).expand(B, HKV, T).clone()
+
+
+def store(**changes):
+    args = {"k": torch.randn(B, HKV, T, D), "v": torch.randn(B, HKV, T, D)}
+    args |= {"slot_rows": held(), "seq_lens": ints(T, T), "starts": bounds()}
+    args |= {"num_units": ints(3, 0), "closed": ints(5, 0), "pool": pool(R - 9, 9)}
+    args |= {"centroids": torch.zeros(B, HKV, U, D), **changes}
+    return Call(ops.store_segments, *args.values())
+
+
+def unit_worth(**changes):
+    args = {"q": torch.randn(B, HQ, D), "centroids": torch.randn(B, HKV, U, D)}
+    args |= {"starts": bounds(), "num_indexed": ints(U, 0), "active": ints(1, 1), **changes}
+    return Call(ops.unit_scores, *args.values())
+
+
+def best_units(budget=9, **changes):
+    args = {"scores": torch.rand(B, HKV, U), "starts": bounds(), "num_indexed": ints(U, 0)}
+    args |= {"active": ints(1, 1), **changes}
+    return Call(ops.select_units, *args.values(), budget)
+
+
+def want(*heads):
+    """Wanted rows [B, H, K]: in row 0 these of each head."""
+    rows = torch.full((B, HKV, K), -1, dtype=torch.int32)
+    for head, listed in enumerate(heads):
+        rows[0, head, : len(listed)] = ints(*listed)
+    return rows
+
+
+def fetch(num_sinks=2, **changes):
+    args = {"k": torch.randn(B, HKV, T, D), "v": torch.randn(B, HKV, T, D)}
+    args |= {"slot_rows": held(), "seq_lens": ints(30, T), "rows": want([3, 7, 24], [2, 8, 9])}
+    args |= {"first_local": ints(25, 1), "active": ints(1, 0), "pool": pool(R - 9, 9), **changes}
+    return Call(ops.fetch_rows, *args.values(), num_sinks=num_sinks)
