@@ -1,6 +1,6 @@
 """One picture of what the methods save: the time of a token, memory, and what it costs in accuracy.
 
-Drawn by `reproduce.py --plots`, from three of the stored results.
+Drawn by `reproduce.py --plots`, from two of the stored results.
 """
 
 from __future__ import annotations
@@ -11,67 +11,69 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from accuracy.summary import summarize
+from accuracy.summary import Summary, summarize
 from drawing import COLORS, by, legend, plt
 
-OURS = dict(
-    zip(("delta", "lazy-eviction", "louis-kv", "delethink"), COLORS, strict=False), full="#555555"
-)
-STOCK = "#111111"
-NAMES = {"hf dynamic": "transformers, default cache", "full": "full: dense attention, our kernels"}
+METHODS = ("delethink", "delta", "lazy-eviction", "louis-kv")  # coloured as in the study's charts
+LINES = {**dict(zip(METHODS, COLORS, strict=False)), "full": "#666666", "hf dynamic": "#111111"}
+NAMES = {"full": "full: dense attention", "hf dynamic": "transformers, its default cache"}
 
 
 def overview(stored: Path) -> Figure:
-    figure, (time, memory, accuracy) = plt.subplots(1, 3, figsize=(11, 3.7))
+    figure, (time, memory, accuracy) = plt.subplots(1, 3, figsize=(12, 3.8))
     figure.set_layout_engine("constrained")
+    study = _rows(stored / "accuracy-study.json")
     _time(time, _rows(stored / "decode.json"))
-    _memory(memory, _rows(stored / "long-run.json"))
-    _accuracy(accuracy, _rows(stored / "accuracy-study.json"))
+    _memory(memory, study)
+    _accuracy(accuracy, study)
     legend(figure)
     return figure
 
 
 def _time(axis: Axes, rows: list[dict]) -> None:
-    axis.set_title("Time: ms per token, the shape of Qwen3-0.6B", loc="left")
+    axis.set_title("ms per token (shape of Qwen3-0.6B)", loc="left")
     for name, points in by(rows, "name").items():
-        if name in OURS or name == "hf dynamic":
+        if name in LINES:
             x, y = [r["tokens"] for r in points], [r["ms"] for r in points]
-            axis.plot(x, y, "-o", ms=4, lw=2, color=OURS.get(name, STOCK), label=NAMES.get(name, name))
+            axis.plot(x, y, "-o", ms=4, lw=2, color=LINES[name], label=NAMES.get(name, name))
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
-    axis.set_xticks([r["tokens"] for r in points], [f"{r['tokens'] // 1024}K" for r in points])
-    axis.set_yticks([200, 500, 1000, 2000, 5000], ["200", "500", "1000", "2000", "5000"])
+    axis.set_xticks(x, [f"{tokens // 1024}K" for tokens in x])
+    ticks = (200, 500, 1000, 2000, 5000)
+    axis.set_yticks(ticks, map(str, ticks))
     axis.minorticks_off()
     axis.set_xlabel("tokens of context")
 
 
 def _memory(axis: Axes, rows: list[dict]) -> None:
-    axis.set_title("Memory: MB of K and V on the device", loc="left")
-    for name, points in by(rows, "method").items():
-        x, y = [r["tokens"] / 1000 for r in points], [r["held"] / 1e6 for r in points]
-        axis.plot(x, y, lw=2, ls="--" if name == "delta" else "-", color=OURS[name])
-    axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("thousands of tokens decoded by the reasoner")
+    axis.set_title("MiB of K and V on the device (the reasoner)", loc="left")
+    traced = [r for r in rows if r["method"] in LINES and not r["reason"] and r["trace"]]
+    bounds = sorted({(r["bound_bytes"], r["bound"]) for r in traced if r["bound_bytes"]})
+    middle = bounds[len(bounds) // 2][1]
+    for row in traced:
+        if row["method"] == "full" or row["bound"] == middle:
+            tokens, held = zip(*row["trace"], strict=True)
+            style = "--" if row["method"] == "delta" else "-"  # it lies upon full
+            axis.plot(tokens, [b / 2**20 for b in held], style, lw=2, color=LINES[row["method"]])
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel(f"tokens decoded; bound: {middle} of all")
 
 
 def _accuracy(axis: Axes, rows: list[dict]) -> None:
-    axis.set_title("Accuracy: steps of the reasoner that are right, %", loc="left")
-    lines: dict[str, list] = {}
+    axis.set_title("% of the steps right (the reasoner)", loc="left")
+    lines: dict[str, list[Summary]] = {}
     for summary in summarize(rows):
         if summary.reason is None and not (summary.keeps_all and summary.baseline):
             lines.setdefault(summary.method, []).append(summary)
-    whole = max(s.peak_bytes for points in lines.values() for s in points)
-    grey = "baselines: windows, random, H2O, R-KV, TOVA, SnapKV, ..."
+    label: str | None = "baselines"
     for name, points in lines.items():
         points = sorted(points, key=lambda s: s.attended)
         x, y = [100 * s.attended for s in points], [100 * s.score.mean for s in points]
-        if name in OURS:
-            axis.plot(x, y, "-o", ms=5, lw=2, color=OURS[name], zorder=3)
-        else:
-            axis.plot(x, y, "-", lw=0.9, color="#BBBBBB", label=grey)
-            grey = None
-    assert whole
+        if name in METHODS:
+            axis.plot(x, y, "-o", ms=5, lw=2, color=LINES[name], zorder=3)
+        elif name != "full":
+            axis.plot(x, y, lw=0.9, color="#BBBBBB", label=label)
+            label = None
     axis.set_xlabel("tokens attended, % of dense attention")
 
 

@@ -321,11 +321,11 @@ def plot(path: Path, out: Path) -> list[Path]:
         for chart in CHARTS[kind]:
             for name, figure in chart(content["meta"], content["rows"]):
                 written.append(out / f"{path.stem}-{name}.png")
-                _save(figure, written[-1])
+                save(figure, written[-1])
     return written
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """As a PNG of 256 colours, half of the size."""
     pixels = io.BytesIO()
     figure.savefig(pixels)

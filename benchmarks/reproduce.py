@@ -24,7 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from plot import CHARTS, plot
+from drawing import STYLE, plt
+from overview import overview
+from plot import CHARTS, plot, save
 
 HERE = Path(__file__).parent
 PAGES = [HERE.parent / "README.md", *(HERE.parent / "docs").glob("*.md")]
@@ -96,7 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*chosen, sep="\n")
         return 0
     if options.plots:
-        print(*(chart for r in chosen if r.has_charts for chart in redraw(r)), sep="\n")
+        drawn = [chart for result in chosen if result.has_charts for chart in redraw(result)]
+        with plt.rc_context(STYLE):
+            save(overview(STORED), STORED / "overview.png")
+        print(*drawn, STORED / "overview.png", sep="\n")
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     for result in chosen:
