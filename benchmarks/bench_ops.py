@@ -37,6 +37,7 @@ BENCHMARKS = {
     "merge_states": attention.bench_merge_states,
     "page_scores": pages.bench_page_scores,
     "select_pages": pages.bench_select_pages,
+    "attend_and_select": pages.bench_attend_and_select,
     "attention_hits": eviction.bench_attention_hits,
     "recurrence_update": eviction.bench_recurrence_update,
     "select_victims": eviction.bench_select_victims,

@@ -29,6 +29,13 @@ namespace py = pybind11;
 namespace kvcomp {
 
 // One declaration per op; the definitions are csrc/ops/<op>.cpp.
+void attend_and_select(Backend backend, py::handle q, py::handle k, py::handle v,
+                       py::handle seq_lens, py::handle page_ids, py::handle logits, py::handle out,
+                       py::handle lse, py::handle scores, py::handle selected_ids,
+                       py::handle selected_lens, std::int64_t page_size, double scale,
+                       std::int64_t num_groups, bool use_max, std::int64_t num_recent,
+                       std::int64_t num_sink, py::handle partial_out, py::handle partial_lse,
+                       std::int64_t split_size, py::handle arrived, std::uintptr_t stream);
 void attention_hits(Backend backend, py::handle logits, py::handle lse, py::handle seq_lens,
                     py::handle hits, double log_threshold, std::uintptr_t stream);
 void compact_kv(Backend backend, py::handle k, py::handle v, py::handle state, py::handle victims,
@@ -116,6 +123,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
 
   // Ops, in the order of kvcomp/ops/__init__.py:
+  m.def("attend_and_select", &attend_and_select);
   m.def("attention_hits", &attention_hits);
   m.def("compact_kv", &compact_kv);
   m.def("decode_attention", &decode_attention);

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from kvcomp.ops import OPS
+from kvcomp.ops.attend_and_select import in_turn
+from kvcomp.testing.case import attention_inputs, ints
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
@@ -145,3 +147,35 @@ def test_every_road_of_select_pages(num_pages, kind):
             op.impl("cuda-host")(scores, *args), op.reference(scores.double(), *args), strict=True
         ):
             assert torch.equal(got, want), (recent, sink, free)
+
+
+@pytest.mark.parametrize(
+    "lens, heads, kv_heads, slots, page_size, dtype",
+    [
+        ([1], 1, 1, 1, 1, torch.float32),  # one page of one token
+        ([0, 255], 4, 2, 256, 16, torch.float16),  # one split
+        ([601, 300, 16, 0], 6, 2, 601, 16, torch.bfloat16),  # several
+        ([300, 133], 20, 1, 300, 1, torch.float16),  # more heads than a tile of the attention has
+        ([130], 34, 17, 130, 32, torch.float32),  # and more than the merge has blocks
+        ([1101, 100], 3, 1, 1101, 1050, torch.bfloat16),  # pages beyond a tile of scores
+        ([n % 41 for n in range(45)], 2, 1, 41, 4, torch.float32),
+        ([0, 0], 2, 1, 0, 16, torch.float32),  # no slots at all
+    ],
+)
+def test_attend_and_select_is_its_three_parts(
+    lens, heads, kv_heads, slots, page_size, dtype, poisoned_outputs
+):
+    """Bit for bit, whichever block comes last: each launch takes the blocks in another order."""
+    fused = OPS["attend_and_select"].impl("cuda-host")
+    parts = ("decode_attention", "page_scores", "select_pages")
+    one_by_one = in_turn(*(OPS[name].impl("cuda-host") for name in parts))
+    q, k, v = attention_inputs(len(lens), heads, kv_heads, slots, 32, dtype)
+    pages = -(-slots // page_size)
+    for groups, use_max, count in (1, True, pages // 3 + 1), (kv_heads, False, pages + 2):
+        args = q, k, v, ints(lens), None, page_size, count, 0.125
+        written = torch.full((4, len(lens), heads, slots + 4), torch.nan)
+        want = *one_by_one(*args, written[3], groups, use_max, 1, 0), written[3]
+        for logits in written[:3]:
+            got = *fused(*args, logits, groups, use_max, 1, 0), logits
+            for mine, theirs in zip(got, want, strict=True):
+                assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))

@@ -102,6 +102,21 @@ def select_pages(draw):
     return scores, lens, size, count, recent, draw.int(0, count - recent)
 
 
+def attend_and_select(draw):
+    *inputs, page_ids, size, scale, _ = decode_attention(draw)
+    q, k = inputs[:2]
+    if page_ids is None:
+        size, room = draw.of(st.sampled_from([1, 4, 16, 32])), k.shape[2]
+    else:  # no holes, whose logits an op may leave alone
+        page_ids, room = page_ids.clamp(min=0), page_ids.shape[-1] * size
+    logits = torch.full((*q.shape[:2], room + draw.int(0, 9)), torch.nan)
+    count = draw.int(1, room // size + 3)
+    recent = draw.int(1, count)
+    groups = draw.of(st.sampled_from([1, k.shape[1]]))
+    rest = groups, draw.of(st.booleans()), recent, draw.int(0, count - recent)
+    return *inputs, page_ids, size, count, scale, logits, *rest
+
+
 def attention_hits(draw):
     units = draw.int(1, 3)
     logits, lse, lens = draw.logits(draw.int(1, 3), units * draw.int(1, 5), draw.int(1, 400))
@@ -161,8 +176,9 @@ def freed(args):
 
 def unattended(args):
     """decode_attention leaves the logits past a row's end, and of holes, alone or at -inf."""
-    if args[7] is not None:
-        args[7][~args[7].isfinite()] = 0
+    logits = args[8] if len(args) > 8 else args[7]
+    if logits is not None:
+        logits[~logits.isfinite()] = 0
 
 
 def rotate_keys(draw):
@@ -203,6 +219,7 @@ INPUTS = {  # op -> how its arguments are drawn, which of them it writes, what t
     "merge_states": (merge_states, (), None),
     "page_scores": (page_scores, (), None),
     "select_pages": (select_pages, (), None),
+    "attend_and_select": (attend_and_select, (8,), unattended),
     "attention_hits": (attention_hits, (3,), None),
     "recurrence_update": (recurrence_update, (1, 2), None),
     "select_victims": (select_victims, (), None),

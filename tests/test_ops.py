@@ -66,6 +66,16 @@ def test_kmeans_takes_no_wrong_turn_in_many_iterations():
 
 # The public functions take by keyword, or in other terms, what the schema has by position.
 CALLS = {
+    "attend_and_select": lambda op, *args: op(
+        *(*args[:4], *args[5:7]),
+        page_ids=args[4],
+        scale=args[7],
+        logits=args[8],
+        num_groups=args[9],
+        reduction="max" if args[10] else "sum",
+        num_recent=args[11],
+        num_sink=args[12],
+    ),
     "attention_hits": lambda op, logits, lse, lens, hits, log_threshold: op(
         logits, lse, lens, hits, math.exp(log_threshold)
     ),

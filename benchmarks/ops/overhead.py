@@ -50,6 +50,7 @@ def _tiny_calls(device: str) -> dict[str, Callable]:
         "merge_states": lambda: ops.merge_states(q, lse, q, lse),
         "page_scores": lambda: ops.page_scores(scores, lse, eight, 4),
         "select_pages": lambda: ops.select_pages(scores, eight, 1, 4),
+        "attend_and_select": lambda: ops.attend_and_select(q, k, k, one, 1, 1, logits=lse[None]),
         "attention_hits": lambda: ops.attention_hits(scores, lse, eight, marks, 0.5),
         "recurrence_update": lambda: ops.recurrence_update(
             marks[:, None], marks, slots, eight, none, 1

@@ -1,4 +1,4 @@
-"""page_scores and select_pages."""
+"""page_scores, select_pages, and both with the attention before them: attend_and_select."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvcomp.ops import OPS
+from kvcomp.ops.attend_and_select import in_turn
 from kvcomp.testing.bench import Row
-from kvcomp.testing.contest import Settings, measure
-from ops.common import PAGE, PEAK, plain_contenders
+from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations, measure
+from ops.common import DTYPES, PAGE, PEAK, calling, plain_contenders
 
 RECENT = 8  # pages, DELTA's default
 
@@ -60,3 +62,51 @@ def _candidates(total: int, count: int, page_size: int, recent: int, device: str
     scores = (torch.randn(1, 1, total, device=device) * PEAK).exp()  # a few large, a long tail
     lens = torch.full((1,), total * page_size, dtype=torch.int32, device=device)
     return scores, lens, page_size, count, recent, 0
+
+
+def bench_attend_and_select(options: argparse.Namespace, run: Settings) -> Iterator[list[Row]]:
+    """One call, against the three ops that it stands for. Cold, as decode_attention."""
+    heads, kv_heads, dim = options.shape[0]
+    for tokens in options.tokens:
+        for dtype in options.dtype:
+            kv_bytes = 2 * kv_heads * tokens * dim * DTYPES[dtype].itemsize
+            moved = kv_bytes + 8 * heads * tokens + 4 * tokens // PAGE
+            sets = [
+                _attended(heads, kv_heads, dim, tokens, options.budget, DTYPES[dtype], run.device)
+                for _ in range(run.num_sets(moved))
+            ]
+            shape = f"B=1 {heads}/{kv_heads}x{dim} n={tokens} page={PAGE}"
+            contenders = list(_fused_and_in_turn(sets[0], moved, kv_bytes, run))
+            yield measure("attend_and_select", shape, dtype, sets, contenders, run)
+
+
+def _attended(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    tokens: int,
+    budget: int,
+    dtype: torch.dtype,
+    device: str,
+) -> tuple:
+    q = (torch.randn(1, heads, dim, device=device) * PEAK).to(dtype)
+    k, v = (torch.randn(1, kv_heads, tokens, dim, dtype=dtype, device=device) for _ in "kv")
+    lens = torch.full((1,), tokens, dtype=torch.int32, device=device)
+    logits = torch.empty(1, heads, tokens, device=device)
+    count = max(1, min(budget, tokens) // PAGE)
+    rest = 1, True, min(RECENT, count), 0
+    return q, k, v, lens, None, PAGE, count, dim**-0.5, logits, *rest
+
+
+def _fused_and_in_turn(
+    args: tuple, moved: int, kv_bytes: int, run: Settings
+) -> Iterator[Contender]:
+    op = OPS["attend_and_select"]
+    # Two pages of all but equal score may change places when rounded.
+    expected = Expected(op.reference, args, ids_may_differ=0.02)
+    for name in implementations("attend_and_select", run.device, kv_bytes):
+        parts = [OPS[x].impls[name] for x in ("decode_attention", "page_scores", "select_pages")]
+        apart = Contender(name, calling(in_turn(*parts)), moved, "in turn", expected)
+        against = (Against("in-turn", apart.key),)
+        yield apart
+        yield Contender(name, calling(op.impls[name]), moved, "", expected, against=against)

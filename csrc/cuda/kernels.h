@@ -7,6 +7,7 @@
 
 namespace kvcomp::cuda {
 
+void attend_and_select(const AttendAndSelectParams& params, int device, std::uintptr_t stream);
 void attention_hits(const AttentionHitsParams& params, int device, std::uintptr_t stream);
 void compact_kv(const CompactKvParams& params, int device, std::uintptr_t stream);
 void decode_attention(const DecodeAttentionParams& params, int device, std::uintptr_t stream);

@@ -5,6 +5,7 @@
 
 namespace kvcomp::cuda_host {
 
+void attend_and_select(const AttendAndSelectParams& params);
 void attention_hits(const AttentionHitsParams& params);
 void compact_kv(const CompactKvParams& params);
 void decode_attention(const DecodeAttentionParams& params);

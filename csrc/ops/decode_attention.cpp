@@ -9,6 +9,7 @@
 #include "cuda/kernels.h"
 #include "cuda_host/kernels.h"
 #include "ops/checks.h"
+#include "ops/selection.h"
 #include "tensor.h"
 
 namespace kvcomp {
@@ -51,12 +52,13 @@ void check_values(const Boundary& at, const DecodeAttentionParams& p) {
 
 }  // namespace
 
-void decode_attention(Backend backend, py::handle q_, py::handle k_, py::handle v_,
-                      py::handle seq_lens_, py::handle page_ids_, py::handle logits_,
-                      py::handle out_, py::handle lse_, std::int64_t page_size, double scale,
-                      py::handle partial_out_, py::handle partial_lse_, std::int64_t split_size,
-                      std::uintptr_t stream) {
-  const Boundary at{"decode_attention"};
+DecodeAttentionParams decode_attention_params(const Boundary& at, Backend backend, py::handle q_,
+                                              py::handle k_, py::handle v_, py::handle seq_lens_,
+                                              py::handle page_ids_, py::handle logits_,
+                                              py::handle out_, py::handle lse_,
+                                              std::int64_t page_size, double scale,
+                                              py::handle partial_out_, py::handle partial_lse_,
+                                              std::int64_t split_size) {
   const TensorView q = at.tensor("q", q_), k = at.tensor("k", k_), v = at.tensor("v", v_);
   const TensorView seq_lens = at.tensor("seq_lens", seq_lens_);
   const std::optional<TensorView> page_ids = at.optional("page_ids", page_ids_);
@@ -105,7 +107,6 @@ void decode_attention(Backend backend, py::handle q_, py::handle k_, py::handle 
       at.fail("logits", "room for " + std::to_string(positions) + " tokens", logits->shape[2]);
     }
   }
-  if (backend == Backend::check) return;
 
   const TensorView out = at.tensor("out", out_), lse = at.tensor("lse", lse_);
   at.device(backend, {&q, &out, &lse});
@@ -129,7 +130,8 @@ void decode_attention(Backend backend, py::handle q_, py::handle k_, py::handle 
     at.contiguous(*partial_out);
     at.contiguous(*partial_lse);
   }
-  if (backend != Backend::cpu && S.size * split_size < positions) {
+  const bool in_splits = backend == Backend::cuda || backend == Backend::cuda_host;
+  if (in_splits && S.size * split_size < positions) {
     at.fail("split_size", "splits of all " + std::to_string(positions) + " positions", split_size);
   }
 
@@ -145,6 +147,7 @@ void decode_attention(Backend backend, py::handle q_, py::handle k_, py::handle 
       .logits = logits ? logits->as<float>() : nullptr,
       .partial_out = partial_out ? partial_out->as<float>() : nullptr,
       .partial_lse = partial_lse ? partial_lse->as<float>() : nullptr,
+      .arrived = nullptr,
       .stride_q_b = q.strides[0],
       .stride_q_h = q.strides[1],
       .stride_k_b = k.strides[0],
@@ -168,16 +171,29 @@ void decode_attention(Backend backend, py::handle q_, py::handle k_, py::handle 
       .split_size = static_cast<std::int32_t>(split_size),
       .scale = static_cast<float>(scale),
   };
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::decode_attention(params, q.device.index, stream);
-    return;
-  }
+  if (!readable(backend)) return params;
   // An empty list has no memory, so it would pass for no list; with lengths of 0 that is the same.
   if (page_ids && K.size == 0) check_seq_lens(at, params.seq_lens, B.size, "K * page_size", 0);
   check_values(at, params);
-  if (backend == Backend::cuda_host) return cuda_host::decode_attention(params);
-  const py::gil_scoped_release_simple released;
-  cpu::decode_attention(params);
+  return params;
+}
+
+void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
+                      py::handle seq_lens, py::handle page_ids, py::handle logits, py::handle out,
+                      py::handle lse, std::int64_t page_size, double scale, py::handle partial_out,
+                      py::handle partial_lse, std::int64_t split_size, std::uintptr_t stream) {
+  const Boundary at{"decode_attention"};
+  const DecodeAttentionParams params =
+      decode_attention_params(at, backend, q, k, v, seq_lens, page_ids, logits, out, lse, page_size,
+                              scale, partial_out, partial_lse, split_size);
+  if (backend == Backend::cuda) {
+    if constexpr (kWithCuda) cuda::decode_attention(params, at.tensor("q", q).device.index, stream);
+  } else if (backend == Backend::cuda_host) {
+    cuda_host::decode_attention(params);
+  } else if (backend == Backend::cpu) {
+    const py::gil_scoped_release_simple released;
+    cpu::decode_attention(params);
+  }
 }
 
 }  // namespace kvcomp

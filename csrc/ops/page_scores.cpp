@@ -7,18 +7,15 @@
 #include "cuda/kernels.h"
 #include "cuda_host/kernels.h"
 #include "ops/checks.h"
+#include "ops/selection.h"
 #include "tensor.h"
 
 namespace kvcomp {
 
-void page_scores(Backend backend, py::handle logits_, py::handle lse_, py::handle seq_lens_,
-                 py::handle out_, std::int64_t page_size, std::int64_t num_groups, bool use_max,
-                 std::uintptr_t stream) {
-  const Boundary at{"page_scores"};
-  const TensorView logits = at.tensor("logits", logits_);
-  const TensorView lse = at.tensor("lse", lse_);
-  const TensorView seq_lens = at.tensor("seq_lens", seq_lens_);
-  const TensorView out = at.tensor("out", out_);
+PageScoresParams page_scores_params(const Boundary& at, Backend backend, const TensorView& logits,
+                                    const TensorView& lse, const TensorView& seq_lens,
+                                    const TensorView& out, std::int64_t page_size,
+                                    std::int64_t num_groups, bool use_max) {
   at.device(backend, {&logits, &lse, &seq_lens, &out});
   at.dtype(logits, {DType::f32});
   at.dtype(lse, {DType::f32});
@@ -43,9 +40,11 @@ void page_scores(Backend backend, py::handle logits_, py::handle lse_, py::handl
   page_size = std::min(page_size, std::max<std::int64_t>(N.size, 1));  // one page is one page
   const std::int64_t num_pages = (N.size + page_size - 1) / page_size;
   at.shape(out, {B, num_groups, num_pages});
-  if (backend == Backend::check) return;
 
-  const PageScoresParams params{
+  if (readable(backend)) {
+    check_seq_lens(at, seq_lens.as<std::int32_t>(), B.size, "N", N.size);
+  }
+  return PageScoresParams{
       .logits = logits.as<float>(),
       .lse = lse.as<float>(),
       .seq_lens = seq_lens.as<std::int32_t>(),
@@ -60,14 +59,21 @@ void page_scores(Backend backend, py::handle logits_, py::handle lse_, py::handl
       .page_size = static_cast<std::int32_t>(page_size),
       .use_max = use_max,
   };
+}
+
+void page_scores(Backend backend, py::handle logits_, py::handle lse, py::handle seq_lens,
+                 py::handle out, std::int64_t page_size, std::int64_t num_groups, bool use_max,
+                 std::uintptr_t stream) {
+  const Boundary at{"page_scores"};
+  const TensorView logits = at.tensor("logits", logits_);
+  const PageScoresParams params = page_scores_params(
+      at, backend, logits, at.tensor("lse", lse), at.tensor("seq_lens", seq_lens),
+      at.tensor("out", out), page_size, num_groups, use_max);
   if (backend == Backend::cuda) {
     if constexpr (kWithCuda) cuda::page_scores(params, logits.device.index, stream);
-    return;
-  }
-  check_seq_lens(at, params.seq_lens, B.size, "N", N.size);
-  if (backend == Backend::cuda_host) {
+  } else if (backend == Backend::cuda_host) {
     cuda_host::page_scores(params);
-  } else {
+  } else if (backend == Backend::cpu) {
     cpu::page_scores(params);
   }
 }

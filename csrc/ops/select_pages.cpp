@@ -6,18 +6,16 @@
 #include "cuda/kernels.h"
 #include "cuda_host/kernels.h"
 #include "ops/checks.h"
+#include "ops/selection.h"
 #include "tensor.h"
 
 namespace kvcomp {
 
-void select_pages(Backend backend, py::handle scores_, py::handle seq_lens_, py::handle page_ids_,
-                  py::handle selected_lens_, std::int64_t page_size, std::int64_t num_recent,
-                  std::int64_t num_sink, std::uintptr_t stream) {
-  const Boundary at{"select_pages"};
-  const TensorView scores = at.tensor("scores", scores_);
-  const TensorView seq_lens = at.tensor("seq_lens", seq_lens_);
-  const TensorView page_ids = at.tensor("page_ids", page_ids_);
-  at.device(backend, {&scores, &seq_lens, &page_ids});
+SelectPagesParams select_pages_params(const Boundary& at, Backend backend, const TensorView& scores,
+                                      const TensorView& seq_lens, const TensorView& page_ids,
+                                      const TensorView& selected_lens, std::int64_t page_size,
+                                      std::int64_t num_recent, std::int64_t num_sink) {
+  at.device(backend, {&scores, &seq_lens, &page_ids, &selected_lens});
   at.dtype(scores, {DType::f32});
   at.dtype(seq_lens, {DType::i32});
   at.dtype(page_ids, {DType::i32});
@@ -41,14 +39,13 @@ void select_pages(Backend backend, py::handle scores_, py::handle seq_lens_, py:
             K.size);
   }
   if (P.size > kMax / 2 || K.size > kMax / 2) at.fail("scores", "fewer pages", P.size);
-  if (backend == Backend::check) return;
-
-  const TensorView selected_lens = at.tensor("selected_lens", selected_lens_);
-  at.device(backend, {&scores, &selected_lens});
   at.dtype(selected_lens, {DType::i32});
   at.shape(selected_lens, {B});
   at.contiguous(selected_lens);
-  const SelectPagesParams params{
+  if (readable(backend)) {
+    check_seq_lens(at, seq_lens.as<std::int32_t>(), B.size, "P * page_size", P.size * page_size);
+  }
+  return SelectPagesParams{
       .scores = scores.as<float>(),
       .seq_lens = seq_lens.as<std::int32_t>(),
       .page_ids = page_ids.as<std::int32_t>(),
@@ -63,14 +60,21 @@ void select_pages(Backend backend, py::handle scores_, py::handle seq_lens_, py:
       .num_recent = static_cast<std::int32_t>(num_recent),
       .num_sink = static_cast<std::int32_t>(num_sink),
   };
+}
+
+void select_pages(Backend backend, py::handle scores_, py::handle seq_lens, py::handle page_ids,
+                  py::handle selected_lens, std::int64_t page_size, std::int64_t num_recent,
+                  std::int64_t num_sink, std::uintptr_t stream) {
+  const Boundary at{"select_pages"};
+  const TensorView scores = at.tensor("scores", scores_);
+  const SelectPagesParams params = select_pages_params(
+      at, backend, scores, at.tensor("seq_lens", seq_lens), at.tensor("page_ids", page_ids),
+      at.tensor("selected_lens", selected_lens), page_size, num_recent, num_sink);
   if (backend == Backend::cuda) {
     if constexpr (kWithCuda) cuda::select_pages(params, scores.device.index, stream);
-    return;
-  }
-  check_seq_lens(at, params.seq_lens, B.size, "P * page_size", P.size * page_size);
-  if (backend == Backend::cuda_host) {
+  } else if (backend == Backend::cuda_host) {
     cuda_host::select_pages(params);
-  } else {
+  } else if (backend == Backend::cpu) {
     cpu::select_pages(params);
   }
 }

@@ -8,7 +8,7 @@ tokens never enter the slab, so the rows of a batch are ragged, and no kernel ev
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -193,6 +193,16 @@ class LayerCache:
             scale=scale,
             logits=logits,
         )
+
+    def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
+        """`attend_and_select` over this layer, counted; `selection` is passed on.
+
+        Returns:
+            out [B, Hq, D], lse [B, Hq], scores, selected_ids and selected_lens.
+        """
+        self.cache.meter.attended(self.position, self.seq_lens)
+        keys, values = self.keys, self.values
+        return ops.attend_and_select(q, keys, values, self.seq_lens, scale=scale, **selection)
 
     def repeat_heads(self, heads: int) -> None:
         """Keep a copy of K and V for each of `heads` query heads, as sets per query head need.

@@ -174,11 +174,15 @@ class Delta(Method, name="delta"):
         if layer.position not in state.planners:
             return layer.attend(q, scale)[0]
         logits = layer.cache.logits_for(layer, q)
+        chosen = {"num_pages": self.num_pages, "num_recent": self.recent}
+        if self.group is None:
+            out, _, _, *state.pages = layer.attend_and_select(
+                q, scale, logits=logits, page_size=self.page_size, **chosen
+            )
+            return out
         out, lse = layer.attend(q, scale, logits=logits)
         scores = self.score(logits[:, :, : layer.max_len], lse, layer.seq_lens)
-        state.pages = ops.select_pages(
-            scores, layer.seq_lens, self.page_size, self.num_pages, num_recent=self.recent
-        )
+        state.pages = ops.select_pages(scores, layer.seq_lens, self.page_size, **chosen)
         return out
 
     def end_step(self, cache: KVCache) -> None:

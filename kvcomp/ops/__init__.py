@@ -5,6 +5,7 @@ size, P pages. K and V are [B, Hkv, T, D] with any strides on B, Hkv and T, and 
 """
 
 from kvcomp.ops._registry import OPS
+from kvcomp.ops.attend_and_select import attend_and_select
 from kvcomp.ops.attention_hits import attention_hits
 from kvcomp.ops.compact_kv import compact_kv
 from kvcomp.ops.decode_attention import decode_attention
@@ -24,6 +25,7 @@ from kvcomp.ops.unit_scores import unit_scores
 
 __all__ = [
     "OPS",
+    "attend_and_select",
     "attention_hits",
     "compact_kv",
     "decode_attention",

@@ -95,14 +95,9 @@ def native(backend: int) -> Callable:
 
     def run(q, k, v, seq_lens, page_ids, page_size, scale, logits):
         out, lse = fake(q, k, v, seq_lens, page_ids, page_size, scale, logits)
-        partial_out = partial_lse = None
-        size = 0
+        partial_out, partial_lse, size = None, None, 0
         if in_splits:
-            positions = k.shape[2] if page_ids is None else page_ids.shape[2] * page_size
-            splits, size = plan(q, k.shape[1], positions)
-            if splits > 1:
-                partial_out = lse.new_empty(*out.shape[:2], splits, out.shape[2])
-                partial_lse = lse.new_empty(*lse.shape, splits)
+            partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
         _C.decode_attention(
             backend,
             q,
@@ -123,6 +118,18 @@ def native(backend: int) -> Callable:
         return out, lse
 
     return run
+
+
+def partials(
+    q: Tensor, k: Tensor, lse: Tensor, page_ids: Tensor | None, page_size: int
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Room for out and lse of the CUDA kernel's splits, None where it makes but one; their size."""
+    positions = k.shape[2] if page_ids is None else page_ids.shape[2] * page_size
+    splits, size = plan(q, k.shape[1], positions)
+    if splits == 1:
+        return None, None, size
+    partial_lse = lse.new_empty(*lse.shape, splits)
+    return lse.new_empty(*partial_lse.shape, q.shape[2]), partial_lse, size
 
 
 def plan(q: Tensor, num_kv_heads: int, positions: int) -> tuple[int, int]:

@@ -42,12 +42,17 @@ def page_scores(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout, an unknown reduction.
     """
+    use_max = is_max("page_scores", reduction)
+    return _op(logits, lse, seq_lens, page_size, num_groups, use_max)
+
+
+def is_max(op: str, reduction: str) -> bool:
+    """Whether `reduction` is "max"; ValueError where it is not "sum" either."""
     if reduction not in REDUCTIONS:
         raise ValueError(
-            f"kvcomp.page_scores: argument 'reduction': expected one of {REDUCTIONS},"
-            f" got {reduction!r}"
+            f"kvcomp.{op}: argument 'reduction': expected one of {REDUCTIONS}, got {reduction!r}"
         )
-    return _op(logits, lse, seq_lens, page_size, num_groups, reduction == "max")
+    return reduction == "max"
 
 
 def reference(logits, lse, seq_lens, page_size, num_groups, use_max):

@@ -16,6 +16,7 @@ from kvcomp.testing.case import (
     Case,
     attention_inputs,
     generator_for,
+    ints,
     kv_cache,
     on,
 )
@@ -185,6 +186,55 @@ def _select_pages_cases() -> list[Case]:
         build("tokens", 1, 2, [513], 1, 100, recent=8, sink=4),
         build("long", 1, 1, [65536], 16, 128, recent=8),
         build("many-pages-tied", 1, 2, [4999], 1, 4000, recent=3, sink=1, ties=True),
+    ]
+
+
+def _attend_and_select_cases() -> list[Case]:
+    def build(
+        name,
+        lens,
+        heads,
+        kv_heads,
+        slots,
+        dim,
+        page_size,
+        count,
+        recent=1,
+        sink=0,
+        groups=1,
+        use_max=True,
+        layout="head",
+        listed=0,
+    ):
+        def make(dtype, device):
+            batch = len(lens)
+            q, k, v = attention_inputs(batch, heads, kv_heads, slots, dim, dtype, layout)
+            page_ids, room = None, slots
+            if listed:  # a block table, the pages in any order
+                order = torch.rand(batch, 1, slots // page_size, generator=generator_for(name))
+                page_ids, room = order.argsort(-1)[..., :listed].int(), listed * page_size
+            logits = torch.full((batch, heads, room + 4), torch.nan)
+            choice = groups, use_max, recent, sink
+            return on(
+                *(device, q, k, v, ints(lens), page_ids, page_size, count, dim**-0.5, logits),
+                *choice,
+            )
+
+        return Case("attend_and_select", name, make, HALF_AND_FULL, mutates=(8,), blank=unattended)
+
+    def unattended(args):
+        args[8][~args[8].isfinite()] = 0  # left alone or -inf
+
+    return [
+        build("one-token", [1], 1, 1, 1, 64, 16, 1),
+        build("one-page", [5, 0, 9], 4, 2, 9, 32, 16, 3),
+        build("one-split", [103, 17], 8, 2, 103, 64, 16, 3, recent=2),
+        build("splits", [601, 300], 6, 2, 601, 64, 16, 9, recent=3, sink=2),
+        build("fits", [90, 31, 0], 4, 4, 96, 80, 16, 8, recent=8),
+        build("sets-by-mass", [301, 9], 6, 2, 301, 32, 4, 20, 2, groups=2, use_max=False),
+        build("tokens", [290, 133], 20, 1, 290, 64, 1, 90, recent=8, sink=4, layout="token"),
+        build("table", [150, 77], 8, 2, 320, 64, 16, 6, listed=10),
+        build("many-heads", [100], 18, 6, 100, 128, 32, 2, layout="slab"),
     ]
 
 
@@ -361,6 +411,7 @@ def _rotate_keys_cases() -> list[Case]:
 
 
 CASES: list[Case] = [
+    *_attend_and_select_cases(),
     *_attention_hits_cases(),
     *_compact_kv_cases(),
     *_decode_attention_cases(),

@@ -63,6 +63,11 @@ def select(page_size=16, num_pages=2, **changes):
     return Call(ops.select_pages, *args.values(), page_size, num_pages, **counts)
 
 
+def attend_and_select(page_size=16, num_pages=2, **changes):
+    args = attention().named | {"logits": torch.zeros(B, HQ, T), **changes}
+    return Call(ops.attend_and_select, **args, page_size=page_size, num_pages=num_pages)
+
+
 def hits(threshold=0.01, **changes):
     args = {"logits": torch.randn(B, HQ, T), "lse": torch.randn(B, HQ), "seq_lens": ints(T, T)}
     args |= {"hits": torch.zeros(B, HKV, 2, dtype=torch.int32), **changes}

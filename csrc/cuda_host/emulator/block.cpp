@@ -6,6 +6,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -134,6 +135,25 @@ void release_barrier() {
   shared_memory::order_block();
 }
 
+// Which block has its turn when: in ascending, descending and mixed order, launch by launch.
+struct Order {
+  const std::uint64_t count;
+  std::uint64_t step = 1, first = 0;
+
+  explicit Order(std::uint64_t num_blocks) : count(num_blocks) {
+    static unsigned launches = 0;
+    switch (launches++ % 3) {
+      case 0: break;
+      case 1: step = first = count - 1; break;
+      case 2:
+        step = count / 2 + count / 8 + 1;
+        while (std::gcd(step, count) != 1) ++step;
+    }
+  }
+
+  std::uint64_t block(std::uint64_t turn) const { return (first + turn % count * step) % count; }
+};
+
 void run_block() {
   num_live = num_threads;
   for (unsigned i = 0; i < num_threads; ++i) {
@@ -193,10 +213,12 @@ void run_grid(const char* kernel_name, dim3 grid, dim3 block, std::size_t shared
   num_threads = static_cast<unsigned>(size);
   while (threads.size() < num_threads) threads.push_back(std::make_unique<Thread>());
   shared_memory::begin_launch(shared_bytes);
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block();
-    }
+  const Order order(std::uint64_t{grid.x} * grid.y * grid.z);
+  for (std::uint64_t turn = 0; turn < order.count; ++turn) {
+    const std::uint64_t rank = order.block(turn);
+    blockIdx = {static_cast<unsigned>(rank % grid.x), static_cast<unsigned>(rank / grid.x % grid.y),
+                static_cast<unsigned>(rank / grid.x / grid.y)};
+    run_block();
   }
 }
 

@@ -1,6 +1,7 @@
-// The execution model: blocks run in turn, the threads of a block as fibers that pause where a CUDA
-// thread would wait. A wait that cannot end and every other misuse becomes an exception that
-// launch() throws, naming the kernel, the block, the thread and the lines in question.
+// The execution model: blocks run in turn, in an order that changes from launch to launch, and the
+// threads of a block as fibers that pause where a CUDA thread would wait. A wait that cannot end,
+// and every other misuse, becomes an exception that launch() throws, naming the kernel, the block,
+// the thread and the lines in question.
 #pragma once
 
 #include <cstddef>

@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "kvcomp/decode_attention_fp32.cuh"
+#include "kvcomp/decode_merge.cuh"
 #include "kvcomp/decode_split.cuh"
 #include "kvcomp/matrix.cuh"
 
@@ -214,18 +215,7 @@ class DecodeWarp {
   float out_[kSteps][4] = {};
 };
 
-// --- states merged -------------------------------------------------------------------------------
-
-// What softmax states weigh when they become one.
-struct DecodeMerge {
-  float base = -INFINITY, sum = 0;
-
-  __device__ void see(float max) { base = max == max ? fmaxf(base, max) : max; }
-  __device__ float weight(float max) const {
-    return max == -INFINITY ? 0.0f : exp2f((max - base) * kLog2e);
-  }
-  __device__ float lse() const { return sum == 0 ? -INFINITY : base + logf(sum); }
-};
+// --- one split's states merged -------------------------------------------------------------------
 
 template <typename T, int D>
 __global__ void __launch_bounds__(DecodeTile<D>::kThreads)
@@ -268,26 +258,13 @@ __global__ void __launch_bounds__(DecodeTile<D>::kThreads)
       p.partial_out[partial * D + column] = value;
       if (column == 0) p.partial_lse[partial] = merge.lse();
     }
+    if (column == 0 && blockIdx.x == 0 && p.arrived) p.arrived[row] = 0;
   }
 }
 
-// One block per query head of a sequence, a thread per element.
-template <typename T>
+// One block per query head of a sequence.
 __global__ void merge_splits_kernel(const __grid_constant__ DecodeAttentionParams p) {
-  const int64_t row = blockIdx.x;
-  const float* lse = p.partial_lse + row * p.num_splits;
-  const float* partial = p.partial_out + row * p.num_splits * p.head_dim;
-  DecodeMerge merge;
-  for (int i = 0; i < p.num_splits; ++i) merge.see(lse[i]);
-  float out = 0;
-  for (int i = 0; i < p.num_splits; ++i) {
-    const float weight = merge.weight(lse[i]);
-    merge.sum += weight;
-    out += weight * partial[static_cast<int64_t>(i) * p.head_dim + threadIdx.x];
-  }
-  const float value = merge.sum == 0 ? 0.0f : out / merge.sum;
-  from_float(value, static_cast<T*>(p.out)[row * p.head_dim + threadIdx.x]);
-  if (threadIdx.x == 0) p.lse[row] = merge.lse();
+  merge_head(p, blockIdx.x);
 }
 
 template <typename T, int D, typename Launch>
@@ -296,8 +273,9 @@ void launch_decode_attention(const DecodeAttentionParams& p, const Launch& launc
   const int tiles = (p.num_heads / p.num_kv_heads + Tile::kHeads - 1) / Tile::kHeads;
   launch(decode_attention_kernel<T, D>, dim3(p.num_splits, p.num_kv_heads * tiles, p.batch),
          dim3(Tile::kThreads), Tile::kShared, p);
-  if (p.num_splits > 1) {
-    launch(merge_splits_kernel<T>, dim3(p.batch * p.num_heads), dim3(D), 0, p);
+  if (p.num_splits > 1 && !p.arrived) {
+    constexpr int kThreads = (D + 31) / 32 * 32;  // a thread per element
+    launch(merge_splits_kernel, dim3(p.batch * p.num_heads), dim3(kThreads), 0, p);
   }
 }
 

@@ -23,6 +23,13 @@ __device__ T* dynamic_shared() {
 }
 #endif
 
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline void from_float(float x, float& to) { to = x; }
+__device__ inline void from_float(float x, __half& to) { to = __float2half_rn(x); }
+__device__ inline void from_float(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+
 // Loads that nothing will ask for again.
 __device__ inline void load_streaming(const float* from, float (&to)[1]) { to[0] = __ldcs(from); }
 __device__ inline void load_streaming(const float* from, float (&to)[4]) {

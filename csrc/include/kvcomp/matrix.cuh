@@ -92,10 +92,4 @@ __device__ inline unsigned pack(float low, float high, __half) {
   return word;
 }
 
-__device__ inline void from_float(float value, float& to) { to = value; }
-__device__ inline void from_float(float value, __half& to) { to = __float2half_rn(value); }
-__device__ inline void from_float(float value, __nv_bfloat16& to) {
-  to = __float2bfloat16_rn(value);
-}
-
 }  // namespace kvcomp

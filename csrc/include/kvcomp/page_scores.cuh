@@ -1,6 +1,6 @@
 // page_scores: the sum over a page's tokens of the probability, reduced over the heads of a group.
 //
-// Grid (tiles of pages, groups, sequences), 128 threads. A block owns a tile of whole pages. Its
+// Grid (tiles of pages, groups, sequences), 256 threads. A block owns a tile of whole pages. Its
 // warps are split between runs of 32 * kVec tokens and slices of the group's heads: a warp walks
 // down its heads with eight loads per lane in flight, keeps the max (or sum) of the probabilities
 // of kVec tokens in registers, and leaves it in shared memory. Then groups of lanes combine the
@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kvcomp/device.cuh"
 #include "kvcomp/params.h"
@@ -18,10 +19,11 @@
 namespace kvcomp {
 
 struct PageScoresTile {
-  static constexpr int kWarps = 4, kThreads = kWarps * 32;
-  static constexpr int kLoads = 8;  // in flight per lane: up to 16 KB per block
+  static constexpr int kWarps = 8, kThreads = kWarps * 32;
+  static constexpr int kLoads = 8;  // in flight per lane: up to 32 KB per block
 
   int pages;       // of a block
+  int count;       // tiles of a row
   int head_warps;  // warps that share a token's heads: 1, 2 or 4
   int page_lanes;  // lanes that sum a page: a power of two up to 32
 };
@@ -39,13 +41,16 @@ __device__ inline void reduce_heads(const float* logits, int64_t stride_h, const
       });
 }
 
+// What a block keeps of its tokens: a run of 32 * kVec per warp.
+template <int kVec>
+using WarpProbs = float[PageScoresTile::kWarps][32 * kVec];
+
+// The block's pages of its group and sequence. lse: of the group's heads.
 template <int kVec, bool kMax>
-__global__ void __launch_bounds__(PageScoresTile::kThreads)
-    page_scores_kernel(const __grid_constant__ PageScoresParams p, PageScoresTile tile) {
+__device__ inline void score_pages(const PageScoresParams& p, const PageScoresTile& tile,
+                                   const float* lse, WarpProbs<kVec>& warp_probs) {
   constexpr int kWarps = PageScoresTile::kWarps;
   constexpr int kRun = 32 * kVec;  // tokens of a warp
-  __shared__ float warp_probs[kWarps][kRun];
-
   const int group = blockIdx.y, sequence = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_page = blockIdx.x * tile.pages;
@@ -57,9 +62,8 @@ __global__ void __launch_bounds__(PageScoresTile::kThreads)
   // Each warp: its tokens, reduced over its slice of heads.
   const int heads = p.num_heads / p.num_groups, head_warps = tile.head_warps;
   const int slice = warp % head_warps, step = kWarps / head_warps * kRun;
-  const int64_t first_head = static_cast<int64_t>(group) * heads;
-  const float* lse = p.lse + static_cast<int64_t>(sequence) * p.num_heads + first_head;
-  const float* logits = p.logits + sequence * p.stride_logits_b + first_head * p.stride_logits_h;
+  const float* logits =
+      p.logits + sequence * p.stride_logits_b + int64_t{group} * heads * p.stride_logits_h;
   float total[kVec] = {};
   // More than one step only in a page larger than the tile.
   for (int token = start + warp / head_warps * kRun + lane * kVec; token < end; token += step) {
@@ -102,16 +106,28 @@ __global__ void __launch_bounds__(PageScoresTile::kThreads)
   }
 }
 
-// Chooses the tile and starts the kernel through `launch(kernel, grid, block, shared_bytes,
-// args...)`.
-template <typename Launch>
-void launch_page_scores(const PageScoresParams& p, const Launch& launch) {
+template <int kVec, bool kMax>
+__global__ void __launch_bounds__(PageScoresTile::kThreads)
+    page_scores_kernel(const __grid_constant__ PageScoresParams p, PageScoresTile tile) {
+  __shared__ WarpProbs<kVec> warp_probs;
+  const int first_head = blockIdx.y * (p.num_heads / p.num_groups);
+  const float* lse = p.lse + static_cast<int64_t>(blockIdx.z) * p.num_heads + first_head;
+  score_pages<kVec, kMax>(p, tile, lse, warp_probs);
+}
+
+// start(tile, vec), vec 4 or 1 as an integral_constant, with the tile for these logits and pages.
+template <typename Start>
+void with_tile(const PageScoresParams& p, const Start& start) {
   using Tile = PageScoresTile;
-  if (p.batch == 0 || p.num_pages == 0) return;
   const int heads = p.num_heads / p.num_groups;
 
   // Enough heads per warp for some loads in flight, otherwise more warps and so more blocks.
-  Tile tile{.pages = 1, .head_warps = heads >= 16 ? 4 : heads >= 8 ? 2 : 1, .page_lanes = 1};
+  Tile tile{.pages = 1,
+            .count = 0,
+            .head_warps = heads >= 16  ? 4
+                          : heads >= 8 ? 2
+                                       : 1,
+            .page_lanes = 1};
 
   // 16-byte loads where every row and every tile of pages starts at such an address.
   const bool rows_aligned = reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0 &&
@@ -126,12 +142,21 @@ void launch_page_scores(const PageScoresParams& p, const Launch& launch) {
     tile.pages = vec4 ? fit / multiple * multiple : fit;
   }
   while (tile.page_lanes < 32 && tile.page_lanes * 4 < p.page_size) tile.page_lanes *= 2;
+  tile.count = (p.num_pages + tile.pages - 1) / tile.pages;
+  vec4 ? start(tile, std::integral_constant<int, 4>{})
+       : start(tile, std::integral_constant<int, 1>{});
+}
 
-  const dim3 grid((p.num_pages + tile.pages - 1) / tile.pages, p.num_groups, p.batch);
-  const auto kernel =
-      vec4 ? (p.use_max ? page_scores_kernel<4, true> : page_scores_kernel<4, false>)
-           : (p.use_max ? page_scores_kernel<1, true> : page_scores_kernel<1, false>);
-  launch(kernel, grid, dim3(Tile::kThreads), 0, p, tile);
+// Starts the kernel through `launch(kernel, grid, block, shared_bytes, args...)`.
+template <typename Launch>
+void launch_page_scores(const PageScoresParams& p, const Launch& launch) {
+  if (p.batch == 0 || p.num_pages == 0) return;
+  with_tile(p, [&](const PageScoresTile& tile, auto vec) {
+    const auto kernel =
+        p.use_max ? page_scores_kernel<vec(), true> : page_scores_kernel<vec(), false>;
+    launch(kernel, dim3(tile.count, p.num_groups, p.batch), dim3(PageScoresTile::kThreads), 0, p,
+           tile);
+  });
 }
 
 }  // namespace kvcomp

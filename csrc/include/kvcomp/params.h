@@ -22,6 +22,7 @@ struct DecodeAttentionParams {
   float* logits;            // [B, Hq, N] or nullptr
   float* partial_out;       // [B, Hq, S, D], S > 1: of splits, on a GPU
   float* partial_lse;       // [B, Hq, S]
+  uint32_t* arrived;        // [B, Hq] or nullptr: set to 0 for a kernel that merges the splits next
   int64_t stride_q_b, stride_q_h;
   int64_t stride_k_b, stride_k_h, stride_k_t;
   int64_t stride_v_b, stride_v_h, stride_v_t;
@@ -70,6 +71,12 @@ struct SelectPagesParams {
   int32_t num_pages;        // P
   int32_t num_selected;     // K
   int32_t page_size, num_recent, num_sink;
+};
+
+struct AttendAndSelectParams {
+  DecodeAttentionParams attention;  // with logits
+  PageScoresParams scoring;         // of these logits; one group per set
+  SelectPagesParams selection;      // by these scores
 };
 
 struct AttentionHitsParams {

@@ -19,8 +19,8 @@
 namespace kvcomp {
 
 struct SelectPagesTile {
-  static constexpr int kWarps = 32, kThreads = kWarps * 32;
-  static constexpr int kLoads = 4;  // pages in flight per thread
+  static constexpr int kWarps = 32, kThreads = kWarps * 32;  // of select_pages by itself
+  static constexpr int kLoads = 4;                           // pages in flight per thread
 };
 
 struct PageOrder {
@@ -41,15 +41,19 @@ struct PageOrder {
   }
 };
 
-__global__ void __launch_bounds__(SelectPagesTile::kThreads)
-    select_pages_kernel(const __grid_constant__ SelectPagesParams p) {
-  using Tile = SelectPagesTile;
-  constexpr int kThreads = Tile::kThreads, kWarps = Tile::kWarps, kLoads = Tile::kLoads;
-  static_assert(kWarps == 32, "a lane per warp when each warp adds up what all found");
-  __shared__ CutSearch search;
-  __shared__ int warp_ahead[kWarps], warp_tied[kWarps];
+// What a block of kWarps needs of shared memory.
+template <int kWarps>
+struct SelectPagesShared {
+  CutSearch search;
+  int ahead[kWarps], tied[kWarps];
+};
 
-  const int set = blockIdx.x, sequence = blockIdx.y;
+// One set of one sequence, by a block of kWarps.
+template <int kWarps>
+__device__ inline void select_set(const SelectPagesParams& p, int set, int sequence,
+                                  SelectPagesShared<kWarps>& shared) {
+  constexpr int kThreads = kWarps * 32, kLoads = SelectPagesTile::kLoads;
+  static_assert(kWarps <= 32, "a lane per warp when each warp adds up what all found");
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   int32_t* ids = p.page_ids + (static_cast<int64_t>(sequence) * p.num_sets + set) * p.num_selected;
   // On a GPU nobody has checked it.
@@ -70,7 +74,7 @@ __global__ void __launch_bounds__(SelectPagesTile::kThreads)
       used - p.num_recent,
   };
   unsigned keys[kLoads];
-  const auto cut = find_cut<unsigned>(search, p.num_selected, [&](const auto& use) {
+  const auto cut = find_cut<unsigned>(shared.search, p.num_selected, [&](const auto& use) {
     for (int first = 0; first < used; first += kLoads * kThreads) {
       order.load_keys(first + thread, kThreads, used, keys);
 #pragma unroll
@@ -92,10 +96,10 @@ __global__ void __launch_bounds__(SelectPagesTile::kThreads)
   }
   ahead = __reduce_add_sync(kFullMask, ahead);
   tied = __reduce_add_sync(kFullMask, tied);
-  if (lane == 0) warp_ahead[warp] = ahead, warp_tied[warp] = tied;
+  if (lane == 0) shared.ahead[warp] = ahead, shared.tied[warp] = tied;
   __syncthreads();
-  ahead = __reduce_add_sync(kFullMask, lane < warp ? warp_ahead[lane] : 0);  // of the warps before
-  tied = __reduce_add_sync(kFullMask, lane < warp ? warp_tied[lane] : 0);
+  ahead = __reduce_add_sync(kFullMask, lane < warp ? shared.ahead[lane] : 0);  // of warps before
+  tied = __reduce_add_sync(kFullMask, lane < warp ? shared.tied[lane] : 0);
   const unsigned before = (1u << lane) - 1;
   for (int first = begin; first < end; first += 32 * kLoads) {
     order.load_keys(first + lane, 32, end, keys);
@@ -113,11 +117,19 @@ __global__ void __launch_bounds__(SelectPagesTile::kThreads)
   }
 }
 
+template <int kWarps>
+__global__ void __launch_bounds__(kWarps * 32)
+    select_pages_kernel(const __grid_constant__ SelectPagesParams p) {
+  __shared__ SelectPagesShared<kWarps> shared;
+  select_set<kWarps>(p, blockIdx.x, blockIdx.y, shared);
+}
+
 // Starts the kernel through `launch(kernel, grid, block, shared_bytes, args...)`.
 template <typename Launch>
 void launch_select_pages(const SelectPagesParams& p, const Launch& launch) {
   if (p.batch == 0 || p.num_sets == 0) return;
-  launch(select_pages_kernel, dim3(p.num_sets, p.batch), dim3(SelectPagesTile::kThreads), 0, p);
+  using Tile = SelectPagesTile;
+  launch(select_pages_kernel<Tile::kWarps>, dim3(p.num_sets, p.batch), dim3(Tile::kThreads), 0, p);
 }
 
 }  // namespace kvcomp

@@ -24,15 +24,8 @@ struct StoreSegmentsTile {
   static constexpr int kLoads = 4;  // vectors in flight per thread
 };
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline void from_float(float x, float& to) { to = x; }
-__device__ inline void from_float(float x, __half& to) { to = __float2half_rn(x); }
-__device__ inline void from_float(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
-
 template <typename T, typename Vector>
-__global__ void __launch_bounds__(StoreSegmentsTile::kThreads)
+__global__ void __launch_bounds__(StoreSegmentsTile::kThreads, 5)
     store_segments_kernel(const __grid_constant__ StoreSegmentsParams p) {
   constexpr int kThreads = StoreSegmentsTile::kThreads, kRows = StoreSegmentsTile::kRows;
   constexpr int kLoads = StoreSegmentsTile::kLoads;

@@ -1,0 +1,123 @@
+"""attend_and_select: attention over all tokens, and the pages that matter most in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvcomp import _C
+from kvcomp.ops._registry import bind, raw_stream
+from kvcomp.ops.decode_attention import fake as fake_attention
+from kvcomp.ops.decode_attention import partials
+from kvcomp.ops.decode_attention import reference as attend
+from kvcomp.ops.page_scores import is_max
+from kvcomp.ops.page_scores import reference as score
+from kvcomp.ops.select_pages import reference as select
+
+
+def attend_and_select(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    num_pages: int,
+    *,
+    logits: Tensor,
+    page_ids: Tensor | None = None,
+    scale: float | None = None,
+    num_groups: int = 1,
+    reduction: str = "max",
+    num_recent: int = 1,
+    num_sink: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`decode_attention`, `page_scores` of its logits and `select_pages` by these scores, at once.
+
+    What a layer does that selects for the layers above it. In CUDA it is two launches, with nothing
+    in between that the host would have to wait for.
+
+    Args:
+        q, k, v, seq_lens, page_ids, scale: as for `decode_attention`. With `page_ids` a page is a
+            place in that list, a column of a block table; a -1 before a row's end has no score.
+        page_size: tokens in a page, of `page_ids` too.
+        num_pages: K, pages in a set.
+        logits: [B, Hq, N] fp32, N >= T (dense) or K' * page_size (K' listed pages): receives the
+            scaled logits, as from `decode_attention`.
+        num_groups, reduction: as for `page_scores`; there is a set for each group.
+        num_recent, num_sink: as for `select_pages`.
+
+    Returns:
+        out [B, Hq, D] of q's dtype, lse [B, Hq] fp32, scores [B, num_groups, P] fp32 with
+        P = ceil(T / page_size) or K', selected_ids [B, num_groups, K] int32, and selected_lens [B]
+        int32, the tokens in a row's set.
+
+    Raises:
+        TypeError, ValueError: as the three ops.
+    """
+    use_max = is_max("attend_and_select", reduction)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    rest = num_groups, use_max, num_recent, num_sink
+    return _op(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
+
+
+def in_turn(attend: Callable, score: Callable, select: Callable) -> Callable:
+    """The op from an implementation of each of the three."""
+
+    def run(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
+        num_groups, use_max, num_recent, num_sink = rest
+        out, lse = attend(q, k, v, seq_lens, page_ids, page_size, scale, logits)
+        positions = k.size(2) if page_ids is None else page_ids.size(2) * page_size
+        written = logits.narrow(2, 0, positions)
+        scores = score(written, lse, seq_lens, page_size, num_groups, use_max)
+        chosen = select(scores, seq_lens, page_size, num_pages, num_recent, num_sink)
+        return out, lse, scores, *chosen
+
+    return run
+
+
+reference = in_turn(attend, score, select)
+
+
+def fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
+    # Sizes and shapes that make no sense reach the native checks, which say so.
+    out, lse = fake_attention(q, k, v, seq_lens, page_ids, page_size, scale, logits)
+    listed, per_page = (k, max(page_size, 1)) if page_ids is None else (page_ids, 1)
+    total = -(-listed.size(2) // per_page) if listed.ndim > 2 else 0
+    sets = q.size(0), max(rest[0], 0)
+    selected_ids = seq_lens.new_empty(*sets, max(num_pages, 0), dtype=torch.int32)
+    return out, lse, lse.new_empty(*sets, total), selected_ids, torch.empty_like(seq_lens)
+
+
+def native(backend: int) -> Callable:
+    in_splits = backend in (_C.Backend.cuda, _C.Backend.cuda_host)
+
+    def run(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
+        outputs = fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
+        lse = outputs[1]
+        partial_out, partial_lse, size, arrived = None, None, 0, None
+        if in_splits:
+            partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
+            arrived = seq_lens.new_empty(lse.shape, dtype=torch.int32)
+        _C.attend_and_select(
+            *(backend, q, k, v, seq_lens, page_ids, logits, *outputs, page_size, scale, *rest),
+            *(partial_out, partial_lse, size, arrived, raw_stream(q)),
+        )
+        return outputs
+
+    return run
+
+
+_op = bind(
+    "attend_and_select",
+    "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? page_ids, int page_size,"
+    " int num_pages, float scale, Tensor(a!) logits, int num_groups, bool use_max, int num_recent,"
+    " int num_sink) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference,
+    fake=fake,
+    native=native,
+    backends=("cpu", "cuda", "cuda-host"),
+    triton=True,
+)
