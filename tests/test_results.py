@@ -93,6 +93,27 @@ def test_eviction_at_equal_bytes():
     assert len(shown) == len(measured) - 3  # full, H2O's second setting, LazyEviction without H2
 
 
+def test_the_study(reproduce):
+    from accuracy.summary import summarize
+
+    found = {(s.method, s.bound): s for s in summarize(rows_of("accuracy-study"))}
+    assert found.pop(("full", "1")).steps.mean == 1
+    shown = table(RESULTS, "| steps right, % |")
+    assert len(found) == 3 * len(shown)
+    for label, cells in shown.items():
+        name, _, keeps = label.partition(", which keeps ")
+        for bound, cell in zip(("1/4", "3/8", "1/2"), cells, strict=True):
+            got = found[name, bound]
+            assert not got.over and (got.keeps_all if keeps else not got.keeps_all)
+            if got.reason is not None:
+                assert cell == "–"
+                continue
+            low, high = 100 * got.steps.low, 100 * got.steps.high
+            assert cell == f"{100 * got.steps.mean:.1f} ({low:.0f}–{high:.0f})", (label, bound)
+    (pinned,) = summarize(rows_of("accuracy-pinned"))
+    assert (pinned.bound, pinned.steps.mean) == ("1/4", 1)
+
+
 # --- how they were made ---------------------------------------------------------------------------
 
 
@@ -115,12 +136,15 @@ def test_stored_commands_still_mean_something(reproduce):
 
 
 def test_charts_are_drawn_anew(reproduce, tmp_path, monkeypatch, capsys):
-    chart = "accuracy-lag-lag-windows.png"
-    (tmp_path / "accuracy-lag.json").write_bytes((STORED / "accuracy-lag.json").read_bytes())
+    names = ("accuracy-lag", "accuracy-study", "decode")
+    for name in names:
+        (tmp_path / f"{name}.json").write_bytes((STORED / f"{name}.json").read_bytes())
     monkeypatch.setattr(reproduce, "STORED", tmp_path)
     assert reproduce.main(["--plots"]) == 0
-    assert capsys.readouterr().out.split() == [str(tmp_path / chart)]
-    assert (tmp_path / chart).stat().st_size > 5000
+    drawn = {Path(line) for line in capsys.readouterr().out.split()}
+    expected = {name for name in reproduce.shown() if name.startswith((*names, "overview"))}
+    assert {chart.name for chart in drawn} == expected and len(expected) > 5
+    assert all(chart.parent == tmp_path and chart.stat().st_size > 5000 for chart in drawn)
 
 
 def test_a_result_is_measured_by_its_own_command(reproduce, tmp_path, monkeypatch, capsys):

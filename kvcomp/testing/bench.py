@@ -204,10 +204,11 @@ def header(facts: dict) -> str:
 
 
 def write_json(path: str | Path, facts: dict, rows: Sequence[Row | dict]) -> None:
-    """{"meta", "rows"}; a NaN or an infinity is an error and not a number in a file."""
+    """{"meta", "rows"}, a row a line; a NaN or an infinity is an error and not a number in a file."""
     plain = [asdict(row) if isinstance(row, Row) else row for row in rows]
-    text = json.dumps({"meta": facts, "rows": plain}, indent=1, allow_nan=False)
-    Path(path).write_text(text + "\n")
+    head = json.dumps(facts, indent=1, allow_nan=False)
+    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in plain)
+    Path(path).write_text(f'{{"meta": {head},\n"rows": [\n{lines}\n]}}\n')
 
 
 class OtherLoad:
