@@ -81,8 +81,8 @@ def speedup(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
         kept = [r for r in chosen if set(r["ratios"]) - {"own-dense"}]
         if not kept or op == "lazy_eviction":
             continue
-        impls = _impls(chosen)
         baselines = list(dict.fromkeys(b for r in kept for b in r["ratios"] if b != "own-dense"))
+        impls = list(dict.fromkeys([*_impls(chosen), *baselines]))  # some are rows of other ops
         figure, panels = _dot_panels(kept, facts, f"{op}: times faster than each baseline")
         for axis, part, at in panels:
             for baseline in baselines:

@@ -62,14 +62,16 @@ SelectPagesParams select_pages_params(const Boundary& at, Backend backend, const
   };
 }
 
-void select_pages(Backend backend, py::handle scores_, py::handle seq_lens, py::handle page_ids,
-                  py::handle selected_lens, std::int64_t page_size, std::int64_t num_recent,
+void select_pages(Backend backend, py::handle scores_, py::handle seq_lens_, py::handle page_ids_,
+                  py::handle selected_lens_, std::int64_t page_size, std::int64_t num_recent,
                   std::int64_t num_sink, std::uintptr_t stream) {
   const Boundary at{"select_pages"};
   const TensorView scores = at.tensor("scores", scores_);
+  const TensorView seq_lens = at.tensor("seq_lens", seq_lens_);  // before what is made like it
+  const TensorView page_ids = at.tensor("page_ids", page_ids_);
+  const TensorView selected_lens = at.tensor("selected_lens", selected_lens_);
   const SelectPagesParams params = select_pages_params(
-      at, backend, scores, at.tensor("seq_lens", seq_lens), at.tensor("page_ids", page_ids),
-      at.tensor("selected_lens", selected_lens), page_size, num_recent, num_sink);
+      at, backend, scores, seq_lens, page_ids, selected_lens, page_size, num_recent, num_sink);
   if (backend == Backend::cuda) {
     if constexpr (kWithCuda) cuda::select_pages(params, scores.device.index, stream);
   } else if (backend == Backend::cuda_host) {
