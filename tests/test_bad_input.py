@@ -27,7 +27,7 @@ def rows():
                 yield pytest.param(row, id=f"{name} {number}: {row.match[:60]}")
 
 
-@pytest.mark.parametrize("row", rows())
+@pytest.mark.parametrize("row", list(rows()))
 def test_bad_input(row):
     attempt: Attempt = row.make()
     try:

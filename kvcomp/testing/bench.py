@@ -204,7 +204,7 @@ def header(facts: dict) -> str:
 
 
 def write_json(path: str | Path, facts: dict, rows: Sequence[Row | dict]) -> None:
-    """{"meta", "rows"}, a row a line; a NaN or an infinity is an error and not a number in a file."""
+    """{"meta", "rows"}, a row a line; NaN and infinity are errors and no numbers in a file."""
     plain = [asdict(row) if isinstance(row, Row) else row for row in rows]
     head = json.dumps(facts, indent=1, allow_nan=False)
     lines = ",\n".join(json.dumps(row, allow_nan=False) for row in plain)
