@@ -25,6 +25,13 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.fixture
+def fresh_dynamo():
+    """No compiled code, and counters at 0."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -32,12 +32,6 @@ DELTA = Delta(budget=16, page_size=4, recent=2, warmup=1, delta_layers=(1,))
 BOTH = pytest.mark.parametrize("method", [Full(), DELTA], ids=["full", "delta"])
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-
-
 @pytest.fixture(scope="module")
 def qwen3():
     return tiny_model("qwen3")

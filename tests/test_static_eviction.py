@@ -42,12 +42,6 @@ METHODS = {
 ALL = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-
-
 @pytest.fixture(scope="module")
 def qwen3():
     return tiny_model("qwen3")
