@@ -162,8 +162,9 @@ def test_every_road_of_select_pages(num_pages, kind):
         ([0, 0], 2, 1, 0, 16, torch.float32),  # no slots at all
     ],
 )
+@pytest.mark.parametrize("kept_in", [torch.float32, torch.float16])
 def test_attend_and_select_is_its_three_parts(
-    lens, heads, kv_heads, slots, page_size, dtype, poisoned_outputs
+    lens, heads, kv_heads, slots, page_size, dtype, kept_in, poisoned_outputs
 ):
     """Bit for bit, whichever block comes last: each launch takes the blocks in another order."""
     fused = OPS["attend_and_select"].impl("cuda-host")
@@ -173,7 +174,7 @@ def test_attend_and_select_is_its_three_parts(
     pages = -(-slots // page_size)
     for groups, use_max, count in (1, True, pages // 3 + 1), (kv_heads, False, pages + 2):
         args = q, k, v, ints(lens), None, page_size, count, 0.125
-        written = torch.full((4, len(lens), heads, slots + 4), torch.nan)
+        written = torch.full((4, len(lens), heads, slots + 4), torch.nan, dtype=kept_in)
         want = *one_by_one(*args, written[3], groups, use_max, 1, 0), written[3]
         for logits in written[:3]:
             got = *fused(*args, logits, groups, use_max, 1, 0), logits

@@ -29,11 +29,11 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
 LENS = empty(2, dtype=INT32)
 
 
-def attention(dtype, head_dim, group=4, page_size=0, logits=False):
+def attention(dtype, head_dim, group=4, page_size=0, logits=None):
     """Arguments of decode_attention, two KV heads; page_size 0 is dense."""
     kv = empty(2, 2, 16384, head_dim, dtype=dtype)
     ids = empty(2, 2, 4096 // page_size, dtype=INT32) if page_size else None
-    side = empty(2, 2 * group, 16384) if logits else None
+    side = None if logits is None else empty(2, 2 * group, 16384, dtype=logits)
     q = empty(2, 2 * group, head_dim, dtype=dtype)
     return q, kv, kv, LENS, ids, max(page_size, 1), head_dim**-0.5, side
 
@@ -43,9 +43,9 @@ def sides(dtype, head_dim):
     return 2 * (empty(2, 32, head_dim, dtype=dtype), empty(2, 32))
 
 
-def scored(page_size, num_groups, use_max):
+def scored(page_size, num_groups, use_max, dtype=FP32):
     """Arguments of page_scores."""
-    return empty(2, 32, 16384), empty(2, 32), LENS, page_size, num_groups, use_max
+    return empty(2, 32, 16384, dtype=dtype), empty(2, 32), LENS, page_size, num_groups, use_max
 
 
 def turned(dtype, head_dim, rotated):
@@ -69,10 +69,10 @@ def units(dtype, head_dim, group=4):
 CALLS = [
     ("decode_attention", "bf16 D32", attention(BF16, 32)),
     ("decode_attention", "bf16 D64", attention(BF16, 64)),
-    ("decode_attention", "bf16 D80 logits", attention(BF16, 80, logits=True)),
+    ("decode_attention", "bf16 D80 logits", attention(BF16, 80, logits=FP32)),
     ("decode_attention", "bf16 D96 page 1", attention(BF16, 96, page_size=1)),
     ("decode_attention", "bf16 D128", attention(BF16, 128)),
-    ("decode_attention", "bf16 D128 logits", attention(BF16, 128, logits=True)),
+    ("decode_attention", "bf16 D128 logits fp16", attention(BF16, 128, logits=FP16)),
     ("decode_attention", "bf16 D128 page 16", attention(BF16, 128, page_size=16)),
     ("decode_attention", "bf16 D128 page 64", attention(BF16, 128, page_size=64)),
     ("decode_attention", "bf16 D128 G 40", attention(BF16, 128, group=40)),
@@ -81,7 +81,7 @@ CALLS = [
     ("decode_attention", "fp16 D64 page 16", attention(FP16, 64, page_size=16)),
     ("decode_attention", "fp16 D128", attention(FP16, 128)),
     ("decode_attention", "fp32 D64 G 1", attention(FP32, 64, group=1)),
-    ("decode_attention", "fp32 D128 logits", attention(FP32, 128, logits=True)),
+    ("decode_attention", "fp32 D128 logits", attention(FP32, 128, logits=FP32)),
     ("decode_attention", "fp32 D256 page 16 G 40", attention(FP32, 256, 40, page_size=16)),
     ("merge_states", "bf16 D80", sides(BF16, 80)),
     ("merge_states", "fp16 D128", sides(FP16, 128)),
@@ -89,6 +89,7 @@ CALLS = [
     ("page_scores", "max page 16", scored(16, 1, True)),
     ("page_scores", "sum page 1", scored(1, 8, False)),
     ("page_scores", "max page 2000", scored(2000, 8, True)),
+    ("page_scores", "fp16 max page 16", scored(16, 1, True, FP16)),
     ("rotate_keys", "bf16 D128", turned(BF16, 128, 128)),
     ("rotate_keys", "fp16 D80 R 32", turned(FP16, 80, 32)),
     ("rotate_keys", "fp32 D256", turned(FP32, 256, 256)),

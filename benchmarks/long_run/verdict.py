@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvcomp import Delethink, Method
 from kvcomp.cache import host_pool
-from kvcomp.cache.layer import FIRST_CAPACITY, GROWTH
+from kvcomp.cache.slab import FIRST_CAPACITY, GROWTH
 from kvcomp.methods.eviction import Eviction
 from kvcomp.methods.retrieval import Retrieval
 from long_run.first_layer import PRECISION

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvcomp.ops import OPS
 from kvcomp.testing.bench import Row
 from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations, measure
-from ops.common import DTYPES, PAGE, PEAK, plain_contenders
+from ops.common import DTYPES, PAGE, PEAK, empty_logits, plain_contenders
 from ops.gpu_baselines import GPU_BASELINES, usable
 
 RECENT = 8  # pages, DELTA's default
@@ -42,9 +42,6 @@ class Shape:
     def kv_bytes(self, tokens: int) -> int:
         """Of K and V together, for `tokens` tokens summed over the batch."""
         return 2 * tokens * self.kv_heads * self.dim * self.dtype.itemsize
-
-    def logit_bytes(self) -> int:
-        return 4 * self.batch * self.heads * self.tokens
 
 
 class Attention(NamedTuple):
@@ -77,9 +74,8 @@ def attention_sets(shape: Shape, budget: int, run: Settings) -> list[Attention]:
     count = run.num_sets(shape.kv_bytes(shape.batch * shape.tokens))
     copies = [first] + [(first[0].clone(), first[1].clone()) for _ in range(count - 1)]
     by_token = [tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in c) for c in copies]
-    logits = [
-        torch.empty(shape.batch, shape.heads, shape.tokens, device=run.device) for _ in copies
-    ]
+    one = torch.empty(shape.batch, shape.heads, 1, dtype=shape.dtype, device=run.device)
+    logits = [empty_logits(one, shape.tokens) for _ in copies]
     integers = partial(torch.tensor, dtype=torch.int32, device=run.device)
     same = {
         "lens": integers([shape.tokens] * shape.batch),
@@ -178,9 +174,10 @@ class Variant:
     ideal: float = 1.0  # the bytes of dense over the bytes of this
 
 
-def variants(shape: Shape, budget: int) -> list[Variant]:
+def variants(shape: Shape, budget: int, logits: int) -> list[Variant]:
+    """logits: bytes of the buffer for them."""
     tokens = shape.batch * shape.tokens
-    dense, logits = shape.kv_bytes(tokens), shape.logit_bytes()
+    dense = shape.kv_bytes(tokens)
     paged = {"pages": "all_pages", "page_size": PAGE}
     select = min(budget, shape.tokens) // PAGE
     table = [
@@ -217,24 +214,21 @@ def attend(use: dict[str, Callable], shape: Shape, variant: Variant, x: Attentio
     lens, page_ids = getattr(x, variant.lens), variant.pages and getattr(x, variant.pages)
     logits = x.logits if variant.logits else None
     k, v = (x.k_by_token, x.v_by_token) if variant.token_major else (x.k, x.v)
+    if variant.select:
+        chosen = PAGE, variant.select, shape.scale, logits, 1, True, min(RECENT, variant.select), 0
+        out, lse, _, page_ids, _ = use["attend_and_select"](x.q, k, v, lens, None, *chosen)
+        return out, lse, logits, page_ids
     out, lse = use["decode_attention"](
         x.q, k, v, lens, page_ids, variant.page_size, shape.scale, logits
     )
-    if not variant.logits:
-        return out, lse
-    if not variant.select:
-        return out, lse, logits
-    scores = use["page_scores"](logits, lse, lens, PAGE, 1, True)
-    recent = min(RECENT, variant.select)
-    page_ids, _ = use["select_pages"](scores, lens, PAGE, variant.select, recent, 0)
-    return out, lse, logits, page_ids
+    return (out, lse, logits) if variant.logits else (out, lse)
 
 
 def attention_contenders(
     shape: Shape, budget: int, x: Attention, device: str
 ) -> Iterator[Contender]:
     """Baselines, then each implementation: dense, and its variants against its own dense."""
-    table = variants(shape, budget)
+    table = variants(shape, budget, x.logits.nbytes)
     expected = _expectations(shape, table, x)
     dense = table[0].num_bytes
     baselines = DENSE_BASELINES

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.ops import OPS
+from kvcomp.ops.decode_attention import logits_dtype
 from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -18,6 +19,21 @@ PAGE = 16  # DELTA's default
 # Logits of this spread put 90 % of the probability on 5 % of the tokens, as attention does:
 # the share of the top 5 % of N(0, s^2) logits is Phi(s - 1.645).
 PEAK = 2.93
+
+
+def empty_logits(q: Tensor, tokens: int) -> Tensor:
+    """Room for the logits of q [B, Hq, D], as caches have it."""
+    return q.new_empty(*q.shape[:2], tokens, dtype=logits_dtype(q))
+
+
+def random_logits(heads: int, tokens: int, device: str) -> Tensor:
+    """[1, heads, tokens], as caches keep them beside K and V in bf16."""
+    logits = empty_logits(torch.empty(1, heads, 1, dtype=torch.bfloat16, device=device), tokens)
+    return logits.copy_(torch.randn(logits.shape, device=device) * PEAK)
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
 
 
 def plain_contenders(

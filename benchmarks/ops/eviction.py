@@ -16,7 +16,7 @@ from kvcomp.ops import OPS
 from kvcomp.ops.recurrence_update import MAX_STEPS
 from kvcomp.testing.bench import Row, copy_probe
 from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations, measure
-from ops.common import DTYPES, PEAK, in_order, plain_contenders
+from ops.common import DTYPES, dtype_name, in_order, plain_contenders, random_logits
 
 ALPHA = 1e-4  # a token's probability from which on it counts as hit
 
@@ -271,19 +271,19 @@ def bench_attention_hits(options: argparse.Namespace, run: Settings) -> Iterator
     for tokens in [options.victims[0][0], *options.tokens]:
         for units in (1, kv_heads):
             sets = [_observed(heads, units, tokens, run.device) for _ in range(4)]
-            moved = 4 * heads * (tokens + 1) + units * tokens // 8
+            moved = heads * (sets[0][0].itemsize * tokens + 4) + units * tokens // 8
             contenders = plain_contenders(
                 "attention_hits", sets[0], moved, {"torch": _torch_hits}, run, written=(3,)
             )
             shape = f"B=1 Hq={heads} U={units} n={tokens}"
-            yield measure("attention_hits", shape, "fp32", sets, contenders, run)
+            yield measure("attention_hits", shape, dtype_name(sets[0][0]), sets, contenders, run)
 
 
 def _observed(heads: int, units: int, tokens: int, device: str) -> tuple:
-    logits = torch.randn(1, heads, tokens, device=device) * PEAK
+    logits = random_logits(heads, tokens, device)
     lens = torch.full((1,), tokens, dtype=torch.int32, device=device)
     hits = torch.empty(1, units, -(-tokens // 32), dtype=torch.int32, device=device)
-    return logits, logits.logsumexp(-1), lens, hits, math.log(ALPHA)
+    return logits, logits.float().logsumexp(-1), lens, hits, math.log(ALPHA)
 
 
 def _torch_hits(x: tuple) -> None:

@@ -22,7 +22,7 @@ from kvcomp.ops.recurrence_update import MAX_STEPS
 from kvcomp.testing.bench import Row
 from kvcomp.testing.contest import Settings, timed
 from kvcomp.testing.timing import Timing
-from ops.common import DTYPES, PEAK
+from ops.common import DTYPES, PEAK, empty_logits
 
 
 class Step(NamedTuple):
@@ -58,7 +58,8 @@ def _bench_layer(
     num_bytes = 2 * batch * kv_heads * length * dim * DTYPES[dtype].itemsize
     method = LazyEviction(budget=budget, window=window)
     count = run.num_sets(num_bytes)
-    logits = torch.empty(batch, heads, budget + window, device=run.device)  # as layers share it
+    one = torch.empty(batch, heads, dim, dtype=DTYPES[dtype], device=run.device)
+    logits = empty_logits(one, budget + window)  # as layers share it
     steps = [_layer(method, sizes, length, DTYPES[dtype], logits) for _ in range(count)]
     calls = {
         "decode": _decode,

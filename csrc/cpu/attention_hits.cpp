@@ -22,8 +22,9 @@ void attention_hits(const AttentionHitsParams& p) {
     const int last = std::min(first + kWords, p.num_words);
     std::uint32_t* hits = p.hits + b * p.stride_hits_b + unit * p.num_words;
     const int count = std::clamp(p.seq_lens[b] - first * 32, 0, (last - first) * 32);
-    rows.hit_bits(p.logits + b * p.stride_logits_b + head * p.stride_logits_h + first * 32,
-                  p.stride_logits_h, p.lse + b * p.num_heads + head, num_heads, count,
+    const float* logits = static_cast<const float*>(p.logits) + b * p.stride_logits_b +
+                          head * p.stride_logits_h + first * 32;
+    rows.hit_bits(logits, p.stride_logits_h, p.lse + b * p.num_heads + head, num_heads, count,
                   p.log_threshold, hits + first);
     std::fill(hits + first + (count + 31) / 32, hits + last, 0);
   }

@@ -256,8 +256,8 @@ class Kernel {
   void write_logits(const TileRows& rows, int batch, int head, const float* logits) const {
     const bool whole = rows.position[rows.count - 1] - rows.position[0] == rows.count - 1;
     for (int g = 0; g < group_; ++g, logits += kTile) {
-      float* out =
-          p_.logits + batch * p_.stride_logits_b + (head * group_ + g) * p_.stride_logits_h;
+      float* out = static_cast<float*>(p_.logits) + batch * p_.stride_logits_b +
+                   (head * group_ + g) * p_.stride_logits_h;
       if (whole) {
         std::copy_n(logits, rows.count, out + rows.position[0]);
       } else {

@@ -13,7 +13,8 @@ constexpr int kTokens = 1024;
 void score_pages(const PageScoresParams& p, const simd::Rows& rows, int batch, int group, int first,
                  int last) {
   const int num_heads = p.num_heads / p.num_groups, head = group * num_heads;
-  const float* logits = p.logits + batch * p.stride_logits_b + head * p.stride_logits_h;
+  const float* logits =
+      static_cast<const float*>(p.logits) + batch * p.stride_logits_b + head * p.stride_logits_h;
   const float* lse = p.lse + std::int64_t{batch} * p.num_heads + head;
   float* scores = p.scores + (std::int64_t{batch} * p.num_groups + group) * p.num_pages;
   const std::int64_t size = p.page_size;

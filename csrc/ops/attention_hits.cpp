@@ -16,7 +16,7 @@ void attention_hits(Backend backend, py::handle logits_, py::handle lse_, py::ha
   const TensorView seq_lens = at.tensor("seq_lens", seq_lens_);
   const TensorView hits = at.tensor("hits", hits_);
   at.device(backend, {&logits, &lse, &seq_lens, &hits});
-  at.dtype(logits, {DType::f32});
+  check_logits_dtype(at, backend, logits);
   at.dtype(lse, {DType::f32});
   at.dtype(seq_lens, {DType::i32});
   at.dtype(hits, {DType::i32});
@@ -42,7 +42,8 @@ void attention_hits(Backend backend, py::handle logits_, py::handle lse_, py::ha
   if (backend == Backend::check) return;
 
   const AttentionHitsParams params{
-      .logits = logits.as<float>(),
+      .logits_dtype = at.scalar_type(logits),
+      .logits = logits.data,
       .lse = lse.as<float>(),
       .seq_lens = seq_lens.as<std::int32_t>(),
       .hits = hits.as<std::uint32_t>(),

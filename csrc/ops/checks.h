@@ -31,6 +31,12 @@ inline void check_per_row(const Boundary& at, const TensorView& view, Dim& batch
   at.shape(view, {batch});
 }
 
+// What logits may be stored in: half the bytes are worth having where they cross a GPU's memory.
+inline void check_logits_dtype(const Boundary& at, Backend backend, const TensorView& logits) {
+  if (backend == Backend::cpu) return at.dtype(logits, {DType::f32});
+  at.dtype(logits, {DType::f32, DType::f16});
+}
+
 // The last two dimensions without gaps; those before have any strides.
 inline void check_inner_contiguous(const Boundary& at, const TensorView& view) {
   at.last_contiguous(view);

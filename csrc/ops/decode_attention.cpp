@@ -100,7 +100,7 @@ DecodeAttentionParams decode_attention_params(const Boundary& at, Backend backen
     at.fail("k", "at most " + std::to_string(kMaxTokens) + " tokens", std::max(positions, T.size));
   }
   if (logits) {
-    at.dtype(*logits, {DType::f32});
+    check_logits_dtype(at, backend, *logits);
     at.last_contiguous(*logits);
     at.shape(*logits, {B, Hq, kAny});
     if (logits->shape[2] < positions) {
@@ -144,7 +144,8 @@ DecodeAttentionParams decode_attention_params(const Boundary& at, Backend backen
       .page_ids = page_ids ? page_ids->as<std::int32_t>() : nullptr,
       .out = out.data,
       .lse = lse.as<float>(),
-      .logits = logits ? logits->as<float>() : nullptr,
+      .logits_dtype = logits ? at.scalar_type(*logits) : ScalarType::f32,
+      .logits = logits ? logits->data : nullptr,
       .partial_out = partial_out ? partial_out->as<float>() : nullptr,
       .partial_lse = partial_lse ? partial_lse->as<float>() : nullptr,
       .arrived = nullptr,

@@ -17,7 +17,7 @@ PageScoresParams page_scores_params(const Boundary& at, Backend backend, const T
                                     const TensorView& out, std::int64_t page_size,
                                     std::int64_t num_groups, bool use_max) {
   at.device(backend, {&logits, &lse, &seq_lens, &out});
-  at.dtype(logits, {DType::f32});
+  check_logits_dtype(at, backend, logits);
   at.dtype(lse, {DType::f32});
   at.dtype(seq_lens, {DType::i32});
   at.dtype(out, {DType::f32});
@@ -45,7 +45,8 @@ PageScoresParams page_scores_params(const Boundary& at, Backend backend, const T
     check_seq_lens(at, seq_lens.as<std::int32_t>(), B.size, "N", N.size);
   }
   return PageScoresParams{
-      .logits = logits.as<float>(),
+      .logits_dtype = at.scalar_type(logits),
+      .logits = logits.data,
       .lse = lse.as<float>(),
       .seq_lens = seq_lens.as<std::int32_t>(),
       .scores = out.as<float>(),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.meter import Meter
 from kvcomp.cache.ring import Ring
+from kvcomp.ops.decode_attention import logits_dtype
 
 
 class Policy(Protocol):
@@ -91,11 +91,13 @@ class KVCache:
         self.method.start(self)
 
     def logits_for(self, layer: LayerCache, q: Tensor) -> Tensor:
-        """Room for the logits of a decode step, [B, Hq, capacity] fp32; all layers share it."""
+        """Room for the logits of a decode step, [B, Hq, capacity] fp32, or fp16 beside 16-bit K and
+        V on a GPU; all layers share it."""
         shape = (*q.shape[:2], layer.capacity)
         have = self._logits
         if have is None or have.shape != shape or have.device != q.device:
-            self._logits = q.new_empty(shape, dtype=torch.float32)
+            self._logits = q.new_empty(shape, dtype=logits_dtype(q))
+            self.meter.logits_bytes = self._logits.nbytes
         return self._logits
 
     def ring(self, size: int) -> Ring:

@@ -26,6 +26,7 @@ class Meter:
         peak_bytes: most bytes of K and V slots in use by one cache (rows times the longest row).
         peak_note_bytes: most bytes that methods remember about the slots in use and the rows.
         allocated_bytes: the slabs of the latest cache, spare capacity included.
+        logits_bytes: the buffer of logits of the cache that last needed one, spare included.
         peak_len, sum_len: longest row of any layer, and the sum over layers and steps.
         evictions: int64 scalar, times that tokens were taken out of a layer.
         evicted_tokens: per managed layer, tokens taken out, all rows.
@@ -62,7 +63,7 @@ class Meter:
         self.peak_host_bytes = 0
         self.reencoded_tokens = 0
         self.boundary_seconds = array("d")
-        self.allocated_bytes = 0
+        self.allocated_bytes = self.logits_bytes = 0
         # Of the latest cache, by layer: kept, seen in this context, and before it
         self._lens: list[tuple[Tensor, Tensor, int]] = []
 

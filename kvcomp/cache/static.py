@@ -18,6 +18,7 @@ from kvcomp.cache.kv_cache import KVCache, Policy
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.ring import StaticRing
 from kvcomp.cache.static_meter import Sizes, StaticMeter
+from kvcomp.ops.decode_attention import logits_dtype
 
 
 class StaticLayerCache(LayerCache):
@@ -220,9 +221,10 @@ class StaticKVCache(KVCache):
         return self._ring
 
     def logits_for(self, layer: LayerCache, q: Tensor) -> Tensor:
-        """Room for the logits of a decode step, [B, Hq, capacity] fp32, out of the graph's own
-        memory."""
-        return q.new_empty(*q.shape[:2], layer.capacity, dtype=torch.float32)
+        """As `KVCache.logits_for`, but out of the graph's own memory."""
+        dtype = logits_dtype(q)
+        self.meter.logit_bytes = q.shape[1] * dtype.itemsize
+        return q.new_empty(*q.shape[:2], layer.capacity, dtype=dtype)
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         out = self.method.attend(layer, q, scale)

@@ -22,6 +22,7 @@ class StaticMeter(Meter):
     Attributes:
         counts: [4 + layers] int64: steps, longest row summed over steps, rows decoded, tokens
             that a layer with all would have read, and tokens read by each layer.
+        logit_bytes: of the logits of one slot; 0 until a step has kept some.
         peaks: [3] int64: longest row, and the most bytes of K and V and of notes; up to date
             before tokens leave, and once settled.
     """
@@ -30,6 +31,7 @@ class StaticMeter(Meter):
         super().__init__(num_layers)
         self.counts = torch.zeros(4 + num_layers, dtype=torch.int64)
         self.peaks = torch.zeros(3, dtype=torch.int64)
+        self.logit_bytes = self._slots = 0
         self._reads: list[Tensor | None] = [None] * num_layers  # [B] each, of the running step
         self._held: tuple[Tensor, Sizes] | None = None  # seq_lens [B] of the latest cache
 
@@ -64,8 +66,8 @@ class StaticMeter(Meter):
         self.token_bytes = [layer.token_bytes for layer in cache.layers]
         self.slot_bytes = [layer.slot_bytes for layer in cache.layers]
         self._lens = [(x.seq_lens, x.logical_lens, 0) for x in cache.layers]
-        slots = len(cache.layers[0].seq_lens) * cache.layers[0].capacity
-        self.allocated_bytes = slots * sum(self.slot_bytes)
+        self._slots = len(cache.layers[0].seq_lens) * cache.layers[0].capacity
+        self.allocated_bytes = self._slots * sum(self.slot_bytes)
         self._hold(cache)
         self.settle()
 
@@ -73,6 +75,7 @@ class StaticMeter(Meter):
         """Bring the figures up to date; this waits for the device."""
         steps, longest, rows, dense, *reads = self.counts.tolist()
         self.counts.zero_()
+        self.logits_bytes = self._slots * self.logit_bytes
         self.steps += steps
         self.sum_len += longest * len(reads)
         self.tokens_decoded += rows

@@ -26,6 +26,8 @@ class Report:
         kv_bytes_peak: most bytes of K and V slots in use at once (rows times the longest row).
         tracking_bytes_peak: most bytes of what the method remembered, beside K and V.
         kv_bytes_allocated: the slabs now, spare capacity included.
+        logits_bytes_allocated: one buffer for the logits of a step, which layers share; 0 where the
+            method does not look at them.
         kv_bytes_read: by decode steps in total.
         kept_mean, kept_peak: tokens in the longest row of a layer, over decode steps.
         evictions: times that tokens were taken out of a layer.
@@ -55,6 +57,7 @@ class Report:
     kv_bytes_dense: int = 0
     kv_bytes_peak: int = 0
     kv_bytes_allocated: int = 0
+    logits_bytes_allocated: int = 0
     kv_bytes_read: int = 0
     tracking_bytes_peak: int = 0
     kept_mean: float = 0.0
@@ -100,6 +103,7 @@ class Report:
             kv_bytes_dense=sum(n * b for n, b in zip(seen, meter.token_bytes, strict=False)),
             kv_bytes_peak=meter.peak_bytes,
             kv_bytes_allocated=meter.allocated_bytes,
+            logits_bytes_allocated=meter.logits_bytes,
             kv_bytes_read=sum(n * b for n, b in zip(read, meter.slot_bytes, strict=True)),
             tracking_bytes_peak=meter.peak_note_bytes,
             kept_mean=meter.sum_len / max(meter.steps * len(read), 1),

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 
 from kvcomp import _C
+from kvcomp.ops._arguments import explain
 
 LIBRARY = torch.library.Library("kvcomp", "DEF")
 OPS: dict[str, Op] = {}
@@ -99,7 +100,8 @@ def _shortcut(dispatched: Callable, op: Op) -> Callable:
 
     That is a plain call in eager mode: nobody compiles or traces, no mode watches (fake tensors),
     no gradient is wanted. It saves about half of a small call. The price: torch.profiler, which
-    listens to the dispatcher, does not see it.
+    listens to the dispatcher, does not see it. Arguments of a wrong type are looked for where a
+    call has failed, which costs the others nothing.
     """
     on_cpu, on_cuda = op.impls[op.bound["cpu"]], op.impls[op.bound["cuda"]]
     # Found once: each look-up by dotted name would cost a call some 20 ns.
@@ -108,19 +110,23 @@ def _shortcut(dispatched: Callable, op: Op) -> Callable:
 
     def call(*args):
         first = args[0]
-        if (
-            not is_compiling()
-            and type(first) is plain
-            and not first.requires_grad
-            and not num_modes()
-            and not tracing_state()
-            and not first.is_neg()
-        ):
-            if first.is_cpu:
-                return on_cpu(*args)
-            if first.is_cuda:
-                return on_cuda(*args)
-        return dispatched(*args)
+        try:
+            if (
+                not is_compiling()
+                and type(first) is plain
+                and not first.requires_grad
+                and not num_modes()
+                and not tracing_state()
+                and not first.is_neg()
+            ):
+                if first.is_cpu:
+                    return on_cpu(*args)
+                if first.is_cuda:
+                    return on_cuda(*args)
+            return dispatched(*args)
+        except Exception:
+            explain(op.name, op.schema, args)
+            raise
 
     return call
 
@@ -159,12 +165,20 @@ def _float32_fallback(reference: Callable, fake: Callable, schema: str) -> Calla
             given, computed = (x if isinstance(x, list) else [x] for x in (args[i], wide[i]))
             for into, value in zip(given, computed, strict=True):
                 if into is not value and into is not None:
-                    into.copy_(value)
+                    into.copy_(_within_range(value, into.dtype))
         if isinstance(result, tuple):
             return tuple(r.to(e.dtype) for r, e in zip(result, expected, strict=True))
         return result.to(expected.dtype) if result is not None else None
 
     return run
+
+
+def _within_range(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Finite values of `value` as far as `dtype` reaches: rounded to it, they stay finite."""
+    if dtype != torch.float16:
+        return value
+    limit = torch.finfo(dtype).max
+    return torch.where(value.isinf(), value, value.clamp(-limit, limit))
 
 
 def _widened(argument: object) -> object:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcomp import _C
+from kvcomp.ops._arguments import default_scale
 from kvcomp.ops._registry import bind, raw_stream
 from kvcomp.ops.decode_attention import fake as fake_attention
 from kvcomp.ops.decode_attention import partials
@@ -43,8 +44,8 @@ def attend_and_select(
             place in that list, a column of a block table; a -1 before a row's end has no score.
         page_size: tokens in a page, of `page_ids` too.
         num_pages: K, pages in a set.
-        logits: [B, Hq, N] fp32, N >= T (dense) or K' * page_size (K' listed pages): receives the
-            scaled logits, as from `decode_attention`.
+        logits: [B, Hq, N] fp32, or fp16 except on the CPU, N >= T (dense) or K' * page_size (K'
+            listed pages): receives the scaled logits, as from `decode_attention`.
         num_groups, reduction: as for `page_scores`; there is a set for each group.
         num_recent, num_sink: as for `select_pages`.
 
@@ -58,7 +59,7 @@ def attend_and_select(
     """
     use_max = is_max("attend_and_select", reduction)
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        scale = default_scale(q)
     rest = num_groups, use_max, num_recent, num_sink
     return _op(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
 

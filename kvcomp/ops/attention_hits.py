@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcomp import _C
+from kvcomp.ops._arguments import expect
 from kvcomp.ops._registry import bind, raw_stream
 
 
@@ -27,7 +28,8 @@ def attention_hits(
     group of Hq / U heads that keep one set of tokens: U = 1 (all heads), Hkv or Hq.
 
     Args:
-        logits: [B, Hq, N] fp32, scaled logits from `decode_attention`; rows may be strided.
+        logits: [B, Hq, N] fp32, or fp16 except on the CPU, scaled logits from `decode_attention`;
+            rows may be strided.
         lse: [B, Hq] fp32; -inf (nothing attended) marks nothing.
         seq_lens: [B] int32, valid tokens of each row, at most N.
         hits: [B, U, W] int32, written whole: token i is bit i % 32 of word i // 32; 0 past the end
@@ -39,24 +41,36 @@ def attention_hits(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout; a threshold outside (0, 1).
     """
+    if not isinstance(threshold, float):
+        expect("attention_hits", "threshold", "float", threshold)
     if not 0 < threshold < 1:
         raise ValueError(
             "kvcomp.attention_hits: argument 'threshold': expected a probability between 0 and 1,"
             f" got {threshold}"
         )
-    into = hits
+    into = hits if row is None else _row(hits, row)
+    _op(logits, lse, seq_lens, into, math.log(threshold))
+    if isinstance(row, Tensor):
+        hits.index_copy_(1, row, into[:, None])
+
+
+def _row(hits: Tensor, row: int | Tensor) -> Tensor:
+    """Where the bits of a step go: hits[:, row], or new memory where the device knows the row."""
+    expect("attention_hits", "hits", "Tensor", hits)
     if isinstance(row, Tensor):
         if row.shape != (1,) or row.dtype != torch.int64:
             raise ValueError(
                 "kvcomp.attention_hits: argument 'row': expected a number or a tensor [1] of int64,"
                 f" got {list(row.shape)} of {row.dtype}"
             )
-        into = hits.new_empty(hits.shape[:1] + hits.shape[2:])
-    elif row is not None:
-        into = hits[:, row]
-    _op(logits, lse, seq_lens, into, math.log(threshold))
-    if isinstance(row, Tensor):
-        hits.index_copy_(1, row, into[:, None])
+        return hits.new_empty(hits.shape[:1] + hits.shape[2:])
+    expect("attention_hits", "row", "int", row)
+    if hits.ndim != 4 or not 0 <= row < hits.shape[1]:
+        raise ValueError(
+            "kvcomp.attention_hits: argument 'row': expected a row of hits [B, R, U, W], got"
+            f" {row} of {list(hits.shape)}"
+        )
+    return hits[:, row]
 
 
 def reference(logits, lse, seq_lens, hits, log_threshold):

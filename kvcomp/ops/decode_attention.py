@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcomp import _C
+from kvcomp.ops._arguments import default_scale
 from kvcomp.ops._registry import bind, raw_stream
 from kvcomp.ops._splits import MIN_SPLIT, num_multiprocessors, plan_splits
 
@@ -44,9 +45,11 @@ def decode_attention(
         page_ids: [B, 1, K] (one set for all heads) or [B, Hkv, K], int32.
         page_size: tokens in a page: 1, 16, 32 or 64; any positive size works.
         scale: factor on q k^T; 1 / sqrt(D) by default.
-        logits: optional fp32 output [B, Hq, N], N >= T (dense) or K * page_size (paged):
-            receives the scaled logits of each attended position; other positions are left alone
-            or set to -inf.
+        logits: optional output [B, Hq, N], N >= T (dense) or K * page_size (paged), of fp32 or,
+            except on the CPU, fp16: receives the scaled logits of each attended position; other
+            positions are left alone or set to -inf. In fp16 a logit below 2^k errs by at most
+            2^(k - 12), and so, relatively, does the probability made of it (0.4 % at 16); finite
+            ones beyond 65504 become that. `out` and `lse` are the same with either.
 
     Returns:
         out [B, Hq, D] of q's dtype, and lse [B, Hq] fp32, the natural log of the sum of exp.
@@ -57,8 +60,14 @@ def decode_attention(
             of range gives NaN.
     """
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        scale = default_scale(q)
     return _op(q, k, v, seq_lens, page_ids, page_size, scale, logits)
+
+
+def logits_dtype(q: Tensor) -> torch.dtype:
+    """What to keep logits in for choosing by them: 16 bits beside 16-bit K and V on a GPU, where
+    they cost bandwidth and err less than the rounding of K does; fp32 elsewhere."""
+    return torch.float16 if q.is_cuda and q.dtype != torch.float32 else torch.float32
 
 
 def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits):

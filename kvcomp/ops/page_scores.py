@@ -29,7 +29,8 @@ def page_scores(
     heads, Hkv one set per KV head.
 
     Args:
-        logits: [B, Hq, N] fp32, scaled logits from `decode_attention`; rows may be strided.
+        logits: [B, Hq, N] fp32, or fp16 except on the CPU, scaled logits from `decode_attention`;
+            rows may be strided.
         lse: [B, Hq] fp32.
         seq_lens: [B] int32, valid tokens of each row, at most N.
         page_size: tokens in a page.
@@ -48,7 +49,7 @@ def page_scores(
 
 def is_max(op: str, reduction: str) -> bool:
     """Whether `reduction` is "max"; ValueError where it is not "sum" either."""
-    if reduction not in REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(
             f"kvcomp.{op}: argument 'reduction': expected one of {REDUCTIONS}, got {reduction!r}"
         )
@@ -67,7 +68,8 @@ def reference(logits, lse, seq_lens, page_size, num_groups, use_max):
 
 
 def fake(logits, lse, seq_lens, page_size, num_groups, use_max):
-    return logits.new_empty(logits.size(0), num_groups, -(-logits.size(-1) // page_size))
+    shape = logits.size(0), num_groups, -(-logits.size(-1) // page_size)
+    return logits.new_empty(shape, dtype=torch.float32)
 
 
 def native(backend: int) -> Callable:

@@ -20,6 +20,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     mutates: tuple[int, ...] = ()  # positions of the arguments that the op writes
     blank: Callable[[tuple], None] | None = None  # overwrites what the op leaves unspecified there
+    refused_by: tuple[str, ...] = ()  # implementations that do not take it
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"

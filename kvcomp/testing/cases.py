@@ -22,13 +22,15 @@ from kvcomp.testing.case import (
 )
 from kvcomp.testing.retrieval_cases import retrieval_cases
 
+HALF_LOGITS = ("cpu",)  # who does not take them
 
-def _dense(name, batch, heads, kv_heads, slots, dim, lens, layout="head", logits=False):
+
+def _dense(name, batch, heads, kv_heads, slots, dim, lens, layout="head", logits=None, sharpness=1):
     def make(dtype, device):
         q, k, v = attention_inputs(batch, heads, kv_heads, slots, dim, dtype, layout)
-        buffer = torch.full((batch, heads, slots + 3), torch.nan) if logits else None
+        buffer = _room(batch, heads, slots + 3, dtype=logits)
         lens_ = torch.tensor(lens, dtype=torch.int32)
-        return on(device, q, k, v, lens_, None, 1, dim**-0.5, buffer)
+        return on(device, q, k, v, lens_, None, 1, dim**-0.5 * sharpness, buffer)
 
     return _attention_case(name, make, logits)
 
@@ -45,7 +47,7 @@ def _paged(
     shared,
     layout="head",
     holes=False,
-    logits=False,
+    logits=None,
 ):
     def make(dtype, device):
         q, k, v = attention_inputs(batch, heads, kv_heads, slots, dim, dtype, layout)
@@ -58,19 +60,28 @@ def _paged(
         if holes:
             page_ids[:, :, ::3] = -1
             page_ids[0] = -1  # a row of holes attends to nothing
-        buffer = torch.full((batch, heads, count * page_size), torch.nan) if logits else None
+        buffer = _room(batch, heads, count * page_size, dtype=logits)
         return on(device, q, k, v, lens, page_ids, page_size, dim**-0.5, buffer)
 
     return _attention_case(name, make, logits)
 
 
+def _room(*shape, dtype) -> torch.Tensor | None:
+    """Unwritten logits; None where no dtype asks for them."""
+    return None if dtype is None else torch.full(shape, torch.nan, dtype=dtype)
+
+
 def _attention_case(name, make, logits) -> Case:
     def unattended(args):
         args[7][~args[7].isfinite()] = 0  # left alone or -inf
+        if half:
+            args[7].clamp_(-65504, 65504)  # of fp16
 
-    if not logits:
+    if logits is None:
         return Case("decode_attention", name, make, HALF_AND_FULL)
-    return Case("decode_attention", name, make, HALF_AND_FULL, mutates=(7,), blank=unattended)
+    half = logits == torch.float16
+    refused_by = HALF_LOGITS if half else ()
+    return Case("decode_attention", name, make, HALF_AND_FULL, (7,), unattended, refused_by)
 
 
 def _decode_attention_cases() -> list[Case]:
@@ -83,9 +94,11 @@ def _decode_attention_cases() -> list[Case]:
         _dense("dim96", 1, 3, 3, 50, 96, [47]),
         _dense("dim256", 1, 4, 2, 70, 256, [70]),
         _dense("long-row", 1, 4, 2, 5003, 64, [5001]),
-        _dense("group20", 1, 20, 1, 37, 64, [35], logits=True),
+        _dense("group20", 1, 20, 1, 37, 64, [35], logits=torch.float32),
         _dense("crooked", 2, 4, 2, 70, 80, [66, 70], layout="crooked"),
-        _dense("logits", 2, 6, 2, 150, 64, [150, 9], logits=True),
+        _dense("logits", 2, 6, 2, 150, 64, [150, 9], logits=torch.float32),
+        _dense("half-logits", 2, 6, 2, 150, 64, [150, 9], logits=torch.float16),
+        _dense("half-logits-clamped", 1, 6, 2, 40, 64, [37], logits=torch.float16, sharpness=1e5),
     ]
     paged = [
         _paged("tokens-per-head", 2, 8, 2, 200, 64, 1, 37, shared=False),
@@ -93,7 +106,8 @@ def _decode_attention_cases() -> list[Case]:
         _paged("pages16-shared", 2, 8, 4, 330, 128, 16, 6, shared=True),
         _paged("pages16-per-head", 2, 6, 3, 200, 64, 16, 5, shared=False, layout="slab"),
         _paged("pages32-holes", 3, 4, 2, 260, 64, 32, 5, shared=False, holes=True),
-        _paged("pages64-logits", 2, 4, 1, 400, 80, 64, 3, shared=True, logits=True),
+        _paged("pages64-logits", 2, 4, 1, 400, 80, 64, 3, shared=True, logits=torch.float32),
+        _paged("holes-half-logits", 3, 4, 2, 90, 64, 16, 5, False, "head", True, torch.float16),
     ]
     return dense + paged
 
@@ -131,12 +145,13 @@ def scored_logits(batch, heads, slots, generator, spare=0):
 
 
 def _page_scores_cases() -> list[Case]:
-    def build(name, batch, heads, slots, page_size, groups=1, use_max=True, spare=0):
+    def build(name, batch, heads, slots, page_size, groups=1, use_max=True, spare=0, half=False):
         def make(dtype, device):
             logits, lse, lens = scored_logits(batch, heads, slots, generator_for(name), spare)
+            logits = logits.half() if half else logits
             return on(device, logits, lse, lens, page_size, groups, use_max)
 
-        return Case("page_scores", name, make)
+        return Case("page_scores", name, make, refused_by=HALF_LOGITS if half else ())
 
     def empty_row(dtype, device):
         logits, lse, lens = scored_logits(2, 4, 50, generator_for("empty"))
@@ -157,6 +172,8 @@ def _page_scores_cases() -> list[Case]:
         build("sum-groups-tokens", 2, 8, 60, 1, groups=4, use_max=False),
         build("strided", 2, 7, 257, 64, spare=31),
         build("many-heads-long", 1, 40, 4100, 16),
+        build("half", 2, 8, 340, 16, half=True),
+        build("half-odd-sum", 2, 7, 257, 64, groups=7, use_max=False, half=True),
         Case("page_scores", "empty-row", empty_row),
         Case("page_scores", "all-masked", all_masked),
     ]
@@ -205,22 +222,26 @@ def _attend_and_select_cases() -> list[Case]:
         use_max=True,
         layout="head",
         listed=0,
+        half=False,
     ):
         def make(dtype, device):
             batch = len(lens)
             q, k, v = attention_inputs(batch, heads, kv_heads, slots, dim, dtype, layout)
+            if half:  # logits that fp16 holds exactly, so that the scores are the reference's
+                q, k = q.round(), k.round()
             page_ids, room = None, slots
             if listed:  # a block table, the pages in any order
                 order = torch.rand(batch, 1, slots // page_size, generator=generator_for(name))
                 page_ids, room = order.argsort(-1)[..., :listed].int(), listed * page_size
-            logits = torch.full((batch, heads, room + 4), torch.nan)
+            logits = _room(batch, heads, room + 4, dtype=torch.float16 if half else torch.float32)
             choice = groups, use_max, recent, sink
             return on(
                 *(device, q, k, v, ints(lens), page_ids, page_size, count, dim**-0.5, logits),
                 *choice,
             )
 
-        return Case("attend_and_select", name, make, HALF_AND_FULL, mutates=(8,), blank=unattended)
+        refused_by = HALF_LOGITS if half else ()
+        return Case("attend_and_select", name, make, HALF_AND_FULL, (8,), unattended, refused_by)
 
     def unattended(args):
         args[8][~args[8].isfinite()] = 0  # left alone or -inf
@@ -235,18 +256,21 @@ def _attend_and_select_cases() -> list[Case]:
         build("tokens", [290, 133], 20, 1, 290, 64, 1, 90, recent=8, sink=4, layout="token"),
         build("table", [150, 77], 8, 2, 320, 64, 16, 6, listed=10),
         build("many-heads", [100], 18, 6, 100, 128, 32, 2, layout="slab"),
+        build("half-logits", [600, 301], 6, 2, 600, 64, 16, 9, recent=3, sink=2, half=True),
     ]
 
 
 def _attention_hits_cases() -> list[Case]:
-    def build(name, batch, heads, units, slots, threshold=5e-3, spare=0, words=0):
+    def build(name, batch, heads, units, slots, threshold=5e-3, spare=0, words=0, half=False):
         def make(dtype, device):
             logits, lse, lens = scored_logits(batch, heads, slots, generator_for(name), spare)
+            logits = logits.half() if half else logits
             words_ = -(-(slots + spare) // 32) + words
             hits = torch.full((batch, 3, units, words_), -1, dtype=torch.int32)[:, 1]
             return on(device, logits, lse, lens, hits, math.log(threshold))
 
-        return Case("attention_hits", name, make, mutates=(3,))
+        refused_by = HALF_LOGITS if half else ()
+        return Case("attention_hits", name, make, mutates=(3,), refused_by=refused_by)
 
     def nothing_attended(dtype, device):
         """An empty row, and one whose pages were all holes: logits and lse are -inf."""
@@ -269,6 +293,9 @@ def _attention_hits_cases() -> list[Case]:
         build("word-exactly", 2, 4, 2, 64, threshold=0.4),
         build("everything-is-hit", 1, 6, 2, 95, threshold=1e-30),
         build("many-heads-long", 1, 40, 8, 4100, threshold=1e-4),
+        build("half", 2, 12, 3, 132, half=True),
+        build("half-odd", 2, 5, 5, 257, half=True),
+        build("half-many", 2, 40, 10, 4100, threshold=1e-4, half=True),
         Case("attention_hits", "nothing-attended", nothing_attended, mutates=(3,)),
         Case("attention_hits", "no-slots", no_slots, mutates=(3,)),
     ]

@@ -34,7 +34,7 @@ __device__ inline bool arrive_last(uint32_t* arrived, bool& last) {
   return last;
 }
 
-template <int kVec, bool kMax>
+template <int kVec, bool kMax, typename Logit>
 __global__ void __launch_bounds__(PageScoresTile::kThreads, 3)
     merge_and_select_kernel(const __grid_constant__ AttendAndSelectParams p, PageScoresTile tile) {
   constexpr int kWarps = PageScoresTile::kWarps;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(PageScoresTile::kThreads, 3)
     if (threadIdx.x % 32 == 0) lse[head] = of_head;
   }
   __syncthreads();
-  score_pages<kVec, kMax>(p.scoring, tile, lse, warp_probs);
+  score_pages<kVec, kMax, Logit>(p.scoring, tile, lse, warp_probs);
   const bool selects = arrive_last(attention.arrived + row, last);
   if (split) {
     for (int head = blockIdx.x; head < heads; head += gridDim.x) merge_head(attention, row + head);
@@ -67,9 +67,10 @@ __global__ void __launch_bounds__(PageScoresTile::kThreads, 3)
 template <typename Launch>
 void launch_merge_and_select(const AttendAndSelectParams& p, const Launch& launch) {
   const PageScoresParams& scoring = p.scoring;
-  with_tile(scoring, [&](const PageScoresTile& tile, auto vec) {
-    const auto kernel = scoring.use_max ? merge_and_select_kernel<vec(), true>
-                                        : merge_and_select_kernel<vec(), false>;
+  with_tile(scoring, [&](const PageScoresTile& tile, auto vec, auto logit) {
+    using Logit = decltype(logit);
+    const auto kernel = scoring.use_max ? merge_and_select_kernel<vec(), true, Logit>
+                                        : merge_and_select_kernel<vec(), false, Logit>;
     const dim3 grid(std::max(tile.count, 1), scoring.num_groups, scoring.batch);
     launch(kernel, grid, dim3(PageScoresTile::kThreads),
            scoring.num_heads / scoring.num_groups * sizeof(float), p, tile);

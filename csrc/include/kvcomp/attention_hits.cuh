@@ -6,9 +6,10 @@
 // per lane in flight, its lanes put their bits together into kVec words, and the slices meet in
 // shared memory. Tokens past the end give 0.
 //
-// Bytes: Hq * sum(seq_lens) * 4 read, each once; the words written are 128 times less per head.
+// Bytes: Hq * sum(seq_lens) * 4, or 2 in 16 bits, read, each once, and
+// a bit per token and unit written.
 // At batch 1 the time is two latencies, of the length and of the logits, if all loads are under way
-// at once: 16-byte loads only where their fewer blocks still fill the GPU.
+// at once: loads of 4 logits only where their fewer blocks still fill the GPU.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +28,8 @@ struct AttentionHitsTile {
 };
 
 // Bit j: token j at `logits` is hit under one of the heads first, first + step, ...
-template <int kVec>
-__device__ inline unsigned hits_of_heads(const float* logits, int64_t stride_h, const float* lse,
+template <int kVec, typename Logit>
+__device__ inline unsigned hits_of_heads(const Logit* logits, int64_t stride_h, const float* lse,
                                          int first, int heads, int step, float log_threshold) {
   unsigned hits = 0;
   for_each_head<AttentionHitsTile::kLoads, kVec>(
@@ -37,7 +38,7 @@ __device__ inline unsigned hits_of_heads(const float* logits, int64_t stride_h, 
   return hits;
 }
 
-template <int kVec>
+template <int kVec, typename Logit>
 __global__ void __launch_bounds__(AttentionHitsTile::kThreads)
     attention_hits_kernel(const __grid_constant__ AttentionHitsParams p, AttentionHitsTile tile) {
   constexpr int kWarps = AttentionHitsTile::kWarps;
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(AttentionHitsTile::kThreads)
   const int heads = p.num_heads / p.num_units, slice = warp % head_warps;
   const int64_t first_head = static_cast<int64_t>(unit) * heads;
   const float* lse = p.lse + static_cast<int64_t>(sequence) * p.num_heads + first_head;
-  const float* at =
-      p.logits + sequence * p.stride_logits_b + first_head * p.stride_logits_h + token;
+  const Logit* at = static_cast<const Logit*>(p.logits) + sequence * p.stride_logits_b +
+                    first_head * p.stride_logits_h + token;
   unsigned word = 0;
   if (token < end) {
     if (kVec == 1 || token + kVec <= p.num_slots) {
@@ -101,12 +102,15 @@ void launch_attention_hits(const AttentionHitsParams& p, const Launch& launch) {
     const int words = Tile::kWarps / tile.head_warps * vec;
     return (p.num_words + words - 1) / words;
   };
-  const bool rows_aligned = reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0 &&
-                            p.stride_logits_b % 4 == 0 && p.stride_logits_h % 4 == 0;
+  const bool rows_aligned =
+      logits_aligned<4>(p.logits_dtype, p.logits, p.stride_logits_b, p.stride_logits_h);
   const bool many = int64_t{num_blocks(4)} * p.num_units * p.batch >= Tile::kManyBlocks;
   const bool vec4 = rows_aligned && many;
-  launch(vec4 ? attention_hits_kernel<4> : attention_hits_kernel<1>,
-         dim3(num_blocks(vec4 ? 4 : 1), p.num_units, p.batch), dim3(Tile::kThreads), 0, p, tile);
+  with_logit_type(p.logits_dtype, [&](auto logit) {
+    using Logit = decltype(logit);
+    launch(vec4 ? attention_hits_kernel<4, Logit> : attention_hits_kernel<1, Logit>,
+           dim3(num_blocks(vec4 ? 4 : 1), p.num_units, p.batch), dim3(Tile::kThreads), 0, p, tile);
+  });
 }
 
 }  // namespace kvcomp

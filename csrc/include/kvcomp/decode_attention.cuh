@@ -10,7 +10,8 @@
 // second kernel those of the splits.
 //
 // Bytes: 2 * T * D elements per KV head; 4 * D * Hq per split, written and read, for the merge;
-// with logits 4 * T * Hq. In flight per block: (stages - 1) tiles of 16 rows of K and V per warp.
+// with logits 4 * T * Hq, or 2 in 16 bits. In flight per block: (stages - 1) tiles of 16 rows of K
+// and V per warp.
 #pragma once
 
 #include <cstdint>
@@ -39,6 +40,7 @@ class DecodeWarp {
         v_(static_cast<const T*>(p.v) + sequence * p.stride_v_b + kv_head * p.stride_v_h),
         aligned_(is_aligned(k_, p.stride_k_t) && is_aligned(v_, p.stride_v_t)),
         stages_(stages),
+        logits_(p, sequence),
         lane_(threadIdx.x % 32),
         first_tile_(split.first + threadIdx.x / 32 * kTokens) {
     const int group = p.num_heads / p.num_kv_heads;
@@ -57,7 +59,6 @@ class DecodeWarp {
         }
       }
     }
-    logits_ = p.logits ? p.logits + sequence * p.stride_logits_b : nullptr;
   }
 
   __device__ void run() {
@@ -162,8 +163,8 @@ class DecodeWarp {
       const int token = lane_ / 4 + i / 2 * 8, head = lane_ % 4 * 2 + i % 2;
       const int slot = stage.slot[token];
       s[i] = slot == kSkipped ? -INFINITY : slot == kWild ? NAN : s[i] * p_.scale;
-      if (logits_ && head < num_heads_ && first + token < split_.end) {
-        logits_[(head_ + head) * p_.stride_logits_h + first + token] = s[i];
+      if (head < num_heads_ && first + token < split_.end) {
+        logits_.store(head_ + head, first + token, s[i]);
       }
     }
   }
@@ -206,9 +207,9 @@ class DecodeWarp {
   const T *k_, *v_;
   const bool aligned_;  // rows can be copied 16 bytes at a time
   Stage* stages_;
+  const LogitsOut logits_;
   const int lane_, first_tile_;
-  int num_heads_, head_;  // of this block: head_ + 0, 1, ...
-  float* logits_;
+  int num_heads_, head_;   // of this block: head_ + 0, 1, ...
   int next_slot_;          // of the tile to be fetched next, lane's token
   unsigned q_[kSteps][2];  // B fragments
   float max_[2] = {-INFINITY, -INFINITY}, sum_[2] = {};  // of the lane's two heads; sums by lane

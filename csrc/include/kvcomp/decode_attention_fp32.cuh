@@ -19,7 +19,8 @@ class DecodeWarp<float, D> {
       : p_(p),
         split_(split),
         k_(static_cast<const float*>(p.k) + sequence * p.stride_k_b + kv_head * p.stride_k_h),
-        v_(static_cast<const float*>(p.v) + sequence * p.stride_v_b + kv_head * p.stride_v_h) {
+        v_(static_cast<const float*>(p.v) + sequence * p.stride_v_b + kv_head * p.stride_v_h),
+        logits_(p, sequence) {
     const int group = p.num_heads / p.num_kv_heads;
     num_heads_ = min(Tile::kHeads, group - first_head);
     head_ = kv_head * group + first_head;
@@ -29,7 +30,6 @@ class DecodeWarp<float, D> {
       max_[head] = -INFINITY;
       if (head < num_heads_) load(q + (head_ + head) * p.stride_q_h, q_[head]);
     }
-    logits_ = p.logits ? p.logits + sequence * p.stride_logits_b : nullptr;
   }
 
   __device__ void run() {
@@ -44,9 +44,7 @@ class DecodeWarp<float, D> {
         for (int i = 0; i < kParts; ++i) s += q_[head][i] * k[i];
         s = group_sum(s, 32) * p_.scale;
         s = slot == kSkipped ? -INFINITY : slot == kWild ? NAN : s;
-        if (logits_ && threadIdx.x % 32 == 0) {
-          logits_[(head_ + head) * p_.stride_logits_h + at] = s;
-        }
+        if (threadIdx.x % 32 == 0) logits_.store(head_ + head, at, s);
         const float top = fmaxf(max_[head], s);
         const float base = top == -INFINITY ? 0.0f : top;
         const float decay = exp2f((max_[head] - base) * kLog2e);
@@ -81,8 +79,8 @@ class DecodeWarp<float, D> {
   const DecodeAttentionParams& p_;
   const DecodeSplit& split_;
   const float *k_, *v_;
+  const LogitsOut logits_;
   int num_heads_, head_;
-  float* logits_;
   float q_[Tile::kHeads][kParts] = {};
   float max_[Tile::kHeads], sum_[Tile::kHeads] = {}, out_[Tile::kHeads][kParts] = {};
 };

@@ -62,6 +62,29 @@ struct DecodeSplit {
   }
 };
 
+// The logits of one sequence, where they are wanted.
+class LogitsOut {
+ public:
+  __device__ LogitsOut(const DecodeAttentionParams& p, int sequence)
+      : p_(p), row_(sequence * p.stride_logits_b) {}
+
+  __device__ void store(int head, int position, float logit) const {
+    if (!p_.logits) return;
+    const int64_t at = row_ + head * p_.stride_logits_h + position;
+    if (p_.logits_dtype == ScalarType::f32) {
+      static_cast<float*>(p_.logits)[at] = logit;
+    } else {
+      constexpr float kMax = 65504;  // finite logits stay so
+      if (fabsf(logit) < INFINITY) logit = fminf(fmaxf(logit, -kMax), kMax);
+      from_float(logit, static_cast<__half*>(p_.logits)[at]);
+    }
+  }
+
+ private:
+  const DecodeAttentionParams& p_;
+  const int64_t row_;
+};
+
 // One warp's way through its tokens: made from the block's place, run() attends, leave(states)
 // hands over max, sum and output of each head.
 template <typename T, int D>

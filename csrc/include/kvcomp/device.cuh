@@ -2,6 +2,13 @@
 // device functions that kernels share. Torch-free.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kvcomp/params.h"
+
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -31,19 +38,25 @@ __device__ inline void from_float(float x, __half& to) { to = __float2half_rn(x)
 __device__ inline void from_float(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
 
 // Loads that nothing will ask for again.
-__device__ inline void load_streaming(const float* from, float (&to)[1]) { to[0] = __ldcs(from); }
-__device__ inline void load_streaming(const float* from, float (&to)[4]) {
-  const float4 vector = __ldcs(reinterpret_cast<const float4*>(from));
-  to[0] = vector.x, to[1] = vector.y, to[2] = vector.z, to[3] = vector.w;
+template <typename T>
+__device__ inline void load_streaming(const T* from, T (&to)[1]) {
+  to[0] = __ldcs(from);
+}
+template <typename T>
+__device__ inline void load_streaming(const T* from, T (&to)[4]) {
+  using Vector = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  const Vector vector = __ldcs(reinterpret_cast<const Vector*>(from));
+  memcpy(to, &vector, sizeof vector);
 }
 
 // use(j, logit - lse) for token j at `logits` under each of the heads first, first + step, ... All
 // loads of a round of kLoads heads are under way before the first is used.
-template <int kLoads, int kVec, typename Use>
-__device__ inline void for_each_head(const float* logits, int64_t stride_h, const float* lse,
+template <int kLoads, int kVec, typename Logit, typename Use>
+__device__ inline void for_each_head(const Logit* logits, int64_t stride_h, const float* lse,
                                      int first, int heads, int step, const Use& use) {
   for (int round = first; round < heads; round += kLoads * step) {
-    float x[kLoads][kVec] = {}, normaliser[kLoads] = {};
+    Logit x[kLoads][kVec] = {};
+    float normaliser[kLoads] = {};
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int head = round + i * step;
@@ -57,9 +70,23 @@ __device__ inline void for_each_head(const float* logits, int64_t stride_h, cons
       // Where nothing was attended the lse is -inf, and so are the logits: -inf, not NaN.
       const float subtract = normaliser[i] == -INFINITY ? INFINITY : normaliser[i];
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) use(j, x[i][j] - subtract);
+      for (int j = 0; j < kVec; ++j) use(j, to_float(x[i][j]) - subtract);
     }
   }
+}
+
+// Whether kVec logits can be loaded at once wherever a multiple of kVec tokens begins.
+template <int kVec>
+bool logits_aligned(ScalarType dtype, const void* logits, int64_t stride_b, int64_t stride_h) {
+  const std::size_t bytes = kVec * (dtype == ScalarType::f16 ? sizeof(__half) : sizeof(float));
+  return reinterpret_cast<std::uintptr_t>(logits) % bytes == 0 && stride_b % kVec == 0 &&
+         stride_h % kVec == 0;
+}
+
+// start(Logit{}) with the type that logits of `dtype` have.
+template <typename Start>
+void with_logit_type(ScalarType dtype, const Start& start) {
+  dtype == ScalarType::f16 ? start(__half{}) : start(float{});
 }
 
 // Sum over aligned groups of `width` lanes (a power of two), in all of its lanes.

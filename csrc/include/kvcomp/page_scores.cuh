@@ -7,7 +7,8 @@
 // head slices of each token and sum over the pages. A page larger than the tile is walked in steps
 // by one block, which needs each token's heads in one warp.
 //
-// Bytes: Hq * sum(seq_lens) * 4 read, each once, and B * num_groups * P * 4 written.
+// Bytes: Hq * sum(seq_lens) * 4, or 2 in 16 bits, read, each once, and B * num_groups * P * 4
+// written.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,8 @@ struct PageScoresTile {
 
 // Adds to probs (max or sum) the probabilities of kVec tokens at `logits` under heads first,
 // first + step, ...
-template <int kVec, bool kMax>
-__device__ inline void reduce_heads(const float* logits, int64_t stride_h, const float* lse,
+template <int kVec, bool kMax, typename Logit>
+__device__ inline void reduce_heads(const Logit* logits, int64_t stride_h, const float* lse,
                                     int first, int heads, int step, float* probs) {
   for_each_head<PageScoresTile::kLoads, kVec>(
       logits, stride_h, lse, first, heads, step, [&](int j, float logprob) {
@@ -46,7 +47,7 @@ template <int kVec>
 using WarpProbs = float[PageScoresTile::kWarps][32 * kVec];
 
 // The block's pages of its group and sequence. lse: of the group's heads.
-template <int kVec, bool kMax>
+template <int kVec, bool kMax, typename Logit>
 __device__ inline void score_pages(const PageScoresParams& p, const PageScoresTile& tile,
                                    const float* lse, WarpProbs<kVec>& warp_probs) {
   constexpr int kWarps = PageScoresTile::kWarps;
@@ -62,12 +63,12 @@ __device__ inline void score_pages(const PageScoresParams& p, const PageScoresTi
   // Each warp: its tokens, reduced over its slice of heads.
   const int heads = p.num_heads / p.num_groups, head_warps = tile.head_warps;
   const int slice = warp % head_warps, step = kWarps / head_warps * kRun;
-  const float* logits =
-      p.logits + sequence * p.stride_logits_b + int64_t{group} * heads * p.stride_logits_h;
+  const Logit* logits = static_cast<const Logit*>(p.logits) + sequence * p.stride_logits_b +
+                        int64_t{group} * heads * p.stride_logits_h;
   float total[kVec] = {};
   // More than one step only in a page larger than the tile.
   for (int token = start + warp / head_warps * kRun + lane * kVec; token < end; token += step) {
-    const float* at = logits + token;
+    const Logit* at = logits + token;
     float probs[kVec] = {};
     if (token + kVec <= end) {
       reduce_heads<kVec, kMax>(at, p.stride_logits_h, lse, slice, heads, head_warps, probs);
@@ -106,16 +107,17 @@ __device__ inline void score_pages(const PageScoresParams& p, const PageScoresTi
   }
 }
 
-template <int kVec, bool kMax>
+template <int kVec, bool kMax, typename Logit>
 __global__ void __launch_bounds__(PageScoresTile::kThreads)
     page_scores_kernel(const __grid_constant__ PageScoresParams p, PageScoresTile tile) {
   __shared__ WarpProbs<kVec> warp_probs;
   const int first_head = blockIdx.y * (p.num_heads / p.num_groups);
   const float* lse = p.lse + static_cast<int64_t>(blockIdx.z) * p.num_heads + first_head;
-  score_pages<kVec, kMax>(p, tile, lse, warp_probs);
+  score_pages<kVec, kMax, Logit>(p, tile, lse, warp_probs);
 }
 
-// start(tile, vec), vec 4 or 1 as an integral_constant, with the tile for these logits and pages.
+// start(tile, vec, Logit{}), vec 4 or 1 as an integral_constant, with the tile for these logits and
+// pages.
 template <typename Start>
 void with_tile(const PageScoresParams& p, const Start& start) {
   using Tile = PageScoresTile;
@@ -129,9 +131,9 @@ void with_tile(const PageScoresParams& p, const Start& start) {
                                        : 1,
             .page_lanes = 1};
 
-  // 16-byte loads where every row and every tile of pages starts at such an address.
-  const bool rows_aligned = reinterpret_cast<std::uintptr_t>(p.logits) % 16 == 0 &&
-                            p.stride_logits_b % 4 == 0 && p.stride_logits_h % 4 == 0;
+  // Loads of 4 logits where every row and every tile of pages starts at a multiple of them.
+  const bool rows_aligned =
+      logits_aligned<4>(p.logits_dtype, p.logits, p.stride_logits_b, p.stride_logits_h);
   const int multiple = p.page_size % 4 == 0 ? 1 : p.page_size % 2 == 0 ? 2 : 4;
   const auto capacity = [&](int vec) { return Tile::kWarps / tile.head_warps * 32 * vec; };
   const bool vec4 =
@@ -143,17 +145,20 @@ void with_tile(const PageScoresParams& p, const Start& start) {
   }
   while (tile.page_lanes < 32 && tile.page_lanes * 4 < p.page_size) tile.page_lanes *= 2;
   tile.count = (p.num_pages + tile.pages - 1) / tile.pages;
-  vec4 ? start(tile, std::integral_constant<int, 4>{})
-       : start(tile, std::integral_constant<int, 1>{});
+  with_logit_type(p.logits_dtype, [&](auto logit) {
+    vec4 ? start(tile, std::integral_constant<int, 4>{}, logit)
+         : start(tile, std::integral_constant<int, 1>{}, logit);
+  });
 }
 
 // Starts the kernel through `launch(kernel, grid, block, shared_bytes, args...)`.
 template <typename Launch>
 void launch_page_scores(const PageScoresParams& p, const Launch& launch) {
   if (p.batch == 0 || p.num_pages == 0) return;
-  with_tile(p, [&](const PageScoresTile& tile, auto vec) {
-    const auto kernel =
-        p.use_max ? page_scores_kernel<vec(), true> : page_scores_kernel<vec(), false>;
+  with_tile(p, [&](const PageScoresTile& tile, auto vec, auto logit) {
+    using Logit = decltype(logit);
+    const auto kernel = p.use_max ? page_scores_kernel<vec(), true, Logit>
+                                  : page_scores_kernel<vec(), false, Logit>;
     launch(kernel, dim3(tile.count, p.num_groups, p.batch), dim3(PageScoresTile::kThreads), 0, p,
            tile);
   });

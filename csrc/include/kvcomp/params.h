@@ -19,7 +19,8 @@ struct DecodeAttentionParams {
   const int32_t* page_ids;  // [B, 1 or Hkv, K], -1 skips; nullptr: dense
   void* out;                // [B, Hq, D], contiguous
   float* lse;               // [B, Hq], contiguous
-  float* logits;            // [B, Hq, N] or nullptr
+  ScalarType logits_dtype;  // f32, or on a GPU f16
+  void* logits;             // [B, Hq, N] or nullptr
   float* partial_out;       // [B, Hq, S, D], S > 1: of splits, on a GPU
   float* partial_lse;       // [B, Hq, S]
   uint32_t* arrived;        // [B, Hq] or nullptr: set to 0 for a kernel that merges the splits next
@@ -49,7 +50,8 @@ struct MergeStatesParams {
 };
 
 struct PageScoresParams {
-  const float* logits;      // [B, Hq, N], last dimension contiguous
+  ScalarType logits_dtype;  // f32, or on a GPU f16
+  const void* logits;       // [B, Hq, N], last dimension contiguous
   const float* lse;         // [B, Hq], contiguous
   const int32_t* seq_lens;  // [B]
   float* scores;            // [B, num_groups, P], contiguous
@@ -80,7 +82,8 @@ struct AttendAndSelectParams {
 };
 
 struct AttentionHitsParams {
-  const float* logits;      // [B, Hq, N], last dimension contiguous
+  ScalarType logits_dtype;  // f32, or on a GPU f16
+  const void* logits;       // [B, Hq, N], last dimension contiguous
   const float* lse;         // [B, Hq], contiguous
   const int32_t* seq_lens;  // [B]
   uint32_t* hits;           // [B, U, W], last two contiguous; bit i % 32 of word i / 32 is token i

@@ -6,7 +6,7 @@ are the tall operands, S = K qᵀ [BLOCK_N, BLOCK_G] and Oᵀ = Vᵀ P [D, BLOCK
 that tensor cores insist on, the group is their narrow side. Paged input differs only in where a
 token's slot comes from. A program past the end of its row leaves the empty state. Bytes: 2 T D
 elements per KV head, 4 T / page_size of page ids, 4 (D + 1) per query head and split written and
-read again by the merge; with logits 4 T per query head.
+read again by the merge; with logits 4 T per query head, or 2 T in fp16.
 """
 
 from __future__ import annotations
@@ -125,7 +125,12 @@ def decode_attention_kernel(
             b_logits = tl.where(m_wild[:, None], float("nan"), b_logits)
         if logits is not None:
             p_logits = logits + i_b * stride_logits_b + o_h[None, :] * stride_logits_h
-            tl.store(p_logits + o_n[:, None], b_logits, mask=m_len[:, None] & m_g[None, :])
+            b_stored = b_logits
+            if logits.dtype.element_ty == tl.float16:  # finite logits stay so
+                m_finite = tl.abs(b_logits) < float("inf")
+                b_stored = tl.where(m_finite, tl.clamp(b_logits, -65504.0, 65504.0), b_logits)
+            b_stored = b_stored.to(logits.dtype.element_ty)
+            tl.store(p_logits + o_n[:, None], b_stored, mask=m_len[:, None] & m_g[None, :])
 
         b_new = tl.maximum(b_max, tl.max(b_logits, 0))
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)

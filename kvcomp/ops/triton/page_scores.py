@@ -3,7 +3,8 @@
 Grid (tiles of pages, groups, B). One program scores BLOCK_P pages for one group of heads: it walks
 the group's heads with the tile of tokens in registers, then sums each page. The max over heads is
 taken of logit - lse, so a token costs one exponential however many heads there are. Pages past a
-row's length are written as 0 and read nothing. Bytes: 4 N per query head, 4 P per group written.
+row's length are written as 0 and read nothing. Bytes: 4 N per query head, or 2 N in fp16,
+4 P per group written.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def page_scores_kernel(
                 p_n = p_logits + (i_first + i_g) * stride_h + o_n
                 b_lse = tl.load(p_lse + i_first + i_g)
                 b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)  # nothing attended
-                b_logprobs = tl.load(p_n, mask=m_n, other=float("-inf")) - b_lse
+                b_logits = tl.load(p_n, mask=m_n, other=float("-inf"))
+                b_logprobs = b_logits.to(tl.float32) - b_lse
                 if USE_MAX:  # a NaN of decode_attention stays one
                     b_tokens = tl.maximum(b_tokens, b_logprobs, tl.PropagateNan.ALL)
                 else:
@@ -74,7 +76,7 @@ def launch(
 ) -> Tensor:
     batch, num_heads, num_slots = logits.shape
     num_pages = triton.cdiv(num_slots, page_size)
-    scores = logits.new_empty(batch, num_groups, num_pages)
+    scores = lse.new_empty(batch, num_groups, num_pages)
     block_t = min(triton.next_power_of_2(page_size), BLOCK_TOKENS)
     block_p = BLOCK_TOKENS // block_t
     page_scores_kernel[(triton.cdiv(num_pages, block_p), num_groups, batch)](

@@ -1,0 +1,73 @@
+"""Arguments of another type than the schema says, and the one error that names them.
+
+Ops look at nothing before they run. Only a call that has failed is gone through here, argument by
+argument: what pybind, the dispatcher or Python said first is of no use to the caller.
+"""
+
+from __future__ import annotations
+
+import operator
+from numbers import Real
+from typing import Any
+
+import torch
+
+
+def explain(op: str, schema: str, values: tuple) -> None:
+    """Raise TypeError for the first of `values` that is not what the schema says, if there is one."""
+    for argument, value in zip(torch._C.parse_schema(schema).arguments, values, strict=False):
+        expect(op, argument.name, str(argument.type), value)
+
+
+def expect(op: str, name: str, kind: str, value: Any) -> None:
+    """Raise TypeError unless `value` is what a schema calls `kind`."""
+    if kind == "List[Tensor]" and isinstance(value, list):
+        for place, each in enumerate(value):
+            expect(op, f"{name}[{place}]", "Tensor", each)
+        return
+    fits, words = KINDS[kind]
+    if not fits(value):
+        raise TypeError(
+            f"kvcomp.{op}: argument '{name}': expected {words}, got {_said(value)}"
+        ) from None
+
+
+def default_scale(q: Any) -> float:
+    """1 / sqrt(D) of q [..., D]; of what is no such tensor the op will say so."""
+    return q.shape[-1] ** -0.5 if _is_tensor(q) and q.ndim and q.shape[-1] else 1.0
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return -(2**63) <= operator.index(value) < 2**63
+    except (TypeError, ValueError, RuntimeError):  # the last two: tensors of several, or of floats
+        return False
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and float(value) is not None
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+KINDS = {  # of a schema -> whether a value is of it, and what to call it
+    "Tensor": (_is_tensor, "a tensor"),
+    "Optional[Tensor]": (lambda value: value is None or _is_tensor(value), "a tensor or None"),
+    "List[Tensor]": (lambda value: False, "a list of tensors"),
+    "int": (_is_whole, "a whole number of 64 bits"),
+    "float": (_is_number, "a number"),
+    "bool": (lambda value: True, "True or False"),
+}
+
+
+def _said(value: Any) -> str:
+    """The value where it is short, else its type."""
+    if value is None or isinstance(value, (str, Real)):
+        return repr(value)
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
