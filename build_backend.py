@@ -47,20 +47,26 @@ def build_editable(*args, **kwargs):
 def cuda_requirements():
     """The compiler wheels, where CUDA kernels are of use and no compiler is installed."""
     mode = cuda_mode()
-    wanted = mode == "require" or (mode == "auto" and has_driver())
+    wanted = mode == "require" or (mode == "auto" and has_driver() and cuda_architectures())
     if wanted and sys.platform == "linux" and find_installed_nvcc() is None:
         return CUDA_WHEELS
     return []
 
 
 def wants_cuda():
-    """Whether to build the CUDA kernels if a compiler is found; exits where one is required."""
-    if cuda_mode() == "require" and find_nvcc() is None:
+    """Whether to build the CUDA kernels if a compiler is found; exits where they are required."""
+    mode = cuda_mode()
+    if mode == "require" and find_nvcc() is None:
         raise SystemExit(
             "kvcomp: KVCOMP_CUDA=require, but no CUDA compiler was found: looked at CUDACXX,"
             " CUDA_HOME, PATH, /usr/local/cuda and the nvidia-cuda-nvcc wheel"
         )
-    return cuda_mode() != "off"
+    if mode == "require" and not cuda_architectures():
+        raise SystemExit(
+            "kvcomp: KVCOMP_CUDA=require, but no GPU here has compute capability 8.0 or later;"
+            " KVCOMP_CUDA_ARCHS builds for others"
+        )
+    return mode != "off" and bool(cuda_architectures())
 
 
 def cuda_mode():
@@ -104,15 +110,21 @@ def nvcc_environment(nvcc):
 
 
 def has_driver():
+    """Whether there is a driver that runs what the wheels compile: one of CUDA 13 or later."""
     try:
-        ctypes.CDLL("libcuda.so.1")
-        return True
-    except OSError:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # a container may be given it only later
         return Path("/proc/driver/nvidia/version").exists()
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return version.value >= 13000
 
 
 def cuda_architectures():
-    """Those asked for, else those of the GPUs present, else the common data-centre ones."""
+    """Those asked for, else those of the GPUs present, else the common data-centre ones.
+
+    The kernels need 8.0: nothing where all GPUs are older.
+    """
     if asked := os.environ.get("KVCOMP_CUDA_ARCHS"):
         return re.split(r"[;,\s]+", asked.strip("; "))
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
@@ -121,5 +133,7 @@ def cuda_architectures():
     except (OSError, subprocess.SubprocessError):
         lines = ""
     found = {line.strip().replace(".", "") for line in lines.splitlines() if line.strip()}
+    if not found:
+        return ["80", "90a"]
     # 9.0 is built as 90a, which has the instructions of that one architecture.
-    return sorted({"90": "90a"}.get(arch, arch) for arch in found) or ["80", "90a"]
+    return [{"90": "90a"}.get(arch, arch) for arch in sorted(found, key=int) if int(arch) >= 80]

@@ -14,7 +14,7 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-from build_backend import cuda_architectures, find_nvcc, nvcc_environment, wants_cuda
+from build_backend import cuda_architectures, cuda_mode, find_nvcc, nvcc_environment, wants_cuda
 
 ROOT = Path(__file__).parent.resolve()
 
@@ -55,7 +55,8 @@ class CMakeBuild(build_ext):
         )
         cmake("--build", build_dir)
         cmake("--install", build_dir)
-        why_none = "no nvcc; set KVCOMP_CUDA=require to see why" if wants_cuda() else "off"
+        why_none = "no nvcc or no GPU for them; set KVCOMP_CUDA=require to see why"
+        why_none = "off" if cuda_mode() == "off" else why_none
         summary = (build_dir / "summary.txt").read_text()
         print(summary if nvcc else f"{summary} ({why_none})", flush=True)
 

@@ -78,25 +78,31 @@ if [ "$build" != installed ]; then
   export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 
-step selftest 120 "$python" -m kvcomp info --selftest
-
-# One element, odd sizes and rows of different lengths, for every kernel.
-small="$kernels and (one- or odd or ragged) and float32"
-op_tests() { # NAME SECONDS CASES PREFIX...
-  local name=$1 limit=$2 cases=$3
-  shift 3
-  step "$name" "$limit" "$@" "$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" \
+# One element, odd sizes and rows of different lengths, for every kernel: 16-bit K and V go through
+# the tensor cores, and what has none is float32.
+small="$kernels and (one- or odd or ragged) and (float32 or bfloat16)"
+op_tests() { # CASES PREFIX...
+  local cases=$1
+  shift
+  "$@" "$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" \
     "$root/tests/test_ops.py" -k "test_op and $cases"
 }
+# A process for each op, as many as there are cores: what Triton compiles takes longest.
+each_op() { # CASES
+  local ops
+  ops=$("$python" -c 'from kvcomp.ops import OPS; print(*OPS, sep="\n")') || return
+  xargs -P "$(nproc)" -I{} bash -c 'op_tests "{}- and $0"' "$1" <<<"$ops"
+}
+export -f op_tests each_op
 if [ -n "$dry" ]; then
-  op_tests op-tests 120 "$small"
+  step op-tests 120 bash -c 'each_op "$0"' "$small"
 else
-  op_tests op-tests 120 "$kernels"
+  step op-tests 200 bash -c 'each_op "$0"' "$kernels"
   if command -v compute-sanitizer >/dev/null; then
     # Without torch's pool, so that every tensor has an end that can be overrun.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck; do
-      op_tests "$tool" 90 "$small and not triton" \
+      step "$tool" 120 bash -c 'op_tests "$0" "$@"' "$small and not triton" \
         compute-sanitizer --tool "$tool" --error-exitcode 1
     done
     unset PYTORCH_NO_CUDA_MEMORY_CACHING
@@ -104,6 +110,9 @@ else
     echo "no compute-sanitizer here: it comes with the CUDA toolkit"
   fi
 fi
+
+# Triton has compiled for the op tests what all its cases use.
+step selftest 120 "$python" -m kvcomp info --selftest
 
 bench() { # NAME SECONDS SCRIPT OPTIONS...
   local name=$1 limit=$2 script=$3

@@ -3,6 +3,7 @@
 
 #include "backend.h"
 #include "cpu/simd/rows.h"
+#include "cuda/kernels.h"
 #include "tensor.h"
 
 // Python holds a Backend as a plain int, which costs a call a few nanoseconds.
@@ -44,6 +45,7 @@ void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
                       py::handle seq_lens, py::handle page_ids, py::handle logits, py::handle out,
                       py::handle lse, std::int64_t page_size, double scale, py::handle partial_out,
                       py::handle partial_lse, std::int64_t split_size, std::uintptr_t stream);
+int decode_attention_blocks(py::handle q);
 void fetch_rows(Backend backend, py::handle k, py::handle v, py::handle slot_rows,
                 py::handle seq_lens, py::handle rows, py::handle first_local, py::handle active,
                 py::handle pool, py::handle fetched, std::int64_t num_sinks, std::uintptr_t stream);
@@ -109,6 +111,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("cpu_isa", [] { return simd::rows().isa; });
 
+  m.def("cuda_driver_suffices", [] {
+    if constexpr (kWithCuda) return cuda::driver_suffices();
+    return true;
+  });
+
   // How the boundary sees a tensor: for tests.
   m.def("view_tensor", [](py::handle tensor, bool dlpack) {
     const TensorView view = Boundary{"view_tensor"}.tensor(
@@ -127,6 +134,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("attention_hits", &attention_hits);
   m.def("compact_kv", &compact_kv);
   m.def("decode_attention", &decode_attention);
+  m.def("decode_attention_blocks", &decode_attention_blocks);
   m.def("fetch_rows", &fetch_rows);
   m.def("kmeans", &kmeans);
   m.def("merge_states", &merge_states);

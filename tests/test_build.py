@@ -170,6 +170,8 @@ def test_compiler_is_searched_in_order(backend, monkeypatch, tmp_path):
     [
         ("80; 90a", "", ["80", "90a"]),
         ("", "9.0\n9.0\n8.6\n", ["86", "90a"]),
+        ("", "12.0\n7.5\n8.9\n", ["89", "120"]),
+        ("", "7.5\n", []),
         ("", "", ["80", "90a"]),
     ],
 )
@@ -180,6 +182,28 @@ def test_architectures(backend, monkeypatch, tmp_path, asked, gpus, expected):
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("KVCOMP_CUDA_ARCHS", asked)
     assert backend.cuda_architectures() == expected
+
+
+def test_gpus_that_are_too_old_do_not_stop_an_install(backend, monkeypatch):
+    monkeypatch.setattr(backend, "has_driver", lambda: True)
+    monkeypatch.setattr(backend, "find_installed_nvcc", lambda: None)
+    monkeypatch.setattr(backend, "cuda_architectures", list)
+    monkeypatch.setenv("KVCOMP_CUDA", "auto")
+    assert not backend.wants_cuda() and not backend.cuda_requirements()
+    monkeypatch.setenv("KVCOMP_CUDA", "require")
+    monkeypatch.setattr(backend, "find_nvcc", lambda: "/usr/bin/nvcc")
+    with pytest.raises(SystemExit, match=r"compute capability 8\.0 or later"):
+        backend.wants_cuda()
+
+
+@pytest.mark.parametrize(("version", "enough"), [(12080, False), (13000, True), (13020, True)])
+def test_a_driver_older_than_the_wheels_does_not_count(backend, monkeypatch, version, enough):
+    class Driver:
+        def cuDriverGetVersion(self, into):
+            into._obj.value = version
+
+    monkeypatch.setattr(backend.ctypes, "CDLL", lambda name: Driver())
+    assert backend.has_driver() == enough
 
 
 # --- the native boundary -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kvcomp
-from kvcomp.ops import OPS
+from kvcomp.ops import OPS, _registry
 from kvcomp.testing.cases import CASES
 from kvcomp.testing.compare import check, outputs
 
@@ -132,3 +132,19 @@ def test_the_cap_on_the_instruction_set_is_obeyed(isa, said):
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
     )
     assert re.search(said, run.stdout.strip()), run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    "with_cuda, suffices, said",
+    [(False, True, "has no CUDA kernels"), (True, False, "CUDA 13.0, too new"), (True, True, None)],
+)
+def test_cuda_kernels_are_passed_over_where_they_could_not_run(
+    monkeypatch, with_cuda, suffices, said
+):
+    class Built:
+        build_info = staticmethod(lambda: {"with_cuda": with_cuda, "cuda_version": "13.0"})
+        cuda_driver_suffices = staticmethod(lambda: suffices)
+
+    monkeypatch.setattr(_registry, "_C", Built)
+    reason = _registry._why_no_cuda.__wrapped__()
+    assert said in reason if said else reason is None

@@ -7,10 +7,14 @@
 
 namespace kvcomp::cuda {
 
+// Whether the driver, if there is one, runs what this CUDA has compiled: its major version decides.
+bool driver_suffices();
+
 void attend_and_select(const AttendAndSelectParams& params, int device, std::uintptr_t stream);
 void attention_hits(const AttentionHitsParams& params, int device, std::uintptr_t stream);
 void compact_kv(const CompactKvParams& params, int device, std::uintptr_t stream);
 void decode_attention(const DecodeAttentionParams& params, int device, std::uintptr_t stream);
+int decode_attention_blocks(ScalarType dtype, int head_dim, int device);  // of an SM at once
 void fetch_rows(const FetchRowsParams& params, int device, std::uintptr_t stream);
 void page_scores(const PageScoresParams& params, int device, std::uintptr_t stream);
 void recurrence_update(const RecurrenceUpdateParams& params, int device, std::uintptr_t stream);

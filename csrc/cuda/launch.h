@@ -26,11 +26,7 @@ class Launch {
   template <typename... Params>
   void operator()(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
                   std::type_identity_t<Params>... args) const {
-    if (shared_bytes > kSharedWithoutAsking) {
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shared_bytes)),
-            "cudaFuncSetAttribute");
-    }
+    allow(kernel, shared_bytes);
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
@@ -39,8 +35,14 @@ class Launch {
     check(cudaLaunchKernelEx(&config, kernel, args...), "launch");
   }
 
- private:
-  static constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
+  template <typename Kernel>
+  void allow(Kernel* kernel, std::size_t shared_bytes) const {
+    constexpr std::size_t kWithoutAsking = 48 * 1024;
+    if (shared_bytes <= kWithoutAsking) return;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)),
+          "cudaFuncSetAttribute");
+  }
 
   void check(cudaError_t error, const char* what) const {
     if (error == cudaSuccess) return;
@@ -49,10 +51,31 @@ class Launch {
                              " failed: " + cudaGetErrorString(error));
   }
 
+ private:
   const char* op_;
   cudaStream_t stream_;
   int previous_ = 0;
   bool switched_ = false;
+};
+
+// In place of a Launch: leaves how many blocks of the last kernel a multiprocessor takes at once.
+class Occupancy {
+ public:
+  Occupancy(const char* op, int device, int& blocks) : launch_(op, device, 0), blocks_(blocks) {}
+
+  template <typename... Params>
+  void operator()(void (*kernel)(Params...), dim3, dim3 block, std::size_t shared_bytes,
+                  std::type_identity_t<Params>...) const {
+    launch_.allow(kernel, shared_bytes);
+    const auto threads = static_cast<int>(block.x * block.y * block.z);
+    launch_.check(
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_, kernel, threads, shared_bytes),
+        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  }
+
+ private:
+  Launch launch_;
+  int& blocks_;
 };
 
 }  // namespace kvcomp::cuda

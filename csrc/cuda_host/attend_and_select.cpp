@@ -6,7 +6,11 @@
 namespace kvcomp::cuda_host {
 
 void attend_and_select(const AttendAndSelectParams& params) {
-  decode_attention(params.attention);
+  decode_attention(attention_of(params));
+  if (selects_apart(params)) {
+    page_scores(params.scoring);
+    return select_pages(params.selection);
+  }
   launch_merge_and_select(params, Launch{"attend_and_select"});
 }
 

@@ -197,4 +197,17 @@ void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
   }
 }
 
+// How many blocks of the kernel for q's dtype and head size a multiprocessor of its GPU takes.
+int decode_attention_blocks(py::handle q_) {
+  const Boundary at{"decode_attention"};
+  const TensorView q = at.tensor("q", q_);
+  at.device(Backend::cuda, {&q});
+  check_head_dim(at, "q", q.shape[q.ndim - 1]);
+  if constexpr (kWithCuda) {
+    return cuda::decode_attention_blocks(at.scalar_type(q), static_cast<int>(q.shape[q.ndim - 1]),
+                                         q.device.index);
+  }
+  return 0;
+}
+
 }  // namespace kvcomp

@@ -102,9 +102,12 @@ class HostPool:
 
     def write(self, row: int, first: int, k: Tensor, v: Tensor) -> None:
         """Rows [first, first + n) of sequence `row` become k, v [Hkv, n, D]."""
+        # Laid out as rows are, on the cache's device, and copied head by head without gaps: from a
+        # GPU, anything else is staged in other host memory, and the host waits for it.
+        rows = torch.stack((k, v), 2)  # [Hkv, n, 2, D]
         for block, inside, outside in self._spans(first, first + k.shape[1]):
-            for part, source in enumerate((k, v)):
-                block[row, :, inside, part].copy_(source[:, outside], non_blocking=True)
+            for into, source in zip(block[row, :, inside], rows[:, outside], strict=True):
+                into.copy_(source, non_blocking=True)
 
     def read(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """K and V [Hkv, last - first, D] of rows [first, last), on the cache's device."""

@@ -75,8 +75,8 @@ def bind(
     for backend in BACKENDS:
         if backend not in backends:
             op.missing[backend] = "not written"
-        elif backend == "cuda" and not _C.build_info()["with_cuda"]:
-            op.missing[backend] = "this build has no CUDA kernels"
+        elif backend == "cuda" and (reason := _why_no_cuda()):
+            op.missing[backend] = reason
         else:
             op.impls[backend] = native(BACKENDS[backend])
     if not triton:
@@ -93,6 +93,16 @@ def bind(
     torch.library.register_fake(f"kvcomp::{name}", fake, lib=LIBRARY)
     OPS[name] = op
     return _shortcut(getattr(torch.ops.kvcomp, name).default, op)
+
+
+@cache
+def _why_no_cuda() -> str | None:
+    build = _C.build_info()
+    if not build["with_cuda"]:
+        return "this build has no CUDA kernels"
+    if not _C.cuda_driver_suffices():
+        return f"it was built with CUDA {build['cuda_version']}, too new for the driver here"
+    return None
 
 
 def _shortcut(dispatched: Callable, op: Op) -> Callable:

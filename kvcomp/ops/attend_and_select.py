@@ -36,8 +36,8 @@ def attend_and_select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`decode_attention`, `page_scores` of its logits and `select_pages` by these scores, at once.
 
-    What a layer does that selects for the layers above it. In CUDA it is two launches, with nothing
-    in between that the host would have to wait for.
+    What a layer does that selects for the layers above it. In CUDA it is two launches (four beyond
+    2048 pages), with nothing in between that the host would have to wait for.
 
     Args:
         q, k, v, seq_lens, page_ids, scale: as for `decode_attention`. With `page_ids` a page is a

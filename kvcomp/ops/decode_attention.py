@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from kvcomp.ops._registry import bind, raw_stream
 from kvcomp.ops._splits import MIN_SPLIT, num_multiprocessors, plan_splits
 
 HEADS_PER_BLOCK = 8  # of the CUDA kernel, see decode_attention.cuh
-BLOCKS_PER_SM = 2
 
 
 def decode_attention(
@@ -146,7 +146,16 @@ def plan(q: Tensor, num_kv_heads: int, positions: int) -> tuple[int, int]:
     group = q.shape[1] // num_kv_heads
     blocks = q.shape[0] * num_kv_heads * -(-group // HEADS_PER_BLOCK)
     chunks = max(1, -(-positions // MIN_SPLIT))
-    return plan_splits(blocks, chunks, num_multiprocessors(q.device) * BLOCKS_PER_SM)
+    resident = blocks_per_multiprocessor(q.device, q.dtype, q.shape[2])
+    return plan_splits(blocks, chunks, num_multiprocessors(q.device) * resident)
+
+
+@cache
+def blocks_per_multiprocessor(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    """Blocks of the CUDA kernel that run there at once; where there is no GPU, as on Ampere."""
+    if device.type != "cuda":
+        return 2
+    return _C.decode_attention_blocks(torch.empty(head_dim, dtype=dtype, device=device))
 
 
 _op = bind(

@@ -5,6 +5,7 @@
 #include <deque>
 #include <vector>
 
+#include "cuda_host/emulator/access.h"
 #include "cuda_host/emulator/shared_memory.h"
 
 namespace kvcomp::cuda_host::async_copy {
@@ -15,6 +16,7 @@ constexpr std::size_t kBytes = 16;
 struct Copy {
   void* to;
   const void* from;  // nullptr: zeros
+  Time asked;
 };
 
 struct Thread {
@@ -42,7 +44,9 @@ void ask(void* shared, const void* from, bool wanted, Where where) {
     fail("copy_async: an address that is not aligned to 16 bytes", &where);
   }
   shared_memory::blur(shared, kBytes);
-  mine().asked.push_back({shared, wanted ? from : nullptr});
+  if (wanted) access(from, kBytes, Access::read);
+  order::advance();
+  mine().asked.push_back({shared, wanted ? from : nullptr, order::now()});
 }
 
 void end_group() {
@@ -55,8 +59,9 @@ void wait(int later) {
   Thread& thread = mine();
   for (; thread.groups.size() > static_cast<std::size_t>(later); thread.groups.pop_front()) {
     for (const Copy& copy : thread.groups.front()) {
-      shared_memory::access(copy.to, kBytes, Access::write);
+      access(copy.to, kBytes, Access::write);
       if (copy.from) {
+        late_read(copy.from, kBytes, copy.asked);
         std::memcpy(copy.to, copy.from, kBytes);
       } else {
         std::memset(copy.to, 0, kBytes);

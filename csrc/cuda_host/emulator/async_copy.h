@@ -1,5 +1,5 @@
 // Asynchronous copies into shared memory, which happen as late as they may: when their thread waits
-// for them. Until then nobody can read what is there.
+// for them. Until then nobody can read what is there, nor write what is copied.
 #pragma once
 
 #include <cstddef>

@@ -3,14 +3,14 @@
 
 #include <type_traits>
 
-#include "cuda_host/emulator/shared_memory.h"
+#include "cuda_host/emulator/access.h"
 
 namespace kvcomp::cuda_host {
 
 // Returns the old value. Not instrumented: it reports its one access itself.
 template <typename T, typename Update>
 __attribute__((noinline, no_sanitize("thread"))) T atomic(T* address, Update update) {
-  shared_memory::access(address, sizeof(T), Access::atomic);
+  access(address, sizeof(T), Access::atomic);
   const T old = *address;
   *address = update(old);
   return old;

@@ -13,16 +13,19 @@
 
 #include "cuda_host/emulator/async_copy.h"
 #include "cuda_host/emulator/fiber.h"
+#include "cuda_host/emulator/global_memory.h"
+#include "cuda_host/emulator/handover.h"
+#include "cuda_host/emulator/order.h"
 #include "cuda_host/emulator/shared_memory.h"
 
 namespace kvcomp::cuda_host {
 namespace {
 
-constexpr unsigned kMaxThreads = 1024;
-
 enum class State { ready, at_barrier, at_collective, returned };
 
 struct Thread {
+  explicit Thread(unsigned rank) : fiber(rank) {}
+
   Fiber fiber;
   uint3 index;
   State state;
@@ -132,7 +135,7 @@ void release_barrier() {
     threads[i]->votes = votes;
     threads[i]->state = State::ready;
   }
-  shared_memory::order_block();
+  order::order_block();
 }
 
 // Which block has its turn when: in ascending, descending and mixed order, launch by launch.
@@ -162,7 +165,9 @@ void run_block() {
     thread.state = State::ready;
     thread.fiber.start(&thread_main, nullptr);
   }
+  order::begin_block();
   shared_memory::begin_block();
+  handover::begin_block();
   async_copy::begin_block();
   while (num_live > 0) {
     bool progress = false;
@@ -202,7 +207,7 @@ void run_grid(const char* kernel_name, dim3 grid, dim3 block, std::size_t shared
   blockDim = block;
   blockIdx = {0, 0, 0};
   const std::uint64_t size = std::uint64_t{block.x} * block.y * block.z;
-  if (size == 0 || size > kMaxThreads || block.z > 64 || grid.x == 0 || grid.y == 0 ||
+  if (size == 0 || size > Fiber::kMost || block.z > 64 || grid.x == 0 || grid.y == 0 ||
       grid.z == 0 || grid.y > 65535 || grid.z > 65535 ||
       shared_bytes > shared_memory::kMaxDynamic) {
     throw std::runtime_error(
@@ -211,8 +216,10 @@ void run_grid(const char* kernel_name, dim3 grid, dim3 block, std::size_t shared
                              std::to_string(shared_bytes)));
   }
   num_threads = static_cast<unsigned>(size);
-  while (threads.size() < num_threads) threads.push_back(std::make_unique<Thread>());
+  while (threads.size() < num_threads) threads.push_back(std::make_unique<Thread>(threads.size()));
   shared_memory::begin_launch(shared_bytes);
+  global_memory::begin_launch();
+  handover::begin_launch();
   const Order order(std::uint64_t{grid.x} * grid.y * grid.z);
   for (std::uint64_t turn = 0; turn < order.count; ++turn) {
     const std::uint64_t rank = order.block(turn);
@@ -228,8 +235,6 @@ void fail(const std::string& what, const Where* where) {
   failure = message(running, what + (where ? " (" + to_text(*where) + ")" : ""));
   while (true) running->fiber.suspend();
 }
-
-bool in_kernel() { return running != nullptr; }
 
 unsigned thread_rank() { return running_rank; }
 

@@ -26,7 +26,6 @@ void run_grid(const char* kernel, dim3 grid, dim3 block, std::size_t shared_byte
 // debugger's breakpoint here shows the line.
 [[noreturn]] void fail(const std::string& what, const Where* where = nullptr);
 
-bool in_kernel();        // whether a thread runs
 unsigned thread_rank();  // of the running thread in its block
 unsigned live_lanes();   // of the running warp: those that have not returned
 

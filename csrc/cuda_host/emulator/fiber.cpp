@@ -24,8 +24,6 @@ namespace {
 
 constexpr std::size_t kStackSize = 128 * 1024;  // touched pages only are ever allocated
 
-char* stack_of(void* mapping) { return static_cast<char*>(mapping) + getpagesize(); }
-
 // --- contexts: prepare() makes one that enters run(fiber), switch_context() changes to one -------
 
 #if defined(__x86_64__) && !defined(KVCOMP_UCONTEXT)
@@ -84,30 +82,37 @@ void destroy(void* context) { delete static_cast<ucontext_t*>(context); }
 
 }  // namespace
 
-Fiber::Fiber() {
-  mapping_ = mmap(nullptr, getpagesize() + kStackSize, PROT_READ | PROT_WRITE,
-                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapping_ == MAP_FAILED) throw std::bad_alloc();
-  mprotect(mapping_, getpagesize(), PROT_NONE);  // an overflow faults instead of spreading
+// All stacks lie in one reservation, whose pages are unusable until asked for.
+Fiber::Fiber(unsigned number) {
+  const std::size_t pitch = getpagesize() + kStackSize;
+  if (!stacks_) {
+    void* all =
+        mmap(nullptr, kMost * pitch, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (all == MAP_FAILED) throw std::bad_alloc();
+    stacks_ = reinterpret_cast<std::uintptr_t>(all);
+    stacks_size_ = kMost * pitch;
+  }
+  // The page before it stays as it is: an overflow faults instead of spreading.
+  stack_ = reinterpret_cast<char*>(stacks_) + number * pitch + getpagesize();
+  if (mprotect(stack_, kStackSize, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
 }
 
 Fiber::~Fiber() {
   destroy(inside_);
   destroy(outside_);
-  munmap(mapping_, getpagesize() + kStackSize);
 }
 
 void Fiber::start(Entry entry, void* argument) {
   entry_ = entry;
   argument_ = argument;
   fake_stack_ = nullptr;
-  __asan_unpoison_memory_region(stack_of(mapping_), kStackSize);  // frames that were abandoned
-  prepare(inside_, stack_of(mapping_), &Fiber::run, this);
+  __asan_unpoison_memory_region(stack_, kStackSize);  // frames that were abandoned
+  prepare(inside_, stack_, &Fiber::run, this);
 }
 
 void Fiber::resume() {
   void* outside_fake_stack = nullptr;
-  __sanitizer_start_switch_fiber(&outside_fake_stack, stack_of(mapping_), kStackSize);
+  __sanitizer_start_switch_fiber(&outside_fake_stack, stack_, kStackSize);
   switch_context(&outside_, inside_);
   __sanitizer_finish_switch_fiber(outside_fake_stack, nullptr, nullptr);
 }

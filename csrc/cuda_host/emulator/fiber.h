@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace kvcomp::cuda_host {
 
@@ -9,7 +10,9 @@ class Fiber {
  public:
   using Entry = void (*)(void* argument);
 
-  Fiber();
+  static constexpr unsigned kMost = 1024;
+
+  explicit Fiber(unsigned number);  // 0, 1, ... kMost - 1: each has its stack
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
@@ -20,12 +23,18 @@ class Fiber {
   void resume();   // from outside: runs the fiber until it pauses or ends
   void suspend();  // from inside: pauses it
 
+  static bool is_on_stack(const void* address) {  // of any of them
+    return reinterpret_cast<std::uintptr_t>(address) - stacks_ < stacks_size_;
+  }
+
  private:
   static void run(Fiber* self);
 
+  static inline std::uintptr_t stacks_ = 0, stacks_size_ = 0;
+
   Entry entry_ = nullptr;
   void* argument_ = nullptr;
-  void* mapping_;               // a guard page, then the stack
+  char* stack_;                 // behind a guard page
   void* inside_ = nullptr;      // saved context of the fiber
   void* outside_ = nullptr;     // saved context of whoever resumed it
   void* fake_stack_ = nullptr;  // AddressSanitizer's, of whoever is paused

@@ -4,7 +4,8 @@
 #include <type_traits>
 
 #include "cuda_host/emulator/block.h"
-#include "cuda_host/emulator/shared_memory.h"
+#include "cuda_host/emulator/handover.h"
+#include "cuda_host/emulator/order.h"
 
 // --- barriers ----------------------------------------------------------------------------------
 
@@ -24,15 +25,14 @@ inline int __syncthreads_and(int predicate, KVCOMP_WHERE) {
   return votes.yes == votes.all;
 }
 
-// One thread runs at a time, so every thread sees all memory in order.
-inline void __threadfence() {}
+// One thread runs at a time and sees all memory in order: these are for those who watch it.
+inline void __threadfence() { kvcomp::cuda_host::handover::fence(); }
 inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence_system() { __threadfence(); }
 
 inline void __syncwarp(unsigned mask = ~0u, KVCOMP_WHERE) {
   using namespace kvcomp::cuda_host;
-  warp_collective<int>(
-      "__syncwarp", mask, 0, [](Lanes<int>) { shared_memory::order_warp(); }, where);
+  warp_collective<int>("__syncwarp", mask, 0, [](Lanes<int>) { order::order_warp(); }, where);
 }
 
 // --- exchanges ---------------------------------------------------------------------------------

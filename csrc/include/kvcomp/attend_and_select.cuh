@@ -38,20 +38,21 @@ template <int kVec, bool kMax, typename Logit>
 __global__ void __launch_bounds__(PageScoresTile::kThreads, 3)
     merge_and_select_kernel(const __grid_constant__ AttendAndSelectParams p, PageScoresTile tile) {
   constexpr int kWarps = PageScoresTile::kWarps;
+  constexpr int kAtOnce = PageScoresTile::kThreads / kWeighing;  // heads
   __shared__ WarpProbs<kVec> warp_probs;
   __shared__ SelectPagesShared<kWarps> selecting;
   __shared__ bool last;
 
   const DecodeAttentionParams& attention = p.attention;
   const bool split = attention.num_splits > 1;
-  const int group = blockIdx.y, sequence = blockIdx.z, warp = threadIdx.x / 32;
+  const int group = blockIdx.y, sequence = blockIdx.z;
   const int heads = p.scoring.num_heads / p.scoring.num_groups;
   const int64_t row = static_cast<int64_t>(sequence) * p.scoring.num_heads + group * heads;
   float* lse = dynamic_shared<float>();  // [heads]
-  for (int head = warp; head < heads; head += kWarps) {
-    const float of_head =
-        split ? weigh_splits(attention, row + head).lse() : attention.lse[row + head];
-    if (threadIdx.x % 32 == 0) lse[head] = of_head;
+  for (int first = 0; first < heads; first += kAtOnce) {
+    const int head = first + threadIdx.x / kWeighing, of = min(head, heads - 1);
+    const float its = split ? weigh_splits(attention, row + of).lse() : attention.lse[row + of];
+    if (head < heads && threadIdx.x % kWeighing == 0) lse[head] = its;
   }
   __syncthreads();
   score_pages<kVec, kMax, Logit>(p.scoring, tile, lse, warp_probs);
@@ -60,6 +61,18 @@ __global__ void __launch_bounds__(PageScoresTile::kThreads, 3)
     for (int head = blockIdx.x; head < heads; head += gridDim.x) merge_head(attention, row + head);
   }
   if (selects) select_set<kWarps>(p.selection, group, sequence, selecting);
+}
+
+// Whether there are so many pages that a block of eight warps would be long at choosing: then a
+// larger one is worth a launch of its own, and the op is its three parts in turn.
+inline bool selects_apart(const AttendAndSelectParams& p) { return p.scoring.num_pages > 2048; }
+
+// What the first launch is given: the splits are merged behind it, or at once where it selects
+// apart.
+inline DecodeAttentionParams attention_of(const AttendAndSelectParams& p) {
+  DecodeAttentionParams attention = p.attention;
+  if (selects_apart(p)) attention.arrived = nullptr;
+  return attention;
 }
 
 // Starts the kernel through `launch(kernel, grid, block, shared_bytes, args...)`, behind that of

@@ -1,13 +1,13 @@
 // decode_attention: one query per sequence over all tokens, or over listed pages.
 //
-// Grid (splits, KV heads x tiles of 8 query heads, sequences). A block has one split of the tokens
-// of one KV head and up to 8 of the query heads that share it, so that each K and V row is read
-// once. Its warps take tiles of 16 tokens in turn, each with a pipeline and a softmax of its own:
-// no barrier before the end. K and V are the tall operands of the tensor cores, tokens in rows,
-// S [16 tokens, 8 heads] = K qT and OT [D, 8 heads] += VT P; where a group has fewer heads than 8
-// the columns idle, which costs nothing in a kernel that waits for memory. Dense and paged input
-// differ in where the slot of a token comes from. At the end the warps' states are merged, and in a
-// second kernel those of the splits.
+// Grid (KV heads x tiles of 8 query heads, sequences, splits), so that splits which a short row
+// leaves empty come last. A block has one split of the tokens of one KV head and up to 8 of the
+// query heads that share it, so that each K and V row is read once. Its warps take tiles of 16
+// tokens in turn, each with a pipeline and a softmax of its own: no barrier before the end. K and V
+// are the tall operands of the tensor cores, tokens in rows, S [16 tokens, 8 heads] = K qT and OT
+// [D, 8 heads] += VT P; where a group has fewer heads than 8 the columns idle, which costs nothing
+// in a kernel that waits for memory. Dense and paged input differ in where the slot of a token
+// comes from. At the end the warps' states are merged, and in a second kernel those of the splits.
 //
 // Bytes: 2 * T * D elements per KV head; 4 * D * Hq per split, written and read, for the merge;
 // with logits 4 * T * Hq, or 2 in 16 bits. In flight per block: (stages - 1) tiles of 16 rows of K
@@ -30,6 +30,8 @@ class DecodeWarp {
   using Tile = DecodeTile<D>;
   using Stage = typename Tile::Stage;
   static constexpr int kTokens = Tile::kTokens, kSteps = D / 16;
+  static constexpr int kPieces = kTokens * D / 8 / 32;  // a lane's 16 bytes of a tile's K or V
+  static_assert(kTokens * D / 8 % 32 == 0);
 
  public:
   __device__ DecodeWarp(const DecodeAttentionParams& p, const DecodeSplit& split, int sequence,
@@ -40,6 +42,7 @@ class DecodeWarp {
         v_(static_cast<const T*>(p.v) + sequence * p.stride_v_b + kv_head * p.stride_v_h),
         aligned_(is_aligned(k_, p.stride_k_t) && is_aligned(v_, p.stride_v_t)),
         stages_(stages),
+        scale_(p.scale),
         logits_(p, sequence),
         lane_(threadIdx.x % 32),
         first_tile_(split.first + threadIdx.x / 32 * kTokens) {
@@ -63,7 +66,7 @@ class DecodeWarp {
 
   __device__ void run() {
     constexpr int kAhead = Tile::kStages - 1;
-    next_slot_ = load_slot(0);
+    next_id_ = load_id(0);
 #pragma unroll
     for (int tile = 0; tile < kAhead; ++tile) fetch(tile);
     for (int tile = 0; position(tile) < split_.end; ++tile) {
@@ -112,60 +115,78 @@ class DecodeWarp {
 
   __device__ int position(int tile) const { return first_tile_ + tile * Tile::kWarps * kTokens; }
 
-  __device__ int load_slot(int tile) const {
-    return lane_ < kTokens ? split_.slot(position(tile) + lane_) : kSkipped;
+  // Of the page of the lane's token. Nothing is made of it before the tile is fetched.
+  __device__ int load_id(int tile) const {
+    return lane_ < kTokens ? split_.load_id(position(tile) + lane_) : kSkipped;
   }
 
-  // Asks for a tile's rows; its slots have been asked for a tile earlier.
+  // Asks for a tile's rows; its page ids have been asked for a tile earlier.
   __device__ void fetch(int tile) {
     Stage& stage = stages_[tile % Tile::kStages];
-    const int slot = next_slot_;
+    const int slot = lane_ < kTokens ? split_.slot(position(tile) + lane_, next_id_) : kSkipped;
     if (lane_ < kTokens) stage.slot[lane_] = slot;
-    fetch_rows(stage.k, k_, p_.stride_k_t, slot);
+    int slots[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) slots[i] = __shfl_sync(kFullMask, slot, row_of(i));
+    copy_rows(stage.k, k_, p_.stride_k_t, slots);
     end_copy_group();
-    fetch_rows(stage.v, v_, p_.stride_v_t, slot);
+    copy_rows(stage.v, v_, p_.stride_v_t, slots);
     end_copy_group();
-    next_slot_ = load_slot(tile + 1);
+    next_id_ = load_id(tile + 1);
   }
 
+  // Of the lane's pieces of a tile.
+  __device__ int row_of(int i) const { return (i * 32 + lane_) / (D / 8); }
+  __device__ int column_of(int i) const { return (i * 32 + lane_) % (D / 8) * 8; }
+
   // Rows of tokens that are not attended become zeros: their probabilities are, but 0 * NaN is not.
-  __device__ void fetch_rows(uint16_t* rows, const T* base, int64_t stride, int slot) const {
-    constexpr int kPieces = D / 8;  // of 16 bytes
-    static_assert(kTokens * kPieces % 32 == 0);
+  __device__ void copy_rows(uint16_t* rows, const T* base, int64_t stride,
+                            const int (&slots)[kPieces]) const {
+    const auto for_each_piece = [&](const auto& copy) {
 #pragma unroll
-    for (int i = 0; i < kTokens * kPieces / 32; ++i) {
-      const int piece = i * 32 + lane_, row = piece / kPieces, column = piece % kPieces * 8;
-      const int from = __shfl_sync(kFullMask, slot, row);
-      uint16_t* to = rows + row * Tile::kPitch + column;
-      const T* source = base + (from < 0 ? 0 : from * stride + column);
-      if (aligned_) {
-        copy_async(to, source, from >= 0);
-      } else {
-        for (int j = 0; j < 8; ++j) to[j] = from < 0 ? 0 : bits(source[j]);
+      for (int i = 0; i < kPieces; ++i) {
+        const auto row = static_cast<uint32_t>(max(slots[i], 0));  // 32 x 64 bits are two products
+        copy(rows + row_of(i) * Tile::kPitch + column_of(i), base + row * stride + column_of(i),
+             slots[i] >= 0);
       }
+    };
+    if (aligned_) {
+      for_each_piece(
+          [](uint16_t* to, const T* from, bool wanted) { copy_async(to, from, wanted); });
+    } else {
+      for_each_piece([](uint16_t* to, const T* from, bool wanted) {
+        for (int j = 0; j < 8; ++j) to[j] = wanted ? bits(from[j]) : 0;
+      });
     }
   }
 
   __device__ void multiply_keys(const Stage& stage, float (&s)[4]) const {
     const uint16_t* row = stage.k + lane_ % 16 * Tile::kPitch + lane_ / 16 * 8;
+    float odd[4] = {};  // a second chain, so that a product waits for every other one only
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       unsigned keys[4];
       load_matrices(keys, row + step * 16);
-      multiply_add(s, keys, q_[step], T{});
+      multiply_add(step % 2 ? odd : s, keys, q_[step], T{});
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[i] += odd[i];
   }
 
   // s becomes logits; -inf where a token is not attended.
   __device__ void mask(const Stage& stage, int first, float (&s)[4]) const {
+    const int token = lane_ / 4;
+    const int slots[2] = {stage.slot[token], stage.slot[token + 8]};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int token = lane_ / 4 + i / 2 * 8, head = lane_ % 4 * 2 + i % 2;
-      const int slot = stage.slot[token];
-      s[i] = slot == kSkipped ? -INFINITY : slot == kWild ? NAN : s[i] * p_.scale;
-      if (head < num_heads_ && first + token < split_.end) {
-        logits_.store(head_ + head, first + token, s[i]);
-      }
+      const float poison = slots[i / 2] == kSkipped ? -INFINITY : NAN;
+      s[i] = slots[i / 2] < 0 ? poison : s[i] * scale_;
+    }
+    if (!logits_) return;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int head = lane_ % 4 * 2 + i % 2, at = first + token + i / 2 * 8;
+      if (head < num_heads_ && at < split_.end) logits_.store(head_ + head, at, s[i]);
     }
   }
 
@@ -207,10 +228,11 @@ class DecodeWarp {
   const T *k_, *v_;
   const bool aligned_;  // rows can be copied 16 bytes at a time
   Stage* stages_;
+  const float scale_;
   const LogitsOut logits_;
   const int lane_, first_tile_;
   int num_heads_, head_;   // of this block: head_ + 0, 1, ...
-  int next_slot_;          // of the tile to be fetched next, lane's token
+  int next_id_;            // of the tile to be fetched next, lane's token
   unsigned q_[kSteps][2];  // B fragments
   float max_[2] = {-INFINITY, -INFINITY}, sum_[2] = {};  // of the lane's two heads; sums by lane
   float out_[kSteps][4] = {};
@@ -222,10 +244,11 @@ template <typename T, int D>
 __global__ void __launch_bounds__(DecodeTile<D>::kThreads)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
   using Tile = DecodeTile<D>;
-  const int sequence = blockIdx.z, group = p.num_heads / p.num_kv_heads;
+  const int sequence = blockIdx.y, split_index = blockIdx.z;
+  const int group = p.num_heads / p.num_kv_heads;
   const int tiles = (group + Tile::kHeads - 1) / Tile::kHeads;
-  const int kv_head = blockIdx.y / tiles, first_head = blockIdx.y % tiles * Tile::kHeads;
-  const DecodeSplit split(p, sequence, kv_head, blockIdx.x);
+  const int kv_head = blockIdx.x / tiles, first_head = blockIdx.x % tiles * Tile::kHeads;
+  const DecodeSplit split(p, sequence, kv_head, split_index);
   {
     auto* stages = dynamic_shared<typename Tile::Stage>() + threadIdx.x / 32 * Tile::kStages;
     DecodeWarp<T, D> warp(p, split, sequence, kv_head, first_head, stages);
@@ -255,11 +278,11 @@ __global__ void __launch_bounds__(DecodeTile<D>::kThreads)
       from_float(value, static_cast<T*>(p.out)[row * D + column]);
       if (column == 0) p.lse[row] = merge.lse();
     } else {
-      const int64_t partial = row * p.num_splits + blockIdx.x;
+      const int64_t partial = row * p.num_splits + split_index;
       p.partial_out[partial * D + column] = value;
       if (column == 0) p.partial_lse[partial] = merge.lse();
     }
-    if (column == 0 && blockIdx.x == 0 && p.arrived) p.arrived[row] = 0;
+    if (column == 0 && split_index == 0 && p.arrived) p.arrived[row] = 0;
   }
 }
 
@@ -272,7 +295,7 @@ template <typename T, int D, typename Launch>
 void launch_decode_attention(const DecodeAttentionParams& p, const Launch& launch) {
   using Tile = DecodeTile<D>;
   const int tiles = (p.num_heads / p.num_kv_heads + Tile::kHeads - 1) / Tile::kHeads;
-  launch(decode_attention_kernel<T, D>, dim3(p.num_splits, p.num_kv_heads * tiles, p.batch),
+  launch(decode_attention_kernel<T, D>, dim3(p.num_kv_heads * tiles, p.batch, p.num_splits),
          dim3(Tile::kThreads), Tile::kShared, p);
   if (p.num_splits > 1 && !p.arrived) {
     constexpr int kThreads = (D + 31) / 32 * 32;  // a thread per element

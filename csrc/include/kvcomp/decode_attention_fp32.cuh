@@ -44,7 +44,7 @@ class DecodeWarp<float, D> {
         for (int i = 0; i < kParts; ++i) s += q_[head][i] * k[i];
         s = group_sum(s, 32) * p_.scale;
         s = slot == kSkipped ? -INFINITY : slot == kWild ? NAN : s;
-        if (threadIdx.x % 32 == 0) logits_.store(head_ + head, at, s);
+        if (logits_ && threadIdx.x % 32 == 0) logits_.store(head_ + head, at, s);
         const float top = fmaxf(max_[head], s);
         const float base = top == -INFINITY ? 0.0f : top;
         const float decay = exp2f((max_[head] - base) * kLog2e);

@@ -19,17 +19,22 @@ struct DecodeMerge {
   __device__ float lse() const { return sum == 0 ? -INFINITY : base + logf(sum); }
 };
 
-// Of the splits of query head `row` of the batch, by a whole warp: 4 bytes each, read twice.
+// Lanes that weigh the splits of a query head together: a warp has four such groups, whose loads
+// are under way at the same time.
+inline constexpr int kWeighing = 8;
+
+// Of the splits of query head `row` of the batch, which is the same in a group of lanes: 4 bytes
+// each, read twice. By whole warps.
 __device__ inline DecodeMerge weigh_splits(const DecodeAttentionParams& p, int64_t row) {
   const float* lse = p.partial_lse + row * p.num_splits;
-  const int lane = threadIdx.x % 32;
+  const int rank = threadIdx.x % kWeighing;
   DecodeMerge merge;
-  for (int i = lane; i < p.num_splits; i += 32) merge.see(lse[i]);
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
+  for (int i = rank; i < p.num_splits; i += kWeighing) merge.see(lse[i]);
+  for (int lanes = kWeighing / 2; lanes > 0; lanes /= 2) {
     merge.see(__shfl_xor_sync(kFullMask, merge.base, lanes));
   }
-  for (int i = lane; i < p.num_splits; i += 32) merge.sum += merge.weight(lse[i]);
-  merge.sum = group_sum(merge.sum, 32);
+  for (int i = rank; i < p.num_splits; i += kWeighing) merge.sum += merge.weight(lse[i]);
+  merge.sum = group_sum(merge.sum, kWeighing);
   return merge;
 }
 
@@ -46,13 +51,22 @@ __device__ inline void merge_head(const DecodeAttentionParams& p, int64_t row) {
   const DecodeMerge merge = weigh_splits(p, row);
   const float* lse = p.partial_lse + row * p.num_splits;
   const float* partial = p.partial_out + row * p.num_splits * p.head_dim;
-  for (int column = threadIdx.x; column < p.head_dim; column += blockDim.x) {
+  for (int first = 0; first < p.head_dim; first += blockDim.x) {
+    const int column = min(first + static_cast<int>(threadIdx.x), p.head_dim - 1);
     float out = 0;
-    for (int i = 0; i < p.num_splits; ++i) {
-      out += merge.weight(lse[i]) * partial[static_cast<int64_t>(i) * p.head_dim + column];
+    for (int batch = 0; batch < p.num_splits; batch += 32) {
+      const int lane = batch + threadIdx.x % 32, count = min(p.num_splits - batch, 32);
+      const float weight = lane < p.num_splits ? merge.weight(lse[lane]) : 0.0f;
+#pragma unroll 16
+      for (int i = 0; i < count; ++i) {
+        const float* of_split = partial + static_cast<int64_t>(batch + i) * p.head_dim;
+        out += __shfl_sync(kFullMask, weight, i) * of_split[column];
+      }
     }
     const float value = merge.sum == 0 ? 0.0f : out / merge.sum;
-    store_as(p.dtype, value, p.out, row * p.head_dim + column);
+    if (first + static_cast<int>(threadIdx.x) < p.head_dim) {
+      store_as(p.dtype, value, p.out, row * p.head_dim + column);
+    }
   }
   if (threadIdx.x == 0) p.lse[row] = merge.lse();
 }

@@ -49,17 +49,29 @@ struct DecodeSplit {
     const int positions = ids ? p.num_listed * p.page_size : p.num_slots;
     const int length = p.seq_lens[sequence];
     wrong = length < 0 || length > positions;
-    first = split * p.split_size;
-    end = min(first + p.split_size, min(length, positions));
+    // Equal parts of what this row has, whatever there is room for; at most split_size.
+    const int own = max(min(length, positions), 0);
+    int part = (own + p.num_splits - 1) / p.num_splits;
+    part = min(max((part + kRound - 1) / kRound * kRound, kLeast), p.split_size);
+    first = split * part;
+    end = min(first + part, own);
   }
 
-  __device__ int slot(int position) const {
+  // Of the page that a position is in; a slot is made of it later, when it has come.
+  __device__ int load_id(int position) const {
+    return ids && position < end ? ids[position / page_size] : kSkipped;
+  }
+  __device__ int slot(int position, int64_t id) const {
     if (position >= end) return kSkipped;
     if (!ids) return position;
-    const int64_t id = ids[position / page_size];
     const int64_t at = id * page_size + position % page_size;
     return id == -1 ? kSkipped : id < 0 || at >= num_slots ? kWild : static_cast<int>(at);
   }
+  __device__ int slot(int position) const { return slot(position, load_id(position)); }
+
+ private:
+  static constexpr int kRound = 64;   // tokens that a block's warps take at a time
+  static constexpr int kLeast = 256;  // fewer cost more to merge than they save
 };
 
 // The logits of one sequence, where they are wanted.
@@ -68,8 +80,9 @@ class LogitsOut {
   __device__ LogitsOut(const DecodeAttentionParams& p, int sequence)
       : p_(p), row_(sequence * p.stride_logits_b) {}
 
+  __device__ explicit operator bool() const { return p_.logits; }
+
   __device__ void store(int head, int position, float logit) const {
-    if (!p_.logits) return;
     const int64_t at = row_ + head * p_.stride_logits_h + position;
     if (p_.logits_dtype == ScalarType::f32) {
       static_cast<float*>(p_.logits)[at] = logit;

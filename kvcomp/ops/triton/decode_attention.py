@@ -1,6 +1,6 @@
 """decode_attention in Triton: flash decoding with split KV, then a merge of the splits.
 
-Grid (splits, KV heads x tiles of the group, B). One program takes one split of the tokens of one KV
+Grid (KV heads x tiles of the group, B, splits). One program takes one split of the tokens of one KV
 head and, together, the BLOCK_G query heads that share it, so each K and V row is read once. K and V
 are the tall operands, S = K qᵀ [BLOCK_N, BLOCK_G] and Oᵀ = Vᵀ P [D, BLOCK_G]: tokens fill the rows
 that tensor cores insist on, the group is their narrow side. Paged input differs only in where a
@@ -73,16 +73,17 @@ def decode_attention_kernel(
     stride_logits_h,
     num_slots,  # T
     num_positions,  # T, or listed pages x PAGE_SIZE
-    split_size,  # tokens, a multiple of BLOCK_N
+    split_size,  # tokens, a multiple of BLOCK_N and of MIN_PART
     G: tl.constexpr,
     D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    MIN_PART: tl.constexpr,
 ):
-    i_split, i_head, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    num_splits = tl.num_programs(0)
+    i_head, i_b, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    num_splits = tl.num_programs(2)
     i_kv = (i_head // tl.cdiv(G, BLOCK_G)).to(tl.int64)
     o_g = i_head % tl.cdiv(G, BLOCK_G) * BLOCK_G + tl.arange(0, BLOCK_G)
     o_d = tl.arange(0, BLOCK_D)
@@ -92,8 +93,11 @@ def decode_attention_kernel(
 
     b_asked = tl.load(seq_lens + i_b)
     b_len = tl.minimum(b_asked, num_positions)
-    i_start = i_split * split_size
-    i_end = tl.minimum(i_start + split_size, b_len)
+    # Equal parts of what this row has, whatever there is room for; at most split_size.
+    part = tl.cdiv(tl.cdiv(b_len, num_splits), BLOCK_N) * BLOCK_N
+    part = tl.minimum(tl.maximum(part, MIN_PART), split_size)
+    i_start = i_split * part
+    i_end = tl.minimum(i_start + part, b_len)
 
     p_q = q + i_b * stride_q_b + o_h[None, :] * stride_q_h + o_d[:, None]
     b_q = tl.load(p_q, mask=m_d[:, None] & m_g[None, :], other=0.0)  # [BLOCK_D, BLOCK_G]
@@ -148,7 +152,7 @@ def decode_attention_kernel(
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # nothing attended: b_out is 0
     b_lse = b_max + tl.log(b_sum)  # -inf where nothing was attended
     b_out = b_out / b_sum[None, :]
-    num_heads = tl.num_programs(1) // tl.cdiv(G, BLOCK_G) * G
+    num_heads = tl.num_programs(0) // tl.cdiv(G, BLOCK_G) * G
     o_row = (i_b * num_heads + o_h) * num_splits + i_split
     tl.store(lse + o_row, b_lse, mask=m_g)
     p_out = out + o_row[None, :] * D + o_d[:, None]
@@ -225,7 +229,7 @@ def launch(
     ids_strides = (0, 0) if page_ids is None else page_ids.stride()[:2]
     if page_ids is not None and page_ids.shape[1] == 1:
         ids_strides = ids_strides[0], 0
-    decode_attention_kernel[(num_splits, programs, batch)](
+    decode_attention_kernel[(programs, batch, num_splits)](
         q,
         k,
         v,
@@ -247,6 +251,7 @@ def launch(
         D=head_dim,
         PAGE_SIZE=page_size,
         BLOCK_D=block_d,
+        MIN_PART=MIN_SPLIT,
         **meta,
         **COMPILE,
     )
