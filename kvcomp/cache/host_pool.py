@@ -25,7 +25,8 @@ class HostMemory:
 
     Attributes:
         limit: bytes; None: whatever the host gives.
-        used: bytes taken so far.
+        used: bytes taken so far; pinned ones as powers of two, which is what torch pins for a
+            tensor.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -41,6 +42,8 @@ class HostMemory:
         size = dtype.itemsize
         for count in shape:
             size *= count
+        if pinned and size > 0:
+            size = 1 << (size - 1).bit_length()
         if self.limit is not None and self.used + size > self.limit:
             raise HostMemoryError(
                 f"kvcomp: host memory for K and V: limit of {self.limit} bytes, of which"

@@ -1,4 +1,4 @@
-"""LayerCache: the keys and values of one layer, in a slab that grows in place.
+"""LayerCache: what one layer has seen, and what it keeps of that.
 
 Two lengths matter. The *logical* length is what the model has seen: positions, masks and
 `get_seq_length` are about it. The *physical* length is what is kept: kernels see only that. Pad
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from kvcomp import ops
+from kvcomp.cache.arrivals import Arrivals
+from kvcomp.cache.slab import Slab
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,37 +24,25 @@ if TYPE_CHECKING:
     from kvcomp.cache.kv_cache import KVCache
     from kvcomp.cache.unit_index import UnitIndex
 
-GROWTH = 1.5  # a full slab is replaced by one this many times larger
-FIRST_CAPACITY = 256  # tokens
-TOKEN_ROW = 2048  # bytes of a token, all KV heads, from which on they are better read as one
 
-
-class LayerCache:
-    """K and V of one layer: [B, Hkv, capacity, D] each, allocated at the first `append`.
+class LayerCache(Slab):
+    """The tokens of one layer, in a `Slab` that is allocated at the first `append`.
 
     Attributes:
         position: this layer's place among the layers that the method manages, from 0.
         seq_lens: [B] int32, physical length of each row.
         logical_lens: [B] int32, tokens each row has seen, padding not counted.
-        max_len: upper bound of `seq_lens`, known on the host without reading the device.
         columns: tokens seen counted as columns of the batch, padding included.
         first: whether the last `append` brought the first columns.
         state: what a method remembers about the rows of this layer; each tensor is [B, ...] and
             follows the rows through `select`.
-        shared_sets: whether all KV heads mostly attend to the same few tokens, as a method may say
-            at its start. On a CPU the heads of a token then lie side by side, where they fill
-            `TOKEN_ROW` bytes: one read where there would be a short one for each head.
         scale: of the logits, known from the first prompt on.
+        sinks: [Hq], learned logits of a token without a value in every softmax; None: no such.
         added: tokens that each row gained by the last `append`, a number or [B] int32.
         pool: all of the tokens in host memory, for methods that retrieve.
         index: the units in which they retrieve them.
         pending: waits for work in the background on this layer's pool and index; None: there is
             none (see `settle`).
-        slots: what a method remembers about each kept token: [B, U, capacity] of 4-byte elements
-            (`track`), moved with the tokens, 0 where no token is.
-        token_bytes: bytes of K and V of one token as the model hands it in, all KV heads.
-        slot_bytes: bytes of K and V of one token as it is kept (see `repeat_heads`).
-        note_bytes: bytes of what `slots` says about one token.
     """
 
     def __init__(self, cache: KVCache, position: int) -> None:
@@ -79,54 +69,23 @@ class LayerCache:
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
-        self._k: Tensor | None = None
-        self._v: Tensor | None = None
+        super().reset()
         self.seq_lens: Tensor | None = None
         self.logical_lens: Tensor | None = None
-        self.token_bytes = self.slot_bytes = 0
-        self.max_len = 0
         self.columns = 0
         self.first = True
-        self.shared_sets = False
         self.scale = 1.0
+        self.sinks: Tensor | None = None
         self.added: int | Tensor = 0
         self.state: dict[str, Tensor] = {}
-        self.slots: dict[str, Tensor] = {}
         self.pool: HostPool | None = None
         self.index: UnitIndex | None = None
         self.pending: Callable[[], None] | None = None
         self._placed: Tensor | None = None  # [B] logical lengths when positions were last written
         self._placed_columns = 0
-        self._most: tuple[int, int] | None = None  # (budget, window) of `limit`
         self._whole = True  # nothing has been evicted
-        self._copies = 1  # of each KV head, see `repeat_heads`
         self._uniform = True  # every row has max_len tokens: an append is one slice copy
-        self._arrivals: list[tuple[int, Tensor | None]] = []  # (columns, [B, columns] validity)
-
-    @property
-    def keys(self) -> Tensor:
-        """[B, Hkv, max_len, D]; row b is valid up to seq_lens[b]."""
-        return self._k[:, :, : self.max_len]
-
-    @property
-    def values(self) -> Tensor:
-        """[B, Hkv, max_len, D]; row b is valid up to seq_lens[b]."""
-        return self._v[:, :, : self.max_len]
-
-    @property
-    def capacity(self) -> int:
-        return 0 if self._k is None else self._k.shape[2]
-
-    @property
-    def note_bytes(self) -> int:
-        return sum(tensor.shape[1] * tensor.element_size() for tensor in self.slots.values())
-
-    def limit(self, budget: int, window: int) -> None:
-        """At most `budget` tokens stay after an eviction, and `window` arrive before the next.
-
-        The slab then has room for just that. A longer prompt has it until the first eviction.
-        """
-        self._most = budget, window
+        self._arrivals = Arrivals()
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Add n tokens to every row.
@@ -162,9 +121,7 @@ class LayerCache:
         self.first = not self.columns
         self.max_len += count
         self.columns += count
-        self._arrivals.append((count, valid))
-        if len(self._arrivals) > 1 and valid is None and self._arrivals[-2][1] is None:
-            self._arrivals[-2:] = [(self._arrivals[-2][0] + count, None)]
+        self._arrivals.add(count, valid)
 
     def attend(
         self,
@@ -179,11 +136,11 @@ class LayerCache:
         """`decode_attention` over this layer, counted: the only door between methods and kernel.
 
         Returns:
-            out [B, Hq, D] and lse [B, Hq].
+            out [B, Hq, D] and lse [B, Hq], sinks included.
         """
         lens = self.seq_lens if seq_lens is None else seq_lens
         self.cache.meter.attended(self.position, lens)
-        return ops.decode_attention(
+        out, lse = ops.decode_attention(
             q,
             self.keys,
             self.values,
@@ -193,9 +150,14 @@ class LayerCache:
             scale=scale,
             logits=logits,
         )
+        if self.sinks is None:
+            return out, lse
+        sinks = self.sinks.detach().float().expand_as(lse).contiguous()
+        return ops.merge_states(out, lse, torch.zeros_like(out), sinks)
 
     def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
-        """`attend_and_select` over this layer, counted; `selection` is passed on.
+        """`attend_and_select` over this layer, counted; `selection` is passed on. It knows nothing
+        of sinks: for layers without.
 
         Returns:
             out [B, Hq, D], lse [B, Hq], scores, selected_ids and selected_lens.
@@ -203,21 +165,6 @@ class LayerCache:
         self.cache.meter.attended(self.position, self.seq_lens)
         keys, values = self.keys, self.values
         return ops.attend_and_select(q, keys, values, self.seq_lens, scale=scale, **selection)
-
-    def repeat_heads(self, heads: int) -> None:
-        """Keep a copy of K and V for each of `heads` query heads, as sets per query head need.
-
-        That multiplies the bytes by heads / Hkv; later appends are repeated alike.
-        """
-        self._copies = heads // self._k.shape[1]
-        self._k, self._v = (x.repeat_interleave(self._copies, 1) for x in (self._k, self._v))
-        self.slot_bytes = self.token_bytes * self._copies
-
-    def track(self, name: str, units: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        """Add `slots[name]` [B, units, capacity] of zeros."""
-        batch, _, capacity, _ = self._k.shape
-        self.slots[name] = self._k.new_zeros(batch, units, capacity, dtype=dtype)
-        return self.slots[name]
 
     def remember(self, name: str, note: Tensor) -> Tensor:
         """Set `state[name]` to a note that decode steps change in place."""
@@ -267,12 +214,6 @@ class LayerCache:
         self._whole = False
         self._shrink(longest)
 
-    def _shrink(self, longest: int) -> None:
-        """No row has more than `longest` tokens now: memory too large for that goes back."""
-        self.max_len = min(self.max_len, longest)
-        if self._most is not None and self.max_len <= self._most[0] < self.capacity - self._most[1]:
-            self._resize(sum(self._most))
-
     def keep(self, slots: Tensor, lens: Tensor) -> None:
         """Only the listed tokens stay, in that order; memory that is no longer needed goes back.
 
@@ -280,15 +221,7 @@ class LayerCache:
             slots: [B, M] int64; row b's first lens[b] count.
             lens: [B] int32.
         """
-        index = slots[:, None, :, None]
-        capacity = max(slots.shape[1], FIRST_CAPACITY)
-        self._k, self._v = (
-            _padded(torch.take_along_dim(x, index, 2), capacity) for x in (self._k, self._v)
-        )
-        self.slots = {
-            name: _padded(torch.take_along_dim(x, slots[:, None], 2), capacity)
-            for name, x in self.slots.items()
-        }
+        self._gather(slots)
         self.seq_lens, self.max_len = lens, slots.shape[1]
         self._whole = False
         self._recount(slots.shape[1])
@@ -350,15 +283,14 @@ class LayerCache:
     def adopt(self, other: LayerCache, columns: int, room: int) -> None:
         """From empty, become a copy of the first `columns` columns of `other`; see `KVCache`."""
         other._require_whole("adopt")
-        pieces = other._pieces(0, columns)
-        masked = any(valid is not None for _, valid in pieces)
-        lens = sum(n if valid is None else valid.sum(1).int() for n, valid in pieces)
+        arrivals = other._arrivals.part(0, columns)
+        lens, masked = arrivals.tokens(), arrivals.padded
         longest = int(lens.max()) if masked else lens
         slot = torch.arange(longest, device=other.seq_lens.device)
         self._reserve(other._k, room)
         valid = slot < lens[:, None] if masked else None
         self.append(other._k[:, :, :longest], other._v[:, :, :longest], valid)
-        self.columns, self.scale, self._arrivals = columns, other.scale, pieces
+        self.columns, self.scale, self._arrivals = columns, other.scale, arrivals
 
     def recede(self, columns: int, kept: int) -> None:
         """Back to the first `columns` columns: all are in the pool, the first `kept` rows here."""
@@ -392,7 +324,8 @@ class LayerCache:
         ops.rotate_keys(k, torch.full_like(self.seq_lens, -count), inv_freq)
         self._k[rows, :, old - count] = k.transpose(1, 2)
         self._v[rows, :, old - count] = self._v[rows, :, old]
-        self._arrivals = self._pieces(0, first) + self._pieces(last, self.columns)
+        before, behind = (self._arrivals.part(*x) for x in ((0, first), (last, self.columns)))
+        self._arrivals = before.joined(behind)
         self.columns -= count
         self.seq_lens -= count
         self.logical_lens -= count
@@ -400,9 +333,7 @@ class LayerCache:
 
     def seen(self) -> Tensor:
         """[B, columns] bool: which of the columns were tokens, and not padding."""
-        rows = self.seq_lens.new_ones(self.seq_lens.shape[0], 1, dtype=torch.bool)
-        pieces = [rows.expand(-1, n) if valid is None else valid for n, valid in self._arrivals]
-        return torch.cat(pieces, 1)
+        return self._arrivals.valid(len(self.seq_lens), self.seq_lens.device)
 
     def shows(self, mask: Tensor) -> bool:
         """Whether mask [B, columns] bool shows what has been seen, no more and no less."""
@@ -417,15 +348,13 @@ class LayerCache:
         for part in (self.pool, self.index):
             if part is not None:
                 part.select(rows)
-        if any(valid is not None for _, valid in self._arrivals):
-            self._arrivals = [(self.columns, self.seen())]  # one piece to reorder, not one per step
+        self._arrivals.select(rows)
         self._k, self._v = self._k[rows], self._v[rows]
         self.seq_lens, self.logical_lens = self.seq_lens[rows], self.logical_lens[rows]
         self.state = {name: tensor[rows] for name, tensor in self.state.items()}
         self.slots = {name: tensor[rows] for name, tensor in self.slots.items()}
         if self._placed is not None:
             self._placed = self._placed[rows]
-        self._arrivals = [(n, None if v is None else v[rows]) for n, v in self._arrivals]
 
     def _require_whole(self, what: str) -> None:
         if not self._whole or self.slots or self.state or self.pool or self._copies > 1:
@@ -435,23 +364,12 @@ class LayerCache:
 
     def _take_back(self, count: int) -> Tensor | int:
         """The last `count` columns were never seen; how many tokens of each row they held."""
-        kept = self._pieces(0, self.columns - count)
-        gone = self._pieces(self.columns - count, self.columns)
-        self._arrivals, self.columns = kept, self.columns - count
-        removed = sum(n if valid is None else valid.sum(1).int() for n, valid in gone)
+        kept = self.columns - count
+        removed = self._arrivals.part(kept, self.columns).tokens()
+        self._arrivals, self.columns = self._arrivals.part(0, kept), kept
         if self.logical_lens is not None:
             self.logical_lens -= removed
         return removed
-
-    def _pieces(self, first: int, last: int) -> list[tuple[int, Tensor | None]]:
-        """What arrived as columns [first, last)."""
-        pieces, begin = [], 0
-        for columns, valid in self._arrivals:
-            low, high = max(first - begin, 0), min(last - begin, columns)
-            if low < high:
-                pieces.append((high - low, None if valid is None else valid[:, low:high]))
-            begin += columns
-        return pieces
 
     def _recount(self, most: int) -> None:
         """Rows have new lengths, at most `most`: find the longest where that stalls nothing."""
@@ -479,65 +397,3 @@ class LayerCache:
         self._k[rows, :, slots] = k.transpose(1, 2)
         self._v[rows, :, slots] = v.transpose(1, 2)
         return added
-
-    def _reserve(self, like: Tensor, length: int) -> None:
-        if length <= self.capacity:
-            return
-        capacity = max(length, FIRST_CAPACITY, int(self.capacity * GROWTH))
-        if self._most is not None:
-            budget, window = self._most
-            if capacity >= budget:  # all that comes before the next eviction
-                step = like.shape[2] == 1  # and so of the window; after a prompt, all of it follows
-                capacity = max(length, budget + window) if step else max(length, budget) + window
-        if self._k is None:
-            self._k, self._v = like[:, :, :0], like[:, :, :0]
-        self._resize(capacity)
-
-    def _resize(self, capacity: int) -> None:
-        """Move the kept tokens and what `slots` says about them to memory of another size."""
-
-        def moved(old: Tensor, by_token: bool = False) -> Tensor:
-            return _padded(old[:, :, : min(old.shape[2], self.max_len)], capacity, by_token)
-
-        _, heads, _, dim = self._k.shape
-        row = heads * dim * self._k.element_size()
-        by_token = self.shared_sets and self._k.is_cpu and row >= TOKEN_ROW
-        self._k = moved(self._k, by_token)
-        self._v = moved(self._v, by_token)
-        self.slots = {name: moved(tensor) for name, tensor in self.slots.items()}
-
-    def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
-        if k.ndim != 4 or v.shape != k.shape or 0 in k.shape:
-            raise ValueError(
-                "kvcomp: append: expected k and v of one shape [B, Hkv, n, D] with nothing empty,"
-                f" got {list(k.shape)} and {list(v.shape)}"
-            )
-        if valid is not None and valid.shape != (k.shape[0], k.shape[2]):
-            raise ValueError(
-                f"kvcomp: append: argument 'valid': expected [{k.shape[0]}, {k.shape[2]}],"
-                f" got {list(valid.shape)}"
-            )
-        if self._k is None:
-            return
-        have, got = self._k, k
-        for what, old, new in (
-            ("batch size", have.shape[0], got.shape[0]),
-            ("KV heads", have.shape[1] // self._copies, got.shape[1]),
-            ("head size", have.shape[3], got.shape[3]),
-            ("dtype", have.dtype, got.dtype),
-            ("device", have.device, got.device),
-        ):
-            if old != new:
-                raise ValueError(f"kvcomp: append: {what}: the cache has {old}, got {new}")
-
-
-def _padded(x: Tensor, capacity: int, by_token: bool = False) -> Tensor:
-    """[B, U, n, ...] -> [B, U, capacity, ...], a copy; in memory by token [B, capacity, U, ...]."""
-    batch, units, _, *rest = x.shape
-    # Zeros, because a mask does not stop the NaN that memory never written may hold.
-    if by_token:
-        new = x.new_zeros(batch, capacity, units, *rest).transpose(1, 2)
-    else:
-        new = x.new_zeros(batch, units, capacity, *rest)
-    new[:, :, : x.shape[2]] = x
-    return new

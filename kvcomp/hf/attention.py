@@ -26,7 +26,6 @@ NAME = "kvcomp"
 # Keywords by which a model asks for more than softmax(scale * q k^T) v.
 UNSUPPORTED = {
     "softcap": "a soft cap on the logits",
-    "s_aux": "learned attention sinks",
     "position_bias": "a position bias on the logits",
 }
 
@@ -86,6 +85,7 @@ def _managed(
 ) -> Tensor:
     """Attention over a layer of ours, in which the new tokens already are: out [B, n, Hq, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kv.sinks = kwargs.get("s_aux")
     if query.shape[2] == 1 and not kv.first and not run.encoding:
         return kv.cache.attend(kv, query[:, :, 0], scale)[:, None]
     if kv.first:
@@ -118,15 +118,22 @@ def attend_many(
     )
     copies = past_keys.shape[1] // key.shape[1]  # see LayerCache.repeat_heads
     key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
+    key, value = torch.cat([past_keys, key], 2), torch.cat([past_values, value], 2)
+    mask = mask[:, None]
+    if kv.sinks is not None:  # a last token of zeros, whose logits they are
+        key, value = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
+        mask = _with_sinks(mask, kv.sinks.to(query.dtype))
     out = torch.nn.functional.scaled_dot_product_attention(
-        query,
-        torch.cat([past_keys, key], 2),
-        torch.cat([past_values, value], 2),
-        attn_mask=mask[:, None],
-        scale=scale,
-        enable_gqa=True,
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
     )
     return out.transpose(1, 2)
+
+
+def _with_sinks(mask: Tensor, sinks: Tensor) -> Tensor:
+    """[B, 1, n, T] bool and [Hq] -> what to add to logits [B, Hq, n, T + 1]."""
+    bias = sinks.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    bias = bias.expand(-1, len(sinks), -1, -1)
+    return torch.cat([bias, sinks[:, None, None].expand(*bias.shape[:3], 1)], -1)
 
 
 def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:

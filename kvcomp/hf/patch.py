@@ -47,8 +47,8 @@ def patch(model: PreTrainedModel, method: Method, *, max_tokens: int | None = No
 
     Raises:
         TypeError: not a transformers model, not a method, or `max_tokens` not a whole number.
-        ValueError: the model is patched already, or does what a method cannot do exactly (learned
-            sinks, soft-capped logits, latent attention, an unsupported head size), or the method's
+        ValueError: the model is patched already, or does what a method cannot do exactly
+            (soft-capped logits, latent attention, an unsupported head size), or the method's
             parameters do not fit its layers. The model is as before.
     """
     if max_tokens is None:
@@ -131,7 +131,12 @@ class Run:
         while self._undo:
             self._undo.pop()()
 
+    def __getstate__(self) -> dict:
+        raise TypeError("kvcomp: a patched model cannot be copied or pickled; undo() the run first")
+
     def __enter__(self) -> Run:
+        if not self._undo:
+            raise RuntimeError("kvcomp: this run has been undone; call kvcomp.patch again")
         return self
 
     def __exit__(
@@ -264,6 +269,7 @@ class Run:
             tokens = given.get("input_ids")
             tokens = given.get("inputs_embeds") if tokens is None else tokens
             cache.padding = self._new_padding(cache, given.get("attention_mask"), tokens.shape[1])
+            cache.entered = True
         if self._last_forward is None:
             self._last_forward = time.perf_counter()
         return (), given
@@ -308,6 +314,8 @@ class Run:
 
     def _after_forward(self, decoder: Any, args: Any, output: Any) -> Any:
         """Measure the time; who called gets the cache back that it has given."""
+        if self.current is not None:
+            self.current.entered = False
         self.current = None
         if self.encoding:
             return
@@ -346,7 +354,6 @@ def refuse(model: PreTrainedModel) -> None:
         "caches a latent instead of keys and values (MLA)": getattr(config, "kv_lora_rank", None),
         "shares K and V between layers": getattr(config, "num_kv_shared_layers", None),
         "caps its attention logits": getattr(config, "attn_logit_softcapping", None),
-        "has learned attention sinks": any(k.endswith(".sinks") for k in model.state_dict()),
         "returns attention weights (output_attentions)": config.output_attentions,
         f"has heads of size {unknown}; supported are {HEAD_SIZES}": unknown,
     }

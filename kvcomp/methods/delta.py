@@ -175,7 +175,7 @@ class Delta(Method, name="delta"):
             return layer.attend(q, scale)[0]
         logits = layer.cache.logits_for(layer, q)
         chosen = {"num_pages": self.num_pages, "num_recent": self.recent}
-        if self.group is None:
+        if self.group is None and layer.sinks is None:
             out, _, _, *state.pages = layer.attend_and_select(
                 q, scale, logits=logits, page_size=self.page_size, **chosen
             )

@@ -95,7 +95,6 @@ OTHERS: dict[str, dict] = {
 # model type -> why a method cannot decode it exactly, as the refusal says it
 REFUSED = {
     "gemma2": "caps its attention logits",
-    "gpt_oss": "learned attention sinks",
     "deepseek_v3": "caches a latent",
 }
 

@@ -30,7 +30,6 @@ FILES = {
 UNPLANNED = {  # -> why
     "deepseek_v3": "caches a latent",
     "gemma2": "caps its attention logits",
-    "gpt_oss": "learned attention sinks",
     "mamba": "names no attention heads",
     "t5": "cannot build",
 }

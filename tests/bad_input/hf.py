@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import pickle
 
 import torch
 from transformers import DynamicCache
@@ -154,6 +155,10 @@ def another_run(model, run, cache):
     return generate(model, past_key_values=other.new_cache())
 
 
+def another_model(model, run, cache):
+    return tiny_model("llama")(padded_batch()["input_ids"][:, :1], past_key_values=cache)
+
+
 def shorter():
     return {name: tensor[:, :-1] for name, tensor in padded_batch().items()}
 
@@ -171,7 +176,7 @@ def calibrating(method, prompts=([3, 4, 5],), max_new_tokens=4, **fields):
     """On a model that is not patched, and must not be afterwards."""
 
     def run():
-        method.calibrate(llama(), list(prompts), max_new_tokens=max_new_tokens, **fields)
+        method.calibrate(llama(), prompts, max_new_tokens=max_new_tokens, **fields)
 
     return lambda: Attempt(run, lambda: marks(llama()))
 
@@ -194,7 +199,6 @@ PATCH = [
     Bad(patching(lambda: model_of("mistral", sliding_window=16), LAZY), "no full-attention layer"),
     Bad(patching(lambda: model_of("glm4"), StreamingLLM), "moves keys to other positions"),
     Bad(patching(lambda: model_of("gemma2")), "Gemma2ForCausalLM caps its attention logits"),
-    Bad(patching(lambda: model_of("gpt_oss")), "GptOssForCausalLM has learned attention sinks"),
     Bad(patching(lambda: model_of("deepseek_v3")), "DeepseekV3ForCausalLM caches a latent"),
     Bad(patching(method=Delethink(512, 6, head=2)), "chunk: 512 tokens of output in a context"),
     Bad(patching(method=Delethink(505, 6, head=7, variant="paper")), "chunk: 512 tokens"),
@@ -254,6 +258,10 @@ RUN = [
         for method in (LAZY, SPARSE["louis"], SHORT)
     ),
     Bad(within(Full(), another_run), "a cache of this run .*got Cache"),
+    Bad(within(Full(), another_model), "past_key_values: expected the model .* made for"),
+    Bad(within(SHORT, another_model), "past_key_values: expected the model .* made for"),
+    Bad(within(Full(), lambda m, run, cache: copy.deepcopy(m)), "cannot be copied", TypeError),
+    Bad(within(Full(), lambda m, run, cache: pickle.dumps(m)), "copied or pickled", TypeError),
     Bad(
         within(SHORT, lambda m, run, c: generate(m, past_key_values=run._new_context())), "of this"
     ),
@@ -309,6 +317,16 @@ CALIBRATE = [
     Bad(calibrating(LouisKV, max_new_tokens=2), "LouisKV.calibrate: no two decode steps"),
     Bad(calibrating(LouisKV, rate=2), "rate: expected 0 to 1, got 2"),
     Bad(calibrating(LouisKV, rate=float("nan")), "rate: expected 0 to 1, got nan"),
+    *(
+        Bad(
+            calibrating(method, prompts),
+            f"prompts: expected several, each a text or token ids, got one: {kind}",
+            TypeError,
+        )
+        for method in (Delta, LazyEviction, LouisKV)
+        for prompts, kind in (("x", "str"), ([3, 4], "list"), (torch.tensor([3, 4]), "Tensor"))
+    ),
+    Bad(calibrating(Delta, []), "prompts: expected at least one, got none"),
     Bad(calibrating(Delta, ["text"]), "prompts are texts, so a tokenizer is needed"),
 ]
 ROWS = [*PATCH, *RUN, *CALIBRATE]

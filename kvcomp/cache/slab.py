@@ -1,0 +1,158 @@
+"""Slab: the memory of one layer's keys and values, which grows in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROWTH = 1.5  # a full slab is replaced by one this many times larger
+FIRST_CAPACITY = 256  # tokens
+TOKEN_ROW = 2048  # bytes of a token, all KV heads, from which on they are better read as one
+
+
+class Slab:
+    """K and V of one layer: [B, Hkv, capacity, D] each, and what is noted about each token in them.
+
+    Attributes:
+        max_len: slots that may be in use: an upper bound of the rows' lengths, known on the host.
+        slots: what a method remembers about each kept token: [B, U, capacity] of 4-byte elements
+            (`track`), moved with the tokens, 0 where no token is.
+        shared_sets: whether all KV heads mostly attend to the same few tokens, as a method may say
+            at its start. On a CPU the heads of a token then lie side by side, where they fill
+            `TOKEN_ROW` bytes: one read where there would be a short one for each head.
+        token_bytes: bytes of K and V of one token as the model hands it in, all KV heads.
+        slot_bytes: bytes of K and V of one token as it is kept (see `repeat_heads`).
+        note_bytes: bytes of what `slots` says about one token.
+    """
+
+    def reset(self) -> None:
+        """Forget everything and give the memory back."""
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+        self.max_len = 0
+        self.slots: dict[str, Tensor] = {}
+        self.shared_sets = False
+        self.token_bytes = self.slot_bytes = 0
+        self._most: tuple[int, int] | None = None  # (budget, window) of `limit`
+        self._copies = 1  # of each KV head, see `repeat_heads`
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, Hkv, max_len, D]; row b is valid up to seq_lens[b]."""
+        return self._k[:, :, : self.max_len]
+
+    @property
+    def values(self) -> Tensor:
+        """[B, Hkv, max_len, D]; row b is valid up to seq_lens[b]."""
+        return self._v[:, :, : self.max_len]
+
+    @property
+    def capacity(self) -> int:
+        return 0 if self._k is None else self._k.shape[2]
+
+    @property
+    def note_bytes(self) -> int:
+        return sum(tensor.shape[1] * tensor.element_size() for tensor in self.slots.values())
+
+    def limit(self, budget: int, window: int) -> None:
+        """At most `budget` tokens stay after an eviction, and `window` arrive before the next.
+
+        The slab then has room for just that. A longer prompt has it until the first eviction.
+        """
+        self._most = budget, window
+
+    def repeat_heads(self, heads: int) -> None:
+        """Keep a copy of K and V for each of `heads` query heads, as sets per query head need.
+
+        That multiplies the bytes by heads / Hkv; later appends are repeated alike.
+        """
+        self._copies = heads // self._k.shape[1]
+        self._k, self._v = (x.repeat_interleave(self._copies, 1) for x in (self._k, self._v))
+        self.slot_bytes = self.token_bytes * self._copies
+
+    def track(self, name: str, units: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        """Add `slots[name]` [B, units, capacity] of zeros."""
+        batch, _, capacity, _ = self._k.shape
+        self.slots[name] = self._k.new_zeros(batch, units, capacity, dtype=dtype)
+        return self.slots[name]
+
+    def _reserve(self, like: Tensor, length: int) -> None:
+        if length <= self.capacity:
+            return
+        capacity = max(length, FIRST_CAPACITY, int(self.capacity * GROWTH))
+        if self._most is not None:
+            budget, window = self._most
+            if capacity >= budget:  # all that comes before the next eviction
+                step = like.shape[2] == 1  # and so of the window; after a prompt, all of it follows
+                capacity = max(length, budget + window) if step else max(length, budget) + window
+        if self._k is None:
+            self._k, self._v = like[:, :, :0], like[:, :, :0]
+        self._resize(capacity)
+
+    def _shrink(self, longest: int) -> None:
+        """No row has more than `longest` tokens now: memory too large for that goes back."""
+        self.max_len = min(self.max_len, longest)
+        if self._most is not None and self.max_len <= self._most[0] < self.capacity - self._most[1]:
+            self._resize(sum(self._most))
+
+    def _gather(self, slots: Tensor) -> None:
+        """Only the tokens in `slots` [B, M] stay, in that order, in memory for no more."""
+        index = slots[:, None, :, None]
+        capacity = max(slots.shape[1], FIRST_CAPACITY)
+        self._k, self._v = (
+            _padded(torch.take_along_dim(x, index, 2), capacity) for x in (self._k, self._v)
+        )
+        self.slots = {
+            name: _padded(torch.take_along_dim(x, slots[:, None], 2), capacity)
+            for name, x in self.slots.items()
+        }
+
+    def _resize(self, capacity: int) -> None:
+        """Move the kept tokens and what `slots` says about them to memory of another size."""
+
+        def moved(old: Tensor, by_token: bool = False) -> Tensor:
+            return _padded(old[:, :, : min(old.shape[2], self.max_len)], capacity, by_token)
+
+        _, heads, _, dim = self._k.shape
+        row = heads * dim * self._k.element_size()
+        by_token = self.shared_sets and self._k.is_cpu and row >= TOKEN_ROW
+        self._k = moved(self._k, by_token)
+        self._v = moved(self._v, by_token)
+        self.slots = {name: moved(tensor) for name, tensor in self.slots.items()}
+
+    def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
+        """Raise ValueError for new tokens that do not fit those before, or each other."""
+        if k.ndim != 4 or v.shape != k.shape or 0 in k.shape:
+            raise ValueError(
+                "kvcomp: append: expected k and v of one shape [B, Hkv, n, D] with nothing empty,"
+                f" got {list(k.shape)} and {list(v.shape)}"
+            )
+        if valid is not None and valid.shape != (k.shape[0], k.shape[2]):
+            raise ValueError(
+                f"kvcomp: append: argument 'valid': expected [{k.shape[0]}, {k.shape[2]}],"
+                f" got {list(valid.shape)}"
+            )
+        if self._k is None:
+            return
+        have, got = self._k, k
+        for what, old, new in (
+            ("batch size", have.shape[0], got.shape[0]),
+            ("KV heads", have.shape[1] // self._copies, got.shape[1]),
+            ("head size", have.shape[3], got.shape[3]),
+            ("dtype", have.dtype, got.dtype),
+            ("device", have.device, got.device),
+        ):
+            if old != new:
+                raise ValueError(f"kvcomp: append: {what}: the cache has {old}, got {new}")
+
+
+def _padded(x: Tensor, capacity: int, by_token: bool = False) -> Tensor:
+    """[B, U, n, ...] -> [B, U, capacity, ...], a copy; in memory by token [B, capacity, U, ...]."""
+    batch, units, _, *rest = x.shape
+    # Zeros, because a mask does not stop the NaN that memory never written may hold.
+    if by_token:
+        new = x.new_zeros(batch, capacity, units, *rest).transpose(1, 2)
+    else:
+        new = x.new_zeros(batch, units, capacity, *rest)
+    new[:, :, : x.shape[2]] = x
+    return new
