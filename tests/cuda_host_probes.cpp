@@ -1,28 +1,19 @@
 // Small kernels that show what the emulator of csrc/cuda_host does, and what it refuses to do.
 // `probes NAME` runs one and prints "ok", or the error of the launch; test_cuda_host.py runs all.
+#include "cuda_host_probes.h"
+
 #include <cstdio>
 #include <cstring>
 #include <exception>
-#include <map>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
-#include "cuda_host/emulator/cuda_host.h"
 #include "kvcomp/device.cuh"
 #include "kvcomp/matrix.cuh"
 
 namespace {
 
 using kvcomp::kFullMask;
-using kvcomp::cuda_host::Launch;
-
-void expect(bool holds, const char* what) {
-  if (!holds) throw std::logic_error(std::string("probe failed: ") + what);
-}
-#define EXPECT(condition) expect(condition, #condition)
-
-constexpr Launch launch{"probe"};
 
 // --- what must work ------------------------------------------------------------------------------
 
@@ -119,27 +110,27 @@ __global__ void vote_kernel(unsigned* out) {
   const int thread = threadIdx.x, lane = thread % 32;
   if (thread >= 80) return;  // the last warp is half gone; barriers count the living
   const unsigned here = thread < 64 ? kFullMask : 0xffffu;
-  out[0] = __syncthreads_count(thread % 3 == 0);
-  if (thread == 64) out[7] = __activemask();
-  out[1] = __syncthreads_or(thread == 70);
-  out[2] = __syncthreads_and(thread < 80);
-  out[3] = __syncthreads_and(thread < 79);
-  if (thread < 32) out[4] = __ballot_sync(here, lane % 2);
-  if (thread >= 64) out[5] = __ballot_sync(here, lane % 2);
-  if (thread < 32) out[6] = __any_sync(here, lane == 31) + 2 * __all_sync(here, lane < 31);
+  const unsigned results[7] = {
+      unsigned(__syncthreads_count(thread % 3 == 0)),
+      __activemask(),
+      unsigned(__syncthreads_or(thread == 70)),
+      unsigned(__syncthreads_and(thread < 80)),
+      unsigned(__syncthreads_and(thread < 79)),
+      __ballot_sync(here, lane % 2),
+      unsigned(__any_sync(here, lane == 31) + 2 * __all_sync(here, lane < 31)),
+  };
+  for (int i = 0; i < 7; ++i) out[i * 80 + thread] = results[i];
 }
 
 void votes() {
-  std::vector<unsigned> out(8);
+  std::vector<unsigned> out(7 * 80);
   launch(vote_kernel, 1, 96, 0, out.data());
-  EXPECT(out[0] == 27);
-  EXPECT(out[1] == 1);
-  EXPECT(out[2] == 1);
-  EXPECT(out[3] == 0);
-  EXPECT(out[4] == 0xaaaaaaaau);
-  EXPECT(out[5] == 0xaaaau);
-  EXPECT(out[6] == 1);
-  EXPECT(out[7] == 0xffffu);
+  for (int thread = 0; thread < 80; ++thread) {
+    const bool whole = thread < 64;  // its warp
+    const unsigned want[7] = {
+        27, whole ? kFullMask : 0xffffu, 1, 1, 0, whole ? 0xaaaaaaaau : 0xaaaau, whole ? 1u : 2u};
+    for (int i = 0; i < 7; ++i) EXPECT(out[i * 80 + thread] == want[i]);
+  }
 }
 
 // A histogram in shared memory, and the last block to finish sums what all blocks wrote.
@@ -156,7 +147,10 @@ __global__ void atomics_kernel(int* totals, unsigned* blocks_done, long long* ex
   if (threadIdx.x < 10) atomicAdd(&totals[threadIdx.x], histogram[threadIdx.x]);
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(blocks_done, 1) == gridDim.x - 1;
+  if (threadIdx.x == 0) {
+    last = atomicAdd(blocks_done, 1) == gridDim.x - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (last && threadIdx.x == 0) {
     for (int i = 0; i < 10; ++i) *sum += totals[i];
@@ -181,13 +175,13 @@ __global__ void warp_memory_kernel(int* out) {
   __shared__ int shared[64];
   shared[threadIdx.x] = threadIdx.x;
   __syncwarp();  // enough between the lanes of one warp
-  out[threadIdx.x] = shared[threadIdx.x ^ 1];
+  out[blockIdx.x * 64 + threadIdx.x] = shared[threadIdx.x ^ 1];
 }
 
 void warp_memory() {
-  std::vector<int> out(64);
+  std::vector<int> out(2 * 64);
   launch(warp_memory_kernel, 2, 64, 0, out.data());
-  for (int i = 0; i < 64; ++i) EXPECT(out[i] == (i ^ 1));
+  for (int i = 0; i < 2 * 64; ++i) EXPECT(out[i] == (i % 64 ^ 1));
 }
 
 void intrinsics() {
@@ -339,7 +333,7 @@ __global__ void throwing_kernel() {
 std::vector<float> floats(64);
 alignas(16) float aligned[4] = {1, 1, 1, 1};
 
-const std::map<std::string, void (*)()> probes = {
+const Probes execution_probes = {
     {"indices", indices},
     {"softmax", softmax},
     {"dynamic_shared", dynamic_shared},
@@ -386,7 +380,8 @@ const std::map<std::string, void (*)()> probes = {
 
 int main(int, char** argv) {
   try {
-    probes.at(argv[1])();
+    const auto probe = execution_probes.find(argv[1]);
+    (probe != execution_probes.end() ? probe->second : global_memory_probes.at(argv[1]))();
     std::puts("ok");
   } catch (const std::exception& error) {
     std::puts(error.what());

@@ -1,7 +1,8 @@
 """The emulated CUDA execution model: what it computes, and the mistakes that it does not let pass.
 
-The probes are small kernels in cuda_host_probes.cpp, built here against the emulator's sources, as
-kernels are in the extension ("watched") and under the address and undefined-behaviour sanitizers.
+The probes are small kernels in cuda_host_probes.cpp and cuda_host_global_memory.cpp, built here
+against the emulator's sources, as kernels are in the extension ("watched") and under the address
+and undefined-behaviour sanitizers.
 """
 
 import os
@@ -22,15 +23,18 @@ TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
+WATCHED = ["-fsanitize=thread,alignment"]
 BUILDS = {
-    "watched": (["-fsanitize=thread"], []),
-    "ucontext": (["-fsanitize=thread"], ["-DKVCOMP_UCONTEXT"]),  # fibers as on other processors
+    "watched": (WATCHED, []),
+    "ucontext": (WATCHED, ["-DKVCOMP_UCONTEXT"]),  # fibers as on other processors
     "asan": 2 * (["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],),
 }
 
 RIGHT = (
     *("indices", "softmax", "dynamic_shared", "shuffles", "votes", "atomics", "warp_memory"),
     *("intrinsics", "matrices", "after_failure"),
+    *("sum", "sum_all_fence", "chain", "replace", "counts", "neighbours", "stream"),
+    *("rotate", "swap", "copy_async", "vectors"),
 )
 
 WHO = r"^kvcomp cuda-host: kernel probe, block \(0, 0, 0\), thread \(%d, 0, 0\): "
@@ -57,7 +61,40 @@ REFUSED_WATCHED = {
     "past_dynamic": (WHO % 0)
     + r"touches byte 67 of dynamic shared memory; the launch asked for 64",
 }
+
+
+def conflict(block: int, thread: int, what: str) -> str:
+    who = f"kvcomp cuda-host: kernel probe, block ({block}, 0, 0), thread ({thread}, 0, 0): "
+    return "^" + re.escape(who + what.replace("global", "global memory that"))
+
+
+UNORDERED = ", with no barrier in between"
+UNRELEASED = ", which that block has not released (a barrier if by another thread, __threadfence,"
+UNACQUIRED = ", which this thread has not acquired (an atomic on the same word, __threadfence, a"
+WROTE, READ = " of block (0, 0, 0) wrote", " of block (0, 0, 0) read"
+REFUSED_WATCHED |= {
+    # From block to block.
+    "sum_without_fence": conflict(2, 0, "reads global thread 31" + WROTE + UNRELEASED),
+    "sum_without_barrier": conflict(2, 0, "reads global thread 31" + WROTE + UNRELEASED),
+    "sum_written_late": conflict(2, 0, "reads global thread 31" + WROTE + UNRELEASED),
+    "sum_without_second_fence": conflict(2, 0, "reads global thread 31" + WROTE + UNACQUIRED),
+    "sum_without_second_barrier": conflict(2, 31, "reads global thread 0" + WROTE + UNACQUIRED),
+    "sum_of_own_counters": conflict(2, 0, "reads global thread 31" + WROTE + UNACQUIRED),
+    "broken_chain": conflict(2, 0, "reads global thread 0" + WROTE + UNACQUIRED),
+    "replace_without_first": conflict(2, 0, "writes global warp 0" + READ + UNRELEASED),
+    "look_at_count": conflict(2, 0, "writes global thread 0 of block (1, 0, 0) read" + UNRELEASED),
+    "same_word": conflict(1, 0, "writes global thread 0" + WROTE + UNRELEASED),
+    "in_place_copy": conflict(1, 0, "reads global thread 0" + WROTE + UNRELEASED),
+    "copy_async_of_block": conflict(1, 0, "reads global thread 0" + WROTE + UNRELEASED),
+    # In a block.
+    "rotate_without_barrier": conflict(0, 1, "writes global thread 0 read" + UNORDERED),
+    "rotate_without_second_barrier": conflict(0, 1, "writes global thread 0 read" + UNORDERED),
+    "swap_of_warps": conflict(0, 63, "writes global thread 31 read" + UNORDERED),
+    "copy_async_early_write": conflict(0, 0, "copies global thread 0 wrote before the copy was"),
+    "crooked_vectors": (WHO % 0) + r"touches a '.*float4' at an address that is not aligned to 16",
+}
 REFUSED_ASAN = {
+    "crooked_vectors": r"runtime error: .* misaligned address .* for type '.*float4'",
     "past_dynamic": r"AddressSanitizer: use-after-poison",
     "past_static": r"AddressSanitizer: global-buffer-overflow",
     "past_global": r"AddressSanitizer: heap-buffer-overflow",
@@ -76,11 +113,12 @@ def runs():
 def build_probes(target: Path, probe_flags: list[str], link_flags: list[str]) -> Path:
     base = [COMPILER, "-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
     base += ["-Wno-unknown-pragmas", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
-    probes = target.with_suffix(".o")
+    objects = []
+    for source in TESTS.glob("cuda_host_*.cpp"):
+        objects.append(target.with_name(f"{target.name}-{source.stem}.o"))
+        subprocess.run([*base, *probe_flags, "-c", source, "-o", objects[-1]], check=True)
     emulator = sorted((CSRC / "cuda_host" / "emulator").glob("*.cpp"))
-    source = TESTS / "cuda_host_probes.cpp"
-    subprocess.run([*base, *probe_flags, "-c", source, "-o", probes], check=True)
-    subprocess.run([*base, *link_flags, *emulator, probes, "-o", target], check=True)
+    subprocess.run([*base, *link_flags, *emulator, *objects, "-o", target], check=True)
     return target
 
 
@@ -157,6 +195,7 @@ def test_every_road_of_select_pages(num_pages, kind):
         ([601, 300, 16, 0], 6, 2, 601, 16, torch.bfloat16),  # several
         ([300, 133], 20, 1, 300, 1, torch.float16),  # more heads than a tile of the attention has
         ([130], 34, 17, 130, 32, torch.float32),  # and more than the merge has blocks
+        ([2100, 77], 2, 1, 2100, 1, torch.bfloat16),  # so many pages that it is in turn
         ([1101, 100], 3, 1, 1101, 1050, torch.bfloat16),  # pages beyond a tile of scores
         ([n % 41 for n in range(45)], 2, 1, 41, 4, torch.float32),
         ([0, 0], 2, 1, 0, 16, torch.float32),  # no slots at all

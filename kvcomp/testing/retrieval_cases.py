@@ -191,6 +191,7 @@ def _store_segments_cases() -> list[Case]:
         build("some-closed", 2, 80, [20, 33, 0], [0, 9, 0], [40], layout="token"),
         build("across-blocks", 2, 128, [60, 55], [40, 31], [70, 9, 0, 5, 30], layout="slab"),
         build("many-tokens", 2, 96, [300], [150], [400]),
+        build("crooked", 2, 64, [50, 33], [20, 9], [70], layout="crooked"),
         build("everything", 1, 256, [66], [66], [3, 63]),
     ]
 
@@ -335,6 +336,7 @@ def _fetch_rows_cases() -> list[Case]:
         build("blocks", 3, 64, [(80, 100, 10, 400)], [100, 1, 0, 37, 200, 62], share=0.3),
         build("empty", 2, 32, [(0, 0, 0, 0), (0, 5, 0, 20)], [20], sinks=0),
         build("wide", 1, 512, [(20, 24, 2, 50)], [50]),
+        build("crooked", 2, 64, [(20, 24, 2, 50), (9, 4, 3, 30)], [40, 10], layout="crooked"),
         build("long", 2, 64, [(1024, 1024, 250, 9000)], [8192, 1000]),
     ]
 
