@@ -17,12 +17,28 @@ __all__ = ["ops", "patch"]  # noqa: F405
 __all__ += methods.__all__
 
 
+_LATE = {"patch": "hf", "delethink": "trace"}  # imported when asked for -> what installs its needs
+
+
 def __getattr__(name: str):
     """`kvcomp.patch` needs transformers, `kvcomp.delethink` openai: both are imported late."""
-    if name == "patch":
-        from kvcomp.hf import patch
+    if name not in _LATE:
+        raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
+    try:
+        if name == "patch":
+            from kvcomp.hf import patch
 
-        return patch
-    if name == "delethink":
-        return importlib.import_module("kvcomp.delethink")
-    raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
+            return patch
+        return importlib.import_module(f"kvcomp.{name}")
+    except ModuleNotFoundError as missing:
+        needed = (missing.name or "kvcomp").partition(".")[0]
+        if needed == "kvcomp":
+            raise
+        install = f"pip install 'kvcomp[{_LATE[name]}]'"
+        raise ModuleNotFoundError(
+            f"kvcomp.{name} needs {needed}: {install}", name=missing.name
+        ) from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})

@@ -187,10 +187,15 @@ def headline(result: dict[str, Any]) -> str:
     """What was decoded, and on what."""
     meta = result["meta"]
     return (
-        f"{meta['problems']} problems of {meta['nodes']} nodes, {meta['steps']} steps each:"
+        f"{plural(meta['problems'], 'problem')} of {meta['nodes']} nodes,"
+        f" {plural(meta['steps'], 'step')} each:"
         f" {meta['context']} tokens of context, budget {meta['budget']};"
         f" {meta['dtype']} on {meta['device_name']}"
     )
+
+
+def plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -11,7 +11,7 @@ import torch
 from kvcomp.cache import KVCache
 from kvcomp.cache.background import DEPTH, Background
 from kvcomp.cache.host_pool import FIRST_ROWS, HostMemory, HostMemoryError, HostPool
-from kvcomp.cache.layer import FIRST_CAPACITY
+from kvcomp.cache.slab import FIRST_CAPACITY
 from kvcomp.cache.unit_index import FIRST_UNITS, UnitIndex
 from kvcomp.methods import Full
 
@@ -154,7 +154,7 @@ def test_rows_move_together():
 
 def test_heads_of_a_token_side_by_side(monkeypatch):
     """In another order in memory, and otherwise the same: growth, crop, reordering, copies."""
-    monkeypatch.setattr("kvcomp.cache.layer.TOKEN_ROW", 4 * HEADS * DIM)
+    monkeypatch.setattr("kvcomp.cache.slab.TOKEN_ROW", 4 * HEADS * DIM)
     rows = Rows()
     rows.layer.shared_sets = True
     rows.append(9, left_padding(9, 2, 5))
@@ -167,7 +167,7 @@ def test_heads_of_a_token_side_by_side(monkeypatch):
     rows.select([2, 0, 0])
     rows.append(2)
     rows.check()
-    monkeypatch.setattr("kvcomp.cache.layer.TOKEN_ROW", 4 * HEADS * DIM + 1)
+    monkeypatch.setattr("kvcomp.cache.slab.TOKEN_ROW", 4 * HEADS * DIM + 1)
     short = Rows()
     short.layer.shared_sets = True
     short.append(4)

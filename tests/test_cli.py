@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+import kvcomp
 from kvcomp import METHODS, cli
 from kvcomp.ops import OPS
 from kvcomp.reasoner import task
@@ -162,6 +163,10 @@ def test_without_arguments_it_helps(call):
     code, out, _ = call()
     assert code == 0
     assert all(command in out for command in ("info", "demo", "generate"))
+
+
+def test_the_version(call):
+    assert call("--version") == (0, f"kvcomp {kvcomp.__version__}\n", "")
 
 
 @pytest.mark.parametrize("package", ["typer", "rich.console"])

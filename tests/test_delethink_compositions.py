@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kvcomp
 from kvcomp import METHODS, Delethink, Delta, Full, LazyEviction, LouisKV, reasoner
 from kvcomp.cache import KVCache
-from kvcomp.cache.layer import FIRST_CAPACITY
+from kvcomp.cache.slab import FIRST_CAPACITY
 from kvcomp.methods.eviction import Eviction
 from kvcomp.methods.retrieval import Retrieval
 from kvcomp.testing import slow_delethink as slow

@@ -198,6 +198,46 @@ def test_rows_through_the_cache_interface(llama):
         torch.testing.assert_close(got, plain[rows], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 64}], ids=["dynamic", "static"])
+def test_a_cache_without_its_patch_is_refused(llama, options):
+    """The model's own attention would see nothing but the newest tokens."""
+    batch = padded_batch()
+    with kvcomp.patch(llama, Full(), **options) as run:
+        cache = run.new_cache()
+        with torch.no_grad():
+            llama(**batch, past_key_values=cache)
+    for ids in (batch["input_ids"], batch["input_ids"][:, :1]):
+        with pytest.raises(ValueError, match="while it is patched"):
+            llama(ids, past_key_values=cache)
+    assert cache.kv.layers[0].columns == batch["input_ids"].shape[1]
+
+
+def test_an_undone_run_is_not_entered_again(llama):
+    with kvcomp.patch(llama, Full()) as run:
+        pass
+    with pytest.raises(RuntimeError, match="has been undone"), run:
+        generate(llama, padded_batch())
+
+
+def test_training_a_patched_model(llama):
+    """Forwards without a cache, or over an empty one, have the gradients that they had."""
+    batch = padded_batch()
+
+    def gradients(**options):
+        llama.zero_grad()
+        llama(**batch, labels=batch["input_ids"], **options).loss.backward()
+        return [parameter.grad.clone() for parameter in llama.parameters()]
+
+    try:
+        stock = gradients(use_cache=False)
+        with kvcomp.patch(llama, SPARSE_DELTA):
+            patched = [gradients(), gradients(use_cache=False)]
+    finally:
+        llama.zero_grad()
+    for found in patched:
+        assert all(map(torch.equal, found, stock))
+
+
 def test_reset_starts_a_new_sequence(llama):
     ids = padded_batch()["input_ids"][1:]
     with kvcomp.patch(llama, Full()) as run, torch.no_grad():

@@ -122,6 +122,11 @@ def test_delta_rows_with_few_pages_stay_dense():
     assert selected.tolist() == [9, 16]
 
 
+def test_a_list_is_the_tuple_that_it_stands_for():
+    listed, told = (Delta(delta_layers=kind((2, 4))) for kind in (list, tuple))
+    assert listed == told and hash(listed) == hash(told) and repr(listed) == repr(told)
+
+
 def test_published_and_planned_layers():
     assert Delta.published("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B").delta_layers == (2, 14, 22)
     assert Delta.for_model("DeepSeek-R1-Distill-Qwen-14B", budget=2048).delta_layers == (2, 6, 42)

@@ -259,7 +259,7 @@ def tolerance(dtype, v):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_any_order_of_calls(name, monkeypatch):
-    monkeypatch.setattr("kvcomp.cache.layer.TOKEN_ROW", 4 * KV_HEADS * DIM)  # in fp32 and not in 16
+    monkeypatch.setattr("kvcomp.cache.slab.TOKEN_ROW", 4 * KV_HEADS * DIM)  # in fp32 and not in 16
     run_state_machine_as_test(
         type("AnyOrder", (Machine,), {"name": name}),
         settings=settings(

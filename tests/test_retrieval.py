@@ -9,19 +9,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvcomp
 from kvcomp import METHODS, LessIsMore, LouisKV, PerTokenRetrieval, TidalDecode, reasoner
-from kvcomp.cache import host_pool, unit_index
-from kvcomp.cache import layer as layer_module
+from kvcomp.cache import host_pool, slab, unit_index
 from kvcomp.cache.host_pool import HostMemoryError
 from kvcomp.methods.retrieval import Retrieval
-from kvcomp.testing.slow_eviction import DIM, KV_HEADS, SCALE
-from kvcomp.testing.slow_retrieval import (
-    SLOW,
-    Recorded,
-    Recorder,
-    Walk,
-    assert_follows,
-    new_cache,
-)
+from kvcomp.testing.retrieval_check import assert_follows
+from kvcomp.testing.retrieval_traces import Recorded, Recorder, Walk
+from kvcomp.testing.slow_eviction import DIM, KV_HEADS, SCALE, new_cache
+from kvcomp.testing.slow_retrieval import SLOW
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,7 +120,7 @@ def test_what_is_small_grows(name, monkeypatch, poisoned_outputs):
     monkeypatch.setattr(host_pool, "GROWTH", 0.1)
     monkeypatch.setattr(unit_index, "FIRST_UNITS", 1)
     monkeypatch.setattr(unit_index, "GROWTH", 1.01)
-    monkeypatch.setattr(layer_module, "FIRST_CAPACITY", 1)
+    monkeypatch.setattr(slab, "FIRST_CAPACITY", 1)
     method = make(name)
     _, cache = assert_follows(method, Walk(24, 11, steps=36, layers=2, seed=4))
     for layer in cache.layers:

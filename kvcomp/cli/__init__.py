@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 try:
     import typer
@@ -18,6 +19,7 @@ except ModuleNotFoundError as missing:
     )
     raise SystemExit(2) from None
 
+from kvcomp import __version__
 from kvcomp.cli.generate import generate
 from kvcomp.cli.plan import plan
 from kvcomp.cli.show import demo, info
@@ -28,6 +30,25 @@ app = typer.Typer(
     help="Kernels and methods that make long chains of thought cheap to decode.",
     rich_markup_mode=None,
 )
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"kvcomp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """What is asked before any command."""
+
 
 for command in (info, demo, generate, plan, trace):
     app.command()(command)

@@ -54,7 +54,10 @@ def generate(
         bool, typer.Option(help="Use the tokenizer's chat template where it has one.")
     ] = True,
 ) -> None:
-    """Stream text from a model under a method; the report goes to standard error."""
+    """Stream text from a model under a method.
+
+    The report goes to standard error.
+    """
     chunks = {"chunk": chunk, "carry": chunk // 2 if chunk and carry is None else carry}
     chosen = build_method(method, model, budget, settings or [], chunks, inner)
     sampling = pick_sampling(temperature, top_p)

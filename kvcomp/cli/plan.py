@@ -82,10 +82,10 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """What a step must read, what fits, and the most that each method can give; no weights needed.
+    """What a step must read, what fits, and what a method can give.
 
-    A floor for time is the bytes of a step over the bandwidth, a ceiling for a method the floor of
-    dense attention over its own.
+    No weights are needed. A floor for time is the bytes of a step over the bandwidth, a ceiling for
+    a method the floor of dense attention over its own.
     """
     kind = pick_dtype(dtype)
     chunks = {"chunk": chunk, "carry": chunk // 2 if chunk and carry is None else carry}

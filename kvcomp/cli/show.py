@@ -29,7 +29,7 @@ def info(
         typer.Option("--selftest", help="Check every kernel here; exit code 1 if any is wrong."),
     ] = False,
 ) -> None:
-    """Versions, devices, and which implementation of each op runs where."""
+    """Versions, devices, and what of each op runs where."""
     from kvcomp.info import gather, tables
 
     found = gather()
@@ -79,7 +79,7 @@ def demo(
         Path | None, typer.Option("--plot", help="Draw a PNG.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Decode problems of the bundled reasoner with several methods, and compare."""
+    """Compare methods on problems of the bundled reasoner."""
     names = list(dict.fromkeys(method)) if method else main_methods()
     if names == ["all"]:
         names = all_methods()

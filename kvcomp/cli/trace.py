@@ -47,9 +47,10 @@ def trace(
     ] = 40,
     progress: Annotated[bool, typer.Option(help="Show a bar on standard error.")] = True,
 ) -> None:
-    """Delethink on an engine: chunks of thought from a completions endpoint, with a log.
+    """Delethink on an engine: chunks of thought, with a log.
 
-    The API key is taken from OPENAI_API_KEY.
+    The engine has an OpenAI-compatible completions endpoint. The API key is taken from
+    OPENAI_API_KEY.
     """
     import openai
 

@@ -45,7 +45,16 @@ class Layer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Store the new tokens and return just them: the attention function reads `kv` itself."""
+        """Store the new tokens and return just them: the attention function reads `kv` itself.
+
+        Raises:
+            ValueError: the model is not the patched one, whose attention would do so.
+        """
+        if not self._owner().entered:
+            raise ValueError(
+                "kvcomp: past_key_values: expected the model that this cache was made for, while it"
+                " is patched; another one would see the newest tokens alone"
+            )
         self.is_initialized = True
         self.kv.append(key_states, value_states, self._owner().padding)
         self.fresh = key_states, value_states
@@ -126,6 +135,7 @@ class Cache(TransformersCache):
             layers[index] = self.layer_class(self, kv)
         self.all_managed = len(managed) == len(layers)
         self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward
+        self.entered = False  # whether a forward of the patched model runs over it
         super().__init__(layers=layers)
 
     def __deepcopy__(self, memo: dict) -> Cache:

@@ -31,8 +31,17 @@ def decode_all(
         The new token ids of each prompt, [tokens] int64.
 
     Raises:
-        ValueError: texts without a tokenizer.
+        TypeError: one prompt instead of several.
+        ValueError: no prompts, or texts without a tokenizer.
     """
+    one = isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim < 2)
+    if one or any(isinstance(prompt, int) for prompt in prompts):
+        raise TypeError(
+            "kvcomp: prompts: expected several, each a text or token ids, got one:"
+            f" {type(prompts).__name__}"
+        )
+    if not len(prompts):
+        raise ValueError("kvcomp: prompts: expected at least one, got none")
     outputs = []
     with patch(model, method):
         for prompt in prompts:

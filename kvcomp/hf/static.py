@@ -203,6 +203,7 @@ class StaticRun(Run):
             cache = kwargs.get("past_key_values")
             self._check_cache(cache)
             cache.padding = mask[:, -1:].bool() if isinstance(mask, Tensor) else None
+            cache.entered = True
             self.current = cache
             return None
         self._decoding = False
@@ -224,7 +225,7 @@ class StaticRun(Run):
     def _after_forward(self, decoder: Any, args: Any, output: Any) -> None:
         cache, self.current = self.current, None
         if cache is not None:
-            cache.padding = None
+            cache.padding, cache.entered = None, False
         if torch.compiler.is_compiling() or self._beside or self._capturing:
             return
         if self._decoding and output is not None:  # None: the forward has failed

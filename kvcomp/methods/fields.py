@@ -17,6 +17,7 @@ def check_types(method: Any) -> None:
     """Raise TypeError for the first field whose value is of another type than its annotation.
 
     Looked at are numbers, strings, flags, tuples of them, and None; other annotations fit anything.
+    A list becomes the tuple that it stands for, so that a method can be compared and hashed.
     """
     for name, hint in _hints(type(method)).items():
         value = getattr(method, name)
@@ -24,6 +25,8 @@ def check_types(method: Any) -> None:
             raise TypeError(
                 f"kvcomp.{type(method).__name__}: {name}: expected {_words(hint)}, got {value!r}"
             )
+        if isinstance(value, list) and _is_tuple(hint):
+            object.__setattr__(method, name, tuple(value))
 
 
 @cache
@@ -56,6 +59,11 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _is_tuple(hint: Any) -> bool:
+    of = typing.get_args(hint) if _is_union(hint) else (hint,)
+    return any(typing.get_origin(each) is tuple for each in of)
 
 
 def _words(hint: Any) -> str:

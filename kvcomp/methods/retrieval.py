@@ -24,6 +24,7 @@ from kvcomp.cache.host_pool import HostMemory, HostPool
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.unit_index import UnitIndex
+from kvcomp.methods.absorb import absorb
 from kvcomp.methods.audit import watch
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
@@ -217,7 +218,7 @@ class Retrieval(Method):
         first = layer.seq_lens - (layer.logical_lens - first_row)  # slots [first, last) leave
         last = torch.maximum(layer.seq_lens - self.num_newest, first)
         layer.positions(layer.keys.shape[1])
-        self._absorb(layer, first_row, first, last)
+        absorb(self, layer, first_row, first, last)
         slot = torch.arange(self.num_newest, device=last.device)
         newest = (last[:, None] + slot).clamp(max=layer.max_len - 1)
         sinks = torch.arange(self.sinks, device=last.device).expand(len(last), -1)
@@ -280,45 +281,6 @@ class Retrieval(Method):
         layer.index.starts.fill_(self.sinks)
         layer.state["query"] = q.new_zeros(q.shape[0], q.shape[1], q.shape[3])
         layer.limit(self.most_resident - 1, 1)
-
-    def _absorb(self, layer: LayerCache, first_row: Tensor, first: Tensor, last: Tensor) -> None:
-        """Tokens in slots [first, seq_lens) become units, in the background.
-
-        Those of [first, last) as `units` cuts them, from row first_row on; the rest, which stay
-        local, in their order.
-        """
-        keys, values, pool, index = layer.keys, layer.values, layer.pool, layer.index
-        pool.reserve(layer.columns)
-        clusters = self.unit_count(keys.shape[2])
-        pieces = -(-self.num_newest // self.unit_size)
-        index.reserve(clusters + pieces)
-        before = index.num_units.clone()
-        index.num_units += clusters + pieces
-        index.num_indexed.copy_(before + clusters)
-        layer.cache.meter.stored(layer, layer.logical_lens - first_row)
-        first, last, end = first.clone(), last.clone(), layer.seq_lens.clone()
-
-        def work() -> None:
-            # Read before the clustering is under way, for which the host need not wait then.
-            table = torch.stack([before, first_row, first, last, end], 1).tolist()
-            labels, digests, sizes = self.units(keys, first, last)
-            for row, (unit, pool_row, begin, middle, stop) in enumerate(table):
-                pool.write(row, 0, keys[row, :, : self.sinks], values[row, :, : self.sinks])
-                order = labels[row, :, begin:middle].argsort(dim=-1, stable=True)[..., None]
-                k, v = (x[row, :, begin:middle].take_along_dim(order, 1) for x in (keys, values))
-                pool.write(row, pool_row, k, v)
-                index.write(row, unit, digests[row], sizes[row])
-                k, v = (x[row, :, middle:stop] for x in (keys, values))
-                pool.write(row, pool_row + middle - begin, k, v)
-                for piece in range(pieces):
-                    tokens = k[:, piece * self.unit_size : (piece + 1) * self.unit_size]
-                    size = sizes.new_full((len(k), 1), tokens.shape[1])
-                    if not tokens.shape[1]:  # an empty unit's digest is not kept, but must exist
-                        tokens = keys[row, :, :1]
-                    index.write(row, unit + clusters + piece, self.digest(tokens)[:, None], size)
-
-        tensors = keys, values, first, last, index.starts, index.digests
-        layer.pending = layer.cache.state.background.submit(work, *tensors)
 
     def _close_open(self, layer: LayerCache) -> Tensor:
         """The open segment without the tokens just added becomes a unit; [B] rows up to its end."""

@@ -14,7 +14,7 @@ import torch
 
 
 def explain(op: str, schema: str, values: tuple) -> None:
-    """Raise TypeError for the first of `values` that is not what the schema says, if there is one."""
+    """Raise TypeError for the first of `values` that is not of the schema's type, if any is not."""
     for argument, value in zip(torch._C.parse_schema(schema).arguments, values, strict=False):
         expect(op, argument.name, str(argument.type), value)
 

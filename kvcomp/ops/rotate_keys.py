@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcomp import _C
+from kvcomp.ops._arguments import expect
 from kvcomp.ops._registry import bind, raw_stream
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
@@ -29,6 +30,8 @@ def rotate_keys(k: Tensor, shift: Tensor, inv_freq: Tensor) -> None:
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout.
     """
+    for name, tensor in (("k", k), ("shift", shift), ("inv_freq", inv_freq)):
+        expect("rotate_keys", name, "Tensor", tensor)
     if shift.dtype not in INTEGERS:
         raise TypeError(
             f"kvcomp.rotate_keys: argument 'shift': expected integers, got {shift.dtype}"

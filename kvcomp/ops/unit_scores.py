@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcomp import _C
+from kvcomp.ops._arguments import default_scale
 from kvcomp.ops._registry import bind, raw_stream
 
 
@@ -44,7 +45,7 @@ def unit_scores(
     Source: LouisKV (arXiv 2510.11292), the group-consistent selection.
     """
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        scale = default_scale(q)
     return _op(q, centroids, starts, num_indexed, active, scale)
 
 

@@ -1,70 +1,14 @@
 """Slow readings of the retrieval methods: lists of token numbers, one row of one layer at a time.
 
-A `Walk` makes queries that dwell on a topic and then turn; a `Slow` decodes it step by step as the
-texts of the methods describe it, with attention in float64 over a set of tokens; `assert_follows`
-holds a method against it, down to what every slot, pool row and digest is.
+A `Slow` decodes a trace step by step as the texts of the methods describe it, with attention in
+float64 over a set of tokens; `kvcomp.testing.retrieval_check` holds a method against it.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 
 from kvcomp import ops
-from kvcomp.methods import Method
-from kvcomp.testing.slow_eviction import DIM, HEADS, SPARE, Trace, new_cache, rotate
-
-
-class Walk(Trace):
-    """A trace whose queries dwell on a topic for some steps; rows and layers turn by themselves."""
-
-    def __init__(self, *lens, steps, layers=1, seed=0, dwell=9, dtype=torch.float32):
-        super().__init__(*lens, steps=steps, layers=layers, seed=seed)
-        total = max(lens) + steps + SPARE
-        generator = torch.Generator().manual_seed(seed + 1)
-        shape = layers, len(lens), total
-        turns = torch.rand(shape, generator=generator) < 1 / dwell
-        topics = torch.randn(*shape[:2], total, HEADS, DIM, generator=generator)
-        about = turns.cumsum(-1)[..., None, None].expand(-1, -1, -1, HEADS, DIM)
-        noise = torch.randn(*shape, HEADS, DIM, generator=generator)
-        self.raw_q = (1.5 * topics.gather(2, about) + 0.3 * noise).transpose(2, 3)
-        self.q = rotate(self.raw_q, range(total))
-        self.q, self.k, self.v = (x.to(dtype) for x in (self.q, self.k, self.v))
-
-
-class Recorded(Trace):
-    """What a model's attention saw: q, k, v [layers, B, H, tokens, D]."""
-
-    def __init__(self, q, k, v, *lens):
-        self.q, self.k, self.v, self.lens = q, k, v, lens
-        self.layers, self.steps, self.scale = len(q), q.shape[3] - max(lens), q.shape[4] ** -0.5
-
-    @classmethod
-    def of(cls, recorder: Recorder, prompt: int) -> Recorded:
-        """The latest cache of a recorder, of rows of one length."""
-        q, k, v = (torch.stack(x) for x in recorder.seen())
-        return cls(q, k, v, *[prompt] * q.shape[1])
-
-
-class Recorder(Method):
-    """Dense attention that keeps the queries."""
-
-    def start(self, cache):
-        self.cache, self.queries = cache, [[] for _ in cache.layers]
-
-    def prefill(self, layer, q):
-        self.queries[layer.position].append(q.detach().clone())
-
-    def attend(self, layer, q, scale):
-        self.queries[layer.position].append(q.detach()[:, :, None].clone())
-        return layer.attend(q, scale)[0]
-
-    def seen(self):
-        """Of each layer [B, H, tokens, D]: queries, keys, values."""
-        layers = self.cache.layers
-        queries = [torch.cat(pieces, 2) for pieces in self.queries]
-        return queries, [x.keys for x in layers], [x.values for x in layers]
 
 
 class Slow:
@@ -88,6 +32,17 @@ class Slow:
         self.retrievals = self.wanted = self.fetched = self.stored = 0
         self.segments, self.made = [], {}
         self.fill(trace.lens[row])
+
+    def copy(self):
+        """A reading that goes on by itself."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy.units = [list(units) for units in self.units]
+        copy.rows = [list(rows) for rows in self.rows]
+        copy.local, copy.open = list(self.local), list(self.open)
+        copy.selected = [set(tokens) for tokens in self.selected]
+        copy.segments = list(self.segments)
+        return copy
 
     # What the methods differ in.
 
@@ -144,7 +99,7 @@ class Slow:
         for head in range(self.heads):
             units = self.cut(head, older) if older else []
             self.units[head] += units
-            self.rows[head] += _flat(units) + newest
+            self.rows[head] += flat(units) + newest
         size = self.method.unit_size
         for first in range(0, len(newest), size):
             self.local.append([[newest[first : first + size]] for _ in range(self.heads)])
@@ -157,7 +112,7 @@ class Slow:
         units = [self.recut(head, self.open) for head in range(self.heads)]
         self.local.append(units)
         for head, row in enumerate(self.rows):
-            row += _flat(units[head])
+            row += flat(units[head])
         self.stored += len(self.open)
         self.open = []
 
@@ -166,7 +121,7 @@ class Slow:
             self.units[head] += units
 
     def local_tokens(self):
-        return _flat(_flat(units[0]) for units in self.local) + self.open
+        return flat(flat(units[0]) for units in self.local) + self.open
 
     def resident(self, head):
         return set(self.sinks) | self.selected[head] | set(self.local_tokens())
@@ -324,115 +279,5 @@ SLOW = {
 }
 
 
-def assert_follows(method, trace, *, turn=None, shuffle=None, steps=None):
-    """Decode with a method beside its slow readings; returns these, [layer][row], and the cache.
-
-    turn: (step, [tokens per row]) of a second turn. shuffle: (step, rows) for `KVCache.select`.
-    """
-    cache, first = new_cache(method, trace.layers), method.dense_layers
-    cache.method.check(trace.layers)
-    trace.fill(cache)
-    rows = list(range(len(trace.lens)))
-    slow = [
-        [SLOW[method.name](method, trace, layer, row) for row in rows]
-        for layer in range(first, trace.layers)
-    ]
-    extra = 0
-    for step in range(trace.steps if steps is None else steps):
-        if turn is not None and step == turn[0]:
-            trace.fill(cache, turn[1], [n + step for n in trace.lens])
-            extra = torch.tensor(turn[1])
-            for one, count in ((s, c) for of in slow for s, c in zip(of, turn[1], strict=True)):
-                one.fill(count)
-        if shuffle is not None and step == shuffle[0]:
-            rows = shuffle[1]
-            cache.select(torch.tensor(rows))
-            slow = [[_copy(of[row]) for row in rows] for of in slow]
-        got = trace.decode(cache, step, torch.tensor(rows), extra=extra)
-        for position, of in enumerate(slow, first):
-            wanted = torch.stack([one.step() for one in of])
-            where = f"step {step}, layer {position}"
-            _assert_close(got[position], wanted, where)
-            for row, one in enumerate(of):
-                one.after()
-                assert_holds(cache.layers[position], row, one, f"{where}, row {row}")
-    if shuffle is None:
-        assert_counted(cache.meter, slow, first)
-    return slow, cache
-
-
-def assert_counted(meter, slow, first):
-    """The meter's figures of layers `first` and up are those of the slow readings."""
-    for position, of in enumerate(slow, first):
-        heads = of[0].heads
-        assert int(meter.retrievals[position]) == sum(one.retrievals for one in of)
-        assert int(meter.wanted_rows[position]) == sum(one.wanted for one in of)
-        assert int(meter.fetched_rows[position]) == sum(one.fetched for one in of)
-        assert int(meter.stored_rows[position]) == heads * sum(one.stored for one in of)
-    cut = [length for of in slow for one in of for length in one.segments]
-    counted = {n: int(count) for n, count in enumerate(meter.segments) if n and count}
-    assert counted == {n: cut.count(n) for n in set(cut)}
-
-
-def assert_holds(layer, row, slow, where):
-    """Slots, pool and index of a row are what its slow reading says, bit for bit."""
-    _, keys, values = slow.own
-    method, index = slow.method, layer.index
-    layer.settle()
-    length = int(layer.seq_lens[row])
-    local, indexed = slow.local_tokens(), int(index.num_indexed[row])
-    assert int(layer.logical_lens[row]) == slow.seen, where
-    assert len(local) <= method.local + method.segment[1], where
-    assert length < method.most_resident, where
-    held = layer.positions(layer.keys.shape[1])[row, :, :length]
-    stored = slow.seen - len(slow.open)
-    pool_k, pool_v = layer.pool.read(row, 0, stored)
-    for head in range(slow.heads):
-        of = f"{where}, head {head}"
-        tokens = torch.tensor(slow.rows[head] + slow.open)  # of each pool row
-        slots = tokens[held[head].long()]
-        resident = slow.resident(head)
-        assert sorted(slots.tolist()) == sorted(resident), of  # so none twice
-        assert torch.equal(layer.keys[row, head, :length], keys[head, slots]), of
-        assert torch.equal(layer.values[row, head, :length], values[head, slots]), of
-        assert torch.equal(pool_k[head], keys[head, tokens[:stored]]), of
-        assert torch.equal(pool_v[head], values[head, tokens[:stored]]), of
-        starts = index.starts[row, head, : int(index.num_units[row]) + 1].tolist()
-        sizes = [end - begin for begin, end in pairwise(starts)]
-        found = [tokens[b : b + n].tolist() for b, n in zip(starts, sizes, strict=False) if n]
-        still = [unit for units in slow.local for unit in units[head]]
-        assert found == slow.units[head] + still, of
-        assert sum(n > 0 for n in sizes[:indexed]) == len(slow.units[head]), of
-        everything = _flat(found) + slow.sinks + slow.open
-        assert sorted(everything) == list(range(slow.seen)), of  # each token in one place
-        assert len(slow.selected[head]) <= method.budget, of
-        if found:
-            digests = index.digests[row, head, : len(sizes)][torch.tensor(sizes) > 0]
-            _assert_close(digests, slow.digests(head, found), of)
-    assert int(index.first_open()[row]) == slow.seen - len(slow.open), where
-
-
-def _assert_close(got, wanted, where):
-    exact = got.dtype == torch.float32
-    torch.testing.assert_close(
-        got.double(),
-        wanted.double(),
-        rtol=1e-4 if exact else 2e-2,
-        atol=2e-5 if exact else 2e-2,
-        msg=lambda m: f"{where}: {m}",
-    )
-
-
-def _flat(lists):
+def flat(lists):
     return [item for items in lists for item in items]
-
-
-def _copy(slow):
-    copy = object.__new__(type(slow))
-    copy.__dict__.update(slow.__dict__)
-    copy.units = [list(units) for units in slow.units]
-    copy.rows = [list(rows) for rows in slow.rows]
-    copy.local, copy.open = list(slow.local), list(slow.open)
-    copy.selected = [set(tokens) for tokens in slow.selected]
-    copy.segments = list(slow.segments)
-    return copy

@@ -1,7 +1,9 @@
-"""Ops: every tensor of every op with another dtype, on another device, and with a row too few."""
+"""Ops: every tensor of every op with another dtype, on another device, and with a row too few, and
+every argument of another type."""
 
 import inspect
 
+import numpy as np
 import torch
 
 from bad_input import Bad
@@ -29,6 +31,17 @@ CALLS = {
     "unit_scores": good.unit_worth,
 }
 ROWLESS = {"inv_freq"}  # the same for all rows
+TENSOR, WHOLE, NUMBER = "a tensor", "a whole number of 64 bits", "a number"
+MISTAKES = {  # by annotation -> what is expected, and what people pass
+    "Tensor": (TENSOR, (None, "q", 3, [1.0, 2.0], np.zeros(2))),
+    "Tensor | None": (f"{TENSOR} or None", ("q", 3, [1.0, 2.0], np.zeros(2))),
+    "list[Tensor]": ("a list of tensors", (None, "pool", (torch.zeros(2),), torch.zeros(2))),
+    "int": (WHOLE, (None, "16", 2.5, [16], 2**70)),
+    "float": (NUMBER, (None, "0.5", [0.5], np.zeros(2))),
+    "float | None": (NUMBER, ("0.5", [0.5], np.zeros(2))),
+    "int | Tensor | None": (WHOLE, ("1", 2.5, np.zeros(2))),
+    "str": ("one of", ()),  # of words, which other rows are about
+}
 
 
 def changed(op, name, change):
@@ -36,7 +49,7 @@ def changed(op, name, change):
 
     def make():
         arguments = arguments_of(op)
-        arguments[name] = change(arguments[name])
+        arguments[name] = change(arguments.get(name))
         return Call(getattr(ops, op), **arguments)
 
     return make
@@ -60,4 +73,13 @@ def rows_of(op):
             yield Bad(changed(op, name, lambda x: x[:1]), rf"^kvcomp\.{op}: argument '\w+'")
 
 
-ROWS = [row for op in CALLS for row in rows_of(op)]
+def mistyped_rows_of(op):
+    for name, parameter in inspect.signature(getattr(ops, op)).parameters.items():
+        expected, wrong = MISTAKES[parameter.annotation]
+        for value in wrong:
+            said = repr(value) if value is None or isinstance(value, (str, float, int)) else ""
+            match = rf"^kvcomp\.{op}: argument '{name}': expected {expected}, got {said}"
+            yield Bad(changed(op, name, lambda _, new=value: new), match, TypeError)
+
+
+ROWS = [row for op in CALLS for row in (*rows_of(op), *mistyped_rows_of(op))]

@@ -276,7 +276,7 @@ ROWS = [
     Bad(lambda: store(num_units=ints(3)), "'num_units'.*B=2.*1"),
     Bad(lambda: store(closed=ints(5, -1)), "'closed'.*R=50.*-1 in row 1"),
     Bad(lambda: store(closed=ints(4, 0)), "'closed'.*5 tokens.*4 in row 0"),
-    Bad(lambda: store(pool=pool(R)[0]), "'pool'.*list.*Tensor"),
+    Bad(lambda: store(pool=pool(R)[0]), "'pool'.*list.*Tensor", TypeError),
     Bad(lambda: store(pool=[]), "'pool'.*1 to 32.*0"),
     Bad(lambda: store(pool=pool(*[2] * 33)), "'pool'.*1 to 32.*33"),
     Bad(lambda: store(pool=pool(R, dim=32)), "'pool.0.'.*D=64.*32"),
@@ -286,7 +286,7 @@ ROWS = [
         TypeError,
     ),
     Bad(lambda: store(pool=[pool(2 * R)[0][:, :, ::2]]), "'pool.0.'.*contiguous"),
-    Bad(lambda: store(pool=[None]), "'pool.0.'.*NoneType", TypeError),
+    Bad(lambda: store(pool=[None]), r"'pool\[0\]': expected a tensor, got None", TypeError),
     Bad(
         lambda: store(centroids=torch.zeros(B, HKV, U, D).half()),
         "'centroids'.*dtype of 'k'",
@@ -357,7 +357,7 @@ ROWS = [
     Bad(lambda: fetch(first_local=ints(25)), "'first_local'.*B=2.*1"),
     Bad(lambda: fetch(active=torch.ones(B)), "'active'.*int32", TypeError),
     Bad(lambda: fetch(pool=pool(R, dtype=torch.half)), "'pool.0.'.*dtype of 'k'", TypeError),
-    Bad(lambda: fetch(pool=tuple(pool(R))), "'pool'.*list.*tuple"),
+    Bad(lambda: fetch(pool=tuple(pool(R))), "'pool'.*list.*tuple", TypeError),
     Bad(lambda: fetch(pool=pool(R, device="meta")), "'pool.0.'"),
     Bad(lambda: fetch(num_sinks=-1), "'num_sinks'.*-1"),
 ]
