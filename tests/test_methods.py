@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kvcomp import METHODS, Delta, ops
+from kvcomp import METHODS, Delta, LazyEviction, ops
 from kvcomp.cache import KVCache
 from kvcomp.methods.delta import best_layers
 from kvcomp.methods.retrieval import Retrieval
@@ -176,3 +177,13 @@ def test_heads_split_over_two_ranks_score_alike(tmp_path):
     whole = Delta(budget=24, page_size=4, recent=2).score(*inputs)
     torch.testing.assert_close(torch.tensor(scores[0]), whole, rtol=1e-5, atol=1e-6)
     assert scores[0] == scores[1]
+
+
+def test_published_settings_are_found_by_the_model_itself():
+    def model(name):
+        return SimpleNamespace(config=SimpleNamespace(_name_or_path=name))
+
+    known = model("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B/")
+    assert Delta.published(known) == Delta.published("DeepSeek-R1-Distill-Qwen-7B")
+    assert LazyEviction.for_model(known) == LazyEviction.for_model("DeepSeek-R1-Distill-Qwen-7B")
+    assert Delta.for_model(model("another")) == Delta()

@@ -31,6 +31,11 @@ inline void check_per_row(const Boundary& at, const TensorView& view, Dim& batch
   at.shape(view, {batch});
 }
 
+// Whether the values in tensors can be looked at: on the CPU, by what computes there.
+inline bool readable(Backend backend) {
+  return backend == Backend::cpu || backend == Backend::cuda_host;
+}
+
 // What logits may be stored in: half the bytes are worth having where they cross a GPU's memory.
 inline void check_logits_dtype(const Boundary& at, Backend backend, const TensorView& logits) {
   if (backend == Backend::cpu) return at.dtype(logits, {DType::f32});

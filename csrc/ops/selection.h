@@ -11,11 +11,6 @@
 
 namespace kvcomp {
 
-// Whether the values in tensors can be looked at: on the CPU, by what computes there.
-inline bool readable(Backend backend) {
-  return backend == Backend::cpu || backend == Backend::cuda_host;
-}
-
 DecodeAttentionParams decode_attention_params(const Boundary& at, Backend backend, py::handle q,
                                               py::handle k, py::handle v, py::handle seq_lens,
                                               py::handle page_ids, py::handle logits,

@@ -23,6 +23,7 @@ from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
+from kvcomp.methods.fields import short_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,6 +68,11 @@ class Delta(Method, name="delta"):
                 "kvcomp.Delta: expected page_size >= 1, recent >= 1 and warmup >= 0, got"
                 f" {self.page_size}, {self.recent} and {self.warmup}"
             )
+        if self.group is not None and not isinstance(self.group, dist.ProcessGroup):
+            raise TypeError(
+                "kvcomp.Delta: group: expected a torch.distributed process group or None, got"
+                f" {self.group!r}"
+            )
         if self.budget % self.page_size:
             raise ValueError(
                 f"kvcomp.Delta: budget: expected a multiple of page_size={self.page_size},"
@@ -84,23 +90,25 @@ class Delta(Method, name="delta"):
         return self.budget // self.page_size
 
     @classmethod
-    def published(cls, model: str, **fields: Any) -> Self:
-        """The published delta layers of a model, by name ("DeepSeek-R1-Distill-Qwen-7B").
+    def published(cls, model: Any, **fields: Any) -> Self:
+        """The published delta layers of a model, itself or by name ("DeepSeek-R1-Distill-Qwen-7B").
 
         Raises:
             ValueError: no set was published for that model; `calibrate` finds one.
+            TypeError: `model` is neither a name nor a model.
         """
-        if _short(model) not in PUBLISHED:
+        if (short := short_name(cls, model)) not in PUBLISHED:
             raise ValueError(
-                f"kvcomp.Delta: no published delta layers for {model!r}, only for"
+                f"kvcomp.Delta: no published delta layers for {short!r}, only for"
                 f" {', '.join(PUBLISHED)}; Delta.calibrate(model, prompts) finds them"
             )
         return cls.for_model(model, **fields)
 
     @classmethod
-    def for_model(cls, model: str, **fields: Any) -> Self:
-        """The published delta layers where there are some, else those of the same depths."""
-        return cls(**{"delta_layers": PUBLISHED.get(_short(model)), **fields})
+    def for_model(cls, model: Any, **fields: Any) -> Self:
+        """The published delta layers of a model, itself or by name, where there are some, else
+        those of the same depths; TypeError where `model` is neither."""
+        return cls(**{"delta_layers": PUBLISHED.get(short_name(cls, model)), **fields})
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
@@ -237,10 +245,6 @@ class Delta(Method, name="delta"):
         recall = torch.stack(recorder.recalls).mean(0)
         chosen = best_layers(recall.tolist(), recorder.method.warmup, num_delta)
         return replace(recorder.method, delta_layers=chosen)
-
-
-def _short(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def best_layers(recall: list[list[float]], first: int, count: int) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
-"""Whether the fields of a method are of the types that it says: 2.5 pages fail where they are asked
-for, and not in a kernel."""
+"""What a method is told: whether its fields are of the types that it says (2.5 pages fail where
+they are asked for, and not in a kernel), and the name of a model."""
 
 from __future__ import annotations
 
@@ -76,3 +76,21 @@ def _words(hint: Any) -> str:
         many = "several" if others == [...] else len(others) + 1
         return f"a tuple of {many}, each {_words(of)}"
     return WORDS[hint]
+
+
+def short_name(method: type, model: Any) -> str:
+    """The last part of a model's name, by which published settings are known.
+
+    Args:
+        model: its name or path, or the model itself, which knows them.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", model)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"kvcomp.{method.__name__}: model: expected a name or a transformers model,"
+            f" got {type(model).__name__}"
+        )
+    return name.rstrip("/").rsplit("/", 1)[-1]

@@ -27,6 +27,7 @@ from kvcomp.methods.eviction import (
     ObservingEviction,
     RecurrenceEviction,
 )
+from kvcomp.methods.fields import short_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,16 +71,18 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
             )
 
     @classmethod
-    def published(cls, model: str, task: str, **fields: Any) -> Self:
-        """alpha and window as published, by name ("DeepSeek-R1-Distill-Qwen-7B", "aime").
+    def published(cls, model: Any, task: str, **fields: Any) -> Self:
+        """alpha and window as published, for a model, itself or by name, and a task
+        ("DeepSeek-R1-Distill-Qwen-7B", "aime").
 
         Raises:
             ValueError: nothing was published for that model or task; `calibrate` finds both.
+            TypeError: `model` is neither a name nor a model.
         """
-        short = _short(model)
+        short = short_name(cls, model)
         if short not in PUBLISHED:
             raise ValueError(
-                f"kvcomp.LazyEviction: nothing published for {model!r}, only for"
+                f"kvcomp.LazyEviction: nothing published for {short!r}, only for"
                 f" {', '.join(PUBLISHED)}; LazyEviction.calibrate(model, prompts) measures it"
             )
         alpha, windows = PUBLISHED[short]
@@ -92,9 +95,10 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
         return cls(**{"alpha": alpha, "window": windows[task], **fields})
 
     @classmethod
-    def for_model(cls, model: str, **fields: Any) -> Self:
-        """The published alpha where there is one; the window must fit the task."""
-        alpha, _ = PUBLISHED.get(_short(model), (cls.alpha, {}))
+    def for_model(cls, model: Any, **fields: Any) -> Self:
+        """The published alpha of a model, itself or by name, where there is one; the window must
+        fit the task. TypeError where `model` is neither."""
+        alpha, _ = PUBLISHED.get(short_name(cls, model), (cls.alpha, {}))
         return cls(**{"alpha": alpha, **fields})
 
     @classmethod
@@ -170,10 +174,6 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
             method = cls(**{"alpha": alpha, "window": min(window, most), **fields})
             losses[method] = hf.answer_loss(model, prompts, answers, method, tokenizer=tokenizer)
         return min(losses, key=losses.__getitem__)
-
-
-def _short(model: str) -> str:
-    return model.rstrip("/").rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True)

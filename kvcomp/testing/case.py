@@ -27,6 +27,7 @@ class Case:
 
 
 HALF_AND_FULL = (torch.float32, torch.float16, torch.bfloat16)
+HALF_LOGITS = ("cpu",)  # who does not take them
 
 
 def generator_for(*key) -> torch.Generator:
@@ -56,6 +57,17 @@ def attention_inputs(batch, heads, kv_heads, slots, dim, dtype, layout="head", p
     k = kv_cache((batch, kv_heads, slots, dim), dtype, generator, layout)
     v = kv_cache((batch, kv_heads, slots, dim), dtype, generator, layout)
     return q, k, v
+
+
+def scored_logits(batch, heads, slots, generator, spare=0):
+    """Logits [B, Hq, N] and the lse of their valid part, given seq_lens chosen here."""
+    lens = torch.randint(1, slots + 1, (batch,), generator=generator).int()
+    lens[-1] = slots
+    logits = torch.randn(batch, heads, slots + spare, generator=generator) * 3
+    valid = torch.arange(slots + spare) < lens[:, None, None]
+    lse = logits.masked_fill(~valid, -torch.inf).logsumexp(-1)
+    logits = logits.masked_fill(~valid, torch.nan)  # what lies past the end must not be read
+    return logits, lse, lens
 
 
 def ints(values) -> Tensor:

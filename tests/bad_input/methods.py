@@ -59,6 +59,13 @@ ROWS = [
     Bad(making(lambda: LazyEviction(h1="theirs")), "h1: expected one of paper, code, got 'theirs'"),
     Bad(making(lambda: LazyEviction.published("gpt-2", "aime")), "nothing published for 'gpt-2'"),
     Bad(
+        making(lambda: LazyEviction.for_model(None)),
+        "kvcomp.LazyEviction: model: expected a name or a transformers model, got NoneType",
+        TypeError,
+    ),
+    Bad(making(lambda: Delta.for_model(7)), "kvcomp.Delta: model: expected a name", TypeError),
+    Bad(making(lambda: Delta(group="x")), "group: expected a torch.distributed", TypeError),
+    Bad(
         making(lambda: LazyEviction.published("DeepSeek-R1-Distill-Qwen-7B", "chess")),
         "no window published for DeepSeek-R1-Distill-Qwen-7B on 'chess', only for gsm8k",
     ),

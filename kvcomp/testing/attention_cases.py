@@ -1,0 +1,250 @@
+"""Cases of attention, and of the ops that choose pages by it."""
+
+from __future__ import annotations
+
+import torch
+
+from kvcomp.testing.case import (
+    HALF_AND_FULL,
+    HALF_LOGITS,
+    Case,
+    attention_inputs,
+    generator_for,
+    ints,
+    on,
+    scored_logits,
+)
+
+
+def _dense(name, batch, heads, kv_heads, slots, dim, lens, layout="head", logits=None, sharpness=1):
+    def make(dtype, device):
+        q, k, v = attention_inputs(batch, heads, kv_heads, slots, dim, dtype, layout)
+        buffer = _room(batch, heads, slots + 3, dtype=logits)
+        lens_ = torch.tensor(lens, dtype=torch.int32)
+        return on(device, q, k, v, lens_, None, 1, dim**-0.5 * sharpness, buffer)
+
+    return _attention_case(name, make, logits)
+
+
+def _paged(
+    name,
+    batch,
+    heads,
+    kv_heads,
+    slots,
+    dim,
+    page_size,
+    count,
+    shared,
+    layout="head",
+    holes=False,
+    logits=None,
+):
+    def make(dtype, device):
+        q, k, v = attention_inputs(batch, heads, kv_heads, slots, dim, dtype, layout)
+        generator = generator_for(name)
+        pages = slots // page_size
+        sets = torch.rand(batch, 1 if shared else kv_heads, pages, generator=generator)
+        page_ids = sets.argsort(-1)[..., :count].sort(-1).values.int()
+        lens = torch.randint(1, count * page_size + 1, (batch,), generator=generator).int()
+        lens[-1] = count * page_size
+        if holes:
+            page_ids[:, :, ::3] = -1
+            page_ids[0] = -1  # a row of holes attends to nothing
+        buffer = _room(batch, heads, count * page_size, dtype=logits)
+        return on(device, q, k, v, lens, page_ids, page_size, dim**-0.5, buffer)
+
+    return _attention_case(name, make, logits)
+
+
+def _room(*shape, dtype) -> torch.Tensor | None:
+    """Unwritten logits; None where no dtype asks for them."""
+    return None if dtype is None else torch.full(shape, torch.nan, dtype=dtype)
+
+
+def _attention_case(name, make, logits) -> Case:
+    def unattended(args):
+        args[7][~args[7].isfinite()] = 0  # left alone or -inf
+        if half:
+            args[7].clamp_(-65504, 65504)  # of fp16
+
+    if logits is None:
+        return Case("decode_attention", name, make, HALF_AND_FULL)
+    half = logits == torch.float16
+    refused_by = HALF_LOGITS if half else ()
+    return Case("decode_attention", name, make, HALF_AND_FULL, (7,), unattended, refused_by)
+
+
+def _decode_attention_cases() -> list[Case]:
+    dense = [
+        _dense("one-token", 1, 1, 1, 1, 64, [1]),
+        _dense("odd-ragged", 3, 8, 2, 131, 64, [131, 1, 77]),
+        _dense("empty-row", 2, 4, 4, 40, 32, [0, 39]),
+        _dense("group7-token-major", 2, 14, 2, 203, 128, [203, 64], layout="token"),
+        _dense("slab", 2, 4, 1, 65, 80, [65, 33], layout="slab"),
+        _dense("dim96", 1, 3, 3, 50, 96, [47]),
+        _dense("dim256", 1, 4, 2, 70, 256, [70]),
+        _dense("long-row", 1, 4, 2, 5003, 64, [5001]),
+        _dense("group20", 1, 20, 1, 37, 64, [35], logits=torch.float32),
+        _dense("crooked", 2, 4, 2, 70, 80, [66, 70], layout="crooked"),
+        _dense("logits", 2, 6, 2, 150, 64, [150, 9], logits=torch.float32),
+        _dense("half-logits", 2, 6, 2, 150, 64, [150, 9], logits=torch.float16),
+        _dense("half-logits-clamped", 1, 6, 2, 40, 64, [37], logits=torch.float16, sharpness=1e5),
+    ]
+    paged = [
+        _paged("tokens-per-head", 2, 8, 2, 200, 64, 1, 37, shared=False),
+        _paged("tokens-shared", 2, 4, 2, 90, 32, 1, 20, shared=True, layout="token"),
+        _paged("pages16-shared", 2, 8, 4, 330, 128, 16, 6, shared=True),
+        _paged("pages16-per-head", 2, 6, 3, 200, 64, 16, 5, shared=False, layout="slab"),
+        _paged("pages32-holes", 3, 4, 2, 260, 64, 32, 5, shared=False, holes=True),
+        _paged("pages64-logits", 2, 4, 1, 400, 80, 64, 3, shared=True, logits=torch.float32),
+        _paged("holes-half-logits", 3, 4, 2, 90, 64, 16, 5, False, "head", True, torch.float16),
+    ]
+    return dense + paged
+
+
+def _merge_states_cases() -> list[Case]:
+    def build(name, batch, heads, dim, empty):
+        def make(dtype, device):
+            generator = generator_for(name)
+            outs = [torch.randn(batch, heads, dim, generator=generator).to(dtype) for _ in "ab"]
+            lses = [torch.randn(batch, heads, generator=generator) * 4 for _ in "ab"]
+            if empty:
+                lses[0][0] = lses[1][0] = -torch.inf  # both sides empty: neutral again
+                lses[1][1:, 0] = -torch.inf
+                outs[0][0] = outs[1][0] = 0
+            return on(device, outs[0], lses[0], outs[1], lses[1])
+
+        return Case("merge_states", name, make, HALF_AND_FULL)
+
+    return [
+        build("one", 1, 1, 32, False),
+        build("odd", 3, 7, 80, False),
+        build("empty-sides", 3, 4, 64, True),
+    ]
+
+
+def _page_scores_cases() -> list[Case]:
+    def build(name, batch, heads, slots, page_size, groups=1, use_max=True, spare=0, half=False):
+        def make(dtype, device):
+            logits, lse, lens = scored_logits(batch, heads, slots, generator_for(name), spare)
+            logits = logits.half() if half else logits
+            return on(device, logits, lse, lens, page_size, groups, use_max)
+
+        return Case("page_scores", name, make, refused_by=HALF_LOGITS if half else ())
+
+    def empty_row(dtype, device):
+        logits, lse, lens = scored_logits(2, 4, 50, generator_for("empty"))
+        lens[0], lse[0], logits[0] = 0, -torch.inf, torch.nan
+        return on(device, logits, lse, lens, 16, 1, True)
+
+    def all_masked(dtype, device):
+        """A row whose pages were all holes: its logits and lse are -inf, its scores 0."""
+        logits, lse, lens = scored_logits(2, 4, 50, generator_for("masked"))
+        logits[0], lse[0] = -torch.inf, -torch.inf
+        return on(device, logits, lse, lens, 16, 2, True)
+
+    return [
+        build("one-token", 1, 1, 1, 16),
+        build("max", 3, 8, 333, 16),
+        build("max-groups", 2, 12, 130, 16, groups=3),
+        build("sum", 2, 8, 129, 32, use_max=False),
+        build("sum-groups-tokens", 2, 8, 60, 1, groups=4, use_max=False),
+        build("strided", 2, 7, 257, 64, spare=31),
+        build("many-heads-long", 1, 40, 4100, 16),
+        build("half", 2, 8, 340, 16, half=True),
+        build("half-odd-sum", 2, 7, 257, 64, groups=7, use_max=False, half=True),
+        Case("page_scores", "empty-row", empty_row),
+        Case("page_scores", "all-masked", all_masked),
+    ]
+
+
+def _select_pages_cases() -> list[Case]:
+    def build(name, batch, heads, lens, page_size, count, recent=1, sink=0, ties=False):
+        def make(dtype, device):
+            generator = generator_for(name)
+            lens_ = torch.tensor(lens, dtype=torch.int32)
+            pages = -(-max(max(lens), 1) // page_size)
+            scores = torch.rand(batch, heads, pages, generator=generator)
+            if ties:
+                scores = (scores * 3).floor()
+                scores[..., ::5] = torch.nan
+            return on(device, scores, lens_, page_size, count, recent, sink)
+
+        return Case("select_pages", name, make)
+
+    return [
+        build("one", 1, 1, [1], 16, 1),
+        build("ragged", 3, 1, [700, 16, 333], 16, 9, recent=2),
+        build("per-head-sinks", 2, 4, [900, 255], 16, 12, recent=3, sink=2),
+        build("ties-and-nan", 2, 2, [640, 600], 16, 20, ties=True),
+        build("fits", 2, 1, [90, 31], 16, 8),
+        build("empty-row", 2, 1, [0, 100], 16, 4),
+        build("tokens", 1, 2, [513], 1, 100, recent=8, sink=4),
+        build("long", 1, 1, [65536], 16, 128, recent=8),
+        build("many-pages-tied", 1, 2, [4999], 1, 4000, recent=3, sink=1, ties=True),
+    ]
+
+
+def _attend_and_select_cases() -> list[Case]:
+    def build(
+        name,
+        lens,
+        heads,
+        kv_heads,
+        slots,
+        dim,
+        page_size,
+        count,
+        recent=1,
+        sink=0,
+        groups=1,
+        use_max=True,
+        layout="head",
+        listed=0,
+        half=False,
+    ):
+        def make(dtype, device):
+            batch = len(lens)
+            q, k, v = attention_inputs(batch, heads, kv_heads, slots, dim, dtype, layout)
+            if half:  # logits that fp16 holds exactly, so that the scores are the reference's
+                q, k = q.round(), k.round()
+            page_ids, room = None, slots
+            if listed:  # a block table, the pages in any order
+                order = torch.rand(batch, 1, slots // page_size, generator=generator_for(name))
+                page_ids, room = order.argsort(-1)[..., :listed].int(), listed * page_size
+            logits = _room(batch, heads, room + 4, dtype=torch.float16 if half else torch.float32)
+            choice = groups, use_max, recent, sink
+            return on(
+                *(device, q, k, v, ints(lens), page_ids, page_size, count, dim**-0.5, logits),
+                *choice,
+            )
+
+        refused_by = HALF_LOGITS if half else ()
+        return Case("attend_and_select", name, make, HALF_AND_FULL, (8,), unattended, refused_by)
+
+    def unattended(args):
+        args[8][~args[8].isfinite()] = 0  # left alone or -inf
+
+    return [
+        build("one-token", [1], 1, 1, 1, 64, 16, 1),
+        build("one-page", [5, 0, 9], 4, 2, 9, 32, 16, 3),
+        build("one-split", [103, 17], 8, 2, 103, 64, 16, 3, recent=2),
+        build("splits", [601, 300], 6, 2, 601, 64, 16, 9, recent=3, sink=2),
+        build("fits", [90, 31, 0], 4, 4, 96, 80, 16, 8, recent=8),
+        build("sets-by-mass", [301, 9], 6, 2, 301, 32, 4, 20, 2, groups=2, use_max=False),
+        build("tokens", [290, 133], 20, 1, 290, 64, 1, 90, recent=8, sink=4, layout="token"),
+        build("table", [150, 77], 8, 2, 320, 64, 16, 6, listed=10),
+        build("many-heads", [100], 18, 6, 100, 128, 32, 2, layout="slab"),
+        build("half-logits", [600, 301], 6, 2, 600, 64, 16, 9, recent=3, sink=2, half=True),
+    ]
+
+
+def attention_cases() -> list[Case]:
+    return [
+        *_attend_and_select_cases(),
+        *_decode_attention_cases(),
+        *_merge_states_cases(),
+        *_page_scores_cases(),
+        *_select_pages_cases(),
+    ]
