@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kvcomp
 from kvcomp import METHODS, LessIsMore, LouisKV, PerTokenRetrieval, TidalDecode, reasoner
 from kvcomp.cache import host_pool, slab, unit_index
-from kvcomp.cache.host_pool import HostMemoryError
+from kvcomp.cache.host_pool import HostMemory, HostMemoryError
 from kvcomp.methods.retrieval import Retrieval
 from kvcomp.testing.retrieval_check import assert_follows
 from kvcomp.testing.retrieval_traces import Recorded, Recorder, Walk
@@ -291,6 +291,19 @@ def test_crop_is_refused(name):
 
 
 BLOCK = 2 * KV_HEADS * 256 * 2 * DIM * 4  # the first block of two rows
+
+
+def test_pinned_memory_counts_as_torch_takes_it(monkeypatch):
+    """A power of two of bytes for each block."""
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **rest: plain(*shape, **rest))
+    memory = HostMemory(limit=4096)
+    assert memory.empty((3, 100), torch.float32, pinned=True).nbytes == 1200
+    assert memory.used == 2048
+    with pytest.raises(HostMemoryError, match="2048 are taken; 4096 more are needed"):
+        memory.empty((3, 200), torch.float32, pinned=True)
+    memory.empty((512,), torch.float32, pinned=True)
+    assert memory.used == 4096
 
 
 def test_host_memory_over_its_limit():
