@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvcomp.hf.cache import Cache, Layer
-from kvcomp.hf.patch import refuse
+from kvcomp.hf.refusals import refuse
 from kvcomp.methods import Method
 from kvcomp.plan import Shape
 

@@ -241,7 +241,7 @@ class DecodeWarp {
 // --- one split's states merged -------------------------------------------------------------------
 
 template <typename T, int D>
-__global__ void __launch_bounds__(DecodeTile<D>::kThreads)
+__global__ void __launch_bounds__(DecodeTile<D>::kThreads, DecodeTile<D>::kBlocks)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
   using Tile = DecodeTile<D>;
   const int sequence = blockIdx.y, split_index = blockIdx.z;

@@ -13,7 +13,7 @@ template <int D>
 struct DecodeTile {
   static constexpr int kTokens = 16, kHeads = 8;  // of an S fragment
   static constexpr int kWarps = D <= 128 ? 4 : 2, kThreads = kWarps * 32;
-  // As many as keep a block under 80 KB: two blocks share an SM of 8.0 or 9.0, one those of 8.6.
+  // As many as keep a block under 82 KB: three of most sizes share an SM of 9.0, two one of 8.0.
   static constexpr int kStages = D <= 64 ? 4 : D <= 96 ? 3 : 2;
   // 16 bytes more than D elements: the 8 rows of a matrix then lie in different banks.
   static constexpr int kPitch = D + 8;
@@ -30,6 +30,8 @@ struct DecodeTile {
   };
   static constexpr std::size_t kPipeline = sizeof(Stage) * kStages * kWarps;
   static constexpr std::size_t kShared = kPipeline > sizeof(States) ? kPipeline : sizeof(States);
+  // What an SM of 9.0 has room for, which registers must allow: 1 KB of each block is the system's.
+  static constexpr int kBlocks = 228 * 1024 / (kShared + 1024);
 };
 
 enum Slot : int { kSkipped = -1, kWild = -2 };  // kWild: an id out of range, which poisons the row

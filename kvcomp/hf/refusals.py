@@ -1,0 +1,77 @@
+"""Models that no method can decode exactly, or not in chunks, and the reason that is given."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kvcomp.hf.attention import NAME
+from kvcomp.hf.cache import Cache
+from kvcomp.hf.rotation import CHANGING
+from kvcomp.methods import Delethink
+
+HEAD_SIZES = (32, 64, 80, 96, 128, 256)
+
+
+def refuse(model: PreTrainedModel) -> None:
+    """Raise ValueError, with the reason, for a model that no method can decode exactly."""
+    config = model.config.get_text_config(decoder=True)
+    name = type(model).__name__
+    unknown = ", ".join(map(str, head_sizes(config) - set(HEAD_SIZES)))
+    reasons = {
+        "is patched already, or shares its config with a model that is; undo() the other run"
+        " first": config._attn_implementation == NAME,
+        "is multimodal; methods know text models": config is not model.config,
+        "is an encoder-decoder": model.config.is_encoder_decoder,
+        "insists on a cache class of its own": not model._supports_default_dynamic_cache(),
+        "caches a latent instead of keys and values (MLA)": getattr(config, "kv_lora_rank", None),
+        "shares K and V between layers": getattr(config, "num_kv_shared_layers", None),
+        "caps its attention logits": getattr(config, "attn_logit_softcapping", None),
+        "returns attention weights (output_attentions)": config.output_attentions,
+        f"has heads of size {unknown}; supported are {HEAD_SIZES}": unknown,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"kvcomp.patch: {name} {reason}")
+
+
+def head_sizes(config: PretrainedConfig) -> set[int]:
+    """Of the layers that keep every token."""
+
+    def size(layer: PretrainedConfig) -> int:
+        return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+
+    try:
+        return {size(config)}
+    except RuntimeError:  # layers differ: in Gemma 4 the sliding ones, whose heads nobody minds
+        layers = zip(config.per_layer_config, config.layer_types, strict=True)
+        return {size(layer) for layer, kind in layers if kind != "sliding_attention"}
+
+
+def refuse_chunks(model: PreTrainedModel, method: Delethink, cache: Cache) -> None:
+    """Raise ValueError, with the reason, for a model that cannot be chunked in that way."""
+    config = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    if longest is not None and method.most_thought >= longest:
+        raise ValueError(
+            f"kvcomp.Delethink: chunk: {method.most_thought} tokens of output in a context, but"
+            f" {type(model).__name__} knows {longest} positions"
+        )
+    if method.reset == "rotate":
+        cache.kv.require_rotation()
+        if not cache.all_managed:
+            raise ValueError(
+                f"kvcomp.Delethink: reset='rotate': {type(model).__name__} has layers without a"
+                " cache of every token; use 'prefill'"
+            )
+    if method.reset == "streaming" and not method.attention.forks:
+        raise ValueError(
+            f"kvcomp.Delethink: reset='streaming' holds two contexts, and"
+            f" {type(method.attention).__name__} would hold the prompt twice in host memory; use"
+            " 'prefill'"
+        )
+    if method.reset == "streaming" and getattr(rotary, "rope_type", "default") in CHANGING:
+        raise ValueError(
+            f"kvcomp.Delethink: reset='streaming': {type(model).__name__} changes its rotary"
+            " frequencies with the length, and two contexts have two; use 'prefill'"
+        )
