@@ -87,17 +87,21 @@ op_tests() { # CASES PREFIX...
   "$@" "$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" \
     "$root/tests/test_ops.py" -k "test_op and $cases"
 }
-# A process for each op, as many as there are cores: what Triton compiles takes longest.
-each_op() { # CASES
-  local ops
-  ops=$("$python" -c 'from kvcomp.ops import OPS; print(*OPS, sep="\n")') || return
-  xargs -P "$(nproc)" -I{} bash -c 'op_tests "{}- and $0"' "$1" <<<"$ops"
+# The ops divided among as many processes as there are cores: what Triton compiles takes longest.
+all_ops() { # CASES
+  local cores parts
+  cores=$(nproc)
+  parts=$("$python" - "$cores" <<<'import sys
+from kvcomp.ops import OPS
+names, parts = [f"{name}-" for name in OPS], int(sys.argv[1])
+print(*(" or ".join(names[i::parts]) for i in range(min(parts, len(names)))), sep="\n")') || return
+  xargs -P "$cores" -d '\n' -I{} bash -c 'op_tests "({}) and $0" || [ $? = 5 ]' "$1" <<<"$parts"
 }
-export -f op_tests each_op
+export -f op_tests all_ops # 5: a part without such cases
 if [ -n "$dry" ]; then
-  step op-tests 120 bash -c 'each_op "$0"' "$small"
+  step op-tests 120 bash -c 'all_ops "$0"' "$small"
 else
-  step op-tests 200 bash -c 'each_op "$0"' "$kernels"
+  step op-tests 200 bash -c 'all_ops "$0"' "$kernels"
   if command -v compute-sanitizer >/dev/null; then
     # Without torch's pool, so that every tensor has an end that can be overrun.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
