@@ -38,7 +38,7 @@ if OLD:
     REASONS["qwen3_next", None, None] = "insists on a cache class of its own"
 REASONS[None, "delethink", "two turns"] = "a second turn cannot go on from this cache"
 REASONS[None, "delethink", "beams"] = "beams of delethink would have to carry their own contexts"
-OUTCOMES: dict[tuple[str, str, str], str] = {}  # what the cells of this session found
+OUTCOMES: dict[tuple[str, str, str], str] = {}  # what the cells of this run found
 
 
 @functools.cache

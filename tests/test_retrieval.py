@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kvcomp
 from kvcomp import METHODS, LessIsMore, LouisKV, PerTokenRetrieval, TidalDecode, reasoner
 from kvcomp.cache import host_pool, slab, unit_index
-from kvcomp.cache.host_pool import HostMemory, HostMemoryError
+from kvcomp.cache.host_pool import HostMemory, HostMemoryError, HostPool
 from kvcomp.methods.retrieval import Retrieval
 from kvcomp.testing.retrieval_check import assert_follows
 from kvcomp.testing.retrieval_traces import Recorded, Recorder, Walk
@@ -293,6 +294,21 @@ def test_crop_is_refused(name):
 BLOCK = 2 * KV_HEADS * 256 * 2 * DIM * 4  # the first block of two rows
 
 
+def test_a_pool_holds_the_same_whichever_way_it_is_written():
+    """From a GPU rows are laid out first; here by a pool that takes the CPU for one."""
+    k, v = torch.randn(2, 2, 700, 32).unbind()
+    for device in "cpu", "cuda":
+        pool = HostPool(k[None], HostMemory())
+        pool.reserve(300)
+        pool.reserve(703)
+        assert len(pool.blocks) == 2
+        pool.device = torch.device(device)
+        pool.write(0, 3, k, v)
+        pool.device = torch.device("cpu")
+        for found, want in zip(pool.read(0, 3, 703), (k, v), strict=True):
+            assert torch.equal(found, want)
+
+
 def test_pinned_memory_counts_as_torch_takes_it(monkeypatch):
     """A power of two of bytes for each block."""
     plain = torch.empty
@@ -304,6 +320,20 @@ def test_pinned_memory_counts_as_torch_takes_it(monkeypatch):
         memory.empty((3, 200), torch.float32, pinned=True)
     memory.empty((512,), torch.float32, pinned=True)
     assert memory.used == 4096
+
+
+def test_pinned_rows_that_are_selected_take_what_they_took(monkeypatch):
+    plain = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **rest: plain(*shape, **rest))
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    pool = HostPool(torch.zeros(3, 2, 1, 32), HostMemory())
+    pool.device = torch.device("cuda")
+    pool.reserve(300)
+    before = pool.memory.used
+    for _ in range(3):
+        pool.select(torch.arange(3))
+    assert pool.memory.used == before == 2**19 > pool.nbytes
 
 
 def test_host_memory_over_its_limit():

@@ -42,8 +42,7 @@ class HostMemory:
         size = dtype.itemsize
         for count in shape:
             size *= count
-        if pinned and size > 0:
-            size = 1 << (size - 1).bit_length()
+        size = taken(size, pinned)
         if self.limit is not None and self.used + size > self.limit:
             raise HostMemoryError(
                 f"kvcomp: host memory for K and V: limit of {self.limit} bytes, of which"
@@ -58,6 +57,11 @@ class HostMemory:
             ) from error
         self.used += size
         return memory
+
+
+def taken(size: int, pinned: bool) -> int:
+    """Bytes of host memory that a tensor of `size` bytes takes."""
+    return 1 << (size - 1).bit_length() if pinned and size else size
 
 
 class HostPool:
@@ -86,6 +90,10 @@ class HostPool:
         return copy
 
     @property
+    def _pinned(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
     def nbytes(self) -> int:
         return sum(block.nbytes for block in self.blocks)
 
@@ -105,8 +113,13 @@ class HostPool:
 
     def write(self, row: int, first: int, k: Tensor, v: Tensor) -> None:
         """Rows [first, first + n) of sequence `row` become k, v [Hkv, n, D]."""
-        # Laid out as rows are, on the cache's device, and copied head by head without gaps: from a
-        # GPU, anything else is staged in other host memory, and the host waits for it.
+        if not self._pinned:
+            for block, inside, outside in self._spans(first, first + k.shape[1]):
+                for part, source in enumerate((k, v)):
+                    block[row, :, inside, part].copy_(source[:, outside])
+            return
+        # Laid out as rows are, on the cache's device, and copied head by head without gaps:
+        # anything else is staged in other host memory, and the host waits for it.
         rows = torch.stack((k, v), 2)  # [Hkv, n, 2, D]
         for block, inside, outside in self._spans(first, first + k.shape[1]):
             for into, source in zip(block[row, :, inside], rows[:, outside], strict=True):
@@ -128,10 +141,10 @@ class HostPool:
             HostMemoryError: the memory was refused; what is there stays.
         """
         rows = rows.cpu()
-        if self.device.type == "cuda":  # kernels write the blocks, and the host reads them now
+        if self._pinned:  # kernels write the blocks, and the host reads them now
             torch.cuda.current_stream(self.device).synchronize()
         used = self.memory.used
-        self.memory.used -= self.nbytes
+        self.memory.used -= sum(taken(block.nbytes, self._pinned) for block in self.blocks)
         try:
             blocks = [self._empty(len(rows), *block.shape[1:]) for block in self.blocks]
         except HostMemoryError:
@@ -142,7 +155,7 @@ class HostPool:
         self.blocks, self._shape = blocks, (len(rows), *self._shape[1:])
 
     def _empty(self, *shape: int) -> Tensor:
-        return self.memory.empty(shape, self._dtype, self.device.type == "cuda")
+        return self.memory.empty(shape, self._dtype, self._pinned)
 
     def _spans(self, first: int, last: int) -> list[tuple[Tensor, slice, slice]]:
         """The blocks of rows [first, last): block, its rows, and these counted from `first`."""
