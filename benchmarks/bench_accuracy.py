@@ -30,7 +30,7 @@ import bench_delethink
 from accuracy import parts
 from accuracy.options import parse
 from accuracy.study import Study
-from kvcomp.testing.bench import header
+from harness.record import header
 
 
 def run_study(options: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ from decode.graph import bench_graphs
 from decode.models import SHAPES
 from decode.peer import bench_peer
 from decode.steps import bench_steps
-from kvcomp.testing.bench import OtherLoad, conclude, header, meta
+from harness.record import OtherLoad, conclude, header, meta
 from ops.common import DTYPES
 
 BENCHMARKS = {

@@ -30,7 +30,7 @@ from delethink.rotate import bench_rotate
 from delethink.scaling import bench_curve, bench_scaling
 from delethink.stall import bench_stall
 from delethink.sweep import bench_sweep
-from kvcomp.testing.bench import OtherLoad, conclude, header, meta
+from harness.record import OtherLoad, conclude, header, meta
 
 BENCHMARKS = {
     "scaling": bench_scaling,

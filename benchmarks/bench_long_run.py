@@ -29,9 +29,9 @@ from transformers import AutoModelForCausalLM
 
 import kvcomp
 import kvcomp.reasoner
+from harness.record import header, meta, write_json
 from kvcomp.methods import METHODS, Method
 from kvcomp.reasoner import task
-from kvcomp.testing.bench import header, meta, write_json
 from long_run import player, verdict
 
 NAMES = ("full", "delta", "lazy-eviction", "louis-kv", "delethink")

@@ -34,10 +34,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from harness.record import header, meta, write_json
 from kvcomp.cache import KVCache
 from kvcomp.methods import METHODS, Method
 from kvcomp.methods.eviction import Eviction
-from kvcomp.testing.bench import header, meta, write_json
 from ops.common import DTYPES, heads_of
 
 DEFAULT = ("full", "lazy-eviction", "h2o", "tova", "random-eviction")

@@ -19,9 +19,10 @@ from collections.abc import Sequence
 
 import torch
 
-from kvcomp.testing.bench import OtherLoad, Row, bandwidth_probe, conclude, header, meta, write_json
-from kvcomp.testing.contest import Settings
-from kvcomp.testing.timing import LEAST_SAMPLES
+from harness.contenders import Settings
+from harness.record import OtherLoad, Row, conclude, header, meta, write_json
+from harness.timing import LEAST_SAMPLES
+from kvcomp.probe import bandwidth_probe
 from ops import attention, eviction, fetching, lazy_eviction, overhead, pages, retrieval
 from ops.common import DTYPES, PAGE, heads_of
 

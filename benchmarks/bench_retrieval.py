@@ -27,7 +27,7 @@ from dataclasses import asdict
 
 import torch
 
-from kvcomp.testing.bench import OtherLoad, conclude, header, meta
+from harness.record import OtherLoad, conclude, header, meta
 from ops.common import DTYPES, heads_of
 from retrieval.memory import bench_memory
 from retrieval.prefill import bench_prefill

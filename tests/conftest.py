@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 import pytest
 
 import kvcomp
-from kvcomp.testing import compare
+from kvcomp.selftest import compare
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which share the cores
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))

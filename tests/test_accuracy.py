@@ -12,8 +12,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("typer")
 pytest.importorskip("openai")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # as for a script that is run
-
 from transformers import AutoTokenizer
 
 from accuracy import options as command_line

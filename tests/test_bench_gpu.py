@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from harness import timing
 from kvcomp.ops import OPS
-from kvcomp.testing import timing
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -22,9 +22,7 @@ def benchmarks():
     """Imports a module of benchmarks/."""
     if not BENCHMARKS.exists():
         pytest.skip("needs the sources")
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module
-    sys.path.remove(str(BENCHMARKS))
+    return importlib.import_module
 
 
 # --- timing ---------------------------------------------------------------------------------------

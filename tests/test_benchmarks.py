@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness import record, timing
 from kvcomp.ops import OPS
 from kvcomp.reasoner import task
-from kvcomp.testing import bench, timing
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 KEYS = {"op", "shape", "dtype", "device", "impl", "ms", "gbps"}
@@ -24,8 +24,6 @@ KEYS |= {"ms_min", "ceiling_share", "ratios", "max_error"}
 
 
 def script(name):
-    if str(BENCHMARKS) not in sys.path:  # as it is for a script that is run
-        sys.path.insert(0, str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for its dataclasses
     spec.loader.exec_module(module)
@@ -322,7 +320,7 @@ def test_plots(smoke, memory, decode, delethink, tmp_path):
     pictures += charts
     assert all(1_000 < p.stat().st_size < 100_000 for p in pictures)
     other = tmp_path / "other.json"
-    bench.write_json(other, {"benchmark": "unheard of"}, [])
+    record.write_json(other, {"benchmark": "unheard of"}, [])
     assert plot.main([str(other)]) == 2
 
 
@@ -381,7 +379,7 @@ def test_lists_of_a_set_are_disjoint_and_cover_everything():
 
 
 def test_a_file_never_holds_nan(tmp_path):
-    row = bench.Row("op", "shape", "fp32", "cpu", "cpu", ms=math.nan)
+    row = record.Row("op", "shape", "fp32", "cpu", "cpu", ms=math.nan)
     with pytest.raises(ValueError, match="JSON"):
-        bench.write_json(tmp_path / "x.json", {}, [row])
+        record.write_json(tmp_path / "x.json", {}, [row])
     assert not (tmp_path / "x.json").exists()

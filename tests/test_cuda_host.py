@@ -17,7 +17,7 @@ import torch
 
 from kvcomp.ops import OPS
 from kvcomp.ops.attend_and_select import in_turn
-from kvcomp.testing.case import attention_inputs, ints
+from kvcomp.selftest.case import attention_inputs, ints
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"

@@ -12,8 +12,8 @@ from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 import kvcomp
 from kvcomp import Delethink
 from kvcomp.cache.background import Background
-from kvcomp.testing import slow_delethink as slow
 from kvcomp.testing.models import ARCHITECTURES, REFUSED, tiny_model
+from slow import delethink as slow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,9 +13,9 @@ from kvcomp.cache import KVCache
 from kvcomp.cache.slab import FIRST_CAPACITY
 from kvcomp.methods.eviction import Eviction
 from kvcomp.methods.retrieval import Retrieval
-from kvcomp.testing import slow_delethink as slow
 from kvcomp.testing.models import tiny_model
-from kvcomp.testing.slow_eviction import DIM, INV_FREQ, KV_HEADS, rotate
+from slow import delethink as slow
+from slow.eviction import DIM, INV_FREQ, KV_HEADS, rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

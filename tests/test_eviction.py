@@ -21,7 +21,7 @@ from kvcomp import (
 )
 from kvcomp.hf import Report
 from kvcomp.methods.eviction import Eviction
-from kvcomp.testing.slow_eviction import (
+from slow.eviction import (
     DIM,
     HEADS,
     KV_HEADS,

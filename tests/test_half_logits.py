@@ -10,7 +10,7 @@ from kvcomp import ops, reasoner
 from kvcomp.cache import kv_cache, static
 from kvcomp.ops import OPS
 from kvcomp.ops.decode_attention import logits_dtype
-from kvcomp.testing.case import attention_inputs, ints
+from kvcomp.selftest.case import attention_inputs, ints
 
 NAMES = [name for name in OPS["decode_attention"].impls if name not in ("cpu", "cuda")]
 

@@ -9,7 +9,7 @@ import kvcomp
 
 ROOT = Path(kvcomp.__file__).parent
 ORDER = ["ops", "cache", "methods", "hf"]  # each may import itself and those before it
-FORBIDDEN_BELOW_HF = {"transformers", "kvcomp.testing", "kvcomp.cli"}
+FORBIDDEN_BELOW_HF = {"transformers", "kvcomp.testing", "kvcomp.selftest", "kvcomp.cli"}
 
 
 def imported(path: Path) -> set[str]:

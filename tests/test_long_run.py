@@ -9,8 +9,6 @@ import dataclasses
 import importlib
 import json
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +23,6 @@ from kvcomp.methods import LazyEviction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # as it is for a script
 bench = importlib.import_module("bench_long_run")
 player, verdict = bench.player, bench.verdict
 FirstLayer = player.FirstLayer

@@ -18,8 +18,8 @@ from packaging import version
 import kvcomp
 import model_tables
 from kvcomp import METHODS, Delethink, Full
-from kvcomp.testing import slow_delethink
 from kvcomp.testing.models import ARCHITECTURES, REFUSED, tiny_model
+from slow import delethink as slow_delethink
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_outputs")
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from kvcomp.ops import OPS
-from kvcomp.testing.case import HALF_AND_FULL, Case, ints, kv_cache
-from kvcomp.testing.compare import assert_close, in_float64, outputs
+from kvcomp.selftest.case import HALF_AND_FULL, Case, ints, kv_cache
+from kvcomp.selftest.compare import assert_close, in_float64, outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

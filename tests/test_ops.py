@@ -11,8 +11,8 @@ import torch
 
 import kvcomp
 from kvcomp.ops import OPS, _registry
-from kvcomp.testing.cases import CASES
-from kvcomp.testing.compare import check, outputs
+from kvcomp.selftest.cases import CASES
+from kvcomp.selftest.compare import check, outputs
 
 DEVICES = {"cuda": "cuda", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 

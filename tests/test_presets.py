@@ -5,7 +5,6 @@ Besides, each reads its problems, asks them through a chat template, and is in t
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("openai")
 pytest.importorskip("math_verify")
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # as it is for a script
 
 from accuracy.checkers import CHECKERS
 from accuracy.preset import figures_table, settings_table

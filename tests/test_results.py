@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,7 @@ RESULTS, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 
 @pytest.fixture(scope="module")
 def reproduce():
-    folder = ROOT / "benchmarks"
-    if str(folder) not in sys.path:  # as it is for a script that is run
-        sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location("reproduce", folder / "reproduce.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for its dataclass
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("reproduce")
 
 
 def rows_of(name):

@@ -13,10 +13,10 @@ from kvcomp import METHODS, LessIsMore, LouisKV, PerTokenRetrieval, TidalDecode,
 from kvcomp.cache import host_pool, slab, unit_index
 from kvcomp.cache.host_pool import HostMemory, HostMemoryError, HostPool
 from kvcomp.methods.retrieval import Retrieval
-from kvcomp.testing.retrieval_check import assert_follows
-from kvcomp.testing.retrieval_traces import Recorded, Recorder, Walk
-from kvcomp.testing.slow_eviction import DIM, KV_HEADS, SCALE, new_cache
-from kvcomp.testing.slow_retrieval import SLOW
+from slow.eviction import DIM, KV_HEADS, SCALE, new_cache
+from slow.retrieval import SLOW
+from slow.retrieval_check import assert_follows
+from slow.retrieval_traces import Recorded, Recorder, Walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,11 +9,10 @@ import torch
 
 pytest.importorskip("typer")
 
-from kvcomp import cli
+from kvcomp import cli, selftest
 from kvcomp.ops import OPS
 from kvcomp.ops.page_scores import fake as fake_page_scores
-from kvcomp.testing import selftest
-from kvcomp.testing.cases import CASES
+from kvcomp.selftest.cases import CASES
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def test_it_leaves_torch_as_it_was_and_needs_no_test_framework(few_ops):
     assert torch.utils.deterministic.fill_uninitialized_memory == settings
     code = (
         "import sys; sys.modules['pytest'] = None\n"
-        "from kvcomp.testing import selftest\n"
+        "from kvcomp import selftest\n"
         "selftest.OPS = {'merge_states': selftest.OPS['merge_states']}\n"
         "right = selftest.OPS['merge_states'].impls['cpu']\n"
         "selftest.OPS['merge_states'].impls['cpu'] = lambda *args: right(*args)[::-1]\n"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kvcomp
 from kvcomp import METHODS, Delta, Full, Method, reasoner
 from kvcomp.testing.models import tiny_model
-from kvcomp.testing.static_decoding import (
+from slow.static_decoding import (
     STEPS,
     OnMeta,
     addresses,

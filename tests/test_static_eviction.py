@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kvcomp
 from kvcomp import LagKV, LazyEviction, RaaS, RecencyWindow, ops, reasoner
 from kvcomp.testing.models import tiny_model
-from kvcomp.testing.static_decoding import (
+from slow.static_decoding import (
     OnMeta,
     addresses,
     captured_step,

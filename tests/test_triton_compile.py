@@ -20,9 +20,7 @@ def compiled():
     """The modules of benchmarks/compiled."""
     if not BENCHMARKS.exists():
         pytest.skip("needs the sources")
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("compiled.cubins"), importlib.import_module("compile_report")
-    sys.path.remove(str(BENCHMARKS))
+    return importlib.import_module("compiled.cubins"), importlib.import_module("compile_report")
 
 
 def test_triton_kernels_compile_without_spills(tmp_path):

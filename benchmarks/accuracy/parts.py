@@ -26,11 +26,11 @@ import torch
 import kvcomp
 from accuracy.family import family, retrieval_family
 from accuracy.reasoner import Reasoner
+from harness.record import meta, write_json
 from kvcomp import Method
 from kvcomp.cli.common import pick_device
 from kvcomp.methods.eviction import Eviction
 from kvcomp.reasoner import task
-from kvcomp.testing.bench import meta, write_json
 
 CALIBRATION_SEED = 1000  # no problem that is graded has such a seed
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accuracy.summary import Row
-from kvcomp.testing.bench import write_json
+from harness.record import write_json
 
 
 class Cell(NamedTuple):

@@ -19,7 +19,7 @@ from accuracy.results import Cell, Results
 from accuracy.sizes import keeps_all
 from accuracy.summary import Row, Summary, summarize
 from accuracy.workload import Workload
-from kvcomp.testing.bench import meta
+from harness.record import meta
 
 ROUNDING = 1.01  # rows of a batch are of different lengths, and an index grows in steps
 

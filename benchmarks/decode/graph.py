@@ -18,9 +18,10 @@ import kvcomp
 from decode.contenders import STATIC, Contender, Filling, Patched, method_for
 from decode.models import make_model, token_bytes, weight_bytes
 from decode.room import free_memory
+from harness.timing import interleave
 from kvcomp import LazyEviction, Method
 from kvcomp.hf import Cache, StaticRun
-from kvcomp.testing.bench import bandwidth_probe, interleave
+from kvcomp.probe import bandwidth_probe
 from ops.common import DTYPES
 
 DENSE = "full"

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from decode.contenders import Filling, contender
 from decode.models import make_model
 from decode.steps import WARM_UP, race
-from kvcomp.testing.bench import bandwidth_probe
+from kvcomp.probe import bandwidth_probe
 from ops.common import DTYPES
 
 NAMES = {"qwen3": "QWEN3", "qwen2": "QWEN2"}  # of architectures, in gguf

@@ -27,7 +27,7 @@ from decode.contenders import (
 from decode.models import make_model, token_bytes, weight_bytes
 from decode.room import free_memory
 from kvcomp import Delethink
-from kvcomp.testing.bench import Probe, bandwidth_probe
+from kvcomp.probe import Probe, bandwidth_probe
 from ops.common import DTYPES
 from retrieval.common import now
 from retrieval.share import Times

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.contenders import Against, Contender, Expected, Settings, implementations, measure
+from harness.record import Row
 from kvcomp.ops import OPS
-from kvcomp.testing.bench import Row
-from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations, measure
 from ops.common import DTYPES, PAGE, PEAK, empty_logits, plain_contenders
 from ops.gpu_baselines import GPU_BASELINES, usable
 

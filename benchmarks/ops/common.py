@@ -10,9 +10,9 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from harness.contenders import Against, Contender, Expected, Settings, implementations
 from kvcomp.ops import OPS
 from kvcomp.ops.decode_attention import logits_dtype
-from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PAGE = 16  # DELTA's default

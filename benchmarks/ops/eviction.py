@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from harness.contenders import Against, Contender, Expected, Settings, implementations, measure
+from harness.record import Row
 from kvcomp.ops import OPS
 from kvcomp.ops.recurrence_update import MAX_STEPS
-from kvcomp.testing.bench import Row, copy_probe
-from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations, measure
+from kvcomp.probe import copy_probe
 from ops.common import DTYPES, dtype_name, in_order, plain_contenders, random_logits
 
 ALPHA = 1e-4  # a token's probability from which on it counts as hit

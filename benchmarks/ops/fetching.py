@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from harness.contenders import Against, Contender, Expected, Settings, implementations, measure
+from harness.record import Row
 from kvcomp.ops import OPS
-from kvcomp.testing.bench import Row, copy_probe, link_probe
-from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations, measure
+from kvcomp.probe import copy_probe, link_probe
 from ops.common import DTYPES, in_order
 
 CLUSTER, BUDGET, SINKS, LOCAL = 16, 1024, 16, 256  # LouisKV's, in tokens

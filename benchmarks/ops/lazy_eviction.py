@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from harness.contenders import Settings, timed
+from harness.record import Row
+from harness.timing import Timing
 from kvcomp import LazyEviction, ops
 from kvcomp.cache import KVCache
 from kvcomp.ops.recurrence_update import MAX_STEPS
-from kvcomp.testing.bench import Row
-from kvcomp.testing.contest import Settings, timed
-from kvcomp.testing.timing import Timing
 from ops.common import DTYPES, PEAK, empty_logits
 
 

@@ -9,11 +9,11 @@ from unittest import mock
 
 import torch
 
+from harness.contenders import Settings
+from harness.record import Row
+from harness.timing import interleave
 from kvcomp import _C, ops
 from kvcomp.ops import OPS
-from kvcomp.testing.bench import Row
-from kvcomp.testing.contest import Settings
-from kvcomp.testing.timing import interleave
 
 
 def bench_overhead(options: argparse.Namespace, run: Settings) -> Iterator[list[Row]]:

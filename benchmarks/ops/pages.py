@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from harness.contenders import Against, Contender, Expected, Settings, implementations, measure
+from harness.record import Row
 from kvcomp.ops import OPS
 from kvcomp.ops.attend_and_select import in_turn
-from kvcomp.testing.bench import Row
-from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations, measure
 from ops.common import (
     DTYPES,
     PAGE,

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.contenders import Against, Contender, Expected, Settings, implementations, measure
+from harness.record import Row
 from kvcomp.ops import OPS
-from kvcomp.testing.bench import Row, copy_probe
-from kvcomp.testing.contest import Against, Contender, Expected, Settings, implementations, measure
+from kvcomp.probe import copy_probe
 from ops.common import DTYPES, PEAK, plain_contenders
 from ops.fetching import BUDGET, CLUSTER, LOCAL, SINKS
 

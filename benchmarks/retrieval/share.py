@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import kvcomp
+from harness.timing import last_level_cache
 from kvcomp import Method, ops
 from kvcomp.cache import KVCache, LayerCache
 from kvcomp.methods.audit import recall
 from kvcomp.methods.retrieval import Retrieval
-from kvcomp.testing.timing import last_level_cache
 from ops.common import DTYPES
 from retrieval.common import now
 from retrieval.trace import WARM_UP, Trace, make_trace

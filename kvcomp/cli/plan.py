@@ -190,7 +190,7 @@ def find_device(name: str | None, bandwidth: float | None, memory: float | None)
 
 def this_machine(name: str) -> work.Device:
     """Its bandwidth, measured now, and the memory that is free."""
-    from kvcomp.testing.bench import bandwidth_probe
+    from kvcomp.probe import bandwidth_probe
 
     if name == "cpu":
         facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

@@ -34,7 +34,7 @@ def info(
 
     found = gather()
     if with_selftest:
-        from kvcomp.testing import selftest
+        from kvcomp import selftest
 
         found["selftest"] = selftest.run()
     if as_json:

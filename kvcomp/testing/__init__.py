@@ -1,1 +1,1 @@
-"""Shared by tests and benchmarks: cases per op, comparisons, tiny models, timing."""
+"""Tiny models to try a method on."""

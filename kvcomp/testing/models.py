@@ -1,4 +1,8 @@
-"""Tiny random-weight models, one per architecture that transformers offers a decoder for."""
+"""Tiny random-weight models to test on: `tiny_model("qwen3")`, or any other of `ARCHITECTURES`.
+
+They have the real architecture's code and a few thousand parameters, so a method can be tried under
+`generate` in seconds and without a download.
+"""
 
 from __future__ import annotations
 

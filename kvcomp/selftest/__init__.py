@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvcomp.ops import OPS
-from kvcomp.testing.cases import CASES
-from kvcomp.testing.compare import WrongResult, check, poisoned_outputs
+from kvcomp.selftest.cases import CASES
+from kvcomp.selftest.compare import WrongResult, check, poisoned_outputs
 
 if TYPE_CHECKING:
     from rich.table import Table

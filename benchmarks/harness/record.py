@@ -1,4 +1,4 @@
-"""What the benchmarks share: the bandwidth probe, the line and the JSON."""
+"""What a benchmark leaves behind: lines on the screen, and JSON that knows its machine."""
 
 from __future__ import annotations
 
@@ -8,84 +8,17 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import kvcomp
 from kvcomp import _C
 from kvcomp.info import cpu_model
-from kvcomp.testing.timing import interleave
 
-PROBE_BYTES = 256 << 20
 ENVIRONMENT = ("KVCOMP_ISA", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "CUDA_VISIBLE_DEVICES")
-
-
-# --- the ceiling ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Probe:
-    """The fastest way that torch has to move a large buffer here; `run` moves `bytes` once."""
-
-    name: str
-    run: Callable[[], object]
-    bytes: int
-    gbps: float  # best seen when it was chosen
-
-
-def bandwidth_probe(device: str = "cpu", num_bytes: int = PROBE_BYTES) -> Probe:
-    """The best of several reads on the CPU; on a GPU a copy, counted as read and written.
-
-    The reads compute next to nothing, but none prefetches, so that a kernel which does can pass
-    100 %.
-    """
-    if device == "cuda":
-        return copy_probe(device, num_bytes)
-    floats = torch.randn(num_bytes // 4)
-    integers = floats.view(torch.int64)
-    matrix, ones = floats.view(-1, 4096), torch.ones(4096)
-    candidates = {
-        "read, torch.sum": (floats.sum, num_bytes),
-        "read, torch.amax of int64": (integers.amax, num_bytes),
-        "read, torch.dot": (lambda: torch.dot(floats, floats), num_bytes),
-        "read, torch.mv": (lambda: torch.mv(matrix, ones), num_bytes),
-    }
-    timings = interleave({name: run for name, (run, _) in candidates.items()}, 8, device=device)
-    rates = {name: candidates[name][1] / timing.minimum for name, timing in timings.items()}
-    best = max(rates, key=rates.__getitem__)
-    return Probe(best, *candidates[best], rates[best] / 1e9)
-
-
-def copy_probe(device: str = "cpu", num_bytes: int = PROBE_BYTES) -> Probe:
-    """A plain copy, counted as read and written, to compare what writes as much as it reads."""
-    floats = torch.randn(num_bytes // 4, device=device)
-    target = torch.empty_like(floats)
-
-    def run() -> Tensor:
-        return target.copy_(floats)
-
-    timing = interleave({"copy": run}, 8, device=device)["copy"]
-    gbps = 2 * num_bytes / timing.minimum / 1e9
-    return Probe("copy, read + write", run, 2 * num_bytes, gbps)
-
-
-def link_probe(num_bytes: int = PROBE_BYTES) -> Probe:
-    """A copy from pinned host memory to the GPU, counted once: what the link between them does."""
-    floats = torch.randn(num_bytes // 4).pin_memory()
-    target = torch.empty_like(floats, device="cuda")
-
-    def run() -> Tensor:
-        return target.copy_(floats, non_blocking=True)
-
-    timing = interleave({"copy": run}, 8, device="cuda")["copy"]
-    return Probe("copy from pinned memory", run, num_bytes, num_bytes / timing.minimum / 1e9)
-
-
-# --- rows -----------------------------------------------------------------------------------------
 
 
 @dataclass

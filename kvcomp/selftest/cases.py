@@ -7,10 +7,10 @@ layouts that caches have, and every table of cases holds length 1 and rows with 
 
 from __future__ import annotations
 
-from kvcomp.testing.attention_cases import attention_cases
-from kvcomp.testing.case import Case
-from kvcomp.testing.eviction_cases import eviction_cases
-from kvcomp.testing.retrieval_cases import retrieval_cases
+from kvcomp.selftest.attention_cases import attention_cases
+from kvcomp.selftest.case import Case
+from kvcomp.selftest.eviction_cases import eviction_cases
+from kvcomp.selftest.retrieval_cases import retrieval_cases
 
 CASES: list[Case] = sorted(
     [*attention_cases(), *eviction_cases(), *retrieval_cases()], key=lambda case: case.op

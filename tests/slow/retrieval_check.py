@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import torch
 
-from kvcomp.testing.slow_eviction import new_cache
-from kvcomp.testing.slow_retrieval import SLOW, flat
+from slow.eviction import new_cache
+from slow.retrieval import SLOW, flat
 
 
 def assert_follows(method, trace, *, turn=None, shuffle=None, steps=None):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from kvcomp.testing.slow_eviction import rotate
+from slow.eviction import rotate
 
 Respond = Callable[[Tensor, int], Tensor]
 

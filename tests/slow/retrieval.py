@@ -1,7 +1,7 @@
 """Slow readings of the retrieval methods: lists of token numbers, one row of one layer at a time.
 
 A `Slow` decodes a trace step by step as the texts of the methods describe it, with attention in
-float64 over a set of tokens; `kvcomp.testing.retrieval_check` holds a method against it.
+float64 over a set of tokens; `slow.retrieval_check` holds a method against it.
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from harness.record import Row
+from harness.timing import Rotation, Timing, cold_sets, interleave, rounds_in_graph
 from kvcomp.ops import OPS
-from kvcomp.testing.bench import Probe, Row
-from kvcomp.testing.compare import in_float64, max_error
-from kvcomp.testing.timing import Rotation, Timing, cold_sets, interleave, rounds_in_graph
+from kvcomp.probe import Probe
+from kvcomp.selftest.compare import in_float64, max_error
 
 KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # worth timing on a device
 REFERENCE_BYTES = 40 << 20  # larger inputs are not run through the reference

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from kvcomp.testing.case import (
+from kvcomp.selftest.case import (
     HALF_AND_FULL,
     HALF_LOGITS,
     Case,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.ops import OPS
-from kvcomp.testing.case import Case
+from kvcomp.selftest.case import Case
 
 
 class WrongResult(AssertionError):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.ops.kmeans import num_clusters
-from kvcomp.testing.case import (
+from kvcomp.selftest.case import (
     HALF_AND_FULL,
     Case,
     attention_inputs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvcomp.methods import Method
-from kvcomp.testing.slow_eviction import DIM, HEADS, SPARE, Trace, rotate
+from slow.eviction import DIM, HEADS, SPARE, Trace, rotate
 
 
 class Walk(Trace):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvcomp.testing.case import (
+from kvcomp.selftest.case import (
     HALF_AND_FULL,
     HALF_LOGITS,
     Case,

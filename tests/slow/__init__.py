@@ -1,0 +1,1 @@
+"""Slow readings of the methods, written from the papers, and checks that compare with them."""
