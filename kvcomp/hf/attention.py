@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvcomp import ops
 from kvcomp.cache import HostMemoryError, LayerCache
 from kvcomp.hf.cache import Layer
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from kvcomp.hf.patch import Run
 
 NAME = "kvcomp"
+FEW = 64  # new tokens, up to which one pass over the cache beats a copy of it and blocked products
 
 # Keywords by which a model asks for more than softmax(scale * q k^T) v.
 UNSUPPORTED = {
@@ -104,20 +106,65 @@ def attend_many(
     """n new tokens, already in `kv`, attend to the tokens kept before them and to each other.
 
     Returns:
-        out [B, n, Hq, D].
+        out [B, n, Hq, D]; rows of padding hold anything finite.
     """
-    count = query.shape[2]
     past_keys, past_values, past_lens = kv.cache.method.context(kv)
-    slot = torch.arange(past_keys.shape[2], device=query.device)
-    past = slot < past_lens[:, None]  # [B, slots]
-    causal = torch.ones(count, count, dtype=torch.bool, device=query.device).tril()
-    if valid is not None:
-        causal = causal & valid[:, None]
-    mask = torch.cat(
-        [past[:, None].expand(-1, count, -1), causal.expand(query.shape[0], -1, -1)], -1
-    )
     copies = past_keys.shape[1] // key.shape[1]  # see LayerCache.repeat_heads
     key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
+    causal = torch.ones(*[query.shape[2]] * 2, dtype=torch.bool, device=query.device).tril()
+    if valid is not None:
+        causal = causal & valid[:, None]
+    causal = causal.expand(query.shape[0], -1, -1)
+    given = query, key, value, causal, past_keys, past_values, past_lens, scale
+    return (_together if query.shape[2] <= FEW else _concatenated)(kv, *given)
+
+
+def _together(
+    kv: LayerCache,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: Tensor,
+    past_keys: Tensor,
+    past_values: Tensor,
+    past_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Few tokens: to what was kept before they are so many query heads more, in one call of the
+    kernel that reads it once; what they see of each other is merged with that."""
+    shape = query.shape  # the heads of a KV head are neighbours, and so are their tokens
+    out, lse = ops.decode_attention(
+        query.flatten(1, 2), past_keys, past_values, past_lens, scale=scale
+    )
+    key, value, query = key.float(), value.float(), query.float()
+    logits = query.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].transpose(-1, -2) * scale
+    logits = logits.masked_fill(~causal[:, None, None], -torch.inf)
+    tail_lse = logits.logsumexp(-1, keepdim=True)
+    base = tail_lse.masked_fill(tail_lse == -torch.inf, 0.0)
+    tail = (logits - base).exp() @ value[:, :, None]
+    tail = tail.to(out.dtype).view_as(out), tail_lse.view_as(lse)
+    out, lse = ops.merge_states(out, lse, *tail)
+    if kv.sinks is not None:
+        sinks = kv.sinks.detach().float().repeat_interleave(shape[2]).expand_as(lse).contiguous()
+        out, _ = ops.merge_states(out, lse, torch.zeros_like(out), sinks)
+    return out.view(shape).transpose(1, 2)
+
+
+def _concatenated(
+    kv: LayerCache,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    causal: Tensor,
+    past_keys: Tensor,
+    past_values: Tensor,
+    past_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Many tokens: matrix products over a copy of all K and V."""
+    slot = torch.arange(past_keys.shape[2], device=query.device)
+    past = slot < past_lens[:, None]  # [B, slots]
+    mask = torch.cat([past[:, None].expand(-1, query.shape[2], -1), causal], -1)
     key, value = torch.cat([past_keys, key], 2), torch.cat([past_values, value], 2)
     mask = mask[:, None]
     if kv.sinks is not None:  # a last token of zeros, whose logits they are
