@@ -1,4 +1,4 @@
-"""The command line: kvcomp info | demo | generate | plan | trace.
+"""The command line: kvcomp info | get | demo | generate | plan | trace.
 
 Every error that a user can cause is one line on standard error and exit code 2.
 """
@@ -21,6 +21,7 @@ except ModuleNotFoundError as missing:
 
 from kvcomp import __version__
 from kvcomp.cli.generate import generate
+from kvcomp.cli.get import get
 from kvcomp.cli.plan import plan
 from kvcomp.cli.show import demo, info
 from kvcomp.cli.trace import trace
@@ -50,7 +51,7 @@ def options(
     """What is asked before any command."""
 
 
-for command in (info, demo, generate, plan, trace):
+for command in (info, get, demo, generate, plan, trace):
     app.command()(command)
 
 # What typer raises for a bad command line. typer has its own copy of click from some version on,
@@ -58,7 +59,7 @@ for command in (info, demo, generate, plan, trace):
 UsageProblem = typer.BadParameter.__mro__[2]
 
 # Module -> the extra that brings it; the others are in [hf].
-PROVIDERS = {"matplotlib": "bench", "openai": "trace"}
+PROVIDERS = {"matplotlib": "bench", "openai": "trace", "gguf": "gguf", "accelerate": "gguf"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

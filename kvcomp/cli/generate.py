@@ -17,7 +17,10 @@ from kvcomp.cli.common import Device, Dtype, load, pick_device, pick_dtype, pick
 def generate(
     model: Annotated[
         str,
-        typer.Argument(help="A folder or hub name of a causal LM; 'reasoner' is the bundled one."),
+        typer.Argument(
+            help="A causal LM: a folder, a GGUF file, a hub name, what `kvcomp get` fetched, or"
+            " 'reasoner', the bundled one."
+        ),
     ],
     prompt: Annotated[str, typer.Option(help="The text, or - for standard input.")],
     method: Annotated[str, typer.Option(help="By name.", metavar="NAME")] = "delta",
@@ -51,8 +54,9 @@ def generate(
     ] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     chat: Annotated[
-        bool, typer.Option(help="Use the tokenizer's chat template where it has one.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Prompt through the chat template; default: where there is one."),
+    ] = None,
 ) -> None:
     """Stream text from a model under a method.
 
@@ -152,8 +156,11 @@ def pick_sampling(temperature: float | None, top_p: float | None) -> dict[str, A
     return asked | {"do_sample": True} if asked else {}
 
 
-def encode(tokenizer: Any, text: str, chat: bool) -> Any:
-    if not (chat and tokenizer.chat_template):
+def encode(tokenizer: Any, text: str, chat: bool | None) -> Any:
+    """The prompt's tokens, as one message of the user where `chat` or the tokenizer says so."""
+    if chat and not tokenizer.chat_template:
+        raise ValueError("kvcomp: --chat: the model's tokenizer has no chat template: --no-chat")
+    if chat is False or not tokenizer.chat_template:
         return tokenizer(text, return_tensors="pt")
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": text}],

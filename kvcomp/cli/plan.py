@@ -20,7 +20,10 @@ from kvcomp.cli.plan_table import headline, notes, table
 
 def plan(
     model: Annotated[
-        str, typer.Argument(help="A folder, a config.json or a hub name; 'reasoner' is bundled.")
+        str,
+        typer.Argument(
+            help="A folder, a config.json, a GGUF file, a hub name, or a short name ('reasoner')."
+        ),
     ],
     context: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 32768,
     batch: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 1,

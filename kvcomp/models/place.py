@@ -1,0 +1,55 @@
+"""Where fetched models are, and what a model's name stands for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kvcomp import reasoner
+from kvcomp.models.catalog import MODELS, Artifact
+
+
+def folder() -> Path:
+    """Where models are kept: `models` in KVCOMP_CACHE, else in the user's cache folder, which
+    XDG_CACHE_HOME names."""
+    if own := os.environ.get("KVCOMP_CACHE"):
+        return Path(own).expanduser().absolute() / "models"
+    # The specification of XDG has relative paths ignored.
+    given = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    return (given if given.is_absolute() else Path.home() / ".cache") / "kvcomp" / "models"
+
+
+def known(name: str) -> Artifact:
+    """The model of a short name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in MODELS:
+        raise ValueError(f"kvcomp.models: name: expected one of {', '.join(MODELS)}, got {name!r}")
+    return MODELS[name]
+
+
+def installed(name: str) -> bool:
+    """Whether `kvcomp get` has put the model in its place."""
+    return (folder() / known(name).name / "config.json").is_file()
+
+
+def path(name: str) -> str:
+    """Folder of a fetched model: config, bf16 safetensors and tokenizer; "reasoner" is bundled.
+
+    Raises:
+        ValueError: no such name, or the model has not been fetched; the message names the command
+            that does.
+    """
+    if name == "reasoner":
+        return reasoner.path()
+    if not installed(name):
+        accept = " --accept-terms" if MODELS[name].terms else ""
+        raise ValueError(f"kvcomp.models: {name} is not here yet: kvcomp get {name}{accept}")
+    return str(folder() / name)
+
+
+def resolve(name: str) -> str:
+    """What to load for a name that a user gave: the folder behind a short name, else the name."""
+    return path(name) if name == "reasoner" or name in MODELS else name
