@@ -5,39 +5,56 @@ with kvcomp.patch(model, kvcomp.Delta(budget=1024)) as run:
 print(run.report())
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  (first: the native extension takes OpenMP from torch's runtime)
 
 from kvcomp import methods, ops
 from kvcomp.methods import *  # noqa: F403  (the methods, by name)
 
+if TYPE_CHECKING:
+    from kvcomp import delethink as delethink
+    from kvcomp.hf import patch as patch
+
 __version__ = "0.1.0"
-__all__ = ["ops", "patch"]  # noqa: F405
+__all__ = ["ops", "patch"]
 __all__ += methods.__all__
 
 
 _LATE = {"patch": "hf", "delethink": "trace"}  # imported when asked for -> what installs its needs
 
 
-def __getattr__(name: str):
-    """`kvcomp.patch` needs transformers, `kvcomp.delethink` openai: both are imported late."""
-    if name not in _LATE:
-        raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
+def _late(module: str, name: str, extra: str) -> Any:
+    """A module of kvcomp, which is `kvcomp.<name>` to the user or has that."""
     try:
-        if name == "patch":
-            from kvcomp.hf import patch
-
-            return patch
-        return importlib.import_module(f"kvcomp.{name}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as missing:
         needed = (missing.name or "kvcomp").partition(".")[0]
         if needed == "kvcomp":
             raise
-        install = f"pip install 'kvcomp[{_LATE[name]}]'"
         raise ModuleNotFoundError(
-            f"kvcomp.{name} needs {needed}: {install}", name=missing.name
+            f"kvcomp.{name} needs {needed}: pip install 'kvcomp[{extra}]'", name=missing.name
         ) from None
+
+
+def __getattr__(name: str) -> Any:
+    """`kvcomp.patch` needs transformers, `kvcomp.delethink` openai: both are imported late."""
+    if name == "patch":
+        return _late("kvcomp.hf", name, _LATE[name]).patch
+    if name == "delethink":
+        return _late("kvcomp.delethink", name, _LATE[name])
+    raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
+
+
+def _calibrate(method: type[methods.Method], *args: Any, **options: Any) -> methods.Method:
+    module = _late("kvcomp.hf.calibrate", f"{method.__name__}.calibrate", "hf")
+    return module.calibrate(method, *args, **options)
+
+
+methods.Method._calibrate = staticmethod(_calibrate)
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ import kvcomp
 from kvcomp import METHODS, Delta, Full, LazyEviction, LouisKV, StreamingLLM, reasoner
 from kvcomp.cache import HostMemoryError
 from kvcomp.hf import answer_loss, decode_all
-from kvcomp.methods.delta import _PageRecorder
+from kvcomp.hf.calibrate import PageRecorder
 from kvcomp.methods.retrieval import Retrieval
 from kvcomp.testing.models import tiny_model
 
@@ -352,7 +352,7 @@ def test_calibrate_finds_the_layer_that_points_and_the_one_that_reads():
     tokenizer = AutoTokenizer.from_pretrained(reasoner.path())
     prompts = [reasoner.task.make_problem(nodes=24, steps=60, seed=seed).prompt for seed in (1, 2)]
     method = Delta(budget=64, page_size=4, recent=2)
-    recorder = _PageRecorder(method, every=10)
+    recorder = PageRecorder(method, every=10)
     decode_all(model, prompts, recorder, tokenizer=tokenizer, max_new_tokens=120)
     recall = torch.stack(recorder.recalls).mean(0)
     assert torch.allclose(recall.diagonal(), torch.ones(8))

@@ -11,7 +11,7 @@ import torch
 
 from kvcomp import METHODS, Delta, LazyEviction, ops
 from kvcomp.cache import KVCache
-from kvcomp.methods.delta import best_layers
+from kvcomp.hf.calibrate import best_layers
 from kvcomp.methods.retrieval import Retrieval
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,8 +20,8 @@ from accuracy.presets import PRESETS
 from accuracy.problems import Problem
 from accuracy.sizes import Room
 from kvcomp import Method
+from kvcomp.cache import Report
 from kvcomp.cli.common import load, pick_device, pick_dtype
-from kvcomp.hf.report import Report
 from kvcomp.hf.shape import shape_of
 from kvcomp.methods.cost import Place
 from kvcomp.reasoner import task

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcomp._torch import keep_address
+
 
 class Ring:
     """The row of the running step, which the host knows.
@@ -32,7 +34,7 @@ class StaticRing(Ring):
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.row = size, torch.zeros(1, dtype=torch.int64, device=device)
-        torch._dynamo.mark_static_address(self.row, guard=False)
+        keep_address(self.row)
 
     def advance(self) -> None:
         self.row.add_(1).remainder_(self.size)

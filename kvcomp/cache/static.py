@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from kvcomp._torch import keep_address
 from kvcomp.cache.kv_cache import KVCache, Policy
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.ring import StaticRing
@@ -79,7 +80,7 @@ class StaticLayerCache(LayerCache):
         if have is not None and (have.shape, have.device) == (note.shape, note.device):
             note = have.copy_(note)
         self._remembered[name] = note
-        torch._dynamo.mark_static_address(note, guard=False)
+        keep_address(note)
         return super().remember(name, note)
 
     def select(self, rows: Tensor) -> None:
@@ -146,7 +147,7 @@ class StaticLayerCache(LayerCache):
         self._k, self._v, self.seq_lens = slab[:3]
         self.logical_lens, self.max_len = slab[-1], self.capacity
         for tensor in slab:
-            torch._dynamo.mark_static_address(tensor, guard=False)
+            keep_address(tensor)
 
 
 class StaticKVCache(KVCache):
@@ -183,7 +184,7 @@ class StaticKVCache(KVCache):
     def open(self, device: torch.device) -> None:
         """New sequences are on `device`, where their columns and reads are counted from now on."""
         self.columns = self.columns.to(device)
-        torch._dynamo.mark_static_address(self.columns, guard=False)
+        keep_address(self.columns)
         self.meter.count_on(device)
 
     def enter(self, count: int) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvcomp._torch import keep_address
 from kvcomp.cache.meter import Meter
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class StaticMeter(Meter):
         """Count there; the address stays the same as long as the device does."""
         if self.counts.device != device:
             self.counts = self.counts.to(device)
-        torch._dynamo.mark_static_address(self.counts, guard=False)
+        keep_address(self.counts)
 
     def attended(self, position: int, lens: Tensor) -> None:
         self._reads[position] = lens

@@ -1,9 +1,20 @@
 """Hugging Face transformers: one attention function, one cache, one patch. Needs ``kvcomp[hf]``."""
 
+from kvcomp.cache import Report
 from kvcomp.hf.cache import Cache
+from kvcomp.hf.chunked_run import ChunkedRun
 from kvcomp.hf.decode import answer_loss, decode_all
-from kvcomp.hf.patch import Run, patch
-from kvcomp.hf.report import Report
-from kvcomp.hf.static import StaticRun
+from kvcomp.hf.patch import patch
+from kvcomp.hf.run import Run
+from kvcomp.hf.static_run import StaticRun
 
-__all__ = ["Cache", "Report", "Run", "StaticRun", "answer_loss", "decode_all", "patch"]
+__all__ = [
+    "Cache",
+    "ChunkedRun",
+    "Report",
+    "Run",
+    "StaticRun",
+    "answer_loss",
+    "decode_all",
+    "patch",
+]

@@ -20,7 +20,7 @@ from kvcomp.cache import HostMemoryError, LayerCache
 from kvcomp.hf.cache import Layer
 
 if TYPE_CHECKING:
-    from kvcomp.hf.patch import Run
+    from kvcomp.hf.run import Run
 
 NAME = "kvcomp"
 FEW = 64  # new tokens, up to which one pass over the cache beats a copy of it and blocked products

@@ -1,13 +1,10 @@
-"""Models that no method can decode exactly, or not in chunks, and the reason that is given."""
+"""Models that no method can decode exactly, and the reason that is given."""
 
 from __future__ import annotations
 
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvcomp.hf.attention import NAME
-from kvcomp.hf.cache import Cache
-from kvcomp.hf.rotation import CHANGING
-from kvcomp.methods import Delethink
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 
@@ -45,33 +42,3 @@ def head_sizes(config: PretrainedConfig) -> set[int]:
     except RuntimeError:  # layers differ: in Gemma 4 the sliding ones, whose heads nobody minds
         layers = zip(config.per_layer_config, config.layer_types, strict=True)
         return {size(layer) for layer, kind in layers if kind != "sliding_attention"}
-
-
-def refuse_chunks(model: PreTrainedModel, method: Delethink, cache: Cache) -> None:
-    """Raise ValueError, with the reason, for a model that cannot be chunked in that way."""
-    config = model.config.get_text_config(decoder=True)
-    longest = getattr(config, "max_position_embeddings", None)
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
-    if longest is not None and method.most_thought >= longest:
-        raise ValueError(
-            f"kvcomp.Delethink: chunk: {method.most_thought} tokens of output in a context, but"
-            f" {type(model).__name__} knows {longest} positions"
-        )
-    if method.reset == "rotate":
-        cache.kv.require_rotation()
-        if not cache.all_managed:
-            raise ValueError(
-                f"kvcomp.Delethink: reset='rotate': {type(model).__name__} has layers without a"
-                " cache of every token; use 'prefill'"
-            )
-    if method.reset == "streaming" and not method.attention.forks:
-        raise ValueError(
-            f"kvcomp.Delethink: reset='streaming' holds two contexts, and"
-            f" {type(method.attention).__name__} would hold the prompt twice in host memory; use"
-            " 'prefill'"
-        )
-    if method.reset == "streaming" and getattr(rotary, "rope_type", "default") in CHANGING:
-        raise ValueError(
-            f"kvcomp.Delethink: reset='streaming': {type(model).__name__} changes its rotary"
-            " frequencies with the length, and two contexts have two; use 'prefill'"
-        )

@@ -7,6 +7,7 @@ overrides only the hooks it needs; what it remembers about a batch lives in the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -82,6 +83,30 @@ class Method:
             fields: of the dataclass; they win over what was published.
         """
         return cls(**fields)
+
+    @classmethod
+    def calibrate(cls, model: Any, prompts: list, **options: Any) -> Self:
+        """An instance whose model-dependent fields are measured, by decoding prompts of the
+        user's own with dense attention. Use prompts that are not the test.
+
+            Delta.calibrate(model, prompts, num_delta=3, max_new_tokens=1024, every=64)
+            LazyEviction.calibrate(model, prompts, max_new_tokens=1024, alphas=(1e-4, 1e-3))
+            LouisKV.calibrate(model, prompts, rate=0.1, max_new_tokens=1024)
+
+        Args:
+            model: a Hugging Face causal LM.
+            prompts: texts (with `tokenizer=`) or lists of token ids.
+            options: as above, each explained in `kvcomp.hf.calibrate`; all others are fields of
+                the result.
+
+        Raises:
+            TypeError: the method has nothing to measure.
+            ValueError: the answers are too short to measure anything.
+        """
+        return Method._calibrate(cls, model, prompts, **options)
+
+    # What `calibrate` calls. It decodes, and so belongs above this room: `kvcomp` puts it here.
+    _calibrate: ClassVar[Callable[..., Any]]
 
     @property
     def attention(self) -> Method:

@@ -10,8 +10,7 @@ delta layer attend to that set; (5) every step selects anew. Saves attention rea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from importlib import import_module
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -204,107 +203,3 @@ class Delta(Method, name="delta"):
         dist.all_reduce(tokens, op=dist.ReduceOp.MAX, group=self.group)
         tokens = torch.nn.functional.pad(tokens, (0, -tokens.shape[-1] % self.page_size))
         return tokens.unflatten(-1, (-1, self.page_size)).sum(-1)
-
-    @classmethod
-    def calibrate(
-        cls,
-        model: Any,
-        prompts: list,
-        *,
-        tokenizer: Any = None,
-        num_delta: int = 3,
-        max_new_tokens: int = 1024,
-        every: int = 64,
-        **fields: Any,
-    ) -> Self:
-        """Find the delta layers of a model: the set that keeps most of each layer's top pages.
-
-        The model decodes every prompt greedily with dense attention; every `every` steps the page
-        scores of all layers are recorded. A dynamic programme then places `num_delta` delta layers,
-        the first directly behind the warm-up, so that the mean share of a layer's best-K page mass
-        that the pages of its delta layer cover is largest.
-
-        Args:
-            model: a Hugging Face causal LM.
-            prompts: texts (with `tokenizer`) or lists of token ids.
-            num_delta: how many delta layers to place.
-            fields: the other fields of the result (budget, page_size, ...).
-
-        Raises:
-            ValueError: the contexts never exceed the budget, so that there is nothing to select.
-        """
-        recorder = _PageRecorder(method=cls(**fields), every=every)
-        # The one reach upwards: decoding needs a patched model, and methods know no transformers.
-        decode = import_module("kvcomp.hf").decode_all
-        decode(model, prompts, recorder, tokenizer=tokenizer, max_new_tokens=max_new_tokens)
-        if not recorder.recalls:
-            raise ValueError(
-                f"kvcomp.Delta.calibrate: no recorded step had more than budget="
-                f"{recorder.method.budget} tokens; decode more, or choose a smaller budget"
-            )
-        recall = torch.stack(recorder.recalls).mean(0)
-        chosen = best_layers(recall.tolist(), recorder.method.warmup, num_delta)
-        return replace(recorder.method, delta_layers=chosen)
-
-
-def best_layers(recall: list[list[float]], first: int, count: int) -> tuple[int, ...]:
-    """Layers d0 = first < d1 < ... that maximise the sum over b of recall[last d <= b][b].
-
-    Args:
-        recall: [layers][layers], share of layer b's best pages covered by layer a's.
-        first: the first layer of the set.
-        count: size of the set, cut to the layers there are.
-    """
-    num_layers = len(recall)
-    count = min(count, num_layers - first)
-    # best[d]: (value of layers first..d-1, set) for sets of the current size that end at d.
-    best = {first: (0.0, (first,))}
-    for _ in range(count - 1):
-        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for last, (value, chosen) in best.items():
-            for new in range(last + 1, num_layers):
-                total = value + sum(recall[last][last:new])
-                if new not in longer or total > longer[new][0]:
-                    longer[new] = (total, (*chosen, new))
-        best = longer
-    return max(
-        (value + sum(recall[last][last:]), chosen) for last, (value, chosen) in best.items()
-    )[1]
-
-
-@dataclass(frozen=True)
-class _PageRecorder(Method):
-    """Dense attention that records, at sampled steps, how well each layer's pages serve others."""
-
-    method: Delta
-    every: int
-    recalls: list[Tensor] = field(default_factory=list)  # [layers, layers] per sampled step
-
-    def start(self, cache: KVCache) -> None:
-        cache.state.scores = []
-
-    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
-        cache, state = layer.cache, layer.cache.state
-        if cache.steps % self.every or layer.max_len <= self.method.budget:
-            return layer.attend(q, scale)[0]
-        logits = cache.logits_for(layer, q)
-        out, lse = layer.attend(q, scale, logits=logits)
-        state.scores.append(self.method.score(logits[:, :, : layer.max_len], lse, layer.seq_lens))
-        if len(state.scores) == len(cache.layers):
-            self.recalls.append(self._recall(torch.stack(state.scores), layer.seq_lens))
-            state.scores = []
-        return out
-
-    def _recall(self, scores: Tensor, seq_lens: Tensor) -> Tensor:
-        """scores [layers, B, 1, pages] -> [layers, layers]: b's best-K mass that a's pages keep."""
-        method = self.method
-        masks = []
-        for layer_scores in scores:
-            page_ids, _ = ops.select_pages(
-                layer_scores, seq_lens, method.page_size, method.num_pages, num_recent=method.recent
-            )
-            mask = torch.zeros(*layer_scores.shape[:-1], layer_scores.shape[-1] + 1)
-            masks.append(mask.scatter(-1, page_ids.long().cpu() % mask.shape[-1], 1.0)[..., :-1])
-        kept = torch.einsum("abip,cbip->acb", torch.stack(masks), scores.cpu())
-        own = kept.diagonal(dim1=0, dim2=1).T[None]  # [1, layers, B]
-        return (kept / own).mean(-1)

@@ -10,21 +10,16 @@ Saves memory and reads: at most max(B, prompt) + W tokens a layer; costs a bit p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib import import_module
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvcomp import ops
-from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
 from kvcomp.methods.eviction import (
     EXAMPLE_ALPHA,
     EXAMPLE_BUDGET,
-    ObservingEviction,
     RecurrenceEviction,
 )
 from kvcomp.methods.fields import short_name
@@ -41,8 +36,6 @@ PUBLISHED: dict[str, tuple[float, dict[str, int]]] = {
     "QwQ-32B": (1e-4, {}),
 }
 FORMS = ("paper", "code")
-COVERED = 0.8  # share of the tokens whose longest interval the window covers
-ALPHAS = (1e-4, 1e-3, 1e-2, 5e-2, 0.1, 0.2, 0.4)  # that `calibrate` tries
 
 
 @dataclass(frozen=True)
@@ -127,104 +120,3 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
     def recurs(self, interval: Tensor) -> Tensor:
         """H2: 1 for a token hit at every step, 0 for one never hit."""
         return 2 * torch.sigmoid(1 - interval) * interval.clamp(max=1)
-
-    @classmethod
-    def calibrate(
-        cls,
-        model: Any,
-        prompts: list,
-        *,
-        tokenizer: Any = None,
-        max_new_tokens: int = 1024,
-        alphas: Sequence[float] = ALPHAS,
-        **fields: Any,
-    ) -> Self:
-        """Measure window and alpha on prompts of the user's own.
-
-        The prompts are answered with dense attention. For each alpha the window is the paper's: it
-        covers the longest interval of 80 % of the tokens that were hit, but is at most a quarter of
-        the budget. For alpha the paper gives no rule; taken is the one with which the model,
-        evicting, best predicts the dense answers. Use prompts that are not the test.
-
-        Args:
-            model: a Hugging Face causal LM.
-            prompts: texts (with `tokenizer`) or lists of token ids.
-            max_new_tokens: of each answer; prompt and answer must exceed the budget.
-            alphas: to choose from; each costs another pass over the answers.
-            fields: the other fields of the result (budget, unit, ...).
-
-        Raises:
-            ValueError: no context exceeded the budget, or no token was hit.
-        """
-        hf = import_module("kvcomp.hf")  # the one reach upwards: methods know no transformers
-        recorder = _IntervalRecorder(unit=fields.get("unit", cls.unit), alphas=tuple(alphas))
-        answers = hf.decode_all(
-            model, prompts, recorder, tokenizer=tokenizer, max_new_tokens=max_new_tokens
-        )
-        budget = fields.get("budget", cls.budget)
-        most = max(1, budget // 4)
-        if recorder.longest_row <= budget + most:
-            raise ValueError(
-                f"kvcomp.LazyEviction.calibrate: no context had more than budget + window ="
-                f" {budget + most} tokens, only {recorder.longest_row}; decode more, or choose a"
-                " smaller budget"
-            )
-        losses = {}
-        for alpha, window in recorder.windows().items():
-            method = cls(**{"alpha": alpha, "window": min(window, most), **fields})
-            losses[method] = hf.answer_loss(model, prompts, answers, method, tokenizer=tokenizer)
-        return min(losses, key=losses.__getitem__)
-
-
-@dataclass(frozen=True)
-class _IntervalRecorder(ObservingEviction):
-    """Dense attention that tracks the longest interval of every token, for several alphas."""
-
-    budget: int = 2**30
-    alphas: tuple[float, ...] = ()
-    caches: list[list[LayerCache]] = field(default_factory=list)
-
-    def start(self, cache: KVCache) -> None:
-        super().start(cache)
-        self.caches.append(cache.layers)
-
-    def prefill(self, layer: LayerCache, q: Tensor) -> None:
-        super().prefill(layer, q)
-        for alpha in self.alphas:
-            layer.track(f"last_hit {alpha}", self.num_units(layer))
-            layer.track(f"longest {alpha}", self.num_units(layer))
-        layer.state["tracked"] = torch.zeros_like(layer.logical_lens)
-
-    def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
-        born = layer.logical_lens - layer.state["tracked"]
-        layer.state["tracked"] = layer.logical_lens.clone()
-        words = -(-layer.capacity // 32)
-        hits = layer.seq_lens.new_empty(len(lse), 1, self.num_units(layer), words)
-        for alpha in self.alphas:
-            ops.attention_hits(logits, lse, layer.seq_lens, hits[:, 0], alpha)
-            last_hit, longest = layer.slots[f"last_hit {alpha}"], layer.slots[f"longest {alpha}"]
-            step = layer.cache.steps + 1
-            ops.recurrence_update(hits, last_hit, longest, layer.seq_lens, born, step)
-
-    @property
-    def longest_row(self) -> int:
-        return max(layer.max_len for layers in self.caches for layer in layers)
-
-    def windows(self) -> dict[float, int]:
-        """By alpha, the steps that cover the longest interval of most tokens that were hit."""
-        found = {}
-        for alpha in self.alphas:
-            intervals = torch.cat(
-                [
-                    layer.slots[f"longest {alpha}"].flatten()
-                    for layers in self.caches
-                    for layer in layers
-                    if layer.slots
-                ]
-            )
-            intervals = intervals[intervals > 0].sort().values
-            if len(intervals):
-                found[alpha] = int(intervals[int(COVERED * (len(intervals) - 1))])
-        if not found:
-            raise ValueError("kvcomp.LazyEviction.calibrate: no token was hit by any alpha")
-        return found

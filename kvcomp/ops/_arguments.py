@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from kvcomp import _torch
+
 
 def explain(op: str, schema: str, values: tuple) -> None:
     """Raise TypeError for the first of `values` that is not of the schema's type, if any is not."""
-    for argument, value in zip(torch._C.parse_schema(schema).arguments, values, strict=False):
+    for argument, value in zip(_torch.schema_arguments(schema), values, strict=False):
         expect(op, argument.name, str(argument.type), value)
 
 

@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from kvcomp import _C
+from kvcomp import _C, _torch
 from kvcomp.ops._arguments import explain
 
 LIBRARY = torch.library.Library("kvcomp", "DEF")
@@ -115,8 +115,8 @@ def _shortcut(dispatched: Callable, op: Op) -> Callable:
     """
     on_cpu, on_cuda = op.impls[op.bound["cpu"]], op.impls[op.bound["cuda"]]
     # Found once: each look-up by dotted name would cost a call some 20 ns.
-    is_compiling, num_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
-    tracing_state, plain = torch._C._get_tracing_state, torch.Tensor
+    is_compiling, num_modes = torch.compiler.is_compiling, _torch.num_dispatch_modes
+    tracing_state, plain = _torch.tracing_state, torch.Tensor
 
     def call(*args):
         first = args[0]
@@ -143,7 +143,7 @@ def _shortcut(dispatched: Callable, op: Op) -> Callable:
 
 def raw_stream(tensor: torch.Tensor) -> int:
     """The current CUDA stream of the tensor's device as an integer; 0 for a tensor elsewhere."""
-    return torch._C._cuda_getCurrentRawStream(tensor.device.index) if tensor.is_cuda else 0
+    return _torch.raw_stream(tensor.device) if tensor.is_cuda else 0
 
 
 def _checked(check: Callable, run: Callable) -> Callable:
@@ -164,7 +164,7 @@ def _lazy_triton(name: str) -> Callable:
 
 def _float32_fallback(reference: Callable, fake: Callable, schema: str) -> Callable:
     """The reference computed in fp32 for 16-bit inputs, with the op's own output dtypes."""
-    arguments = torch._C.parse_schema(f"op{schema}").arguments
+    arguments = _torch.schema_arguments(f"op{schema}")
     changed = [i for i, arg in enumerate(arguments) if arg.alias_info and arg.alias_info.is_write]
 
     def run(*args):

@@ -8,59 +8,19 @@ What a method does every so many steps, such as an eviction, the host does betwe
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcomp.cache import KVCache, StaticKVCache, StaticMeter
-from kvcomp.hf.cache import Cache, Layer
-from kvcomp.hf.patch import Run
-from kvcomp.hf.report import Report
+from kvcomp.cache import Report, StaticMeter
+from kvcomp.hf.cache import Cache
+from kvcomp.hf.run import Run
+from kvcomp.hf.static_cache import StaticCache
 from kvcomp.methods import Method
 
 COMPILED = ("_compiled_call", "_last_compile_config")  # what a model keeps of its compiled steps
-
-
-class StaticLayer(Layer):
-    """One managed layer; `get_seq_length` is a tensor, so that positions made of it are traced."""
-
-    is_compileable = True
-    is_croppable = False
-
-    def get_seq_length(self) -> int | Tensor:
-        return self.kv.cache.columns if self.is_initialized else 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0  # of a first prompt, the only one whose mask is looked at
-
-    def get_max_length(self) -> int:
-        return self.kv.cache.max_tokens
-
-    get_max_cache_shape = get_max_length
-
-    def crop(self, tokens: int) -> None:
-        self.kv.cache.crop(tokens)
-
-
-class StaticCache(Cache):
-    """A `Cache` with room for `max_tokens` columns, padding included."""
-
-    layer_class = StaticLayer
-
-    def __init__(self, config, method: Method, meter: StaticMeter, max_tokens: int) -> None:
-        self.max_tokens = max_tokens
-        super().__init__(config, method, meter)
-
-    def step(self) -> AbstractContextManager[None]:
-        """Around every replay of a graph that the user captured, where tokens may leave: the host
-        counts it, and evicts behind it what is due."""
-        return self.kv.step()
-
-    def _new_kv(self, method: Method, num_layers: int, meter: StaticMeter, *_) -> KVCache:
-        return StaticKVCache(method, num_layers, meter, self.max_tokens)
 
 
 class StaticRun(Run):
@@ -78,7 +38,7 @@ class StaticRun(Run):
     """
 
     meter_class = StaticMeter
-    encoding = False
+    cache_class = StaticCache
     current: StaticCache | None = None  # a plain attribute, which a graph may set
 
     def __init__(self, model: PreTrainedModel, method: Method, max_tokens: int) -> None:
@@ -110,7 +70,8 @@ class StaticRun(Run):
         options = options or {"fullgraph": True, "mode": "reduce-overhead"}
         return self._step(torch.compile(self.model, **options))
 
-    def _new_context(self) -> StaticCache:
+    def new_cache(self) -> StaticCache:
+        """A fresh cache of this run, with memory of its own."""
         return StaticCache(self.config, self.method, self.meter, self.max_tokens)
 
     def _refuse(self, first: Cache) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kvcomp.cache import Meter
-from kvcomp.methods import Method
+from kvcomp.cache.meter import Meter
+
+if TYPE_CHECKING:
+    from kvcomp.cache.kv_cache import Policy
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Report:
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def of(cls, method: Method, meter: Meter, seconds: float, layers: bool) -> Report:
+    def of(cls, method: Policy, meter: Meter, seconds: float, layers: bool) -> Report:
         """Read a meter; this waits for the device."""
         read = [int(tokens) for tokens in meter.read_tokens]
         kept, seen = meter.kept_tokens, meter.seen_tokens

@@ -1,0 +1,29 @@
+"""The private parts of PyTorch that kvcomp uses. They are all here, so that a release of PyTorch
+that changes one of them breaks a single file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+num_dispatch_modes = torch._C._len_torch_dispatch_stack  # () -> int: fake tensors, counters, ...
+tracing_state = torch._C._get_tracing_state  # () -> object or None: torch.jit.trace is at work
+
+
+def schema_arguments(schema: str) -> list[Any]:
+    """The arguments of an operator schema, `name(Tensor a, ...) -> ...`, each with `name`, `type`,
+    `kwarg_only` and more."""
+    return torch._C.parse_schema(schema).arguments
+
+
+def raw_stream(device: torch.device) -> int:
+    """The current CUDA stream of a device as an integer, without building an object for it."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def keep_address(tensor: Tensor) -> None:
+    """Tell compiled graphs that the tensor's memory stays where it is: CUDA graphs then read and
+    write it in place instead of copying it."""
+    torch._dynamo.mark_static_address(tensor, guard=False)

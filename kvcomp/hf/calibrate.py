@@ -1,0 +1,317 @@
+"""Measuring what a method needs to know of a model: delta layers, alpha and window, tau.
+
+Each calibration answers prompts with dense attention while a recorder, itself a method, looks on.
+`Method.calibrate` is the way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcomp import ops
+from kvcomp.cache import KVCache, LayerCache
+from kvcomp.hf.decode import answer_loss, decode_all
+from kvcomp.methods import Delta, LazyEviction, LouisKV, Method
+from kvcomp.methods.eviction import ObservingEviction
+from kvcomp.methods.louis_kv import CALIBRATED_RATE
+
+COVERED = 0.8  # share of the tokens whose longest interval LazyEviction's window covers
+ALPHAS = (1e-4, 1e-3, 1e-2, 5e-2, 0.1, 0.2, 0.4)  # that are tried
+
+
+def calibrate(
+    method: type[Method], model: PreTrainedModel, prompts: list, **options: Any
+) -> Method:
+    """`method` with what it needs to know of `model`, measured on `prompts`.
+
+    Args:
+        options: those of the calibration, below, and the other fields of the result.
+
+    Raises:
+        TypeError: a method that has nothing to measure.
+    """
+    for kind, calibration in CALIBRATIONS.items():
+        if issubclass(method, kind):
+            return calibration(method, model, prompts, **options)
+    known = ", ".join(kind.__name__ for kind in CALIBRATIONS)
+    raise TypeError(
+        f"kvcomp.{method.__name__}.calibrate: nothing in it depends on the model; what can be"
+        f" measured are the fields of {known}"
+    )
+
+
+def calibrate_delta(
+    cls: type[Delta],
+    model: PreTrainedModel,
+    prompts: list,
+    *,
+    tokenizer: Any = None,
+    num_delta: int = 3,
+    max_new_tokens: int = 1024,
+    every: int = 64,
+    **fields: Any,
+) -> Delta:
+    """Find the delta layers of a model: the set that keeps most of each layer's top pages.
+
+    The model decodes every prompt greedily with dense attention; every `every` steps the page
+    scores of all layers are recorded. A dynamic programme then places `num_delta` delta layers,
+    the first directly behind the warm-up, so that the mean share of a layer's best-K page mass
+    that the pages of its delta layer cover is largest.
+
+    Args:
+        model: a Hugging Face causal LM.
+        prompts: texts (with `tokenizer`) or lists of token ids.
+        num_delta: how many delta layers to place.
+        fields: the other fields of the result (budget, page_size, ...).
+
+    Raises:
+        ValueError: the contexts never exceed the budget, so that there is nothing to select.
+    """
+    recorder = PageRecorder(method=cls(**fields), every=every)
+    decode_all(model, prompts, recorder, tokenizer=tokenizer, max_new_tokens=max_new_tokens)
+    if not recorder.recalls:
+        raise ValueError(
+            f"kvcomp.Delta.calibrate: no recorded step had more than budget="
+            f"{recorder.method.budget} tokens; decode more, or choose a smaller budget"
+        )
+    recall = torch.stack(recorder.recalls).mean(0)
+    chosen = best_layers(recall.tolist(), recorder.method.warmup, num_delta)
+    return replace(recorder.method, delta_layers=chosen)
+
+
+def best_layers(recall: list[list[float]], first: int, count: int) -> tuple[int, ...]:
+    """Layers d0 = first < d1 < ... that maximise the sum over b of recall[last d <= b][b].
+
+    Args:
+        recall: [layers][layers], share of layer b's best pages covered by layer a's.
+        first: the first layer of the set.
+        count: size of the set, cut to the layers there are.
+    """
+    num_layers = len(recall)
+    count = min(count, num_layers - first)
+    # best[d]: (value of layers first..d-1, set) for sets of the current size that end at d.
+    best = {first: (0.0, (first,))}
+    for _ in range(count - 1):
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for last, (value, chosen) in best.items():
+            for new in range(last + 1, num_layers):
+                total = value + sum(recall[last][last:new])
+                if new not in longer or total > longer[new][0]:
+                    longer[new] = (total, (*chosen, new))
+        best = longer
+    return max(
+        (value + sum(recall[last][last:]), chosen) for last, (value, chosen) in best.items()
+    )[1]
+
+
+@dataclass(frozen=True)
+class PageRecorder(Method):
+    """Dense attention that records, at sampled steps, how well each layer's pages serve others."""
+
+    method: Delta
+    every: int
+    recalls: list[Tensor] = field(default_factory=list)  # [layers, layers] per sampled step
+
+    def start(self, cache: KVCache) -> None:
+        cache.state.scores = []
+
+    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        cache, state = layer.cache, layer.cache.state
+        if cache.steps % self.every or layer.max_len <= self.method.budget:
+            return layer.attend(q, scale)[0]
+        logits = cache.logits_for(layer, q)
+        out, lse = layer.attend(q, scale, logits=logits)
+        state.scores.append(self.method.score(logits[:, :, : layer.max_len], lse, layer.seq_lens))
+        if len(state.scores) == len(cache.layers):
+            self.recalls.append(self._recall(torch.stack(state.scores), layer.seq_lens))
+            state.scores = []
+        return out
+
+    def _recall(self, scores: Tensor, seq_lens: Tensor) -> Tensor:
+        """scores [layers, B, 1, pages] -> [layers, layers]: b's best-K mass that a's pages keep."""
+        method = self.method
+        masks = []
+        for layer_scores in scores:
+            page_ids, _ = ops.select_pages(
+                layer_scores, seq_lens, method.page_size, method.num_pages, num_recent=method.recent
+            )
+            mask = torch.zeros(*layer_scores.shape[:-1], layer_scores.shape[-1] + 1)
+            masks.append(mask.scatter(-1, page_ids.long().cpu() % mask.shape[-1], 1.0)[..., :-1])
+        kept = torch.einsum("abip,cbip->acb", torch.stack(masks), scores.cpu())
+        own = kept.diagonal(dim1=0, dim2=1).T[None]  # [1, layers, B]
+        return (kept / own).mean(-1)
+
+
+def calibrate_lazy_eviction(
+    cls: type[LazyEviction],
+    model: PreTrainedModel,
+    prompts: list,
+    *,
+    tokenizer: Any = None,
+    max_new_tokens: int = 1024,
+    alphas: Sequence[float] = ALPHAS,
+    **fields: Any,
+) -> LazyEviction:
+    """Measure window and alpha on prompts of the user's own.
+
+    The prompts are answered with dense attention. For each alpha the window is the paper's: it
+    covers the longest interval of 80 % of the tokens that were hit, but is at most a quarter of
+    the budget. For alpha the paper gives no rule; taken is the one with which the model,
+    evicting, best predicts the dense answers. Use prompts that are not the test.
+
+    Args:
+        model: a Hugging Face causal LM.
+        prompts: texts (with `tokenizer`) or lists of token ids.
+        max_new_tokens: of each answer; prompt and answer must exceed the budget.
+        alphas: to choose from; each costs another pass over the answers.
+        fields: the other fields of the result (budget, unit, ...).
+
+    Raises:
+        ValueError: no context exceeded the budget, or no token was hit.
+    """
+    recorder = IntervalRecorder(unit=fields.get("unit", cls.unit), alphas=tuple(alphas))
+    answers = decode_all(
+        model, prompts, recorder, tokenizer=tokenizer, max_new_tokens=max_new_tokens
+    )
+    budget = fields.get("budget", cls.budget)
+    most = max(1, budget // 4)
+    if recorder.longest_row <= budget + most:
+        raise ValueError(
+            f"kvcomp.LazyEviction.calibrate: no context had more than budget + window ="
+            f" {budget + most} tokens, only {recorder.longest_row}; decode more, or choose a"
+            " smaller budget"
+        )
+    losses = {}
+    for alpha, window in recorder.windows().items():
+        method = cls(**{"alpha": alpha, "window": min(window, most), **fields})
+        losses[method] = answer_loss(model, prompts, answers, method, tokenizer=tokenizer)
+    return min(losses, key=losses.__getitem__)
+
+
+@dataclass(frozen=True)
+class IntervalRecorder(ObservingEviction):
+    """Dense attention that tracks the longest interval of every token, for several alphas."""
+
+    budget: int = 2**30
+    alphas: tuple[float, ...] = ()
+    caches: list[list[LayerCache]] = field(default_factory=list)
+
+    def start(self, cache: KVCache) -> None:
+        super().start(cache)
+        self.caches.append(cache.layers)
+
+    def prefill(self, layer: LayerCache, q: Tensor) -> None:
+        super().prefill(layer, q)
+        for alpha in self.alphas:
+            layer.track(f"last_hit {alpha}", self.num_units(layer))
+            layer.track(f"longest {alpha}", self.num_units(layer))
+        layer.state["tracked"] = torch.zeros_like(layer.logical_lens)
+
+    def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
+        born = layer.logical_lens - layer.state["tracked"]
+        layer.state["tracked"] = layer.logical_lens.clone()
+        words = -(-layer.capacity // 32)
+        hits = layer.seq_lens.new_empty(len(lse), 1, self.num_units(layer), words)
+        for alpha in self.alphas:
+            ops.attention_hits(logits, lse, layer.seq_lens, hits[:, 0], alpha)
+            last_hit, longest = layer.slots[f"last_hit {alpha}"], layer.slots[f"longest {alpha}"]
+            step = layer.cache.steps + 1
+            ops.recurrence_update(hits, last_hit, longest, layer.seq_lens, born, step)
+
+    @property
+    def longest_row(self) -> int:
+        return max(layer.max_len for layers in self.caches for layer in layers)
+
+    def windows(self) -> dict[float, int]:
+        """By alpha, the steps that cover the longest interval of most tokens that were hit."""
+        found = {}
+        for alpha in self.alphas:
+            intervals = torch.cat(
+                [
+                    layer.slots[f"longest {alpha}"].flatten()
+                    for layers in self.caches
+                    for layer in layers
+                    if layer.slots
+                ]
+            )
+            intervals = intervals[intervals > 0].sort().values
+            if len(intervals):
+                found[alpha] = int(intervals[int(COVERED * (len(intervals) - 1))])
+        if not found:
+            raise ValueError("kvcomp.LazyEviction.calibrate: no token was hit by any alpha")
+        return found
+
+
+def calibrate_louis_kv(
+    cls: type[LouisKV],
+    model: PreTrainedModel,
+    prompts: list,
+    *,
+    tokenizer: Any = None,
+    rate: float = CALIBRATED_RATE,
+    max_new_tokens: int = 1024,
+    **fields: Any,
+) -> LouisKV:
+    """Find tau for a model: that below which the similarity is in a share `rate` of the steps.
+
+    The prompts are answered with dense attention; what is recorded is the similarity of every
+    step and layer that would retrieve.
+
+    Args:
+        model: a Hugging Face causal LM.
+        prompts: texts (with `tokenizer`) or lists of token ids.
+        rate: retrievals wanted, per step and layer, 0 to 1.
+        max_new_tokens: of each answer.
+        fields: the other fields of the result (budget, local, ...).
+
+    Raises:
+        ValueError: a rate outside [0, 1], or answers too short to compare two steps.
+    """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"kvcomp.LouisKV.calibrate: rate: expected 0 to 1, got {rate}")
+    recorder = SimilarityRecorder(fields.get("dense_layers", cls.dense_layers))
+    decode_all(model, prompts, recorder, tokenizer=tokenizer, max_new_tokens=max_new_tokens)
+    seen = torch.cat(
+        [torch.stack(steps).flatten() for steps in recorder.seen if steps] or [torch.zeros(0)]
+    )
+    seen = seen[seen.isfinite()]
+    if not len(seen):
+        raise ValueError(
+            "kvcomp.LouisKV.calibrate: no two decode steps to compare; decode more tokens"
+        )
+    tau = seen.kthvalue(1 + round(rate * (len(seen) - 1))).values  # quantile() wants few
+    return cls(**{"tau": round(tau.item(), 4), **fields})
+
+
+@dataclass(frozen=True)
+class SimilarityRecorder(Method):
+    """Dense attention that records the similarity of successive queries."""
+
+    dense_layers: int
+    seen: list[list[Tensor]] = field(default_factory=list)  # per cache, [B] of each step and layer
+
+    def start(self, cache: KVCache) -> None:
+        self.seen.append([])
+        cache.state.queries = [None] * len(cache.layers)
+        cache.state.seen = self.seen[-1]
+
+    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        state, place = layer.cache.state, layer.position
+        if place >= self.dense_layers:
+            if state.queries[place] is None:
+                state.queries[place] = torch.zeros_like(q, memory_format=torch.contiguous_format)
+            state.seen.append(ops.query_similarity(q, state.queries[place]).cpu())
+        return layer.attend(q, scale)[0]
+
+
+CALIBRATIONS: dict[type[Method], Callable[..., Method]] = {
+    Delta: calibrate_delta,
+    LazyEviction: calibrate_lazy_eviction,
+    LouisKV: calibrate_louis_kv,
+}

@@ -1,0 +1,253 @@
+"""Run: a method under a model's `generate` and forward, until it is taken back.
+
+No forward is copied. The model's attention implementation becomes ours, a pre-hook on the decoder
+supplies the cache and the padding of each forward, and `generate` is handed our cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache as TransformersCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from kvcomp.cache import Meter, Report
+from kvcomp.hf import attention
+from kvcomp.hf.cache import Cache
+from kvcomp.hf.refusals import refuse
+from kvcomp.hf.rotation import key_rotation
+from kvcomp.methods import Method
+
+
+class Run:
+    """One patched model: hands out caches, counts, and undoes itself.
+
+    Attributes:
+        inner_name: the attention implementation that the user had.
+        meter: counts over all caches of this run.
+    """
+
+    meter_class: ClassVar[type[Meter]] = Meter
+    cache_class: ClassVar[type[TransformersCache]] = Cache  # that the user holds
+
+    def __init__(self, model: PreTrainedModel, method: Method) -> None:
+        if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
+            raise TypeError(
+                "kvcomp.patch: model: expected a transformers model that can generate, got"
+                f" {type(model).__name__}"
+            )
+        if not isinstance(method, Method):
+            raise TypeError(
+                f"kvcomp.patch: method: expected a kvcomp method such as Delta(), got {method!r}"
+            )
+        refuse(model)
+        self.model, self.method = model, method
+        self.config = model.config.get_text_config(decoder=True)
+        self.inner_name = self.config._attn_implementation
+        self.inv_freq = key_rotation(model) if method.moves_keys else None
+        first = Cache(self.config, method, None, self.inv_freq)
+        self._refuse(first)
+        self.meter = self.meter_class(len(first.kv.layers))
+        self._decode_seconds = 0.0
+        self._decoded_before = 0
+        self._last_forward: float | None = None  # when the latest forward ended
+        self._running = threading.local()
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._apply()
+        except BaseException:
+            self.undo()
+            raise
+
+    @property
+    def current(self) -> Cache | None:
+        """The cache of the forward that runs in this thread."""
+        return getattr(self._running, "cache", None)
+
+    @current.setter
+    def current(self, cache: Cache | None) -> None:
+        self._running.cache = cache
+
+    @property
+    def encoding(self) -> bool:
+        """Whether the forward that runs in this thread fills a cache and decodes nothing."""
+        return False
+
+    def new_cache(self) -> TransformersCache:
+        """A fresh cache of this run, for loops that call the model themselves."""
+        return Cache(self.config, self.method, self.meter, self.inv_freq)
+
+    def report(self, layers: bool = False) -> Report:
+        """What the run has decoded so far; `layers=True` adds the figures of each layer."""
+        return Report.of(self.method, self.meter, self._decode_seconds, layers)
+
+    def undo(self) -> None:
+        """Leave the model as it was; calling it again does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __getstate__(self) -> dict:
+        raise TypeError("kvcomp: a patched model cannot be copied or pickled; undo() the run first")
+
+    def __enter__(self) -> Run:
+        if not self._undo:
+            raise RuntimeError("kvcomp: this run has been undone; call kvcomp.patch again")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+    def _refuse(self, first: Cache) -> None:
+        """Raise ValueError for what this kind of run cannot do with its model and method; `first`
+        is a cache of that model."""
+
+    def _apply(self) -> None:
+        attention.register()
+        model, config = self.model, self.config
+        decoder = model.get_decoder()
+        for module in model.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.__dict__["_kvcomp_run"] = self
+                self._undo.append(lambda module=module: module.__dict__.pop("_kvcomp_run"))
+        attention.RUNS[id(config)] = self
+        self._undo.append(lambda: attention.RUNS.pop(id(config)))
+        self._set_attention(attention.NAME)
+        self._undo.append(lambda: self._set_attention(self.inner_name))
+        for handle in (
+            decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            decoder.register_forward_hook(self._after_forward, always_call=True),
+        ):
+            self._undo.append(handle.remove)
+        self._replace("_prepare_cache_for_generation", self._prepare_cache)
+
+    def _replace(self, name: str, function: Callable) -> None:
+        """A step of `generate` by ours."""
+        setattr(self.model, name, function)
+        self._undo.append(lambda: self.model.__dict__.pop(name))
+
+    def _set_attention(self, name: str) -> None:
+        self.model.set_attn_implementation(name)
+        if self.config._attn_implementation != name:
+            raise ValueError(
+                f"kvcomp.patch: {type(self.model).__name__} does not take its attention from"
+                " transformers' AttentionInterface"
+            )
+
+    def _prepare_cache(
+        self, generation_config: Any, model_kwargs: dict, mode: Any, *args: Any
+    ) -> None:
+        """In place of the model's own: `generate` gets our cache."""
+        if generation_config.use_cache is False:
+            raise ValueError("kvcomp: generate(use_cache=False): a method needs its cache")
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                "kvcomp: generate(cache_implementation="
+                f"{generation_config.cache_implementation!r}): the patched model brings its cache"
+            )
+        if "assisted" in str(mode).lower() and not self.method.croppable:
+            raise ValueError(
+                f"kvcomp: assisted decoding takes tokens back, which {self.method.name} cannot do"
+                " exactly once it has dropped some"
+            )
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = self.new_cache()
+        self._check_cache(model_kwargs["past_key_values"])
+
+    def _check_cache(self, cache: Any) -> None:
+        if not isinstance(cache, self.cache_class) or cache.meter is not self.meter:
+            raise ValueError(
+                "kvcomp: past_key_values: expected a cache of this run (run.new_cache(), or the one"
+                f" that generate returned), got {type(cache).__name__}"
+            )
+
+    def _before_forward(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Supply the cache, and work out which of the new tokens are padding."""
+        given = kwargs
+        if args:  # by position: name them
+            names = inspect.signature(decoder.forward).parameters
+            given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("output_attentions") or self.config.output_attentions:
+            raise ValueError("kvcomp: output_attentions: the kernels never form the weights")
+        cache = given.get("past_key_values")
+        if cache is None and (
+            self.config.use_cache if given.get("use_cache") is None else given["use_cache"]
+        ):
+            cache = given["past_key_values"] = self.new_cache()
+        self.current = None
+        if cache is not None:
+            cache, given = self._enter(cache, given)
+            self.current = cache
+            tokens = given.get("input_ids")
+            tokens = given.get("inputs_embeds") if tokens is None else tokens
+            cache.padding = self._new_padding(cache, given.get("attention_mask"), tokens.shape[1])
+            cache.entered = True
+        if self._last_forward is None:
+            self._last_forward = time.perf_counter()
+        return (), given
+
+    def _enter(self, cache: Any, given: dict) -> tuple[Cache, dict]:
+        """The cache that the layers see in this forward, and the arguments to go with it."""
+        self._check_cache(cache)
+        return cache, given
+
+    def _new_padding(self, cache: Cache, mask: Any, count: int) -> Tensor | None:
+        """[B, count] bool of the valid new tokens; None when all are."""
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            raise ValueError(
+                "kvcomp: attention_mask: expected [B, tokens] of 0 and 1 (padding only), got"
+                f" {list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}"
+            )
+        seen, first = int(cache.get_seq_length()), cache.kv.layers[0]
+        if mask.shape[1] != seen + count:
+            raise ValueError(
+                f"kvcomp: attention_mask: expected {seen + count} columns ({seen} seen, {count}"
+                f" new), got {mask.shape[1]}"
+            )
+        if seen and count > 1 and not first.shows(mask[:, :seen].bool()):
+            raise ValueError(
+                "kvcomp: attention_mask: hides tokens that are in the cache already, or shows"
+                " padding that never entered it"
+            )
+        valid = mask[:, -count:].bool()
+        # Reading the device once per prompt is fine; at every decode step it would stall it.
+        return None if (count > 1 or not valid.is_cuda) and bool(valid.all()) else valid
+
+    def _after_forward(self, decoder: Any, args: Any, output: Any) -> None:
+        """Measure the time. `output` is None where the forward has failed."""
+        self._end_forward()
+        decoded = self.meter.tokens_decoded
+        self._clock(decoded > self._decoded_before)
+        self._decoded_before = decoded
+
+    def _end_forward(self) -> None:
+        if self.current is not None:
+            self.current.entered = False
+        self.current = None
+
+    def _clock(self, decoding: bool) -> None:
+        """A forward has ended."""
+        if not decoding and self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # once per prompt: its work is not decoding
+        now = time.perf_counter()
+        if decoding:
+            self._decode_seconds += now - self._last_forward
+        self._last_forward = now
+
+    def mask(self, *args: Any, **kwargs: Any) -> Any:
+        """The mask function of `attention.NAME`: that of the implementation that the user had."""
+        return ALL_MASK_ATTENTION_FUNCTIONS[self.inner_name](*args, **kwargs)

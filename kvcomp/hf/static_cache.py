@@ -1,0 +1,50 @@
+"""StaticCache: kvcomp's cache of one size behind transformers' cache interface."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from kvcomp.cache import KVCache, StaticKVCache, StaticMeter
+from kvcomp.hf.cache import Cache, Layer
+from kvcomp.methods import Method
+
+
+class StaticLayer(Layer):
+    """One managed layer; `get_seq_length` is a tensor, so that positions made of it are traced."""
+
+    is_compileable = True
+    is_croppable = False
+
+    def get_seq_length(self) -> int | Tensor:
+        return self.kv.cache.columns if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0  # of a first prompt, the only one whose mask is looked at
+
+    def get_max_length(self) -> int:
+        return self.kv.cache.max_tokens
+
+    get_max_cache_shape = get_max_length
+
+    def crop(self, tokens: int) -> None:
+        self.kv.cache.crop(tokens)
+
+
+class StaticCache(Cache):
+    """A `Cache` with room for `max_tokens` columns, padding included."""
+
+    layer_class = StaticLayer
+
+    def __init__(self, config, method: Method, meter: StaticMeter, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        super().__init__(config, method, meter)
+
+    def step(self) -> AbstractContextManager[None]:
+        """Around every replay of a graph that the user captured, where tokens may leave: the host
+        counts it, and evicts behind it what is due."""
+        return self.kv.step()
+
+    def _new_kv(self, method: Method, num_layers: int, meter: StaticMeter, *_) -> KVCache:
+        return StaticKVCache(method, num_layers, meter, self.max_tokens)
