@@ -1,8 +1,20 @@
-"""The CPU kernels use torch's own threads, as many as torch would, and start none of their own."""
+"""The CPU kernels run in torch's own threads, as many as torch would use, and start none.
+
+Other Python threads go on meanwhile.
+"""
 
 import os
 import subprocess
 import sys
+import threading
+import time
+from unittest import mock
+
+import pytest
+import torch
+
+from kvcomp import _C
+from kvcomp.ops import OPS
 
 START = """
 import os, sys
@@ -59,3 +71,43 @@ class Attends(torch.utils.data.Dataset):
 print(*next(iter(torch.utils.data.DataLoader(Attends(), batch_size=None, num_workers=1))))
 """
     assert printed(2, code) == ["0", "1"]
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+LONG = {  # op -> arguments that keep its kernel busy for some milliseconds
+    "kmeans": lambda: (torch.randn(1, 2, 2048, 64), ints(0), ints(2048), 16, 2048, 10),
+    "page_scores": lambda: (
+        *(torch.zeros(1, 64, 65536), torch.zeros(1, 64), ints(65536), 16, 1, True),
+    ),
+    "rotate_keys": lambda: (torch.randn(1, 8, 65536, 128), torch.ones(1, 64), torch.ones(1, 64)),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_other_python_threads_go_on_while_a_kernel_runs(name):
+    """Python is told never to take the lock from this thread, so it moves on only if we let go."""
+    with mock.patch.object(_C, name, wraps=getattr(_C, name)) as native:
+        OPS[name].impl("cpu")(*LONG[name]())
+    arguments, kernel = native.call_args.args, getattr(_C, name)
+    ticks, done = [0], threading.Event()
+
+    def tick():
+        while not done.wait(1e-4):
+            ticks[0] += 1
+
+    interval = sys.getswitchinterval()
+    other = threading.Thread(target=tick)
+    other.start()
+    try:
+        sys.setswitchinterval(1e6)
+        before, end = ticks[0], time.monotonic() + 30
+        while ticks[0] < before + 3 and time.monotonic() < end:
+            kernel(*arguments)
+        assert ticks[0] >= before + 3
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        other.join()

@@ -1,12 +1,6 @@
 // Native entry of attend_and_select: checks, params, implementation.
-#include <pybind11/gil_simple.h>
-
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
+#include "ops/run.h"
 #include "ops/selection.h"
-#include "tensor.h"
 
 namespace kvcomp {
 
@@ -41,14 +35,10 @@ void attend_and_select(Backend backend, py::handle q_, py::handle k, py::handle 
     at.contiguous(arrived);
     attention.arrived = arrived.as<std::uint32_t>();
   }
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::attend_and_select(params, q.device.index, stream);
-  } else if (backend == Backend::cuda_host) {
-    cuda_host::attend_and_select(params);
-  } else if (backend == Backend::cpu) {
-    const py::gil_scoped_release_simple released;
-    cpu::attend_and_select(params);
-  }
+  run<cpu::attend_and_select, cuda::attend_and_select, cuda_host::attend_and_select>(
+      at, backend, params, q.device, stream);
 }
+
+KVCOMP_OP(attend_and_select);
 
 }  // namespace kvcomp

@@ -1,10 +1,6 @@
 // Native entry of attention_hits: checks, params, implementation.
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/checks.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 
@@ -39,7 +35,6 @@ void attention_hits(Backend backend, py::handle logits_, py::handle lse_, py::ha
   if (W.size * 32 < N.size) {
     at.fail("hits", "W words of 32 tokens for N=" + std::to_string(N.size), W.size);
   }
-  if (backend == Backend::check) return;
 
   const AttentionHitsParams params{
       .logits_dtype = at.scalar_type(logits),
@@ -57,16 +52,11 @@ void attention_hits(Backend backend, py::handle logits_, py::handle lse_, py::ha
       .num_words = static_cast<std::int32_t>(W.size),
       .log_threshold = static_cast<float>(log_threshold),
   };
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::attention_hits(params, logits.device.index, stream);
-    return;
-  }
-  check_seq_lens(at, params.seq_lens, B.size, "N", N.size);
-  if (backend == Backend::cuda_host) {
-    cuda_host::attention_hits(params);
-  } else {
-    cpu::attention_hits(params);
-  }
+  if (readable(backend)) check_seq_lens(at, params.seq_lens, B.size, "N", N.size);
+  run<cpu::attention_hits, cuda::attention_hits, cuda_host::attention_hits>(at, backend, params,
+                                                                            logits.device, stream);
 }
+
+KVCOMP_OP(attention_hits);
 
 }  // namespace kvcomp

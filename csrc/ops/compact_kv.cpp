@@ -1,12 +1,6 @@
 // Native entry of compact_kv: checks, params, implementation.
-#include <pybind11/gil_simple.h>
-
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/checks.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 namespace {
@@ -134,19 +128,12 @@ void compact_kv(Backend backend, py::handle k_, py::handle v_, py::handle state_
     params.num_slots =
         static_cast<std::int32_t>(std::min<std::int64_t>(params.num_slots, state[i].shape[2]));
   }
-  if (backend == Backend::check) return;
 
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::compact_kv(params, k.device.index, stream);
-    return;
-  }
-  check_values(at, params, T.size, state);
-  const py::gil_scoped_release_simple released;
-  if (backend == Backend::cuda_host) {
-    cuda_host::compact_kv(params);
-  } else {
-    cpu::compact_kv(params);
-  }
+  if (readable(backend)) check_values(at, params, T.size, state);
+  run<cpu::compact_kv, cuda::compact_kv, cuda_host::compact_kv>(at, backend, params, k.device,
+                                                                stream);
 }
+
+KVCOMP_OP(compact_kv);
 
 }  // namespace kvcomp

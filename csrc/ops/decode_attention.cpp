@@ -1,16 +1,10 @@
 // Native entry of decode_attention: checks, params, implementation.
-#include <pybind11/gil_simple.h>
-
 #include <algorithm>
 #include <limits>
 
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/checks.h"
+#include "ops/run.h"
 #include "ops/selection.h"
-#include "tensor.h"
 
 namespace kvcomp {
 namespace {
@@ -187,14 +181,8 @@ void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
   const DecodeAttentionParams params =
       decode_attention_params(at, backend, q, k, v, seq_lens, page_ids, logits, out, lse, page_size,
                               scale, partial_out, partial_lse, split_size);
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::decode_attention(params, at.tensor("q", q).device.index, stream);
-  } else if (backend == Backend::cuda_host) {
-    cuda_host::decode_attention(params);
-  } else if (backend == Backend::cpu) {
-    const py::gil_scoped_release_simple released;
-    cpu::decode_attention(params);
-  }
+  run<cpu::decode_attention, cuda::decode_attention, cuda_host::decode_attention>(
+      at, backend, params, at.tensor("q", q).device, stream);
 }
 
 // How many blocks of the kernel for q's dtype and head size a multiprocessor of its GPU takes.
@@ -209,5 +197,7 @@ int decode_attention_blocks(py::handle q_) {
   }
   return 0;
 }
+
+KVCOMP_OP(decode_attention);
 
 }  // namespace kvcomp

@@ -1,13 +1,7 @@
 // Native entry of fetch_rows: checks, params, implementation.
-#include <pybind11/gil_simple.h>
-
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/checks.h"
 #include "ops/pool.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 namespace {
@@ -111,7 +105,6 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
     at.fail("num_sinks", "from 0 to " + std::to_string(kMax), num_sinks);
   }
   const PoolBlocks pool = pool_blocks(at, pool_, k, B, H, D);
-  if (backend == Backend::check) return;
 
   const std::int64_t size = k.dtype == DType::f32 ? 4 : 2;
   const FetchRowsParams params{
@@ -139,17 +132,11 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
       .num_sinks = static_cast<std::int32_t>(num_sinks),
       .row_bytes = static_cast<std::int32_t>(D.size * size),
   };
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::fetch_rows(params, k.device.index, stream);
-    return;
-  }
-  check_values(at, params);
-  const py::gil_scoped_release_simple released;
-  if (backend == Backend::cuda_host) {
-    cuda_host::fetch_rows(params);
-  } else {
-    cpu::fetch_rows(params);
-  }
+  if (readable(backend)) check_values(at, params);
+  run<cpu::fetch_rows, cuda::fetch_rows, cuda_host::fetch_rows>(at, backend, params, k.device,
+                                                                stream);
 }
+
+KVCOMP_OP(fetch_rows);
 
 }  // namespace kvcomp

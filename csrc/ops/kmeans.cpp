@@ -1,10 +1,6 @@
 // Native entry of kmeans: checks, params, implementation.
-#include <pybind11/gil_simple.h>
-
-#include "backend.h"
-#include "cpu/kernels.h"
 #include "ops/checks.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 namespace {
@@ -66,7 +62,6 @@ void kmeans(Backend backend, py::handle keys_, py::handle first_, py::handle las
   at.shape(labels, {B, H, N});
   at.shape(centroids, {B, H, K, D});
   at.shape(sizes, {B, H, K});
-  if (backend == Backend::check) return;
 
   constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
   const KmeansParams params{
@@ -89,9 +84,10 @@ void kmeans(Backend backend, py::handle keys_, py::handle first_, py::handle las
       .window = static_cast<std::int32_t>(window),
       .iterations = static_cast<std::int32_t>(std::min(iterations, kMax)),
   };
-  check_ranges(at, params);
-  const py::gil_scoped_release_simple released;
-  cpu::kmeans(params);
+  if (readable(backend)) check_ranges(at, params);
+  run<cpu::kmeans>(at, backend, params);
 }
+
+KVCOMP_OP(kmeans);
 
 }  // namespace kvcomp

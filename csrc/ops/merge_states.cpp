@@ -1,8 +1,6 @@
 // Native entry of merge_states: checks, params, implementation.
-#include "backend.h"
-#include "cpu/kernels.h"
 #include "ops/checks.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 
@@ -24,7 +22,6 @@ void merge_states(Backend backend, py::handle out_a_, py::handle lse_a_, py::han
   for (const TensorView* view : {&out_a, &lse_a, &out_b, &lse_b}) at.contiguous(*view);
   if (B.size < 1) at.fail("out_a", "at least one sequence", B.size);
   check_head_dim(at, "out_a", D.size);
-  if (backend == Backend::check) return;
 
   const TensorView out = at.tensor("out", out_), lse = at.tensor("lse", lse_);
   at.device(backend, {&out_a, &out, &lse});
@@ -34,7 +31,7 @@ void merge_states(Backend backend, py::handle out_a_, py::handle lse_a_, py::han
   at.shape(lse, {B, Hq});
   at.contiguous(out);
   at.contiguous(lse);
-  cpu::merge_states({
+  const MergeStatesParams params{
       .dtype = at.scalar_type(out_a),
       .out_a = out_a.data,
       .lse_a = lse_a.as<float>(),
@@ -44,7 +41,10 @@ void merge_states(Backend backend, py::handle out_a_, py::handle lse_a_, py::han
       .lse = lse.as<float>(),
       .num_rows = B.size * Hq.size,
       .head_dim = static_cast<std::int32_t>(D.size),
-  });
+  };
+  run<cpu::merge_states>(at, backend, params);
 }
+
+KVCOMP_OP(merge_states);
 
 }  // namespace kvcomp

@@ -2,13 +2,9 @@
 #include <algorithm>
 #include <limits>
 
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/checks.h"
+#include "ops/run.h"
 #include "ops/selection.h"
-#include "tensor.h"
 
 namespace kvcomp {
 
@@ -70,13 +66,10 @@ void page_scores(Backend backend, py::handle logits_, py::handle lse, py::handle
   const PageScoresParams params = page_scores_params(
       at, backend, logits, at.tensor("lse", lse), at.tensor("seq_lens", seq_lens),
       at.tensor("out", out), page_size, num_groups, use_max);
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::page_scores(params, logits.device.index, stream);
-  } else if (backend == Backend::cuda_host) {
-    cuda_host::page_scores(params);
-  } else if (backend == Backend::cpu) {
-    cpu::page_scores(params);
-  }
+  run<cpu::page_scores, cuda::page_scores, cuda_host::page_scores>(at, backend, params,
+                                                                   logits.device, stream);
 }
+
+KVCOMP_OP(page_scores);
 
 }  // namespace kvcomp

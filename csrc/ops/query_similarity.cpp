@@ -1,8 +1,6 @@
 // Native entry of query_similarity: checks, params, implementation.
-#include "backend.h"
-#include "cpu/kernels.h"
 #include "ops/checks.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 
@@ -25,9 +23,8 @@ void query_similarity(Backend backend, py::handle q_, py::handle previous_, py::
   if (B.size < 1) at.fail("q", "at least one sequence", B.size);
   if (Hq.size < 1) at.fail("q", "at least one head", Hq.size);
   check_row_dim(at, "q", D.size);
-  if (backend == Backend::check) return;
 
-  cpu::query_similarity({
+  const QuerySimilarityParams params{
       .dtype = at.scalar_type(q),
       .q = q.data,
       .previous = previous.data,
@@ -37,7 +34,10 @@ void query_similarity(Backend backend, py::handle q_, py::handle previous_, py::
       .batch = static_cast<std::int32_t>(B.size),
       .num_heads = static_cast<std::int32_t>(Hq.size),
       .head_dim = static_cast<std::int32_t>(D.size),
-  });
+  };
+  run<cpu::query_similarity>(at, backend, params);
 }
+
+KVCOMP_OP(query_similarity);
 
 }  // namespace kvcomp

@@ -1,10 +1,6 @@
 // Native entry of recurrence_update: checks, params, implementation.
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/checks.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 
@@ -44,7 +40,6 @@ void recurrence_update(Backend backend, py::handle hits_, py::handle last_hit_, 
   if (first_step < 0 || first_step > kLastStep) {
     at.fail("first_step", "a step from 0 to " + std::to_string(kLastStep), first_step);
   }
-  if (backend == Backend::check) return;
 
   const RecurrenceUpdateParams params{
       .hits = hits.as<std::uint32_t>(),
@@ -61,20 +56,18 @@ void recurrence_update(Backend backend, py::handle hits_, py::handle last_hit_, 
       .num_words = static_cast<std::int32_t>(W.size),
       .first_step = static_cast<std::int32_t>(first_step),
   };
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::recurrence_update(params, hits.device.index, stream);
-    return;
+  if (readable(backend)) {
+    check_seq_lens(at, params.seq_lens, B.size, "N", N.size);
+    for (int b = 0; b < params.batch; ++b) {
+      if (params.born[b] >= 0) continue;
+      at.fail("born", "at least 0",
+              std::to_string(params.born[b]) + " in row " + std::to_string(b));
+    }
   }
-  check_seq_lens(at, params.seq_lens, B.size, "N", N.size);
-  for (int b = 0; b < params.batch; ++b) {
-    if (params.born[b] >= 0) continue;
-    at.fail("born", "at least 0", std::to_string(params.born[b]) + " in row " + std::to_string(b));
-  }
-  if (backend == Backend::cuda_host) {
-    cuda_host::recurrence_update(params);
-  } else {
-    cpu::recurrence_update(params);
-  }
+  run<cpu::recurrence_update, cuda::recurrence_update, cuda_host::recurrence_update>(
+      at, backend, params, hits.device, stream);
 }
+
+KVCOMP_OP(recurrence_update);
 
 }  // namespace kvcomp

@@ -1,10 +1,6 @@
 // Native entry of rotate_keys: checks, params, implementation.
-#include <pybind11/gil_simple.h>
-
-#include "backend.h"
-#include "cpu/kernels.h"
 #include "ops/checks.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 
@@ -30,7 +26,6 @@ void rotate_keys(Backend backend, py::handle k_, py::handle cos_, py::handle sin
   if (half.size < 1 || half.size * 2 > D.size) {
     at.fail("cos", "from 1 to D / 2 = " + std::to_string(D.size / 2) + " frequencies", half.size);
   }
-  if (backend == Backend::check) return;
 
   const RotateKeysParams params{
       .dtype = at.scalar_type(k),
@@ -45,8 +40,9 @@ void rotate_keys(Backend backend, py::handle k_, py::handle cos_, py::handle sin
       .num_tokens = static_cast<std::int32_t>(T.size),
       .half = static_cast<std::int32_t>(half.size),
   };
-  const py::gil_scoped_release_simple released;
-  cpu::rotate_keys(params);
+  run<cpu::rotate_keys>(at, backend, params);
 }
+
+KVCOMP_OP(rotate_keys);
 
 }  // namespace kvcomp

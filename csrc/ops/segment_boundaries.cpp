@@ -1,12 +1,8 @@
 // Native entry of segment_boundaries: checks, params, implementation.
 #include <cmath>
 
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/checks.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 namespace {
@@ -73,7 +69,6 @@ void segment_boundaries(Backend backend, py::handle similarity_, py::handle leng
   if (shortest < 1) at.fail("shortest", "at least 1", shortest);
   if (longest < shortest) at.fail("longest", "at least " + std::to_string(shortest), longest);
   if (local < 0) at.fail("local", "at least 0", local);
-  if (backend == Backend::check) return;
 
   // No row is longer, and sums of two stay within int32.
   constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max() / 2;
@@ -96,16 +91,11 @@ void segment_boundaries(Backend backend, py::handle similarity_, py::handle leng
       .longest = static_cast<std::int32_t>(std::min(longest, kMax)),
       .local = static_cast<std::int32_t>(std::min(local, kMax)),
   };
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::segment_boundaries(params, lengths.device.index, stream);
-    return;
-  }
-  check_values(at, params, starts.shape[2]);
-  if (backend == Backend::cuda_host) {
-    cuda_host::segment_boundaries(params);
-  } else {
-    cpu::segment_boundaries(params);
-  }
+  if (readable(backend)) check_values(at, params, starts.shape[2]);
+  run<cpu::segment_boundaries, cuda::segment_boundaries, cuda_host::segment_boundaries>(
+      at, backend, params, lengths.device, stream);
 }
+
+KVCOMP_OP(segment_boundaries);
 
 }  // namespace kvcomp

@@ -1,13 +1,9 @@
 // Native entry of select_pages: checks, params, implementation.
 #include <limits>
 
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/checks.h"
+#include "ops/run.h"
 #include "ops/selection.h"
-#include "tensor.h"
 
 namespace kvcomp {
 
@@ -72,13 +68,10 @@ void select_pages(Backend backend, py::handle scores_, py::handle seq_lens_, py:
   const TensorView selected_lens = at.tensor("selected_lens", selected_lens_);
   const SelectPagesParams params = select_pages_params(
       at, backend, scores, seq_lens, page_ids, selected_lens, page_size, num_recent, num_sink);
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::select_pages(params, scores.device.index, stream);
-  } else if (backend == Backend::cuda_host) {
-    cuda_host::select_pages(params);
-  } else if (backend == Backend::cpu) {
-    cpu::select_pages(params);
-  }
+  run<cpu::select_pages, cuda::select_pages, cuda_host::select_pages>(at, backend, params,
+                                                                      scores.device, stream);
 }
+
+KVCOMP_OP(select_pages);
 
 }  // namespace kvcomp

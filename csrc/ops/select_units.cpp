@@ -1,12 +1,6 @@
 // Native entry of select_units: checks, params, implementation.
-#include <pybind11/gil_simple.h>
-
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/checks.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 namespace {
@@ -56,7 +50,6 @@ void select_units(Backend backend, py::handle scores_, py::handle starts_, py::h
   if (budget < 1) at.fail("budget", "at least 1", budget);
   at.shape(rows, {B, H, budget});
   check_size(at, rows, "tokens", budget);
-  if (backend == Backend::check) return;
 
   const SelectUnitsParams params{
       .scores = scores.as<float>(),
@@ -73,17 +66,11 @@ void select_units(Backend backend, py::handle scores_, py::handle starts_, py::h
       .num_units = static_cast<std::int32_t>(U.size),
       .budget = static_cast<std::int32_t>(budget),
   };
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::select_units(params, scores.device.index, stream);
-    return;
-  }
-  check_values(at, params);
-  const py::gil_scoped_release_simple released;
-  if (backend == Backend::cuda_host) {
-    cuda_host::select_units(params);
-  } else {
-    cpu::select_units(params);
-  }
+  if (readable(backend)) check_values(at, params);
+  run<cpu::select_units, cuda::select_units, cuda_host::select_units>(at, backend, params,
+                                                                      scores.device, stream);
 }
+
+KVCOMP_OP(select_units);
 
 }  // namespace kvcomp

@@ -1,10 +1,6 @@
 // Native entry of select_victims: checks, params, implementation.
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/checks.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 namespace {
@@ -63,7 +59,6 @@ void select_victims(Backend backend, py::handle scores_, py::handle positions_,
   if (num_recent < 0 || num_recent > kMax) {
     at.fail("num_recent", "from 0 to " + std::to_string(kMax), num_recent);
   }
-  if (backend == Backend::check) return;
 
   const SelectVictimsParams params{
       .scores = scores.as<float>(),
@@ -81,16 +76,11 @@ void select_victims(Backend backend, py::handle scores_, py::handle positions_,
       .num_victims = static_cast<std::int32_t>(num_victims),
       .num_recent = static_cast<std::int32_t>(num_recent),
   };
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::select_victims(params, scores.device.index, stream);
-    return;
-  }
-  check_lens(at, params);
-  if (backend == Backend::cuda_host) {
-    cuda_host::select_victims(params);
-  } else {
-    cpu::select_victims(params);
-  }
+  if (readable(backend)) check_lens(at, params);
+  run<cpu::select_victims, cuda::select_victims, cuda_host::select_victims>(at, backend, params,
+                                                                            scores.device, stream);
 }
+
+KVCOMP_OP(select_victims);
 
 }  // namespace kvcomp

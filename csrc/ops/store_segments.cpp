@@ -1,13 +1,7 @@
 // Native entry of store_segments: checks, params, implementation.
-#include <pybind11/gil_simple.h>
-
-#include "backend.h"
-#include "cpu/kernels.h"
-#include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/checks.h"
 #include "ops/pool.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 namespace {
@@ -85,7 +79,6 @@ void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle sl
   check_size(at, k, "tokens", T.size);
   check_size(at, centroids, "units", U.size);
   const PoolBlocks pool = pool_blocks(at, pool_, k, B, H, D);
-  if (backend == Backend::check) return;
 
   const StoreSegmentsParams params{
       .dtype = at.scalar_type(k),
@@ -116,17 +109,11 @@ void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle sl
       .num_slots = static_cast<std::int32_t>(std::min(T.size, slot_rows.shape[2])),
       .max_units = static_cast<std::int32_t>(U.size),
   };
-  if (backend == Backend::cuda) {
-    if constexpr (kWithCuda) cuda::store_segments(params, k.device.index, stream);
-    return;
-  }
-  check_values(at, params, std::min(T.size, slot_rows.shape[2]), U.size);
-  const py::gil_scoped_release_simple released;
-  if (backend == Backend::cuda_host) {
-    cuda_host::store_segments(params);
-  } else {
-    cpu::store_segments(params);
-  }
+  if (readable(backend)) check_values(at, params, std::min(T.size, slot_rows.shape[2]), U.size);
+  run<cpu::store_segments, cuda::store_segments, cuda_host::store_segments>(at, backend, params,
+                                                                            k.device, stream);
 }
+
+KVCOMP_OP(store_segments);
 
 }  // namespace kvcomp

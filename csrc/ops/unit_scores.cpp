@@ -1,10 +1,6 @@
 // Native entry of unit_scores: checks, params, implementation.
-#include <pybind11/gil_simple.h>
-
-#include "backend.h"
-#include "cpu/kernels.h"
 #include "ops/checks.h"
-#include "tensor.h"
+#include "ops/run.h"
 
 namespace kvcomp {
 
@@ -39,7 +35,6 @@ void unit_scores(Backend backend, py::handle q_, py::handle centroids_, py::hand
   }
   check_row_dim(at, "q", D.size);
   check_size(at, centroids, "units", U.size);
-  if (backend == Backend::check) return;
 
   const UnitScoresParams params{
       .dtype = at.scalar_type(q),
@@ -62,9 +57,10 @@ void unit_scores(Backend backend, py::handle q_, py::handle centroids_, py::hand
       .num_units = static_cast<std::int32_t>(U.size),
       .scale = static_cast<float>(scale),
   };
-  check_counts(at, "num_indexed", params.num_indexed, B.size, "U", U.size);
-  const py::gil_scoped_release_simple released;
-  cpu::unit_scores(params);
+  if (readable(backend)) check_counts(at, "num_indexed", params.num_indexed, B.size, "U", U.size);
+  run<cpu::unit_scores>(at, backend, params);
 }
+
+KVCOMP_OP(unit_scores);
 
 }  // namespace kvcomp
