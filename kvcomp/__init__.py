@@ -17,7 +17,7 @@ from kvcomp.methods import *  # noqa: F403  (the methods, by name)
 
 if TYPE_CHECKING:
     from kvcomp import delethink as delethink
-    from kvcomp.hf import patch as patch
+    from kvcomp.hf.patch import patch as patch
 
 __version__ = "0.1.0"
 __all__ = ["ops", "patch"]
