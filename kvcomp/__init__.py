@@ -24,7 +24,8 @@ __all__ = ["ops", "patch"]
 __all__ += methods.__all__
 
 
-_LATE = {"patch": "hf", "delethink": "trace"}  # imported when asked for -> what installs its needs
+# Imported on first use -> the extra that installs what it needs.
+_LATE = {"patch": "hf", "delethink": "delethink"}
 
 
 def _late(module: str, name: str, extra: str) -> Any:

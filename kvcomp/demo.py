@@ -6,8 +6,8 @@ is compared is measured: steps graded against the prompt, tokens and bytes count
 
 from __future__ import annotations
 
+import io
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -217,8 +217,8 @@ def table(result: dict[str, Any]) -> Table:
     return out
 
 
-def plot(result: dict[str, Any], file: Path) -> None:
-    """Two bars a method: steps right, and tokens attended."""
+def plot(result: dict[str, Any]) -> bytes:
+    """A PNG with two bars per method: steps right, and tokens attended."""
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     rows, meta = result["rows"][::-1], result["meta"]
@@ -244,4 +244,6 @@ def plot(result: dict[str, Any], file: Path) -> None:
         fontsize=9,
         color="#52606d",
     )
-    figure.savefig(file, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()

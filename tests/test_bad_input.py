@@ -17,6 +17,7 @@ TABLES = {  # -> packages without which there is nothing to try
     "hf": ("transformers",),
     "commands": ("transformers", "typer"),
     "library": ("transformers", "openai"),
+    "trace_log": ("transformers", "openai"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Delethink on an engine: a real `transformers serve`, and a stand-in that speaks as vLLM does."""
+"""Delethink on a server: a real `transformers serve`, and a stand-in that speaks as vLLM does."""
 
 import asyncio
 import contextlib
@@ -199,7 +199,7 @@ def test_a_server_that_restarts_is_waited_for(server, uninterrupted, tokenizer, 
 def test_a_killed_run_goes_on_from_its_log(server, uninterrupted, tmp_path, capsys):
     log, problems, out = (tmp_path / name for name in ("log.jsonl", "problems.jsonl", "out.jsonl"))
     problems.write_text(json.dumps(PROBLEMS[0]) + "\n")
-    command = ["trace", "--url", f"{server.url}/v1", "--model", reasoner.path()]
+    command = ["delethink", "--url", f"{server.url}/v1", "--model", reasoner.path()]
     command += ["--problems", problems, "--log", log, "--out", out, "--temperature", 0]
     command += ["--chunk", 64, "--carry", 32, "--head", 8, "--max-chunks", 6, "--concurrency", 1]
     command = [str(part) for part in command]
@@ -214,7 +214,7 @@ def test_a_killed_run_goes_on_from_its_log(server, uninterrupted, tmp_path, caps
 
     assert cli.main(command) == 0
     report, bar = capsys.readouterr()
-    assert f"6, {finished} of them from the log" in report and "1 by the budget" in report
+    assert f"6, {finished} from the log" in report and "1 by the budget" in report
     assert "traces" in bar and "1/1" in bar
     (row,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert row["output"] == outputs(uninterrupted)[row["id"]]
@@ -228,7 +228,8 @@ def test_a_killed_run_goes_on_from_its_log(server, uninterrupted, tmp_path, caps
 class StandIn(ThreadingHTTPServer):
     """The bundled model behind vLLM's wire format. It is no vLLM; it answers in its form.
 
-    `twist(request, answer)` may change an answer, or return (HTTP status, body) in its place.
+    `twist(request, answer)` may change an answer, or return (HTTP status, body) in its place;
+    `models` is what GET /v1/models returns, None for a server without it.
     """
 
     daemon_threads = True
@@ -239,6 +240,11 @@ class StandIn(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.requests, self.busy, self.busiest, self.lock = [], 0, 0, threading.Lock()
         self.twist = lambda request, answer: answer
+        self.models = None
+
+    def tell_context(self):
+        model = {"id": reasoner.path(), "object": "model", "max_model_len": self.max_model_len}
+        self.models = {"object": "list", "data": [{"id": "another", "max_model_len": 1}, model]}
 
     def count(self, more):
         with self.lock:
@@ -269,7 +275,13 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(answer, dict):
             answer = server.twist(request, answer)
         server.count(-1)
-        status, body = answer if isinstance(answer, tuple) else (200, answer)
+        self.answer(*(answer if isinstance(answer, tuple) else (200, answer)))
+
+    def do_GET(self):
+        models = self.server.models
+        self.answer(*((404, "no such page") if models is None else (200, models)))
+
+    def answer(self, status, body):
         data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("content-type", f"{'text/html' if body is data else 'application/json'}")
@@ -385,7 +397,7 @@ def test_every_chunk_has_a_seed_of_its_own(run, engine, tmp_path):
         engine.requests.clear()
         run(sampling=sampling, samples=2, log=tmp_path / log)
         drawn.append({request.get("seed") for request in engine.requests[1:]})
-        assert all(request["min_p"] == 0.1 for request in engine.requests)
+        assert all(request["min_p"] == 0.1 for request in engine.requests[1:])
         assert {request["temperature"] for request in engine.requests} == {0.6}
     assert len(drawn[0]) == 12 and drawn[0] == drawn[1]
 
@@ -539,7 +551,7 @@ def test_one_bad_problem_costs_the_others_nothing(run, engine, tokenizer, genera
         run([long, *PROBLEMS])
     error = caught.value
     assert list(error.failures) == [("long", 0)]
-    assert "1 of 3 traces failed, 2 came to their end" in str(error)
+    assert "1 of 3 traces failed, 2 were completed" in str(error)
     assert "'long' sample 0" in str(error) and "maximum context length is 50" in str(error)
     assert str(tmp_path / "log.jsonl") in str(error)
     assert [trace.id for trace in error.run.traces] == ["walk 0", "walk 1"]
@@ -564,7 +576,7 @@ def test_a_server_that_stops_early_is_an_error(run, engine):
     with pytest.raises(kvcomp.delethink.TraceError, match="after 3 of 4 tokens"):
         run()
     engine.twist = change(token_ids=[5] * 9)
-    with pytest.raises(kvcomp.delethink.EngineError, match="9 tokens, where 1 were the limit"):
+    with pytest.raises(kvcomp.delethink.EngineError, match="9 tokens, but the limit was 1"):
         run()
 
 
@@ -575,13 +587,127 @@ def test_a_lost_server_ends_the_run_and_keeps_the_chunks(run, engine, generate, 
     engine.twist = lose
     with pytest.raises(kvcomp.delethink.TraceError) as caught:
         run(samples=3, concurrency=1)
-    assert "1 of 6 traces failed, 1 came to their end, 4 were left" in str(caught.value)
+    assert "1 of 6 traces failed, 1 were completed, 4 were not" in str(caught.value)
     assert len(engine.requests) == 5 and chunks_in(tmp_path / "log.jsonl") == 3
     engine.twist = lambda request, answer: answer
     result = run(samples=3)
     assert result.resumed == 3
     for found in result.traces:
         assert found.output == by_hand(generate, found.prompt, SHORT)
+
+
+# --- the server's context -------------------------------------------------------------------------
+
+
+def needed(tokenizer):
+    return [len(ids_of(tokenizer, each["prompt"])) + SHORT.most_thought for each in PROBLEMS]
+
+
+def test_the_test_of_a_server_leaves_out_extra_fields(run, engine):
+    """vLLM refuses a request whose min_tokens exceed its max_tokens, 1 in that test."""
+
+    def at_least(request, answer):
+        if request.get("min_tokens", 0) > request["max_tokens"]:
+            return 400, {"error": {"message": "min_tokens must be at most max_tokens"}}
+        return answer
+
+    engine.twist = at_least
+    result = run(sampling=kvcomp.delethink.Sampling(temperature=0, extra={"min_tokens": 4}))
+    assert len(result.traces) == 2 and result.tokens == "ids"
+    assert [request.get("min_tokens") for request in engine.requests] == [None] + 6 * [4]
+
+
+def test_a_chunk_longer_than_the_context_is_found_before_the_work(
+    run, engine, tokenizer, generate, tmp_path
+):
+    engine.max_model_len = min(needed(tokenizer)) - 1
+    engine.tell_context()
+    with pytest.raises(kvcomp.delethink.EngineError) as caught:
+        run()
+    prompt = engine.max_model_len + 1 - SHORT.most_thought
+    assert f"a prompt of {prompt} tokens and a chunk of 8 need {prompt + 8}" in str(caught.value)
+    assert f"(max_model_len) is {engine.max_model_len}" in str(caught.value)
+    assert len(engine.requests) == 1 and chunks_in(tmp_path / "log.jsonl") == 0
+
+    engine.max_model_len = max(needed(tokenizer))  # just enough
+    engine.tell_context()
+    for trace in run().traces:
+        assert trace.output == by_hand(generate, trace.prompt, SHORT)
+    engine.max_model_len = 1
+    engine.tell_context()
+    assert run().resumed == 6  # nothing is left to ask for
+
+
+def test_a_problem_longer_than_the_context_is_not_sent(run, engine, tokenizer):
+    long = {"id": "long", "prompt": " ".join([PROBLEMS[0]["prompt"]] * 2)}
+    engine.max_model_len = max(needed(tokenizer))
+    engine.tell_context()
+    with pytest.raises(kvcomp.delethink.TraceError, match="1 of 3 traces failed, 2 were") as caught:
+        run([long, *PROBLEMS])
+    assert "max_model_len" in str(caught.value.failures["long", 0])
+    assert len(engine.requests) == 1 + 6
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        {"object": "list", "data": []},
+        {"object": "list", "data": None},
+        {"object": "list", "data": [3, None]},
+        {"object": "list", "data": [{"id": reasoner.path()}]},
+        {"object": "list", "data": [{"id": reasoner.path(), "max_model_len": None}]},
+        {"object": "list", "data": [{"id": reasoner.path(), "max_model_len": "4"}]},
+        {"object": "list", "data": [{"id": reasoner.path(), "max_model_len": 0}]},
+        {"object": "list", "data": [{"id": "another", "max_model_len": 1}]},
+        "<html>hello</html>",
+        [],
+    ],
+    ids=str,
+)
+def test_a_server_that_does_not_tell_its_context_is_used(run, engine, models):
+    engine.models = models
+    assert len(run().traces) == 2
+
+
+def clip(room):
+    """What vLLM does with a max_tokens that it has no room for: fewer tokens, no error."""
+
+    def twist(request, answer):
+        new = answer["choices"][0]["token_ids"][: room(request)]
+        answer["choices"][0]["token_ids"] = new
+        answer["usage"]["completion_tokens"] = len(new)
+        return answer
+
+    return twist
+
+
+@pytest.mark.parametrize("tokens", ["ids", "text"])
+def test_a_server_that_clips_max_tokens(run, engine, tokenizer, tokens, tmp_path):
+    prompt = min(needed(tokenizer)) - SHORT.most_thought
+    engine.twist = clip(lambda request: max(prompt + 6 - len(request["prompt"]), 1))
+    if tokens == "text":
+        engine.twist = lambda request, answer: clip_text(answer, 6, tokenizer)
+    with pytest.raises(kvcomp.delethink.TraceError) as caught:
+        run(PROBLEMS[:1], tokens=tokens)
+    assert "after 6 of 8 tokens: is its context shorter than the" in str(caught.value)
+    assert chunks_in(tmp_path / "log.jsonl") == 0
+
+
+def clip_text(answer, limit, tokenizer):
+    words = answer["choices"][0]["text"].split()[:limit]
+    answer["choices"][0]["text"] = " ".join(words)
+    answer["usage"]["completion_tokens"] = len(words)
+    return answer
+
+
+def test_a_limit_on_new_tokens_is_not_called_a_short_context(run, engine):
+    """Its context is known and long enough, so something else cut the answer."""
+    engine.tell_context()
+    engine.twist = clip(lambda request: 6)
+    with pytest.raises(kvcomp.delethink.TraceError) as caught:
+        run(PROBLEMS[:1])
+    assert "after 6 of 8 tokens, although its context of 4096 has room" in str(caught.value)
+    assert "max_new_tokens" in str(caught.value)
 
 
 # --- the log --------------------------------------------------------------------------------------
@@ -635,7 +761,7 @@ def test_a_torn_line_is_dropped(run, engine, tmp_path, cut):
 def test_a_file_that_is_no_log_is_left_alone(run, tmp_path, content):
     log = tmp_path / "log.jsonl"
     log.write_text(content)
-    with pytest.raises(ValueError, match="something else than a log"):
+    with pytest.raises(ValueError, match="not a log of Delethink"):
         run()
     assert log.read_text() == content
 
@@ -650,7 +776,7 @@ def test_a_damaged_log_is_refused(run, engine, tmp_path):
         [b'{"kvcomp.deleth\n'],
     ):
         log.write_bytes(b"".join(damage))
-        with pytest.raises(ValueError, match=r"log\.jsonl, line \d+ is damaged|something else"):
+        with pytest.raises(ValueError, match=r"log\.jsonl, line \d+ is damaged|not a log"):
             run()
         assert log.read_bytes() == b"".join(damage)
 
@@ -669,9 +795,6 @@ def test_a_full_disk_is_an_error_and_not_a_torn_log(run, engine, tmp_path):
     assert run().resumed == 4 and whole.resumed == 0 and chunks_in(log) == 6
 
 
-# --- bad input ------------------------------------------------------------------------------------
-
-
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -679,7 +802,7 @@ def test_a_server_that_is_not_there_gets_one_line(capsys, tmp_path):
     Path("problems.jsonl").write_text(json.dumps(PROBLEMS[0]) + "\n")
     url = ("--url", "http://127.0.0.1:1/v1", "--model", "served", "--tokenizer", "reasoner")
     files = ("--problems", "problems.jsonl", "--log", "log.jsonl", "--retries", "0")
-    assert cli.main(["trace", *url, *files]) == 2
+    assert cli.main(["delethink", *url, *files]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert err.startswith("kvcomp: error: delethink: cannot reach http://127.0.0.1:1/v1")
@@ -688,6 +811,64 @@ def test_a_server_that_is_not_there_gets_one_line(capsys, tmp_path):
 def test_openai_is_asked_for_where_it_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "openai", None)
     options = ("--url", "http://x", "--model", "m", "--problems", "p", "--log", "l")
-    assert cli.main(["trace", *options]) == 2
-    message = "kvcomp: error: this needs openai: pip install 'kvcomp[trace]'\n"
+    assert cli.main(["delethink", *options]) == 2
+    message = "kvcomp: error: this needs openai: pip install 'kvcomp[delethink]'\n"
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stopped_command_says_that_it_can_be_resumed(engine, tmp_path, signum):
+    log, problems = tmp_path / "log.jsonl", tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps(each) + "\n" for each in PROBLEMS))
+    command = ["delethink", "--url", f"{engine.url}/v1", "--model", reasoner.path()]
+    command += ["--problems", problems, "--log", log, "--temperature", 0, "--concurrency", 1]
+    command += ["--chunk", 8, "--carry", 4, "--head", 2, "--max-chunks", 3, "--no-progress"]
+    command = [str(part) for part in command]
+    engine.twist = hold_from(engine, 4)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvcomp", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for_chunks(log, 2, process)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + signum, "")
+    assert err == f"kvcomp: stopped; finished chunks are in {log}: repeat the command to resume\n"
+    assert chunks_in(log) == 2
+    engine.twist = lambda request, answer: answer
+    assert cli.main(command) == 0 and chunks_in(log) == 6
+
+
+def hold_from(engine, count):
+    """Answer fewer requests than `count`, the first of which tests the server."""
+
+    def twist(request, answer):
+        if len(engine.requests) >= count:
+            time.sleep(5)
+        return answer
+
+    return twist
+
+
+def test_the_old_name_of_the_command_warns(capsys, tmp_path):
+    Path("problems.jsonl").write_text(json.dumps(PROBLEMS[0]) + "\n")
+    url = ("--url", "127.0.0.1:1/v1", "--model", "served", "--tokenizer", "reasoner")
+    assert cli.main(["trace", *url, "--problems", "problems.jsonl", "--log", "log.jsonl"]) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("kvcomp: warning: kvcomp trace is now called kvcomp delethink")
+    assert error.startswith("kvcomp: error: --url: expected http://")
+
+
+def test_traces_that_cannot_be_written_are_reported(engine, capsys, tmp_path):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps(PROBLEMS[0]) + "\n")
+    command = ["delethink", "--url", f"{engine.url}/v1", "--model", reasoner.path()]
+    command += ["--problems", problems, "--log", tmp_path / "log.jsonl", "--out", "/dev/full"]
+    command += ["--chunk", 8, "--carry", 4, "--head", 2, "--max-chunks", 3, "--no-progress"]
+    assert cli.main([str(part) for part in command]) == 2
+    out, err = capsys.readouterr()
+    assert "1 by the budget" in out
+    assert err == "kvcomp: error: cannot write '/dev/full': No space left on device\n"

@@ -10,7 +10,7 @@ from accuracy.checkers import CHECKERS
 from accuracy.parts import PARTS
 from accuracy.presets import PRESETS
 from kvcomp import METHODS
-from kvcomp.cli.common import check_output
+from kvcomp.cli.output import check_output
 
 SMOKE = {
     "methods": [

@@ -1,4 +1,4 @@
-"""Problems with answers: the JSONL of `kvcomp trace`, and an answer a line.
+"""Problems with answers: the JSONL of `kvcomp delethink`, and an answer a line.
 
 A line is `{"id": 1, "messages": [...], "answer": "72"}`, or has a `"prompt"` (text) or `"ids"`
 (token ids) in place of the messages; `"checker"` names how it is graded. Lines of public files have
@@ -48,7 +48,7 @@ class Problem:
     choices: tuple[str, ...] = ()
 
     def line(self) -> dict[str, Any]:
-        """What `kvcomp trace` reads: id and prompt."""
+        """What `kvcomp delethink` reads: id and prompt."""
         given = {kind: getattr(self, kind) for kind in PROMPTS}
         return {"id": self.id} | {k: v for k, v in given.items() if v is not None}
 

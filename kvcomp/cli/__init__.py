@@ -1,10 +1,13 @@
-"""The command line: kvcomp info | get | demo | generate | plan | trace.
+"""The command line: kvcomp info | get | demo | generate | plan | delethink.
 
-Every error that a user can cause is one line on standard error and exit code 2.
+Every error that a user can cause is one line on standard error and exit code 2; Ctrl-C and SIGTERM
+exit with the shell's codes, 130 and 143.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -20,11 +23,13 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 from kvcomp import __version__
+from kvcomp.cli.delethink import delethink, trace
 from kvcomp.cli.generate import generate
 from kvcomp.cli.get import get
+from kvcomp.cli.output import Refused, say, say_aside, silence
 from kvcomp.cli.plan import plan
 from kvcomp.cli.show import demo, info
-from kvcomp.cli.trace import trace
+from kvcomp.cli.stopping import INTERRUPTED, Stopped, signals_raise
 
 app = typer.Typer(
     add_completion=False,
@@ -35,7 +40,7 @@ app = typer.Typer(
 
 def show_version(asked: bool) -> None:
     if asked:
-        print(f"kvcomp {__version__}")
+        say(f"kvcomp {__version__}")
         raise typer.Exit
 
 
@@ -48,23 +53,45 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """What is asked before any command."""
+    """Options that come before any command."""
 
 
-for command in (info, get, demo, generate, plan, trace):
+for command in (info, get, demo, generate, plan, delethink):
     app.command()(command)
+app.command(hidden=True)(trace)  # the old name of delethink
 
 # What typer raises for a bad command line. typer has its own copy of click from some version on,
 # so the class is taken from where both have it: BadParameter, UsageError, ClickException.
 UsageProblem = typer.BadParameter.__mro__[2]
 
 # Module -> the extra that brings it; the others are in [hf].
-PROVIDERS = {"matplotlib": "bench", "openai": "trace", "gguf": "gguf", "accelerate": "gguf"}
+PROVIDERS = {"matplotlib": "bench", "openai": "delethink", "gguf": "gguf", "accelerate": "gguf"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own) and return the exit code."""
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if sys.stderr is None:  # closed; print would take standard output in its place
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+    if sys.stdout is None:
+        return _fail("standard output is closed")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")  # a model may say what the terminal cannot show
+    try:
+        with signals_raise():
+            code = _run(args)
+    except Stopped as stopped:
+        code = stopped.code
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as error:
+        silence(sys.stdout)
+        code = code or _refused(Refused("standard output", error))
+    return code
+
+
+def _run(args: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         return command.main(args, prog_name="kvcomp", standalone_mode=False) or 0
@@ -76,13 +103,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = PROVIDERS.get(error.name, "hf")
         return _fail(f"this needs {error.name}: pip install 'kvcomp[{extra}]'")
     except typer.Abort:  # Ctrl-C, in versions of typer that do not turn it into an exit code
-        return 130
+        return INTERRUPTED
+    except Refused as error:
+        return _refused(error)
     except (ValueError, TypeError, RuntimeError) as error:
         if not str(error).lower().startswith("kvcomp"):
             raise  # not one of ours but a bug, which needs its traceback
-        return _fail(str(error).removeprefix("kvcomp.").removeprefix("kvcomp: "))
+        return _fail(str(error))
+    except OSError as error:
+        if "--help" not in args:
+            raise
+        return _refused(Refused("standard output", error))
+
+
+def _refused(error: Refused) -> int:
+    return _fail(str(error)) if error.code == 2 else error.code
 
 
 def _fail(message: str) -> int:
-    print("kvcomp: error:", " ".join(message.split()), file=sys.stderr)
+    text = " ".join(message.removeprefix("kvcomp.").removeprefix("kvcomp: ").split())
+    try:
+        say_aside(f"kvcomp: error: {text}")
+    except Refused:  # nowhere left to say it
+        silence(sys.stderr)
     return 2

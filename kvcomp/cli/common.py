@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import os
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +11,47 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from kvcomp import METHODS, Method, models
+from kvcomp.cli.output import say_aside
 from kvcomp.models import convert
 
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1; the GPU where there is one.", metavar="NAME")
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:N; default: the GPU if there is one.", metavar="NAME"),
 ]
-Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.", metavar="NAME")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, float16 or bfloat16; default: the model's own.", metavar="NAME"),
+]
+Chunk = Annotated[
+    int | None, typer.Option(help="Delethink only: tokens that the first chunk generates.")
+]
+Carry = Annotated[
+    int | None,
+    typer.Option(
+        help="Delethink only: output tokens carried into the next chunk; default: half of --chunk."
+    ),
+]
+Inner = Annotated[
+    str | None,
+    typer.Option(
+        help="Delethink only: the method used within each chunk; --budget applies to it.",
+        metavar="NAME",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Set any other field of the method; inner.FIELD=VALUE sets one of the inner method.",
+        metavar="FIELD=VALUE",
+    ),
+]
 
 
 def pick_device(name: str | None) -> str:
-    """The device asked for, if it is there; without a wish, the GPU where there is one."""
+    """The device `name`, if it is there; None: the GPU if there is one, else the CPU."""
     gpu = torch.cuda.is_available()
     try:
         device = torch.device(name or ("cuda" if gpu else "cpu"))
@@ -49,20 +77,14 @@ def pick_method(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def output_console() -> Console:
-    """Tables in a pipe or a file are not folded to the 80 columns that rich would assume."""
-    return Console(width=None if sys.stdout.isatty() else 120)
-
-
-def check_output(file: Path | None) -> None:
-    """Minutes of work should not end at a folder that does not exist."""
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise ValueError(f"kvcomp: cannot write {str(file)!r}: no such folder, or it is one")
+def chunk_options(chunk: int | None, carry: int | None) -> dict[str, int | None]:
+    """--chunk and --carry; a carry that is not given is half a chunk."""
+    return {"chunk": chunk, "carry": chunk // 2 if chunk and carry is None else carry}
 
 
 def load(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
-    """Model and tokenizer: from a folder, a GGUF file, the hub, what `kvcomp get` has fetched, or
-    the box ("reasoner")."""
+    """Model and tokenizer from a folder, a GGUF file, the hub or a short name: the bundled
+    "reasoner", or a model that `kvcomp get` has fetched."""
     from transformers import AutoModelForCausalLM
 
     source = find(name, "model")
@@ -81,15 +103,15 @@ def load_tokenizer(name: str, what: str = "tokenizer") -> Any:
 
 
 def find(name: str, what: str) -> str:
-    """The folder behind a short name, else the name; of a path, whether it is there."""
+    """The folder of a short name, else the name itself, which must exist if it is a path."""
     source = models.resolve(name)
-    if source.startswith((".", "/")) and not Path(source).exists():
+    if source.startswith((".", "/")) and not os.path.exists(source):
         raise ValueError(f"kvcomp: cannot load {what} {name!r}: no such folder or file")
     return source
 
 
 def pretrained(kind: Any, what: str, name: str, **options: Any) -> Any:
-    """`kind.from_pretrained`, quiet, and with one line for what goes wrong."""
+    """`kind.from_pretrained` without progress bars or log lines, and with errors of one line."""
     source = find(name, what)
     if (file := convert.gguf_file(source)) is not None:
         convert.require()
@@ -99,21 +121,20 @@ def pretrained(kind: Any, what: str, name: str, **options: Any) -> Any:
 
 
 def _from_gguf(file: Path, name: str, dtype: str | None) -> tuple[Any, Any]:
-    """With a line on standard error about the memory that it takes: the weights are not packed."""
+    """Model and tokenizer of a GGUF file; standard error says how much memory they take."""
     with _one_line("model", name):
         model, tokenizer = convert.read(file, dtype=getattr(torch, dtype or "bfloat16"))
     bytes_there = sum(x.numel() * x.element_size() for x in model.parameters())
-    print(
+    say_aside(
         f"kvcomp: {file.name}: {file.stat().st_size / 2**20:.0f} MiB on disk, dequantised to"
-        f" {bytes_there / 2**20:.0f} MiB of {model.dtype} in memory; each start does so anew",
-        file=sys.stderr,
+        f" {bytes_there / 2**20:.0f} MiB of {model.dtype} in memory at each start"
     )
     return model, tokenizer
 
 
 @contextlib.contextmanager
 def _one_line(what: str, name: str) -> Iterator[None]:
-    """transformers is quiet, and what goes wrong in it becomes one line."""
+    """Keep transformers quiet, and turn its errors into errors of one line."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 

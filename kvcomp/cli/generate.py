@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -11,64 +12,79 @@ from typing import Annotated, Any
 import typer
 
 from kvcomp import Method
-from kvcomp.cli.common import Device, Dtype, load, pick_device, pick_dtype, pick_method
+from kvcomp.cli.common import (
+    Carry,
+    Chunk,
+    Device,
+    Dtype,
+    Inner,
+    Set,
+    chunk_options,
+    load,
+    pick_device,
+    pick_dtype,
+    pick_method,
+)
+from kvcomp.cli.output import deliver, say, say_aside
+from kvcomp.cli.stopping import Stopped, exit_code
 
 
 def generate(
     model: Annotated[
         str,
         typer.Argument(
-            help="A causal LM: a folder, a GGUF file, a hub name, what `kvcomp get` fetched, or"
-            " 'reasoner', the bundled one."
+            help="Causal LM: a folder, a GGUF file, a hub name, or a short name ('reasoner', or one"
+            " that `kvcomp get` has fetched)."
         ),
     ],
-    prompt: Annotated[str, typer.Option(help="The text, or - for standard input.")],
-    method: Annotated[str, typer.Option(help="By name.", metavar="NAME")] = "delta",
-    budget: Annotated[
-        int | None, typer.Option(help="Tokens per layer; default: the method's own.")
-    ] = None,
-    chunk: Annotated[
-        int | None, typer.Option(help="Of delethink: tokens that the first chunk generates.")
-    ] = None,
-    carry: Annotated[
-        int | None, typer.Option(help="Of delethink: tokens carried on; default: half a chunk.")
-    ] = None,
-    inner: Annotated[
-        str | None,
-        typer.Option(help="Of delethink: the method within a chunk, whose budget it is."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
+    prompt: Annotated[str, typer.Option(help="Prompt text, or - to read standard input.")],
+    method: Annotated[
+        str,
         typer.Option(
-            "--set",
-            help="Another field of the method, or of inner: inner.FIELD=VALUE.",
-            metavar="FIELD=VALUE",
+            help="Method name: full, delta, louis-kv, lazy-eviction, delethink or a baseline.",
+            metavar="NAME",
         ),
+    ] = "delta",
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens a layer keeps or attends to; default: the method's own."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 4096,
+    chunk: Chunk = None,
+    carry: Carry = None,
+    inner: Inner = None,
+    settings: Set = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum number of tokens to generate.", min=1)
+    ] = 4096,
     device: Device = None,
     dtype: Dtype = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Sampling seed.", min=0, max=2**32 - 1)] = 0,
     temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy; default: the model's own.", min=0.0)
+        float | None,
+        typer.Option(help="Sampling temperature, 0 for greedy; default: the model's own.", min=0.0),
     ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample from the most likely tokens that have this share of the probability;"
+            " default: the model's own.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = None,
     chat: Annotated[
         bool | None,
-        typer.Option(help="Prompt through the chat template; default: where there is one."),
+        typer.Option(help="Use the tokenizer's chat template; default: if it has one."),
     ] = None,
 ) -> None:
-    """Stream text from a model under a method.
+    """Generate text with a method and stream it.
 
-    The report goes to standard error.
+    The report goes to standard error. Ctrl-C ends the answer and prints the report.
     """
-    chunks = {"chunk": chunk, "carry": chunk // 2 if chunk and carry is None else carry}
-    chosen = build_method(method, model, budget, settings or [], chunks, inner)
+    chosen = build_method(method, model, budget, settings or [], chunk_options(chunk, carry), inner)
     sampling = pick_sampling(temperature, top_p)
     where, kind = pick_device(device), pick_dtype(dtype)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    if not text.strip():
-        raise ValueError("kvcomp: --prompt: expected some text, got none")
+    text = read_prompt(prompt)
 
     import transformers
 
@@ -77,19 +93,55 @@ def generate(
     network, tokenizer = load(model, where, kind)
     inputs = encode(tokenizer, text, chat).to(where)
     transformers.set_seed(seed)
+    streamer = text_streamer(tokenizer)
+    code = 0
     with patch(network, chosen) as run:
+
+        def answer() -> None:
+            nonlocal code
+            try:
+                network.generate(
+                    **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+                )
+            except (KeyboardInterrupt, Stopped) as stop:
+                code = exit_code(stop)
+                streamer.end()  # what it holds back until a word is whole
+
+        deliver(answer, lambda: say_aside(run.report()))
+    raise typer.Exit(code)
+
+
+def read_prompt(prompt: str) -> str:
+    """The text of --prompt, from standard input if it is "-".
+
+    Raises:
+        ValueError: there is none, it cannot be read, or it is no valid Unicode.
+    """
+    if prompt == "-":
+        if sys.stdin is None or sys.stdin.closed:
+            raise ValueError("kvcomp: --prompt: standard input is closed")
         try:
-            network.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                streamer=transformers.TextStreamer(
-                    tokenizer, skip_prompt=True, skip_special_tokens=True
-                ),
-                **sampling,
-            )
-        except KeyboardInterrupt:  # enough seen: the report is of what was decoded
-            print()
-    print(run.report(), file=sys.stderr)
+            prompt = sys.stdin.read()
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"kvcomp: --prompt: cannot read standard input: {error}") from error
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of an argument that are no UTF-8
+        raise ValueError("kvcomp: --prompt: expected UTF-8 text, got other bytes") from error
+    if not prompt.strip():
+        raise ValueError("kvcomp: --prompt: expected some text, got none")
+    return prompt
+
+
+def text_streamer(tokenizer: Any) -> Any:
+    """A TextStreamer of new text only, which says where standard output refuses it."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            say(text, end="\n" if stream_end else "")
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def build_method(
@@ -100,7 +152,7 @@ def build_method(
     chunks: dict[str, int | None],
     inner: str | None,
 ) -> Method:
-    """The method `name` as published for the model, with what the command line asks for."""
+    """The method `name` with its published settings for the model and the options given."""
     cls = pick_method(name)
     hints = typing.get_type_hints(cls)
     fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -148,7 +200,10 @@ def parse(setting: str, hint: Any, text: str) -> Any:
 
 
 def pick_sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """What to tell `generate`; nothing, where nothing was asked: the model has its own defaults."""
+    """Keyword arguments of `generate`; none if no option is given, so the model's defaults hold."""
+    for option, value in (("temperature", temperature), ("top-p", top_p)):
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"kvcomp: --{option}: expected a number, got {value}")
     if temperature == 0:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     asked = {"temperature": temperature, "top_p": top_p}
@@ -157,9 +212,9 @@ def pick_sampling(temperature: float | None, top_p: float | None) -> dict[str, A
 
 
 def encode(tokenizer: Any, text: str, chat: bool | None) -> Any:
-    """The prompt's tokens, as one message of the user where `chat` or the tokenizer says so."""
+    """Token ids of the prompt, as a user message if the tokenizer has a chat template."""
     if chat and not tokenizer.chat_template:
-        raise ValueError("kvcomp: --chat: the model's tokenizer has no chat template: --no-chat")
+        raise ValueError("kvcomp: --chat: expected a tokenizer with a chat template: use --no-chat")
     if chat is False or not tokenizer.chat_template:
         return tokenizer(text, return_tensors="pt")
     return tokenizer.apply_chat_template(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,18 @@ import typer
 
 from kvcomp import METHODS, Method
 from kvcomp import plan as work
-from kvcomp.cli.common import output_console, pick_device, pick_dtype, pick_method, pretrained
+from kvcomp.cli.common import (
+    Carry,
+    Chunk,
+    Inner,
+    chunk_options,
+    pick_device,
+    pick_dtype,
+    pick_method,
+    pretrained,
+)
 from kvcomp.cli.generate import build_method
+from kvcomp.cli.output import say, show
 from kvcomp.cli.plan_table import headline, notes, table
 
 
@@ -22,56 +33,53 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="A folder, a config.json, a GGUF file, a hub name, or a short name ('reasoner')."
+            help="Folder, config.json, GGUF file, hub name, or short name ('reasoner')."
         ),
     ],
-    context: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 32768,
-    batch: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 1,
+    context: Annotated[int, typer.Option(help="Context length in tokens.", min=1)] = 32768,
+    batch: Annotated[int, typer.Option(help="Sequences decoded at once.", min=1)] = 1,
     device: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(work.DEVICES)}; or cpu, cuda: this machine, measured. Default: the"
-            " GPU here, or the CPU.",
+            help=f"{', '.join(work.DEVICES)}, or cpu or cuda to measure this machine. Default: the"
+            " GPU of this machine, or its CPU.",
             metavar="NAME",
         ),
     ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(help="GB/s that memory delivers, instead.")
+        float | None, typer.Option(help="Memory bandwidth in GB/s, instead of the device's.")
     ] = None,
-    memory: Annotated[float | None, typer.Option(help="GB for weights, K and V, instead.")] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="Memory in GB for weights, K and V, instead of the device's."),
+    ] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="By name; repeat for several, or 'all'. Default: those that are no baselines.",
+            help="Method name; repeat for several, or 'all'. Default: all but the baselines.",
             metavar="NAME",
         ),
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(help="Tokens per layer, of every method that has one.")
+        int | None, typer.Option(help="Tokens per layer, for every method that has a budget.")
     ] = None,
-    chunk: Annotated[
-        int | None, typer.Option(help="Of delethink: tokens that the first chunk generates.")
-    ] = None,
-    carry: Annotated[
-        int | None, typer.Option(help="Of delethink: tokens carried on; default: half a chunk.")
-    ] = None,
-    inner: Annotated[
-        str | None, typer.Option(help="Of delethink: the method within a chunk.")
-    ] = None,
+    chunk: Chunk = None,
+    carry: Carry = None,
+    inner: Inner = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="Another field, as of `generate`; METHOD.FIELD=VALUE where several have it.",
+            help="Set any other field of the methods that have it; METHOD.FIELD=VALUE for one.",
             metavar="FIELD=VALUE",
         ),
     ] = None,
     prompt_tokens: Annotated[
-        int, typer.Option(help="Tokens of the context that are the prompt.", min=0)
+        int, typer.Option(help="Prompt tokens, which are part of the context.", min=0)
     ] = 0,
     generate: Annotated[
         int | None,
-        typer.Option(help="Also average over a generation of so many tokens.", min=1),
+        typer.Option(help="Also show the mean over a generation of this many tokens.", min=1),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -81,17 +89,17 @@ def plan(
         ),
     ] = None,
     weights: Annotated[
-        float | None, typer.Option(help="GB of all weights, where they are quantized.")
+        float | None, typer.Option(help="Size of all weights in GB, if they are quantized.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What a step must read, what fits, and what a method can give.
+    """Bound decode time, memory and speed-up from the config.
 
-    No weights are needed. A floor for time is the bytes of a step over the bandwidth, a ceiling for
-    a method the floor of dense attention over its own.
+    The lower bound for the time of a step is the bytes it must read over the memory bandwidth. The
+    upper bound for the speed-up of a method is the bound of dense attention over its own.
     """
     kind = pick_dtype(dtype)
-    chunks = {"chunk": chunk, "carry": chunk // 2 if chunk and carry is None else carry}
+    chunks = chunk_options(chunk, carry)
     name = model_name(model)
     methods = build_methods(method or [], name, budget, settings or [], chunks, inner)
     for option, value in (("bandwidth", bandwidth), ("memory", memory), ("weights", weights)):
@@ -114,16 +122,9 @@ def plan(
         generate=generate,
     )
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
-        return
-    console = output_console()
-    for line in headline(found):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print()
-    console.print(table(found))
-    console.print()
-    for line in notes(found, methods):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(json.dumps(found.to_dict(), indent=2))
+    else:
+        show(*headline(found), "", table(found), "", *notes(found, methods))
 
 
 def build_methods(
@@ -134,7 +135,7 @@ def build_methods(
     chunks: dict[str, int | None],
     inner: str | None,
 ) -> list[Method]:
-    """The methods asked for; each gets those of the options that are about it."""
+    """The methods `names`; each gets the options that it has a field for."""
     if names == ["all"]:
         names = sorted(METHODS, key=lambda name: METHODS[name].baseline)
     names = list(dict.fromkeys(names)) or [n for n in METHODS if not METHODS[n].baseline]
@@ -146,7 +147,7 @@ def build_methods(
         takers = [name for name in names if key in fields[name]]
         if target in own:  # behind those for all, and so it wins over them
             own[target].append(rest)
-        elif takers or len(names) == 1:  # of one method, what is wrong with it is said there
+        elif takers or len(names) == 1:  # build_method names the fields of a single method
             for name in takers or names:
                 own[name].append(setting)
         else:
@@ -174,7 +175,7 @@ def build_methods(
 
 
 def find_device(name: str | None, bandwidth: float | None, memory: float | None) -> work.Device:
-    """By name, or this machine as measured; --bandwidth and --memory, in GB, instead of either."""
+    """The device `name`, or this machine as measured; bandwidth (GB/s) and memory (GB) override."""
     if name is None and bandwidth is not None and memory is not None:
         device = work.Device("given", 0, 0)
     elif name in work.DEVICES:
@@ -192,7 +193,7 @@ def find_device(name: str | None, bandwidth: float | None, memory: float | None)
 
 
 def this_machine(name: str) -> work.Device:
-    """Its bandwidth, measured now, and the memory that is free."""
+    """This machine: its bandwidth, measured now, and its free memory."""
     from kvcomp.probe import bandwidth_probe
 
     if name == "cpu":
@@ -205,9 +206,8 @@ def this_machine(name: str) -> work.Device:
 
 
 def model_name(model: str) -> str:
-    """Without the folders that it is in, if it is one or a config in one."""
-    path = Path(model)
-    if not path.exists():
+    """The last part of a folder's path, or of the path to the folder of a config.json."""
+    if not os.path.exists(model):
         return model
-    path = path.resolve()
+    path = Path(model).resolve()
     return path.parent.name if path.name == "config.json" else path.name

@@ -7,29 +7,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from kvcomp import METHODS
-from kvcomp.cli.common import (
-    Device,
-    Dtype,
-    check_output,
-    output_console,
-    pick_device,
-    pick_dtype,
-    pick_method,
-)
+from kvcomp.cli.common import Device, Dtype, pick_device, pick_dtype, pick_method
+from kvcomp.cli.output import check_distinct, check_output, deliver, say, show, write
+from kvcomp.progress import stderr_console
 from kvcomp.reasoner import task
 
 
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     with_selftest: Annotated[
         bool,
-        typer.Option("--selftest", help="Check every kernel here; exit code 1 if any is wrong."),
+        typer.Option("--selftest", help="Check every kernel; exit code 1 if one is wrong."),
     ] = False,
 ) -> None:
-    """Versions, devices, and what of each op runs where."""
+    """Show versions, devices and the implementations of each op."""
     from kvcomp.info import gather, tables
 
     found = gather()
@@ -38,16 +31,14 @@ def info(
 
         found["selftest"] = selftest.run()
     if as_json:
-        print(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
     else:
-        console = output_console()
         for table in tables(found):
-            console.print(table)
-            console.print()
+            show(table, "")
         if with_selftest:
-            console.print(selftest.table(found["selftest"]))
+            show(selftest.table(found["selftest"]))
             for line in selftest.complaints(found["selftest"]):
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
+                say(line)
     if with_selftest and not selftest.is_right(found["selftest"]):
         raise typer.Exit(1)
 
@@ -56,7 +47,8 @@ def demo(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="By name; repeat for several, or 'all'. Default: the methods, dense, and random.",
+            help="Method name; repeat for several, or 'all'. Default: all methods that are no"
+            " baselines, dense attention and two random ones.",
             metavar="NAME",
         ),
     ] = None,
@@ -66,25 +58,27 @@ def demo(
     ] = None,
     problems: Annotated[int, typer.Option(help="Problems, decoded as one batch.", min=1)] = 8,
     nodes: Annotated[
-        int, typer.Option(help="Size of a problem: 2 facts a node.", min=2, max=len(task.NAMES))
+        int, typer.Option(help="Problem size in nodes, two facts each.", min=2, max=len(task.NAMES))
     ] = 16,
-    steps: Annotated[int, typer.Option(help="Reasoning steps, 4 tokens each.", min=1)] = 256,
+    steps: Annotated[int, typer.Option(help="Reasoning steps of 4 tokens each.", min=1)] = 256,
     device: Device = None,
     dtype: Dtype = None,
-    seed: Annotated[int, typer.Option(help="Of the problems.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the problems.", min=0)] = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write meta and rows.", metavar="FILE")
+        Path | None,
+        typer.Option("--json", help="Write the results as JSON.", metavar="FILE"),
     ] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw a PNG.", metavar="FILE")
+        Path | None, typer.Option("--plot", help="Draw the results as PNG.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Compare methods on problems of the bundled reasoner."""
+    """Compare methods on problems for the bundled model."""
     names = list(dict.fromkeys(method)) if method else main_methods()
     if names == ["all"]:
         names = all_methods()
     for name in names:
         pick_method(name)
+    check_distinct(json=json_file, plot=plot_file)
     for file in (json_file, plot_file):
         check_output(file)
     where, kind = pick_device(device), pick_dtype(dtype)
@@ -95,15 +89,14 @@ def demo(
     result = work.run(
         names,
         work.Settings(problems, nodes, steps, seed, budget, where, kind),
-        Console(stderr=True),
+        stderr_console(),
     )
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
-    if plot_file is not None:
-        work.plot(result, plot_file)
-    console = output_console()
-    console.print(work.headline(result), highlight=False)
-    console.print(work.table(result))
+    picture = work.plot(result) if plot_file is not None else b""
+    deliver(
+        lambda: show(work.headline(result), work.table(result)),
+        lambda: write(json_file, json.dumps(result, indent=2) + "\n"),
+        lambda: write(plot_file, picture),
+    )
 
 
 def all_methods() -> list[str]:
@@ -112,6 +105,6 @@ def all_methods() -> list[str]:
 
 
 def main_methods() -> list[str]:
-    """The methods, between dense attention and what is drawn at random."""
+    """Dense attention, the methods that are no baselines, and the two random baselines."""
     shown = ("full", "random-pages", "random-eviction")
     return [name for name in all_methods() if name in shown or not METHODS[name].baseline]

@@ -1,8 +1,9 @@
-"""Delethink on an engine: thinking in chunks through an OpenAI-compatible completions endpoint.
+"""Delethink on a server: reasoning in chunks through an OpenAI-compatible completions endpoint.
 
-The method needs nothing but prompts and limits, so vLLM, SGLang or `transformers serve` can do the
-decoding, many problems at once. The schedule is that of `kvcomp.Delethink`, and every finished
-chunk is in a log from which a run goes on. Needs openai: pip install 'kvcomp[trace]'.
+The method needs only prompts and length limits, so vLLM, SGLang or `transformers serve` can decode
+many problems at once. `kvcomp.Delethink` gives the schedule. Every finished chunk goes to a log,
+and a run with the same log resumes where the last one stopped. Needs openai:
+pip install 'kvcomp[delethink]'.
 """
 
 from kvcomp.delethink.engine import EngineError, Sampling

@@ -1,7 +1,7 @@
 """The log of a run: append-only JSONL, a line of settings and then one per finished chunk.
 
-Whatever ends a run, it can go on from here, with the same settings only. One process at a time
-writes to a log; a line that was torn in the middle of a write is dropped.
+However a run ends, it can resume from its log, with the same settings only. One process at a time
+writes to a log; a last line that a crash cut off is dropped.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+FINISHES = ("stop", "length")
 START = b'{"kvcomp.delethink"'  # of the first line of every log
 VERSION = 1
 
@@ -21,8 +23,13 @@ VERSION = 1
 class Record(NamedTuple):
     """A finished chunk.
 
-    finish is "stop" or "length"; context counts all tokens that were in it, prompt and carry and
-    the new ones, which are `ids`; drift counts tokens that text did not bring over exactly.
+    Attributes:
+        id, sample, chunk: problem, number of its trace, number of the chunk, both from 0.
+        hash: `fingerprint` of settings and prompt.
+        finish: "stop" or "length".
+        context: all tokens in the context: prompt, carry and the new ones.
+        drift: tokens that text did not carry over exactly.
+        ids: the new tokens.
     """
 
     id: str
@@ -39,13 +46,13 @@ class Log:
     """An open, locked log.
 
     Attributes:
-        settings: of the run that began it; None in a new one, until `begin`.
+        settings: those of the run that began the log; None in a new log, until `begin`.
         reason: why that run fell back to text; None if it did not.
         chunks: (problem id, sample) -> its finished chunks, in order.
 
     Raises:
-        ValueError: the file cannot be written, is no log, is damaged before its last line, or
-            another process has it. The file is as before.
+        ValueError: the file cannot be written, is no log, has a damaged line, or another process
+            has it open. The file stays as it is.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -66,11 +73,10 @@ class Log:
             raise
 
     def begin(self, settings: Mapping[str, Any], reason: str | None = None) -> None:
-        """Write the settings of a new log, and why token ids are not exact; in an old one, refuse
-        any others.
+        """Write the settings of a new log and the reason for text, or compare with an old log's.
 
         Raises:
-            ValueError: what is in the log was made with other settings; it names them.
+            ValueError: the log was made with other settings; the message names them.
         """
         wanted = json.loads(json.dumps(settings))  # as they will be read back
         if self.settings is None:
@@ -134,33 +140,79 @@ class Log:
         self._file.seek(0)
         data = self._file.read()
         if data[: len(START)] != START[: len(data)]:
-            raise ValueError(
-                f"kvcomp.delethink: {self.path} is something else than a log of traces"
-            )
+            raise ValueError(f"kvcomp.delethink: {self.path} is not a log of Delethink traces")
         whole = data[: data.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self._take(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"kvcomp.delethink: {self.path}, line {number} is damaged: {error}"
                 ) from error
         self._file.truncate(len(whole))
 
-    def _take(self, line: dict[str, Any]) -> None:
+    def _take(self, line: Any) -> None:
         if self.settings is None:
-            if line["kvcomp.delethink"] != VERSION:
-                raise ValueError(f"version {line['kvcomp.delethink']}, not {VERSION}")
-            self.settings, self.reason = line["settings"], line["reason"]
+            self.settings, self.reason = read_settings(line)
             return
-        record = Record(**line)
+        record = read_record(line)
         before = self.chunks.setdefault((record.id, record.sample), [])
         if record.chunk != len(before):
-            raise ValueError(f"chunk {record.chunk} of {record.id!r} follows on {len(before)}")
+            raise ValueError(f"chunk {record.chunk} of {record.id!r} follows {len(before)} others")
+        if before and before[-1].finish == "stop":
+            raise ValueError(f"chunk {record.chunk} of {record.id!r} follows the end of its trace")
         before.append(record)
 
 
+def read_settings(line: Any) -> tuple[dict[str, Any], str | None]:
+    """Settings and reason of a log's first line.
+
+    Raises:
+        ValueError: a value that no run writes.
+    """
+    _require_keys(line, ("kvcomp.delethink", "settings", "reason"))
+    version, settings, reason = line["kvcomp.delethink"], line["settings"], line["reason"]
+    _require(type(version) is int and version == VERSION, "version", str(VERSION), version)
+    _require(isinstance(settings, dict), "settings", "an object", settings)
+    tokens = settings.get("tokens")
+    _require(tokens in ("ids", "text"), "settings: tokens", "ids or text", tokens)
+    _require(reason is None or isinstance(reason, str), "reason", "text or null", reason)
+    return settings, reason
+
+
+def read_record(line: Any) -> Record:
+    """The chunk in a line of a log.
+
+    Raises:
+        ValueError: a value that no run writes.
+    """
+    _require_keys(line, Record._fields)
+    record = Record(**line)
+    for field in ("id", "hash"):
+        value = getattr(record, field)
+        _require(isinstance(value, str), field, "text", value)
+    for field in ("sample", "chunk", "context", "drift"):
+        value = getattr(record, field)
+        _require(type(value) is int and value >= 0, field, "a number of at least 0", value)
+    _require(record.finish in FINISHES, "finish", " or ".join(FINISHES), record.finish)
+    _require(isinstance(record.ids, list), "ids", "a list of token ids", record.ids)
+    for token in record.ids:
+        _require(type(token) is int and token >= 0, "ids", "token ids", token)
+    return record
+
+
+def _require_keys(line: Any, keys: Collection[str]) -> None:
+    if not isinstance(line, dict) or line.keys() != set(keys):
+        got = sorted(line) if isinstance(line, dict) else line
+        _require(False, "line", f"an object with {', '.join(keys)}", got)
+
+
+def _require(condition: bool, field: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"{field}: expected {expected}, got {textwrap.shorten(repr(got), 80)}")
+
+
 def fingerprint(settings: Mapping[str, Any], ids: list[int]) -> str:
-    """A short hash of all that decides what a chunk says: settings and prompt."""
+    """A short hash of everything that determines a chunk: settings and prompt."""
     text = json.dumps([settings, ids], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The loop: many traces at once, chunk after chunk, each finished chunk in the log."""
+"""The loop: many traces at once, chunk after chunk; every finished chunk goes to the log."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def trace(
     concurrency: int = 32,
     progress: bool = False,
 ) -> Run:
-    """Let a server think about `problems` in chunks.
+    """Run Delethink on a server for all `problems`, many at once.
 
         client = openai.AsyncOpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none",
                                     timeout=1800, max_retries=40)
@@ -42,29 +42,34 @@ async def trace(
                                                  model=name, log="run.jsonl", tokenizer=tokenizer))
 
     Args:
-        client: its `timeout` is that of a chunk, and should be ample, as a request that timed out
-            is sent again; its `max_retries`, with back-off up to 8 s, say how long a server that
-            restarts is waited for: 40 are about five minutes.
+        client: its `timeout` (seconds) applies to each chunk; make it ample, because a request
+            that timed out is sent again. Its `max_retries`, at most 8 s apart, decide how long to
+            wait for a server that restarts: 40 retries are about five minutes.
         problems: mappings with an "id", and a "prompt" (text), "messages" (for the tokenizer's chat
             template) or "ids" (token ids).
         method: the schedule; default: the published one, 5 chunks of 8192 tokens, 4096 carried.
-        model: its name on the server.
-        log: JSONL; a run with the same log goes on where the last one was. `max_chunks`, `samples`,
-            `concurrency` and the problems may change between the two, nothing else.
-        tokenizer: of the model, as transformers loads it; not needed where problems are ids and
-            the engine takes and returns ids.
-        tokens: "ids"; "text", where an engine cannot do ids: an end token that is the last one of
-            a full chunk is then not seen, and special tokens within the output are lost; "auto":
+        model: the model's name on the server.
+        log: JSONL file; a run with the same log resumes where the last one stopped. `max_chunks`,
+            `samples`, `concurrency` and the problems may change in between, nothing else.
+        tokenizer: the model's, as transformers loads it; not needed if all problems are ids and
+            the server takes and returns ids.
+        tokens: "ids"; "text", for servers that cannot do ids (an end token at the very end of a
+            full chunk then goes unnoticed, and special tokens in the output are lost); "auto":
             ids if the server takes and returns them, else text.
-        eos: end tokens; default: the tokenizer's. Only for a chunk that ends with one at its limit.
-        samples: traces of each problem.
-        concurrency: requests under way at once.
-        progress: show a bar on standard error.
+        eos: end tokens, for a chunk that ends with one at its limit; default: the tokenizer's.
+        sampling: default: `Sampling()`.
+        samples: traces per problem.
+        concurrency: maximum number of requests in flight.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The traces and a report. The server's context length, if it tells, is checked before a trace
+        begins.
 
     Raises:
-        ValueError: bad input, or the log is another run's; nothing was sent.
-        EngineError: the server did not take even a first small request.
-        TraceError: some traces failed, and say why; the others went on to their end, unless the
+        ValueError: bad input, a damaged log, or the log of another run; nothing was sent.
+        EngineError: the server did not answer a first small request, or no trace fits its context.
+        TraceError: some traces failed; the message says why. The others were completed, unless the
             server itself was lost.
     """
     method = Delethink() if method is None else method
@@ -77,7 +82,9 @@ async def trace(
         if begun and tokens == "auto":
             engine.tokens, engine.reason = book.settings["tokens"], book.reason
         if engine.tokens == "text" and tokenizer is None:
-            raise ValueError(f"kvcomp.delethink: {log} holds text: a tokenizer is needed")
+            raise ValueError(
+                f"kvcomp.delethink: tokenizer: expected one, as {log} was made with text, got None"
+            )
         if not begun:
             await engine.settle(todo[0].ids)
         settings = {
@@ -90,6 +97,7 @@ async def trace(
         loop = _Loop(engine, method, book, [_Key(p, s) for p in todo for s in range(samples)])
         if begun and loop.has_work():
             await engine.settle(todo[0].ids)
+        loop.require_one_that_fits()
         return await loop.run(concurrency, progress)
 
 
@@ -100,13 +108,13 @@ def _check(client: Any, method: Any, samples: int, concurrency: int) -> None:
         raise TypeError(f"kvcomp.delethink: method: expected a kvcomp.Delethink, got {method!r}")
     if method.inner is not None or method.reset != "prefill":
         raise ValueError(
-            "kvcomp.delethink: an engine attends densely and encodes the carry anew: expected"
-            f" inner=None and reset='prefill', got {method}"
+            "kvcomp.delethink: method: expected inner=None and reset='prefill', as a server attends"
+            f" densely and encodes the carry anew, got {method}"
         )
     if method.max_chunks is None:
         raise ValueError(
-            "kvcomp.delethink: max_chunks: expected a number, as nothing else is sure to end a"
-            " trace, got None"
+            "kvcomp.delethink: max_chunks: expected a number, without which a trace may never end,"
+            " got None"
         )
     for name, value in (("samples", samples), ("concurrency", concurrency)):
         if value < 1:
@@ -127,9 +135,33 @@ class _Loop:
         self.lost = False  # the server, for everybody
 
     def finished(self, key: _Key) -> list[Record]:
+        """The chunks of a trace that the log has, each what its request could have brought."""
         name = key.problem.id
-        records = self.book.done(name, key.sample, self.hashes[name])
-        return records[: self.method.max_chunks]
+        records = self.book.done(name, key.sample, self.hashes[name])[: self.method.max_chunks]
+        for index, record in enumerate(records):
+            chunk = self.method.chunk_at(index)
+            used = len(self.context(key, chunk, records[:index])) + len(record.ids)
+            wrong = record.context != used
+            if self.engine.tokens == "ids":
+                count, limit = len(record.ids), chunk.stop - chunk.start
+                full = count == limit or (record.finish == "stop" and count < limit)
+                wrong = wrong or not full or record.drift > 0
+            if wrong:
+                raise ValueError(
+                    f"kvcomp.delethink: {self.book.path}: chunk {index} of {name!r}, sample"
+                    f" {key.sample} is damaged: its ids, context or drift do not fit the schedule"
+                )
+        return records
+
+    def require_one_that_fits(self) -> None:
+        """A chunk too long for the server would fail every trace: say so before the first one."""
+        waiting = [k for k, done in zip(self.keys, self.done, strict=True) if self.next_chunk(done)]
+        if waiting:
+            shortest = min(len(key.problem.ids) for key in waiting)
+            try:
+                self.engine.require_context(shortest, self.method.most_thought)
+            except EngineError as error:
+                raise EngineError(f"kvcomp.delethink: {error}", everyone=True) from None
 
     def next_chunk(self, done: list[Record]) -> Chunk | None:
         return None if done and done[-1].finish == "stop" else self.method.chunk_at(len(done))
@@ -170,21 +202,22 @@ class _Loop:
         total = len(self.keys)
         waiting = total - good - len(failures)
         return (
-            f"kvcomp.delethink: {len(failures)} of {total} traces failed, {good} came to their end"
-            f"{f', {waiting} were left where they are' if waiting else ''}. {shown}. All finished"
-            f" chunks are in {self.book.path}: run the same again to go on from there"
+            f"kvcomp.delethink: {len(failures)} of {total} traces failed, {good} were completed"
+            f"{f', {waiting} were not continued' if waiting else ''}. {shown}. All finished chunks"
+            f" are in {self.book.path}: repeat the run to resume from there"
         )
 
     async def follow(
         self, key: _Key, done: list[Record], free: asyncio.Semaphore, tell: Tell
     ) -> Trace | EngineError | None:
-        """One trace to its end; an error of its own; None where the server was lost before."""
+        """Complete one trace. Returns the trace, its error, or None if the server was lost."""
         tell(sum(len(record.ids) for record in done), False)
         async with free:
             while (chunk := self.next_chunk(done)) is not None:
                 if self.lost:
                     return None
                 try:
+                    self.engine.require_context(len(key.problem.ids), self.method.most_thought)
                     record = await self.ask(key, chunk, done)
                 except EngineError as error:
                     self.lost |= error.everyone
@@ -205,10 +238,7 @@ class _Loop:
         )
 
     async def ask(self, key: _Key, chunk: Chunk, done: list[Record]) -> Record:
-        output = [token for record in done for token in record.ids]
-        # By the schedule len(output) is chunk.start; after drift it is near it.
-        carried = max(len(output) - (chunk.start - chunk.carried), 0)
-        context = key.problem.ids + output[: chunk.head] + output[carried:]
+        context = self.context(key, chunk, done)
         limit = chunk.stop - chunk.start
         answer = await self.engine.complete(context, limit, self.seed(key, len(done)))
         return Record(
@@ -221,6 +251,13 @@ class _Loop:
             drift=answer.drift,
             ids=answer.ids,
         )
+
+    def context(self, key: _Key, chunk: Chunk, done: list[Record]) -> list[int]:
+        """Token ids of the prompt and of what `chunk` keeps of the output so far."""
+        output = [token for record in done for token in record.ids]
+        # By the schedule len(output) is chunk.start; after drift it is near it.
+        carried = max(len(output) - (chunk.start - chunk.carried), 0)
+        return key.problem.ids + output[: chunk.head] + output[carried:]
 
     def seed(self, key: _Key, chunk: int) -> int | None:
         seed = self.engine.sampling.seed

@@ -1,4 +1,4 @@
-"""What is to be solved: problems with an id, and their prompts as token ids."""
+"""Problems: an id, and a prompt as token ids."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Problem(NamedTuple):
 
 
 def read_problems(file: str | Path) -> list[dict[str, Any]]:
-    """The problems of a JSONL file: one object a line, see `trace`.
+    """Read a JSONL file of problems, one object per line; see `trace` for their keys.
 
     Raises:
-        ValueError: no such file, or a line that is no JSON object.
+        ValueError: the file cannot be read, or a line is no JSON object.
     """
     return [problem for _, problem in read_lines(file)]
 
@@ -36,7 +36,7 @@ def read_lines(file: str | Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             problem = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"kvcomp.delethink: {file}, line {number}: {error}") from error
         if not isinstance(problem, dict):
             raise ValueError(f"kvcomp.delethink: {file}, line {number}: expected an object")
@@ -45,7 +45,11 @@ def read_lines(file: str | Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def prepare(problems: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Problem]:
-    """Check `problems` and encode their prompts: nothing is sent before all are in order."""
+    """Check `problems` and encode their prompts.
+
+    Raises:
+        ValueError: a problem without an id or a usable prompt, two with one id, or no problem.
+    """
     found: dict[str, Problem] = {}
     for place, problem in enumerate(problems):
         if not isinstance(problem, Mapping):
@@ -55,7 +59,7 @@ def prepare(problems: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Probl
             _wrong(f"number {place}: id", "a string or a number", name)
         name = str(name)
         if name in found:
-            raise ValueError(f"kvcomp.delethink: problems: the id {name!r} is there twice")
+            raise ValueError(f"kvcomp.delethink: problems: the id {name!r} occurs twice")
         found[name] = Problem(name, _encode(name, problem, tokenizer))
     if not found:
         raise ValueError("kvcomp.delethink: problems: expected at least one, got none")
@@ -68,22 +72,48 @@ def _encode(name: str, problem: Mapping[str, Any], tokenizer: Any) -> list[int]:
         _wrong(repr(name), f"one of {', '.join(PROMPTS)}", kinds or None)
     kind, value = kinds[0], problem[kinds[0]]
     if kind != "ids" and tokenizer is None:
-        raise ValueError(f"kvcomp.delethink: problem {name!r} is text, so a tokenizer is needed")
+        raise ValueError(
+            f"kvcomp.delethink: tokenizer: expected one, as problem {name!r} is text, got None"
+        )
     if kind == "prompt":
-        if not isinstance(value, str) or not value:
+        if not is_text(value) or not value:
             _wrong(f"{name!r}: prompt", "some text", value)
         return list(tokenizer(value)["input_ids"])
     if kind == "messages":
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
-                f"kvcomp.delethink: problem {name!r} has messages, but the tokenizer has no chat"
+                f"kvcomp.delethink: problem {name!r}: messages: expected a tokenizer with a chat"
                 " template"
             )
-        text = tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+        if not is_messages(value):
+            _wrong(f"{name!r}: messages", "a list of objects with a role and a content", value)
+        try:
+            text = tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the model's, which may raise any
+            raise ValueError(
+                f"kvcomp.delethink: problem {name!r}: messages: refused by the chat template:"
+                f" {' '.join(str(error).split())}"
+            ) from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not is_token_ids(value) or not value:
         _wrong(f"{name!r}: ids", "a list of token ids", value)
     return list(value)
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a string of valid Unicode; JSON can spell half a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
+def is_messages(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(
+            isinstance(each, Mapping) and is_text(each.get("role")) and "content" in each
+            for each in value
+        )
+    )
 
 
 def is_token_ids(value: Any) -> bool:

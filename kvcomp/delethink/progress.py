@@ -1,11 +1,13 @@
-"""A bar on standard error for those who wait."""
+"""A progress bar on standard error."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Tell = Callable[[int, bool], None]  # of new tokens, and whether a trace came to its end
+from kvcomp.progress import stderr_console
+
+Tell = Callable[[int, bool], None]  # new tokens, and whether a trace is complete
 
 
 @contextmanager
@@ -13,7 +15,6 @@ def progress_bar(total: int, shown: bool) -> Iterator[Tell]:
     if not shown:
         yield lambda tokens, ended: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -23,7 +24,7 @@ def progress_bar(total: int, shown: bool) -> Iterator[Tell]:
         TextColumn("{task.fields[tokens]:,} tokens"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=stderr_console()) as bar:
         task = bar.add_task("", total=total, tokens=0)
 
         def tell(tokens: int, ended: bool) -> None:

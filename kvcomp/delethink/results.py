@@ -1,4 +1,4 @@
-"""What comes out: traces, the run that they belong to, and the error of a run that must go on."""
+"""Results: traces, the run they belong to, and the error of a run that has to be repeated."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from kvcomp.delethink.engine import EngineError
 
 @dataclass(frozen=True)
 class Trace:
-    """The chain of thought of one sample of a problem.
+    """The chain of thought for one sample of a problem.
 
     Attributes:
-        prompt: its token ids.
-        output: what was newly generated, all chunks in a row; the carry is in it once. The end
-            token is the last one where the engine returns ids, and missing where it returns text.
+        prompt: token ids of the prompt.
+        output: token ids of the output, all chunks in a row; carried tokens are in it once. It
+            includes the end token if the server returns ids, but not if it returns text.
         finish: "eos", or "budget" after `max_chunks`.
-        chunks: how many it took.
-        longest_context: tokens, prompt and carry and new ones, of the largest chunk.
-        drift: tokens that text did not bring over exactly; 0 with ids.
+        chunks: number of chunks.
+        longest_context: tokens in the largest context: prompt, carry and new tokens.
+        drift: tokens that text did not carry over exactly; 0 with ids.
     """
 
     id: str
@@ -33,13 +33,13 @@ class Trace:
 
 @dataclass(frozen=True)
 class Run:
-    """What `trace` returns; `str(run)` is a report.
+    """The result of `trace`; `str(run)` is a report.
 
     Attributes:
-        traces: in the order of the problems, the samples of one problem in a row.
-        tokens: "ids" or "text", what the engine takes and returns.
-        reason: why it was text, where that was found out by trying.
-        resumed: chunks that were in the log already.
+        traces: in the order of the problems, all samples of one problem in a row.
+        tokens: "ids" or "text", whichever was exchanged with the server.
+        reason: why "auto" chose text; None if it did not.
+        resumed: chunks that the log already had.
     """
 
     traces: list[Trace]
@@ -54,9 +54,9 @@ class Run:
             f" {ends.count('budget')} by the budget",
             f"tokens           {sum(len(trace.output) for trace in self.traces):,}",
             f"chunks           {sum(trace.chunks for trace in self.traces):,},"
-            f" {self.resumed:,} of them from the log",
+            f" {self.resumed:,} from the log",
             f"longest context  {max((t.longest_context for t in self.traces), default=0):,} tokens",
-            f"token ids        {'exact' if self.tokens == 'ids' else 'by way of text'}"
+            f"token ids        {'exact' if self.tokens == 'ids' else 'through text'}"
             + (f" ({self.reason})" if self.reason else ""),
         ]
         if self.tokens == "text":
@@ -65,11 +65,11 @@ class Run:
 
 
 class TraceError(RuntimeError):
-    """Some traces failed; finished chunks are in the log, and the same call goes on from there.
+    """Some traces failed. The log has all finished chunks; the same call resumes from there.
 
     Attributes:
-        failures: (problem id, sample) -> what went wrong.
-        run: the traces that came to their end.
+        failures: (problem id, sample) -> its error.
+        run: the completed traces.
     """
 
     def __init__(self, message: str, failures: dict[tuple[str, int], EngineError], run: Run):

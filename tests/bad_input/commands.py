@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -23,6 +25,7 @@ FILES = {
     "twice.jsonl": LINE * 2,
     "nameless.jsonl": '{"prompt": "x"}\n',
     "silent.jsonl": '{"id": 1}\n',
+    "damaged.jsonl": '{"kvcomp.delethink":1,"settings":[],"reason":null}\n',
     "halves.jsonl": '{"id": 1, "ids": [1.5]}\n',
     "broken/config.json": "{",
     "bare/readme.md": "no config here",
@@ -59,6 +62,37 @@ def calling(*args):
     return make
 
 
+def reading_from(stdin):
+    """`kvcomp generate --prompt -` with another standard input."""
+
+    def make():
+        ours, sys.stdin = sys.stdin, stdin()
+        attempt = calling("generate", "reasoner", "--prompt", "-")()
+
+        def close():
+            if sys.stdin is not None:
+                sys.stdin.close()
+            sys.stdin = ours
+
+        return Attempt(attempt.run, attempt.state, close)
+
+    return make
+
+
+def text_of(data, errors="strict"):
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors=errors)
+
+
+def unreadable():
+    return io.TextIOWrapper(io.FileIO(os.open(os.devnull, os.O_WRONLY), "w"), encoding="utf-8")
+
+
+def closed():
+    stream = io.StringIO("x")
+    stream.close()
+    return stream
+
+
 def files():
     return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
@@ -81,7 +115,7 @@ def tracing(changed):
     options = {"--url": "http://127.0.0.1:1/v1", "--model": "served", "--tokenizer": "reasoner"}
     options |= {"--problems": "good.jsonl", "--log": "log.jsonl", "--retries": 0}
     options |= {"--chunk": 8, "--carry": 4, "--head": 2} | changed
-    return calling("trace", *(part for pair in options.items() for part in pair))
+    return calling("delethink", *(part for pair in options.items() for part in pair))
 
 
 GENERATE = [
@@ -118,11 +152,18 @@ GENERATE = [
     ("reasoner --prompt x --dtype int3", "--dtype: expected one of float32.* got 'int3'"),
     ("reasoner --prompt x --max-new-tokens 0", "--max-new-tokens"),
     ("reasoner --prompt x --temperature -1", "--temperature"),
+    ("reasoner --prompt x --temperature nan", "--temperature"),
+    ("reasoner --prompt x --temperature inf", "--temperature: expected a number, got inf"),
     ("reasoner --prompt x --top-p 2", "--top-p"),
+    ("reasoner --prompt x --top-p nan", "--top-p"),
     ("reasoner --prompt x --seed some", "--seed"),
+    ("reasoner --prompt x --seed -1", "--seed"),
+    ("reasoner --prompt x --seed 4294967296", "--seed"),
+    ("reasoner --prompt \udcff", "--prompt: expected UTF-8 text, got other bytes"),
 ]
 PLAN = [
     ("./no-such-model --device h200", "./no-such-model"),
+    (f"./{'x' * 300} --device h200", "cannot load config './x*': no such folder"),
     ("./bare --device h200", "cannot load config './bare'"),
     ("./broken --device h200", "cannot load config './broken'"),
     ("reasoner --device abacus", "--device: expected one of h200.* got 'abacus'"),
@@ -156,8 +197,12 @@ OTHERS = [
     ("demo --problems 0", "--problems"),
     ("demo --seed -1", "--seed"),
     ("demo --steps 9999", "9999"),
-    ("demo --json no/such/folder/x.json", "cannot write 'no/such/folder/x.json'"),
-    ("demo --plot bare", "cannot write 'bare'"),
+    ("demo --json no/such/folder/x.json", "cannot write 'no/such/folder/x.json': No such file"),
+    ("demo --plot bare", "cannot write 'bare': Is a directory"),
+    ("demo --plot good.jsonl/x.png", "cannot write 'good.jsonl/x.png': Not a directory"),
+    (f"demo --json {'x' * 300}", "cannot write 'x*': File name too long"),
+    ("demo --json /proc/kvcomp.json", "cannot write '/proc/kvcomp.json'"),
+    ("demo --json x.json --plot ./x.json", "--plot: expected another file than --json"),
     ("info --dance", "--dance"),
     ("info extra", "extra"),
     ("dance", "dance"),
@@ -172,13 +217,17 @@ TRACE = [
     ({"--problems": "broken.jsonl"}, "broken.jsonl, line 2"),
     ({"--problems": "list.jsonl"}, "list.jsonl, line 2: expected an object"),
     ({"--problems": "empty.jsonl"}, "at least one"),
-    ({"--problems": "twice.jsonl"}, "'walk' is there twice"),
+    ({"--problems": "twice.jsonl"}, "'walk' occurs twice"),
     ({"--problems": "nameless.jsonl"}, "number 0: id: expected a string or a number"),
     ({"--problems": "silent.jsonl"}, "problem '1': expected one of prompt, messages, ids"),
     ({"--problems": "halves.jsonl"}, "problem '1': ids: expected a list of token ids"),
     ({"--log": "no/such/folder/log.jsonl"}, "no/such/folder"),
-    ({"--log": "twice.jsonl"}, "something else than a log"),
+    ({"--log": "twice.jsonl"}, "not a log of Delethink"),
+    ({"--log": "damaged.jsonl"}, "damaged.jsonl, line 1 is damaged: settings: expected an object"),
     ({"--out": "no/such/folder/out.jsonl"}, "no/such/folder"),
+    ({"--out": "bare"}, "cannot write 'bare': Is a directory"),
+    ({"--out": "good.jsonl"}, "--out: expected another file than --problems, got 'good.jsonl'"),
+    ({"--out": "./new.jsonl", "--log": "new.jsonl"}, "--out: expected another file than --log"),
     ({"--tokens": "words"}, "tokens: expected one of auto, ids, text, got 'words'"),
     ({"--extra": "[1]"}, "--extra: expected a JSON object"),
     ({"--extra": "{"}, "--extra: expected a JSON object"),
@@ -201,6 +250,20 @@ def said(match):
 ROWS = [
     *(Bad(calling("generate", *words.split()), said(m), OneLine) for words, m in GENERATE),
     Bad(calling("generate", "reasoner", "--prompt", " "), said("--prompt: .*some text"), OneLine),
+    *(
+        Bad(reading_from(stdin), said(f"--prompt: {match}"), OneLine)
+        for stdin, match in (
+            (lambda: None, "standard input is closed"),
+            (closed, "standard input is closed"),
+            (lambda: text_of(b"ab\xff"), "cannot read standard input: 'utf-8' codec can't decode"),
+            (lambda: text_of(b"ab\xff", "surrogateescape"), "expected UTF-8 text, got other bytes"),
+            (lambda: text_of(b" \n"), "expected some text, got none"),
+            (
+                unreadable,
+                "cannot read standard input: not readable",
+            ),
+        )
+    ),
     *(Bad(calling("plan", *words.split()), said(match), OneLine) for words, match in PLAN),
     *(Bad(planning(kind), said(why), OneLine) for kind, why in UNPLANNED.items()),
     *(Bad(calling(*words.split()), said(match), OneLine) for words, match in OTHERS),

@@ -105,8 +105,8 @@ REASONER = [
 ]
 TRACE = [
     Bad(asking(), "problems: expected at least one, got none"),
-    Bad(asking(*PROBLEMS, *PROBLEMS), "the id 'walk' is there twice"),
-    Bad(asking({"id": 1, "ids": [3]}, {"id": "1", "ids": [4]}), "'1' is there twice"),
+    Bad(asking(*PROBLEMS, *PROBLEMS), "the id 'walk' occurs twice"),
+    Bad(asking({"id": 1, "ids": [3]}, {"id": "1", "ids": [4]}), "'1' occurs twice"),
     Bad(asking("from ba"), "number 0: expected a mapping .*'from ba'"),
     Bad(asking({"prompt": "from ba"}), "number 0: id: expected a string or a number, got 'None'"),
     Bad(asking({"id": True, "prompt": "x"}), "number 0: id: expected .* got 'True'"),
@@ -118,8 +118,8 @@ TRACE = [
         Bad(asking({"id": 1, "ids": ids}), "ids: expected a list of token ids")
         for ids in ([], [1, -1], [True], [1.5], "12", 3)
     ),
-    Bad(asking({"id": 1, "messages": CHAT}), "the tokenizer has no chat template"),
-    Bad(tracing(tokenizer=None), "'walk' is text, so a tokenizer is needed"),
+    Bad(asking({"id": 1, "messages": CHAT}), "messages: expected a tokenizer with a chat template"),
+    Bad(tracing(tokenizer=None), "tokenizer: expected one, as problem 'walk' is text"),
     Bad(asking({"id": 1, "ids": [3]}, tokenizer=None, tokens="text"), "tokenizer"),
     Bad(tracing(tokens="words"), "tokens: expected one of auto, ids, text, got 'words'"),
     Bad(tracing(method=Delethink(max_chunks=None)), "max_chunks: expected a number"),
@@ -138,7 +138,34 @@ TRACE = [
     Bad(Sampling(top_p=0), r"Sampling: top_p: .*0"),
     Bad(Sampling(top_p=1.5), r"Sampling: top_p: .*1.5"),
     Bad(Sampling(top_p=math.nan), r"Sampling: top_p: .*nan"),
+    *(
+        Bad(Sampling(**{field: value}), rf"Sampling: {field}: expected .* got {value!r}")
+        for field, values in {
+            "temperature": (None, "hot", True),
+            "top_p": (None, "1"),
+            "top_k": (-2, 0.5, "50"),
+            "seed": (1.5, "1", True),
+        }.items()
+        for value in values
+    ),
+    Bad(Sampling(extra=[1]), r"Sampling: extra: expected a dict of request fields, got \[1\]"),
+    *(
+        Bad(Sampling(extra={name: 1}), f"Sampling: extra: '{name}' {why}")
+        for name, why in {
+            "max_tokens": "is set for every chunk",
+            "prompt": "is set for every chunk",
+            "seed": "is a field of Sampling",
+            "n": "changes the answer",
+            "stream": "changes the answer",
+        }.items()
+    ),
+    *(
+        Bad(asking({"id": 1, "prompt": text}), "'1': prompt: expected some text")
+        for text in ("\ud800", "ba \udfff")
+    ),
     Bad(reading('{"id": 1}\n{"id'), "problems.jsonl, line 2: "),
+    Bad(reading("[" * 100_000), "problems.jsonl, line 1: "),
+    Bad(reading("9" * 5000), "problems.jsonl, line 1: "),
     Bad(reading("\n[1, 2]\n"), "problems.jsonl, line 2: expected an object"),
     Bad(calling(lambda: kvcomp.delethink.read_problems("none.jsonl")), "cannot read .*none.jsonl"),
     Bad(calling(lambda: kvcomp.delethink.read_problems(".")), "cannot read problems"),
