@@ -1,21 +1,41 @@
 """What methods cost in accuracy, at equal bytes.
 
-    python benchmarks/bench_accuracy.py --json accuracy-study.json     # an hour; goes on
+    python benchmarks/bench_accuracy.py --json study.json              # an hour; goes on
     python benchmarks/bench_accuracy.py --methods full delta h2o --budgets 1/4 512
     python benchmarks/bench_accuracy.py --model Qwen/Qwen3-8B --problems math500.jsonl
     python benchmarks/bench_accuracy.py --preset delta-aime24 --problems aime24.jsonl
-    python benchmarks/bench_accuracy.py --part half --count 16
     python benchmarks/bench_accuracy.py --smoke                        # for CI
-    python benchmarks/bench_accuracy.py --method delethink --budgets 2048 8192
 
-study (the default) decodes problems freely with every method at several bounds on the bytes that a
-sequence holds on the device: K and V, and what the method remembers beside them. Each method is as
-large as the bound allows. Those that keep all K and V get the tokens of the bound for their sparse
-layers, and hold what dense attention holds. Any model, any JSONL file of problems with answers; by
-default the bundled reasoner, whose walks are graded step by step.
+Every method decodes the same problems under several bounds on the bytes that a sequence may hold on
+the device: K and V, and whatever the method remembers beside them. Each method is made as large as
+the bound allows. By default the bundled reasoner is asked, and its walks are graded step by step;
+`--model` and `--problems` take any model and any JSONL file of problems with answers.
 
-half, tight, lag and link are smaller studies of the reasoner, see `accuracy/parts.py`. With
---method delethink this is `bench_delethink.py --part scaling`, with its options.
+How to read a row:
+
+* A bound (`--budgets`) is a share of the K and V of the longest context, or a number of tokens.
+  `peak` is measured: K and V in use and the method's own state (scores, hits, the index of what is
+  in host memory), per sequence, in the largest batch. `accuracy/sizes.py` finds the size: it tries
+  the method on random keys and makes it smaller until both fit. All other parameters are those of
+  `Method.example` for contexts up to 4096 tokens, and the published ones or the defaults beyond;
+  `--set METHOD.FIELD=VALUE` overrides them.
+* `OVER` marks a peak more than 1 % above its bound. A method that cannot work at a bound gets a
+  row with the reason.
+* `keeps all` marks methods that save reads and no memory. For them the bound is the number of
+  tokens that a sparse layer attends to, and the peak is the same as with dense attention.
+* `steps` is a mean over problems with a bootstrap interval; several samples of one problem count
+  as one value. `answers` has a Wilson interval over all answers, and counts every sample. Both are
+  at 95 %.
+* `--seeds` draws other walks for the reasoner. For a file it repeats the same problems with
+  another sampling seed, which changes nothing at temperature 0, the default.
+* LazyEviction and RaaS use one alpha for all bounds: `LazyEviction.calibrate` finds it at the
+  middle bound, on walks that are not graded. Other models use the published value.
+* The JSON has a row per batch and is rewritten after each. Running the same command again
+  continues with what is left, also with more methods, bounds or seeds; other settings are refused.
+  `--cells N` stops after N cells.
+* `--problems` takes the files that `kvcomp delethink` takes, with an answer in each line.
+  `evaluation/problems.py` lists the field names it knows, `evaluation/checkers.py` the graders.
+  `--preset NAME` decodes a paper's methods with its settings, see `evaluation/published.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +46,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import bench_delethink
-from accuracy import parts
-from accuracy.options import parse
+from accuracy import options as command_line
 from accuracy.study import Study
 from harness.record import header
 
@@ -57,17 +75,14 @@ def smoke(options: argparse.Namespace) -> None:
             run_study(options)
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    return command_line.parse(argv, __doc__)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--method", choices=["delethink"])
-    chosen, rest = chooser.parse_known_args(argv)
-    if chosen.method:
-        return bench_delethink.main(["--part", "scaling", *rest])
     try:
-        options = parse(rest, __doc__)
-        if options.part != ["study"]:
-            parts.run(options)
-        elif options.smoke:
+        options = parse(argv)
+        if options.smoke:
             smoke(options)
         else:
             run_study(options)

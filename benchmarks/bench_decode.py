@@ -20,6 +20,15 @@ peer      a step of llama.cpp beside one of ours, dense both: needs `pip install
 A contender stands where it would after n tokens: LazyEviction keeps half of them, the others have
 the budgets of their papers; Delethink is in the middle of a chunk, and what encoding the carry of
 the next adds to a token is shown apart. LouisKV's prompt is clustered in one iteration.
+
+How to read a row: `stock 7.1x` compares with stock transformers (`hf dynamic`) in the same rounds;
+stock's own row has the rounds with all contenders. `KV` is what attention reads in a step,
+`ceiling` the time that KV and weights take at the probe's rate in those rounds, and the percentage
+is the ceiling over the measured time. `attention` holds everything a method does at its hook
+(scores, selections, link), `update` the append, `rest` norms, rotation and Python. These parts
+come from extra steps whose every call is timed, so they divide a step slightly longer than `ms`.
+LouisKV's queries turn every eight steps. Rare work (evictions, growing slabs) shows only in the
+rows of `generate`; `and 1.7 ms per token for carries` comes on top of a Delethink step.
 """
 
 from __future__ import annotations
@@ -28,6 +37,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 
 import torch
 
@@ -37,7 +47,7 @@ from decode.graph import bench_graphs
 from decode.models import SHAPES
 from decode.peer import bench_peer
 from decode.steps import bench_steps
-from harness.record import OtherLoad, conclude, header, meta
+from harness.record import NOT_INSTALLED, OtherLoad, conclude, header, meta
 from ops.common import DTYPES
 
 BENCHMARKS = {
@@ -83,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if "peer" in options.part and not (find_spec("llama_cpp") and find_spec("gguf")):
+        print("bench_decode: --part peer needs: pip install 'kvcomp[peers]'", file=sys.stderr)
+        return NOT_INSTALLED
     load = OtherLoad()
     names = ("part", "shape", "dtype", "batch", "tokens", "rounds", "generate")
     facts = meta("decode", options.device, **{name: getattr(options, name) for name in names})

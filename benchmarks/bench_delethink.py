@@ -15,6 +15,26 @@ stall    How long decoding stands still at a boundary, with the next context enc
          the background, with a free core and without.
 
 Decoding is greedy, on the CPU.
+
+How to read a row:
+
+* `scaling` and `curve` have a row for each chunk, and one for dense attention over the same
+  tokens; the two decode in one process and take turns of a sixteenth of a chunk. `steps` is the
+  share of the chunk's tokens that belong to a right step. A step is right if it follows from the
+  prompt and from the step before as written, so one slip costs one step. `ms` is the median of the
+  steps that cross no boundary, `with boundaries` the mean of all. `budget` grades the same
+  answers, cut short; its `answers` counts those without a wrong step. The model of `curve` has
+  random weights and half of Qwen3-0.6B's width everywhere.
+* `rotate` feeds the right answer token by token and compares the distributions of the next token,
+  in nats, from the second chunk on. `after 1` is the first token behind a boundary. `prefill fp32
+  | prefill bf16` shows how much is rounding. `foreseen` is the share of the given tokens that each
+  contender would have chosen. Then all of them decode freely.
+* `stall`: `hidden` is the share of a boundary's time that encoding ahead in the background saves.
+  The contenders take turns just behind a boundary, when no background is at work. `ms in the ...%
+  beside which it encodes` covers the steps in which the process used more than 1.3 seconds of CPU
+  time per second. A core is free if the process may use more cores (`sched_getaffinity`) than
+  decoding has threads. Without a free core nothing is hidden: encoding ahead spreads over the
+  steps, and shows in tokens per second.
 """
 
 from __future__ import annotations

@@ -13,6 +13,13 @@ anything is not as it must be (`long_run/verdict.py`).
 
 The file is written as the run goes on. Methods of a --json FILE that is there already are kept, so
 that methods can be run one by one.
+
+How to read a row: Python objects and memory blocks, and tensors where a method has a bound, are
+compared between the second quarter and the second half of the run. `error` is the largest
+difference of any first-layer row from one that a copy of the model's first layer makes from token
+and position alone; `shifted` is the smallest difference one position off would have made. Beyond
+the 4,096 positions that the reasoner was trained on, the text makes no sense to it: the
+bookkeeping is tested, not the answers.
 """
 
 from __future__ import annotations
@@ -32,7 +39,7 @@ import kvcomp.reasoner
 from harness.record import header, meta, write_json
 from kvcomp.methods import METHODS, Method
 from kvcomp.reasoner import task
-from long_run import player, verdict
+from long_run import teacher_forcing, verdict
 
 NAMES = ("full", "delta", "lazy-eviction", "louis-kv", "delethink")
 NODES = 16
@@ -56,7 +63,7 @@ def text(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     return prompt, stream
 
 
-def line(log: player.Log) -> str:
+def line(log: teacher_forcing.Log) -> str:
     row = log.rows()[-1]
     checked = f"  {row['rows']} rows right to {row['error']:.1e}" if row["rows"] else ""
     return (
@@ -108,13 +115,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         method = method_of(name, options.budget)
         facts["methods"][name] = repr(method)
 
-        def looked(log: player.Log, before: Sequence[dict] = tuple(rows)) -> None:
+        def looked(log: teacher_forcing.Log, before: Sequence[dict] = tuple(rows)) -> None:
             if log.looks % CHECKS == 0:
                 print(line(log), flush=True)
                 if options.json:
                     write_json(options.json, facts, [*before, *checked(log)])
 
-        log = player.decode(
+        log = teacher_forcing.decode(
             model, method, prompt, stream, every=options.every, checks=CHECKS, looked=looked
         )
         rows += checked(log)
@@ -124,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def checked(log: player.Log) -> list[dict]:
+def checked(log: teacher_forcing.Log) -> list[dict]:
     return [{"method": log.method.name, **row} for row in log.rows() if row["rows"]]
 
 

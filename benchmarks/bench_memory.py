@@ -21,19 +21,16 @@ The exit code is 1 if the bytes of a method that evicts still grow in the second
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import gc
 import itertools
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from harness.memory import Memory
 from harness.record import header, meta, write_json
 from kvcomp.cache import KVCache
 from kvcomp.methods import METHODS, Method
@@ -42,39 +39,6 @@ from ops.common import DTYPES, heads_of
 
 DEFAULT = ("full", "lazy-eviction", "h2o", "tova", "random-eviction")
 ROUNDS = 64  # different q, K and V, taken in turn
-
-
-class Memory:
-    """Bytes that came since this object was made."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        gc.collect()
-        gc.freeze()  # what is alive now is not listed any more
-        self._rss = resident()
-        self._allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
-
-    def look(self) -> tuple[int, int]:
-        """Of tensors, and resident."""
-        if self.device == "cuda":
-            tensors = torch.cuda.memory_allocated() - self._allocated
-        else:
-            storages = [
-                x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), Tensor)
-            ]
-            tensors = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
-        return tensors, resident() - self._rss
-
-
-def resident() -> int:
-    """Bytes of the process in memory; 0 where the system does not say."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # not the GNU C library
-        ctypes.CDLL(None).malloc_trim(0)
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def decode(method: Method, options: argparse.Namespace) -> Iterator[dict]:

@@ -9,6 +9,43 @@ GB/s counts what must be moved (K and V once, plus side inputs and outputs), wha
 really touches, and is compared with a bandwidth probe that runs in the same rounds. A contender
 whose result is wrong gets no ratio, and the exit code is 1. Each family of ops has a file in
 `ops/`: what it is timed on, what it is compared with, and what it must return.
+
+How to read a row:
+
+* GB/s divides the bytes that must be moved (K and V once, side inputs and outputs) by the median
+  time, no matter how much a contender really touches. The % beside it relates that to the probe in
+  the same rounds: the fastest plain read that torch has, or a device copy on a GPU. The probe does
+  not prefetch, so a kernel can pass 100 %.
+* `+-0.8%` compares the medians of the first and the second half of the rounds, that is, two runs
+  of the same thing. A smaller difference between two rows is no result.
+* On a GPU a sample is the replay of a CUDA graph of 20 calls or more on different buffers. A call
+  that waits for the GPU cannot be captured: it says `no graph`, and its launches count too. The
+  baselines include SDPA with each of its backends, compiled FlexAttention, flash-attn and
+  FlashInfer; one that is not installed or refuses a shape is left out and named.
+* `sdpa-gqa 24x`: 24 times faster than that baseline, by medians. The ratio of the minima is
+  printed too where it differs by more than 15 %: the machine was busy, and the last line says how
+  busy.
+* `own-dense 6.7x of 8x`: against the same kernel over all tokens, and the ratio that the bytes
+  allow. `with logits` also writes the logits, `delta layer` also scores and selects pages,
+  `pages16 all` lists all pages, `ragged` has lengths from a quarter of n to n.
+* `compact_kv` counts the rows that must move, read and written; its probe is a plain copy. PyTorch
+  is given the list of the tokens that stay, ours starts from those that leave.
+* `lazy_eviction` is one layer in its steady state: `decode` is the attention of a step, `tracked`
+  adds logits and hit bits, `tracked, all` adds a 32nd of a replay of 32 steps. `+4.1% (min +3.8%)
+  over the baseline` relates medians (and minima) to `decode`. `evict` is one whole
+  `LazyEviction.evict`; `decode 2x` beside it means that it takes half as long as one `decode`.
+* `fetch_rows`: `refetch` brings all wanted rows, `torch-delta` only the missing ones; `missing`
+  says how many of K those are. On a GPU it counts the bytes over the link, beside one large copy
+  from pinned memory and `copies`, which asks row by row. In `select_units`, `topk` treats every
+  unit as if it had 16 tokens.
+* `overhead` shows the public call, the native call beneath it, and the difference: Python,
+  dispatcher, and allocating the outputs.
+* `WRONG RESULT`: the error is over its budget.
+
+Attention logits have a realistic spread: 5 % of the tokens hold 90 % of the probability. K, V and
+index lists rotate over sets that together touch four times the last-level cache. The inputs of
+`merge_states`, `select_pages` and the small eviction ops stay warm, as in a real decode, which has
+just computed them.
 """
 
 from __future__ import annotations

@@ -16,6 +16,15 @@ The trace of `share` is made by hand. A key is one of many topic directions plus
 runs; a query points between two topics for about ten steps, until one of them is replaced. So the
 set of tokens that matter holds still and then turns, as the LouisKV paper observes it in models:
 here it is assumed, and what is measured is what the methods make of it.
+
+How to read a row of `share`: `step` is a layer's decode step without the append of K and V,
+`attention` the same attention alone over the resident tokens, `retrieval` the share of the step
+that is not attention. Times are medians within each kind of step (retrieving or not, storing a
+segment or not), averaged by how often each kind happens. Other memory is read before each of them,
+as other layers and the weights would do; `append` runs with a warm interpreter. `missing` is the
+share of a selection that came over the link, `link` the bytes fetched and stored per token,
+`recall` the resident share of the best set's attention, `error` the output's distance from dense
+attention.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ NAMES = {"full": "full: dense attention", "hf dynamic": "transformers, its defau
 def overview(stored: Path) -> Figure:
     figure, (time, memory, accuracy) = plt.subplots(1, 3, figsize=(12, 3.8))
     figure.set_layout_engine("constrained")
-    study = _rows(stored / "accuracy-study.json")
-    _time(time, _rows(stored / "decode.json"))
+    study = _rows(stored / "accuracy" / "study.json")
+    _time(time, _rows(stored / "decode" / "steps.json"))
     _memory(memory, study)
     _accuracy(accuracy, study)
     legend(figure)

@@ -2,8 +2,9 @@
 
     python benchmarks/plot.py ops.json --out charts
 
-One PNG per chart, named after the JSON file. A benchmark (`meta["benchmark"]`) has its functions
-in CHARTS; each takes meta and rows, and yields (name, figure).
+One PNG per chart, named after the JSON file: `tight-bytes.png` from `tight.json`. A benchmark
+(`meta["benchmark"]`) has its functions in CHARTS; each takes meta and rows, and yields
+(name, figure).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from accuracy import charts as accuracy
-from accuracy import study_charts as study
 from decode import charts as decode
 from delethink import charts as delethink
 from drawing import COLORS, STYLE, by, legend, plt, short, title
+from families import charts as families
 
 OURS = ("cpu", "cuda", "triton")
 PLAIN = re.compile(r"n=\d+$")  # a shape of decode_attention without a variant
@@ -298,10 +299,10 @@ def _color(impl: str, impls: list[str]) -> str:
 # --- command line ---------------------------------------------------------------------------------
 
 CHARTS = {
-    "accuracy": (accuracy.by_bytes, accuracy.by_window),
-    "accuracy-study": (study.by_bytes, study.by_attended, study.memory),
+    "accuracy-study": (accuracy.by_bytes, accuracy.by_attended, accuracy.memory),
     "decode": (decode.times, decode.parts),
     "delethink": (delethink.accuracy, delethink.growth, delethink.carries, delethink.stalls),
+    "families": (families.by_bytes, families.by_window),
     "long-run": (long_run,),
     "memory": (memory,),
     "ops": (bandwidth, speedup, variants, overhead),
@@ -320,9 +321,14 @@ def plot(path: Path, out: Path) -> list[Path]:
     with plt.rc_context(STYLE):
         for chart in CHARTS[kind]:
             for name, figure in chart(content["meta"], content["rows"]):
-                written.append(out / f"{path.stem}-{name}.png")
+                written.append(out / f"{chart_name(path.stem, name)}.png")
                 save(figure, written[-1])
     return written
+
+
+def chart_name(stem: str, name: str) -> str:
+    """The file's name before the chart's, unless that begins with it."""
+    return name if name == stem or name.startswith(f"{stem}-") else f"{stem}-{name}"
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -166,7 +166,6 @@ def test_a_run_with_other_settings_is_refused(tmp_path, capsys):
         (["--model", "other"], "walks are for the reasoner alone"),
         (["--preset", "delta-aime24"], "needs AIME 2024"),
         (["--seeds", "0"], "--seeds: expected at least 1"),
-        (["--part", "study", "half"], "--part: the study has a file of its own"),
         (["--json", "/nowhere/at/all.json"], "cannot write"),
         (["--problems", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
@@ -272,19 +271,20 @@ def test_a_preset_runs_its_methods(folder, tmp_path, monkeypatch):
     from dataclasses import replace
 
     import kvcomp
-    from accuracy import presets, study, workload
+    from accuracy import study, workload
+    from evaluation import published
 
     preset = replace(
-        presets.PRESETS["lazy-eviction-gsm8k"],
-        data=replace(presets.GSM8K, checker="exact"),
-        sampling=presets.Sampling(max_new_tokens=24),
+        published.PRESETS["lazy-eviction-gsm8k"],
+        data=replace(published.GSM8K, checker="exact"),
+        sampling=published.Sampling(max_new_tokens=24),
         budgets={str(folder): (0.5, 32)},
         rows={"h2o": lambda _, budget: kvcomp.H2O(budget=budget)},
         published={str(folder): {"h2o 32": "about 50"}},
         dtype="float32",
     )
     for module in (command_line, study, workload):
-        monkeypatch.setattr(module, "PRESETS", {**presets.PRESETS, preset.name: preset})
+        monkeypatch.setattr(module, "PRESETS", {**published.PRESETS, preset.name: preset})
     problems, path = tmp_path / "problems.jsonl", tmp_path / "study.json"
     problems.write_text(json.dumps({"id": "a", "ids": list(range(6, 46)), "answer": "1"}))
     command = ["--preset", preset.name, "--problems", str(problems), "--json", str(path)]

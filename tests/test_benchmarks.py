@@ -149,11 +149,11 @@ def test_a_method_whose_memory_grows_fails(monkeypatch, capsys):
 
 
 def test_accuracy_is_that_of_the_whole_family_at_one_bound(tmp_path):
-    module, path = script("bench_accuracy"), tmp_path / "accuracy.json"
+    module, path = script("bench_families"), tmp_path / "families.json"
     assert module.main(["--smoke", "--part", "tight", "--json", str(path)]) == 0
     full, *rows = json.loads(path.read_text())["rows"]
     assert full["method"] == "full" and full["step_accuracy"] == 1.0
-    family = sys.modules["accuracy.family"].family(0.2, 100)
+    family = sys.modules["families.members"].family(0.2, 100)
     assert {row["method"] for row in rows} >= set(family) - {
         "raas",  # the prompt does not fit the bound
         "random, prompt pinned",
@@ -250,15 +250,6 @@ def test_chunks_are_flat_where_dense_attention_grows(delethink):
         assert row["peak_bytes"] == kinds[threads, "prefill"]["peak_bytes"] or reset == "streaming"
 
 
-def test_the_study_of_delethink_is_a_part_of_the_accuracy_benchmark(tmp_path):
-    path = tmp_path / "delethink.json"
-    command = ["--method", "delethink", "--smoke", "--json", str(path)]
-    assert script("bench_accuracy").main(command) == 0
-    content = json.loads(path.read_text())
-    assert content["meta"]["part"] == ["scaling"]
-    assert {r["method"] for r in content["rows"]} == {"delethink", "full"}
-
-
 def test_right_tokens_are_those_of_right_steps():
     script("bench_delethink")
     walks = sys.modules["delethink.walks"]
@@ -307,15 +298,16 @@ def test_plots(smoke, memory, decode, delethink, tmp_path):
     }
     pictures += plot.plot(memory, tmp_path)
     assert pictures[-1].stem == "memory-bytes"
-    pictures += plot.plot(BENCHMARKS / "results" / "cpu" / "retrieval-share.json", tmp_path)
-    assert pictures[-1].stem == "retrieval-share-share"
-    for part, chart in (("tight", "tight-bytes"), ("lag", "lag-windows")):
-        pictures += plot.plot(BENCHMARKS / "results" / "cpu" / f"accuracy-{part}.json", tmp_path)
-        assert pictures[-1].stem == f"accuracy-{part}-{chart}"
+    pictures += plot.plot(BENCHMARKS / "results" / "cpu" / "retrieval" / "share.json", tmp_path)
+    assert pictures[-1].stem == "share"
+    for part, chart in (("tight", "bytes"), ("lag", "windows")):
+        stored = BENCHMARKS / "results" / "cpu" / "families" / f"{part}.json"
+        pictures += plot.plot(stored, tmp_path)
+        assert pictures[-1].stem == f"{part}-{chart}"
     pictures += plot.plot(decode, tmp_path)
     assert [p.stem for p in pictures[-2:]] == ["decode-tiny-1-times", "decode-tiny-1-parts"]
     charts = plot.plot(delethink, tmp_path)
-    names = ("accuracy", "growth", "carries", "stalls")
+    names = ("accuracy", "growth", "carries", "boundaries")
     assert [p.stem for p in charts] == [f"delethink-{name}" for name in names]
     pictures += charts
     assert all(1_000 < p.stat().st_size < 100_000 for p in pictures)

@@ -10,9 +10,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("openai")
 pytest.importorskip("math_verify")
 
-from accuracy import equivalence
-from accuracy.checkers import CHECKERS, last_boxed
-from accuracy.problems import TEMPLATE, Problem, encode, load
+from evaluation import equivalence
+from evaluation.checkers import CHECKERS, last_boxed
+from evaluation.problems import TEMPLATE, Problem, encode, load
 from kvcomp.reasoner import task
 
 PROBLEMS = Path(__file__).parent / "data" / "problems.jsonl"

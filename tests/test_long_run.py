@@ -24,8 +24,8 @@ from kvcomp.methods import LazyEviction
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 bench = importlib.import_module("bench_long_run")
-player, verdict = bench.player, bench.verdict
-FirstLayer = player.FirstLayer
+teacher_forcing, verdict = bench.teacher_forcing, bench.verdict
+FirstLayer = teacher_forcing.FirstLayer
 
 TOKENS = {
     "full": 3_000,
@@ -46,7 +46,9 @@ def model():
 def run(model, method, tokens, looks=40):
     prompt, stream = bench.text(tokens)
     assert len(prompt) == BEFORE and len(stream) == tokens
-    log = player.decode(model, method, prompt, stream, every=tokens // looks, checks=looks // 4)
+    log = teacher_forcing.decode(
+        model, method, prompt, stream, every=tokens // looks, checks=looks // 4
+    )
     return log.rows()
 
 

@@ -13,10 +13,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("openai")
 pytest.importorskip("math_verify")
 
-from accuracy.checkers import CHECKERS
-from accuracy.preset import figures_table, settings_table
-from accuracy.presets import PRESETS
-from accuracy.problems import encode
+from evaluation.checkers import CHECKERS
+from evaluation.preset import figures_table, settings_table
+from evaluation.problems import encode
+from evaluation.published import PRESETS
 from kvcomp import METHODS
 
 PAGE = Path(__file__).parents[1] / "docs" / "presets.md"

@@ -1,1 +1,1 @@
-"""The parts of `bench_accuracy.py`: problems, checkers, the settings of the papers, the study."""
+"""The study of bench_accuracy.py: sizes, cells, results, intervals, charts."""

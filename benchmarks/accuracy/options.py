@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from accuracy.checkers import CHECKERS
-from accuracy.parts import PARTS
-from accuracy.presets import PRESETS
+from evaluation.checkers import CHECKERS
+from evaluation.published import PRESETS
 from kvcomp import METHODS
 from kvcomp.cli.output import check_output
 
@@ -31,8 +30,6 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    known = [part.name for part in PARTS]
-    add("--part", choices=["study", *known], nargs="+", default=["study"])
     add("--model", metavar="NAME", help="a folder or hub name; default: the bundled reasoner")
     add("--problems", type=Path, metavar="FILE.jsonl", help="default: walks of the reasoner")
     add("--checker", choices=CHECKERS, default="math", help="of lines that name none")
@@ -76,10 +73,6 @@ def complete(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"kvcomp.accuracy: --{name}: expected at least 1, got {value}")
-    if "study" in options.part and len(options.part) > 1:
-        raise ValueError(
-            f"kvcomp.accuracy: --part: the study has a file of its own: {options.part}"
-        )
     if options.preset is not None:
         _take_preset(options)
     options.model = options.model or "reasoner"

@@ -8,9 +8,9 @@ from fractions import Fraction
 from statistics import mean
 from typing import Any, Protocol, get_type_hints
 
-from accuracy.preset import Preset
 from accuracy.sizes import Room, fit
 from accuracy.summary import Row
+from evaluation.preset import Preset
 from kvcomp import METHODS, Method
 from kvcomp.cli.generate import parse
 

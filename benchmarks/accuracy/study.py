@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from accuracy.plans import EqualBytes, Plan, Published, own_fields
-from accuracy.presets import PRESETS
 from accuracy.results import Cell, Results
 from accuracy.sizes import keeps_all
 from accuracy.summary import Row, Summary, summarize
 from accuracy.workload import Workload
+from evaluation.published import PRESETS
 from harness.record import meta
 
 ROUNDING = 1.01  # rows of a batch are of different lengths, and an index grows in steps

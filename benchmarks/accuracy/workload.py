@@ -14,11 +14,11 @@ import transformers
 from transformers.generation.streamers import BaseStreamer
 
 import kvcomp
-from accuracy import problems as files
-from accuracy.checkers import CHECKERS, Grade
-from accuracy.presets import PRESETS
-from accuracy.problems import Problem
 from accuracy.sizes import Room
+from evaluation import problems as files
+from evaluation.checkers import CHECKERS, Grade
+from evaluation.problems import Problem
+from evaluation.published import PRESETS
 from kvcomp import Method
 from kvcomp.cache import Report
 from kvcomp.cli.common import load, pick_device, pick_dtype

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from decode.contenders import STOCK, Filling, contender
 from decode.models import make_model, token_bytes
-from decode.room import free_memory
+from harness.memory import free_memory
 from ops.common import DTYPES
 
 

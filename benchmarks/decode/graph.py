@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, StaticCache
 import kvcomp
 from decode.contenders import STATIC, Contender, Filling, Patched, method_for
 from decode.models import make_model, token_bytes, weight_bytes
-from decode.room import free_memory
+from harness.memory import free_memory
 from harness.timing import interleave
 from kvcomp import LazyEviction, Method
 from kvcomp.hf import Cache, StaticRun

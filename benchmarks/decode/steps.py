@@ -25,7 +25,7 @@ from decode.contenders import (
     method_for,
 )
 from decode.models import make_model, token_bytes, weight_bytes
-from decode.room import free_memory
+from harness.memory import free_memory
 from kvcomp import Delethink
 from kvcomp.probe import Probe, bandwidth_probe
 from ops.common import DTYPES

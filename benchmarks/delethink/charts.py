@@ -109,4 +109,4 @@ def stalls(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
         axis.set_xlabel(f"ms at a boundary, {cores}")
     axes[0, 0].invert_yaxis()  # and with it the others
     title(figure, facts, "How long decoding stands still; streaming by its piece")
-    yield "stalls", figure
+    yield "boundaries", figure

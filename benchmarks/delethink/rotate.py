@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from delethink.player import Player
+from delethink.stepper import Stepper
 from delethink.walks import Walks
 from kvcomp import Delethink
 from ops.common import DTYPES
@@ -78,23 +78,23 @@ def bench_rotate(options: argparse.Namespace) -> Iterator[RotateRow]:
     for carry in carries:
         tokens = chunk + boundaries * (chunk - carry)
 
-        def players(carry: int = carry) -> dict[str, Player]:
+        def steppers(carry: int = carry) -> dict[str, Stepper]:
             return {
-                f"{reset} {d}": walks[d].player(
+                f"{reset} {d}": walks[d].stepper(
                     Delethink(chunk, carry, None, head=carry // 8, reset=reset)
                 )
                 for d in PRECISIONS
                 for reset in RESETS
             }
 
-        forced, free = players(), players()
+        forced, free = steppers(), steppers()
         kls, same, foreseen = compare(forced, walks["fp32"].gold[:, :tokens], chunk)
         right = {}
-        for name, player in free.items():
-            player.decode(tokens)
-            right[name] = walks["fp32"].right(player.ids())
-        for player in (*forced.values(), *free.values()):
-            player.close()
+        for name, stepper in free.items():
+            stepper.decode(tokens)
+            right[name] = walks["fp32"].right(stepper.ids())
+        for stepper in (*forced.values(), *free.values()):
+            stepper.close()
         for pair in PAIRS:
             kl = kls[pair]
             by_chunk = kl.unflatten(1, (-1, chunk - carry))  # [B, chunks, tokens of one]
@@ -118,25 +118,25 @@ def bench_rotate(options: argparse.Namespace) -> Iterator[RotateRow]:
 
 
 def compare(
-    players: dict[str, Player], gold: Tensor, chunk: int
+    steppers: dict[str, Stepper], gold: Tensor, chunk: int
 ) -> tuple[dict[tuple, Tensor], dict[tuple, Tensor], dict[str, Tensor]]:
     """Feed all of them the right answers [B, tokens].
 
     Returns:
-        by pair, KL divergences and whether both choose the same; by player, whether it chooses the
+        by pair, KL divergences and whether both choose the same; by stepper, whether it chooses the
         right token. All [B, tokens - chunk], of what follows the first chunk.
     """
     kls, same = ({pair: [] for pair in PAIRS} for _ in range(2))
-    foreseen = {name: [] for name in players}
+    foreseen = {name: [] for name in steppers}
     for column in range(gold.shape[1] - 1):
-        for player in players.values():
-            player.step(gold[:, column, None])
+        for stepper in steppers.values():
+            stepper.step(gold[:, column, None])
         if column + 1 < chunk:
             continue
-        for name, player in players.items():
-            foreseen[name].append(player.output[-1][:, 0] == gold[:, column + 1])
+        for name, stepper in steppers.items():
+            foreseen[name].append(stepper.output[-1][:, 0] == gold[:, column + 1])
         for pair in PAIRS:
-            first, second = (players[name].logits for name in pair)
+            first, second = (steppers[name].logits for name in pair)
             kls[pair].append(divergence(first, second))
             same[pair].append(first.argmax(-1) == second.argmax(-1))
     return tuple({k: torch.stack(v, 1) for k, v in x.items()} for x in (kls, same, foreseen))
@@ -152,5 +152,5 @@ def share(marks: Tensor) -> float:
     return marks.float().mean().item()
 
 
-def boundary_ms(*players: Player) -> float:
-    return 1e3 * statistics.median(s for p in players for s in p.run.meter.boundary_seconds)
+def boundary_ms(*steppers: Stepper) -> float:
+    return 1e3 * statistics.median(s for p in steppers for s in p.run.meter.boundary_seconds)

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import kvcomp
-from delethink.player import Player, Window, drift, race, spread
+from delethink.stepper import Stepper, Window, drift, race, spread
 from delethink.walks import Walks
 from kvcomp import Delethink
 
-TURNS = 16  # that each player takes within a window
+TURNS = 16  # that each stepper takes within a window
 # Half of Qwen3-0.6B in every width, so that two cores decode it in about 10 ms.
 SHAPE = {
     "hidden_size": 512,
@@ -123,10 +123,10 @@ def bench_scaling(options: argparse.Namespace) -> Iterator[Rows]:
     stops = window_stops(options.chunk, options.carry, max(options.budgets))
     for nodes in options.nodes:
         walks = Walks(nodes, options.problems, stops[-1])
-        players = {n: walks.player(m) for n, m in contestants(options).items()}
-        windows = race(players, stops, TURNS)
-        for name, player in players.items():
-            right = walks.right(player.ids())
+        steppers = {n: walks.stepper(m) for n, m in contestants(options).items()}
+        windows = race(steppers, stops, TURNS)
+        for name, stepper in steppers.items():
+            right = walks.right(stepper.ids())
             yield from _rows("scaling", name, nodes, windows[name], right)
             for budget in options.budgets:
                 part = right[:, :budget].float()
@@ -138,18 +138,18 @@ def bench_scaling(options: argparse.Namespace) -> Iterator[Rows]:
                     part.mean().item(),
                     part.all(1).float().mean().item(),
                 )
-            player.close()
+            stepper.close()
 
 
 def bench_curve(options: argparse.Namespace) -> Iterator[Rows]:
     """A random model of a real shape, where attention and weights are what takes the time."""
     stops = window_stops(options.chunk, options.carry, max(options.budgets))
     model, prompt = real_model(options)
-    players = {n: Player(model, m, prompt) for n, m in contestants(options).items()}
-    windows = race(players, stops, TURNS)
-    for name, player in players.items():
+    steppers = {n: Stepper(model, m, prompt) for n, m in contestants(options).items()}
+    windows = race(steppers, stops, TURNS)
+    for name, stepper in steppers.items():
         yield from _rows("curve", name, None, windows[name], None)
-        player.close()
+        stepper.close()
 
 
 def contestants(options: argparse.Namespace) -> dict[str, kvcomp.Method]:

@@ -1,6 +1,6 @@
 """How long decoding stands still at a boundary, and what it costs to have that done beforehand.
 
-Players take turns by whole chunks, just behind a boundary: there no background is at work.
+Steppers take turns by whole chunks, just behind a boundary: there no background is at work.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from delethink.player import Player, race
 from delethink.scaling import real_model
+from delethink.stepper import Stepper, race
 from kvcomp import Delethink
 
 BUSY = 1.3  # CPU seconds per second, above which a second thread is at work
@@ -83,22 +83,22 @@ def _rows(
     for piece in options.pieces:
         methods[f"streaming {piece}"] = Delethink(**schedule, reset="streaming", piece=piece)
     model, prompt = real_model(options)
-    players = {name: Player(model, method, prompt) for name, method in methods.items()}
-    race(players, [chunk + 1 + n * (chunk - carry) for n in range(options.stall_boundaries)])
-    whole = players["prefill"].run.meter.boundary_seconds
-    for name, player in players.items():
-        player.close()
-        streaming, stalls = name != "prefill", player.run.meter.boundary_seconds
+    steppers = {name: Stepper(model, method, prompt) for name, method in methods.items()}
+    race(steppers, [chunk + 1 + n * (chunk - carry) for n in range(options.stall_boundaries)])
+    whole = steppers["prefill"].run.meter.boundary_seconds
+    for name, stepper in steppers.items():
+        stepper.close()
+        streaming, stalls = name != "prefill", stepper.run.meter.boundary_seconds
         hides = streaming and core_free
         watched = streaming and threads == 1  # more threads use more than one core at any time
         quiet, busy = [], []
-        for seconds, stall, cpu in zip(player.seconds, player.stalls, player.cpu, strict=True):
+        for seconds, stall, cpu in zip(stepper.seconds, stepper.stalls, stepper.cpu, strict=True):
             if not stall:
                 (busy if watched and cpu / seconds > BUSY else quiet).append(seconds)
         yield StallRow(
             "stall",
-            player.method.reset,
-            player.method.piece if streaming else None,
+            stepper.method.reset,
+            stepper.method.piece if streaming else None,
             threads,
             cores,
             core_free,
@@ -113,6 +113,6 @@ def _rows(
             1e3 * statistics.median(quiet),
             1e3 * statistics.median(busy) if busy else None,
             len(busy) / (len(busy) + len(quiet)),
-            1e3 / player.window(chunk + 1).ms_mean,
-            player.run.meter.peak_bytes,
+            1e3 / stepper.window(chunk + 1).ms_mean,
+            stepper.run.meter.peak_bytes,
         )

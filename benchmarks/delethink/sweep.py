@@ -56,11 +56,11 @@ def settings(options: argparse.Namespace) -> Iterator[tuple[str, int, int, int]]
 def bench_sweep(options: argparse.Namespace) -> Iterator[SweepRow]:
     walks = Walks(options.nodes[0], options.sweep_problems, options.sweep_tokens)
     for what, chunk, carry, head in settings(options):
-        player = walks.player(Delethink(chunk=chunk, carry=carry, head=head, max_chunks=None))
-        player.decode(options.sweep_tokens)
-        player.close()
-        right, report = walks.right(player.ids()), player.run.report()
-        meter, rows = player.run.meter, len(right)
+        stepper = walks.stepper(Delethink(chunk=chunk, carry=carry, head=head, max_chunks=None))
+        stepper.decode(options.sweep_tokens)
+        stepper.close()
+        right, report = walks.right(stepper.ids()), stepper.run.report()
+        meter, rows = stepper.run.meter, len(right)
         yield SweepRow(
             "sweep",
             what,

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from delethink.player import Player
+from delethink.stepper import Stepper
 from kvcomp import Method
 from kvcomp.reasoner import path, task
 
@@ -33,8 +33,8 @@ class Walks:
         words = [problem.gold().split()[:tokens] for problem in self.problems]
         self.gold = torch.tensor([self.tokenizer.convert_tokens_to_ids(w) for w in words])
 
-    def player(self, method: Method) -> Player:
-        return Player(self.model, method, self.prompt)
+    def stepper(self, method: Method) -> Stepper:
+        return Stepper(self.model, method, self.prompt)
 
     def right(self, ids: Tensor) -> Tensor:
         """[B, tokens] bool: which tokens of the answers [B, tokens] belong to a right step."""

@@ -18,6 +18,7 @@ import kvcomp
 from kvcomp import _C
 from kvcomp.info import cpu_model
 
+NOT_INSTALLED = 3  # exit code of a script that needs a package which is not there
 ENVIRONMENT = ("KVCOMP_ISA", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "CUDA_VISIBLE_DEVICES")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kvcomp
-from bench_memory import Memory
+from harness.memory import Memory
 from kvcomp.cache import KVCache
 from ops.common import DTYPES
 

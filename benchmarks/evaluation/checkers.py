@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from accuracy import equivalence
+from evaluation import equivalence
 from kvcomp.reasoner import task
 
 if TYPE_CHECKING:
-    from accuracy.problems import Problem
+    from evaluation.problems import Problem
 
 THOUGHT = "</think>"
 LETTERS = "ABCDEFGHIJ"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import kvcomp
-from accuracy.preset import Data, Make, Paper, Preset, Sampling
+from evaluation.preset import Data, Make, Paper, Preset, Sampling
 from kvcomp import Method
 
 QWEN_1_5B, QWEN_7B, QWEN_14B = (

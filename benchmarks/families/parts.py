@@ -1,34 +1,15 @@
-"""The parts on the bundled reasoner in which all of a family get the same bound.
-
-half    Walks over 16 nodes, decoded freely, at half of the full cache's peak, with evictions every
-        128 steps.
-tight   Walks over 64 nodes of which 8 can be reached: the prompt is longer than the bound, and 7 of
-        8 facts never matter. The right answer is given token by token and each prediction graded,
-        so that one lost fact costs its own steps and no others. A sweep over the bound.
-lag     The same at one bound: every score with evictions every 1, 16 and 64 steps.
-link    A long prompt and a long answer, given token by token, a quarter of the final context on the
-        device: what each retrieval method gets right, and the bytes it brings over the link.
-
-Every eviction method gets the same bound, budget + window tokens a layer, and the same windows, so
-that lag and score can be told apart; every retrieval method gets the same number of tokens on the
-device. alpha is chosen by `LazyEviction.calibrate` on other problems, and is RaaS's too.
-"""
+"""The parts of `bench_families.py`: what is decoded, and at which bounds."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import mean
 
-import torch
-
 import kvcomp
-from accuracy.family import family, retrieval_family
-from accuracy.reasoner import Reasoner
-from harness.record import meta, write_json
+from families.members import family, retrieval_family
+from families.reasoner import Reasoner
 from kvcomp import Method
-from kvcomp.cli.common import pick_device
 from kvcomp.methods.eviction import Eviction
 from kvcomp.reasoner import task
 
@@ -109,6 +90,7 @@ PARTS = (
 SMOKE = (
     Part("half", 4, None, 16, False, (), (8,)),
     Part("tight", 16, 4, 8, True, (64,), (8,)),
+    Part("lag", 16, 4, 8, True, (64,), (1, 8)),
     Part("link", 32, 4, 8, True, (), ()),
 )
 
@@ -146,23 +128,3 @@ def calibrated(reasoner: Reasoner, part: Part) -> float:
         budget=bound - part.windows[-1],
     )
     return method.alpha
-
-
-def run(options: argparse.Namespace) -> None:
-    """The parts that `options` name; they share one file."""
-    device = pick_device(options.device)
-    if device == "cpu":
-        torch.set_num_threads(1)  # so small a model gains nothing from more
-    count = 1 if options.smoke else options.count
-    reasoner = Reasoner(device)
-    alpha = options.alpha or calibrated(reasoner, next(p for p in PARTS if p.name == "lag"))
-    print(f"alpha {alpha}, {count} problems", flush=True)
-    rows = []
-    for part in SMOKE if options.smoke else PARTS:
-        if part.name in options.part:
-            for row in part.rows(reasoner, count, alpha):
-                print(row.line(), flush=True)
-                rows.append(asdict(row))
-    if options.json:
-        facts = meta("accuracy", device.partition(":")[0], problems=count, alpha=alpha)
-        write_json(options.json, facts, rows)

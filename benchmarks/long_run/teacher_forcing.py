@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import kvcomp
-from bench_memory import Memory
+from harness.memory import Memory
 from kvcomp import Delethink, Method
 from kvcomp.cache import KVCache
 from long_run.first_layer import FirstLayer, resident_rows_are_the_pools

@@ -37,7 +37,7 @@ class Window:
 
 
 @dataclass
-class Player:
+class Stepper:
     """
     Args:
         model: copied, since a model has one method at a time.
@@ -111,17 +111,17 @@ class Player:
 
 
 def race(
-    players: dict[str, Player], stops: Iterable[int], slices: int = 1, seed: int = 0
+    steppers: dict[str, Stepper], stops: Iterable[int], slices: int = 1, seed: int = 0
 ) -> dict[str, list[Window]]:
     """All decode up to each of `stops`, taking turns `slices` times on the way."""
-    windows: dict[str, list[Window]] = {name: [] for name in players}
+    windows: dict[str, list[Window]] = {name: [] for name in steppers}
     order, start = random.Random(seed), 0
     for stop in stops:
         for part in range(1, slices + 1):
-            for name in order.sample(list(players), len(players)):
-                players[name].decode(start + (stop - start) * part // slices)
-        for name, player in players.items():
-            windows[name].append(player.window(start))
+            for name in order.sample(list(steppers), len(steppers)):
+                steppers[name].decode(start + (stop - start) * part // slices)
+        for name, stepper in steppers.items():
+            windows[name].append(stepper.window(start))
         start = stop
     return windows
 

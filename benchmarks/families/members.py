@@ -1,4 +1,4 @@
-"""The eviction and the retrieval family at one bound, for the parts on the bundled reasoner."""
+"""The members of the eviction and the retrieval family, all of the same size."""
 
 from __future__ import annotations
 

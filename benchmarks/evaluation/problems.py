@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accuracy.checkers import CHECKERS, LETTERS, last_boxed, require, walk
+from evaluation.checkers import CHECKERS, LETTERS, last_boxed, require, walk
 
 # Of each thing, the names that public files have for it; the first one there is taken.
 FIELDS: dict[str, tuple[str, ...]] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accuracy.problems import TEMPLATE, Problem, load
+from evaluation.problems import TEMPLATE, Problem, load
 from kvcomp import Full, Method
 
 Make = Callable[[str, int], Method]  # from a model's name and a budget

@@ -1,0 +1,1 @@
+"""Problems, checkers and published settings: what grades a model that somebody brings."""
