@@ -75,6 +75,24 @@ def decode_attention(draw):
     return q, k, v, ints(draw.lens(batch, room)), page_ids, page_size, dim**-0.5, logits
 
 
+def append_attention(draw):
+    q, k, v, lens, page_ids, size, scale, _ = decode_attention(draw)
+    room = k.shape[2] if page_ids is None else page_ids.shape[-1] * size
+    if page_ids is not None:  # no holes among the new tokens
+        page_ids = page_ids.clamp(min=0)
+    batch, heads, dim = q.shape
+    count = draw.int(1, min(room, 64))
+    q = draw.normal(batch, heads, count, dim, scale=2.0).transpose(1, 2)
+    lens, q_lens = ints(draw.lens(batch, room, least=count)), None
+    if draw.int(0, 1):
+        q_lens = ints(draw.lens(batch, count))
+    tail = None
+    if draw.int(0, 1):
+        tail = torch.randint(-(2**63), 2**63 - 1, (batch, count), generator=draw.generator)
+    logits = torch.full((batch, count, heads, room), torch.nan) if draw.int(0, 1) else None
+    return q, k, v, lens, q_lens, tail, page_ids, size, scale, logits
+
+
 def merge_states(draw):
     draw.dtype = draw.of(st.sampled_from(HALF_AND_FULL))
     batch, heads, dim = draw.int(1, 4), draw.int(1, 9), draw.of(dims)
@@ -175,8 +193,8 @@ def freed(args):
 
 
 def unattended(args):
-    """decode_attention leaves the logits past a row's end, and of holes, alone or at -inf."""
-    logits = args[8] if len(args) > 8 else args[7]
+    """Attention leaves the logits past a row's end, and of holes, alone or at -inf."""
+    logits = args[{8: 7, 10: 9}.get(len(args), 8)]
     if logits is not None:
         logits[~logits.isfinite()] = 0
 
@@ -215,6 +233,7 @@ def select_units(draw):
 
 
 INPUTS = {  # op -> how its arguments are drawn, which of them it writes, what to blank
+    "append_attention": (append_attention, (9,), unattended),
     "decode_attention": (decode_attention, (7,), unattended),
     "merge_states": (merge_states, (), None),
     "page_scores": (page_scores, (), None),

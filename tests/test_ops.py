@@ -70,6 +70,15 @@ def test_kmeans_takes_no_wrong_turn_in_many_iterations():
 
 # The public functions take by keyword, or in other terms, what the schema has by position.
 CALLS = {
+    "append_attention": lambda op, *args: op(
+        *args[:4],
+        q_lens=args[4],
+        tail=args[5],
+        page_ids=args[6],
+        page_size=args[7],
+        scale=args[8],
+        logits=args[9],
+    ),
     "attend_and_select": lambda op, *args: op(
         *(*args[:4], *args[5:7]),
         page_ids=args[4],

@@ -47,6 +47,7 @@ def _tiny_calls(device: str) -> dict[str, Callable]:
     previous, pool = torch.randn_like(q), [torch.randn(1, 1, 8, 2, 32, pin_memory=device == "cuda")]
     return {
         "decode_attention": lambda: ops.decode_attention(q, k, k, one),
+        "append_attention": lambda: ops.append_attention(q[None], k, k, one),
         "merge_states": lambda: ops.merge_states(q, lse, q, lse),
         "page_scores": lambda: ops.page_scores(scores, lse, eight, 4),
         "select_pages": lambda: ops.select_pages(scores, eight, 1, 4),

@@ -5,6 +5,7 @@
 
 namespace kvcomp::cpu {
 
+void append_attention(const AppendAttentionParams& params);
 void attend_and_select(const AttendAndSelectParams& params);
 void attention_hits(const AttentionHitsParams& params);
 void compact_kv(const CompactKvParams& params);

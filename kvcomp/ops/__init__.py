@@ -5,6 +5,7 @@ size, P pages. K and V are [B, Hkv, T, D] with any strides on B, Hkv and T, and 
 """
 
 from kvcomp.ops._registry import OPS
+from kvcomp.ops.append_attention import append_attention
 from kvcomp.ops.attend_and_select import attend_and_select
 from kvcomp.ops.attention_hits import attention_hits
 from kvcomp.ops.compact_kv import compact_kv
@@ -25,6 +26,7 @@ from kvcomp.ops.unit_scores import unit_scores
 
 __all__ = [
     "OPS",
+    "append_attention",
     "attend_and_select",
     "attention_hits",
     "compact_kv",

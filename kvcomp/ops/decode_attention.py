@@ -71,27 +71,43 @@ def logits_dtype(q: Tensor) -> torch.dtype:
 
 
 def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits):
-    batch, _, head_dim = q.shape
-    num_kv_heads, num_slots = k.shape[1:3]
-    if page_ids is None:
-        valid = torch.arange(num_slots, device=q.device) < seq_lens[:, None, None]  # [B, 1, T]
-    else:
-        offsets = torch.arange(page_size, device=q.device)
-        slots = (page_ids.long()[..., None] * page_size + offsets).flatten(-2)  # [B, 1|Hkv, N]
-        position = torch.arange(slots.shape[-1], device=q.device)
-        valid = (slots >= 0) & (position < seq_lens[:, None, None])
-        slots = slots.where(valid, 0).expand(-1, num_kv_heads, -1)
-        k = k.gather(2, slots[..., None].expand(-1, -1, -1, head_dim))
-        v = v.gather(2, slots[..., None].expand(-1, -1, -1, head_dim))
-    grouped = q.reshape(batch, num_kv_heads, -1, head_dim)
-    x = (grouped @ k.transpose(-1, -2) * scale).masked_fill(~valid[:, :, None], -torch.inf)
+    k, v, valid = listed(k, v, seq_lens, page_ids, page_size)
+    x = logits_of(q[:, None], k, scale).masked_fill(~valid[:, None, :, None], -torch.inf)
+    out, lse = attended(x, v)
     if logits is not None:
-        logits[..., : x.shape[-1]] = x.flatten(1, 2)
-    lse = x.logsumexp(-1)  # [B, Hkv, G]
+        logits[..., : x.shape[-1]] = x.flatten(1, 3)
+    return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def listed(k, v, seq_lens, page_ids, page_size):
+    """K and V [B, Hkv, N, D] in the order in which they are listed, and which of them there are,
+    [B, 1 or Hkv, N] bool; V is 0 where there is nothing."""
+    if page_ids is None:
+        valid = torch.arange(k.shape[2], device=k.device) < seq_lens[:, None, None]
+    else:
+        offsets = torch.arange(page_size, device=k.device)
+        slots = (page_ids.long()[..., None] * page_size + offsets).flatten(-2)  # [B, 1|Hkv, N]
+        position = torch.arange(slots.shape[-1], device=k.device)
+        valid = (slots >= 0) & (position < seq_lens[:, None, None])
+        slots = slots.where(valid, 0).expand(-1, k.shape[1], -1)
+        k, v = (x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
+    return k, v.masked_fill(~valid[..., None], 0.0), valid  # it may never have been written
+
+
+def logits_of(q, k, scale):
+    """q [B, m, Hq, D], k [B, Hkv, N, D] -> [B, m, Hkv, G, N]."""
+    grouped = q.unflatten(2, (k.shape[1], -1)).transpose(1, 2)  # [B, Hkv, m, G, D]
+    x = grouped.flatten(2, 3) @ k.transpose(-1, -2) * scale
+    return x.unflatten(2, grouped.shape[2:4]).transpose(1, 2)
+
+
+def attended(x, v):
+    """x [B, m, Hkv, G, N] logits, v [B, Hkv, N, D] -> out [B, m, Hq, D], lse [B, m, Hq]."""
+    lse = x.logsumexp(-1)
     base = lse.masked_fill(lse == -torch.inf, 0.0)  # nothing attended: probabilities of 0
-    probs = (x - base[..., None]).exp()
-    v = v.masked_fill(~valid[..., None], 0.0)  # slots never written may hold anything
-    return (probs @ v).flatten(1, 2), lse.flatten(1, 2)
+    probs = (x - base[..., None]).exp().transpose(1, 2)  # [B, Hkv, m, G, N]
+    out = (probs.flatten(2, 3) @ v).unflatten(2, probs.shape[2:4]).transpose(1, 2)
+    return out.flatten(2, 3), lse.flatten(2, 3)
 
 
 def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits):
@@ -132,21 +148,24 @@ def native(backend: int) -> Callable:
 def partials(
     q: Tensor, k: Tensor, lse: Tensor, page_ids: Tensor | None, page_size: int
 ) -> tuple[Tensor | None, Tensor | None, int]:
-    """Room for out and lse of the CUDA kernel's splits, None where it makes but one; their size."""
+    """Room for out and lse of the CUDA kernel's splits, None where it makes but one; their size.
+
+    q [B, Hq, D] or [B, m, Hq, D]: the splits are the same for any m.
+    """
     positions = k.shape[2] if page_ids is None else page_ids.shape[2] * page_size
     splits, size = plan(q, k.shape[1], positions)
     if splits == 1:
         return None, None, size
     partial_lse = lse.new_empty(*lse.shape, splits)
-    return lse.new_empty(*partial_lse.shape, q.shape[2]), partial_lse, size
+    return lse.new_empty(*partial_lse.shape, q.shape[-1]), partial_lse, size
 
 
 def plan(q: Tensor, num_kv_heads: int, positions: int) -> tuple[int, int]:
     """How many splits of how many positions the CUDA kernel makes."""
-    group = q.shape[1] // num_kv_heads
+    group = q.shape[-2] // num_kv_heads
     blocks = q.shape[0] * num_kv_heads * -(-group // HEADS_PER_BLOCK)
     chunks = max(1, -(-positions // MIN_SPLIT))
-    resident = blocks_per_multiprocessor(q.device, q.dtype, q.shape[2])
+    resident = blocks_per_multiprocessor(q.device, q.dtype, q.shape[-1])
     return plan_splits(blocks, chunks, num_multiprocessors(q.device) * resident)
 
 

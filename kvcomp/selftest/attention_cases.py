@@ -62,17 +62,18 @@ def _room(*shape, dtype) -> torch.Tensor | None:
     return None if dtype is None else torch.full(shape, torch.nan, dtype=dtype)
 
 
-def _attention_case(name, make, logits) -> Case:
+def _attention_case(name, make, logits, op="decode_attention") -> Case:
+    at = {"decode_attention": 7, "append_attention": 9}[op]
+
     def unattended(args):
-        args[7][~args[7].isfinite()] = 0  # left alone or -inf
+        args[at][~args[at].isfinite()] = 0  # left alone or -inf
         if half:
-            args[7].clamp_(-65504, 65504)  # of fp16
+            args[at].clamp_(-65504, 65504)  # of fp16
 
     if logits is None:
-        return Case("decode_attention", name, make, HALF_AND_FULL)
+        return Case(op, name, make, HALF_AND_FULL)
     half = logits == torch.float16
-    refused_by = HALF_LOGITS if half else ()
-    return Case("decode_attention", name, make, HALF_AND_FULL, (7,), unattended, refused_by)
+    return Case(op, name, make, HALF_AND_FULL, (at,), unattended, HALF_LOGITS if half else ())
 
 
 def _decode_attention_cases() -> list[Case]:
@@ -101,6 +102,65 @@ def _decode_attention_cases() -> list[Case]:
         _paged("holes-half-logits", 3, 4, 2, 90, 64, 16, 5, False, "head", True, torch.float16),
     ]
     return dense + paged
+
+
+def _append_attention_cases() -> list[Case]:
+    def build(
+        name,
+        count,
+        heads,
+        kv_heads,
+        slots,
+        dim,
+        lens,
+        q_lens=None,
+        tree=False,
+        page_size=0,
+        shared=True,
+        layout="head",
+        logits=None,
+    ):
+        """page_size 0: dense; else all pages, in any order."""
+
+        def make(dtype, device):
+            batch, generator = len(lens), generator_for(name)
+            q, k, v = attention_inputs(batch, heads * count, kv_heads, slots, dim, dtype, layout)
+            # As ops give it, and as models do.
+            q = q.unflatten(1, (count, heads)) if layout == "head" else q.unflatten(1, (heads, -1))
+            q = q if layout == "head" else q.transpose(1, 2)
+            page_ids = None
+            if page_size:
+                sets = torch.rand(
+                    batch, 1 if shared else kv_heads, slots // page_size, generator=generator
+                )
+                page_ids = sets.argsort(-1).int()
+            tail = None
+            if tree:
+                tail = torch.randint(-(2**63), 2**63 - 1, (batch, count), generator=generator)
+                tail[0, 0] = 0  # nothing of the new ones
+            given = None if q_lens is None else ints(q_lens)
+            buffer = _room(batch, count, heads, slots + 3, dtype=logits)
+            where = page_ids, max(page_size, 1)
+            return on(device, q, k, v, ints(lens), given, tail, *where, dim**-0.5, buffer)
+
+        return _attention_case(name, make, logits, "append_attention")
+
+    return [
+        build("one-token", 1, 1, 1, 1, 64, [1]),
+        build("all-new", 5, 4, 2, 5, 32, [5]),
+        build("odd-ragged", 3, 6, 2, 131, 64, [131, 3, 77]),
+        build("tree", 9, 4, 2, 100, 80, [100, 9, 64], tree=True, layout="slab"),
+        build("ragged-queries", 7, 4, 1, 150, 64, [150, 7, 4, 0], [7, 3, 0, 0], layout="token"),
+        build("ragged-tree", 12, 2, 2, 90, 96, [90, 20], [12, 5], tree=True),
+        build("most", 64, 4, 2, 300, 32, [300, 64], [64, 63], tree=True, logits=torch.float32),
+        build("many-rows", 11, 20, 1, 530, 64, [530, 260], layout="slab"),
+        build("over-spans", 6, 2, 1, 1030, 128, [1030, 515, 1027], logits=torch.float32),
+        build("over-odd-spans", 4, 3, 1, 970, 80, [970, 481, 480]),
+        build("pages", 5, 4, 2, 96, 64, [96, 6], page_size=16, logits=torch.float32),
+        build("tokens-by-head", 4, 4, 2, 70, 64, [70, 9], None, True, 1, shared=False),
+        build("wide", 3, 4, 2, 70, 256, [70, 33], page_size=7, layout="token"),
+        build("half-logits", 4, 4, 2, 80, 64, [80, 41], tree=True, logits=torch.float16),
+    ]
 
 
 def _merge_states_cases() -> list[Case]:
@@ -242,6 +302,7 @@ def _attend_and_select_cases() -> list[Case]:
 
 def attention_cases() -> list[Case]:
     return [
+        *_append_attention_cases(),
         *_attend_and_select_cases(),
         *_decode_attention_cases(),
         *_merge_states_cases(),

@@ -12,6 +12,7 @@ from bad_input.op_calls import Call
 from kvcomp import ops
 
 CALLS = {
+    "append_attention": good.append,
     "attend_and_select": good.attend_and_select,
     "attention_hits": good.hits,
     "compact_kv": good.compact,

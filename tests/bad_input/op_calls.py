@@ -39,6 +39,22 @@ def paged(page_ids, page_size=16, **changes):
     return attention(page_ids=page_ids, page_size=page_size, **{"seq_lens": lens, **changes})
 
 
+def append(count=3, **changes):
+    """A good call of append_attention, all pages listed."""
+    args = {
+        "q": torch.randn(B, count, HQ, D),
+        "k": torch.randn(B, HKV, T, D),
+        "v": torch.randn(B, HKV, T, D),
+        "seq_lens": ints(T, count),
+        "q_lens": ints(count, 1),
+        "tail": torch.ones(B, count, dtype=torch.int64),
+        "page_ids": torch.arange(T // 8, dtype=torch.int32).expand(B, 1, -1),
+        "page_size": 8,
+        **changes,
+    }
+    return Call(ops.append_attention, **args)
+
+
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 

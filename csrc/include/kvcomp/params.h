@@ -37,6 +37,17 @@ struct DecodeAttentionParams {
   float scale;
 };
 
+// The newest m tokens of each sequence, which are in K and V already.
+struct AppendAttentionParams {
+  DecodeAttentionParams attention;  // q and out [B, m, Hq, D], lse [B, m, Hq], logits and partial_*
+                                    // likewise
+  const int32_t* q_lens;            // [B] of the m queries that count; nullptr: all
+  const int64_t* tail;              // [B, m] bit j: whether new token j is seen; nullptr: causal
+  int64_t stride_q_m, stride_logits_m;
+  int64_t stride_tail_b;
+  int32_t num_queries;  // m
+};
+
 struct MergeStatesParams {
   ScalarType dtype;    // of out_a, out_b and out
   const void* out_a;   // [B, Hq, D], contiguous

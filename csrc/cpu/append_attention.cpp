@@ -1,0 +1,8 @@
+#include "attention.h"
+#include "kernels.h"
+
+namespace kvcomp::cpu {
+
+void append_attention(const AppendAttentionParams& params) { attend(params); }
+
+}  // namespace kvcomp::cpu

@@ -1,0 +1,368 @@
+// Attention of m queries per sequence, K and V read once for all of them.
+//
+// The G query heads of a KV head times the m queries are the rows of q that walk over its tokens
+// together, at most kMostRows of them. A walk is cut into spans of so many tokens, each with an
+// online softmax of its own over tiles of at most 64 tokens: qk and pv of a tile while the rows it
+// needs next are fetched, across the borders of walks too. The states of the spans are merged in
+// their order. The spans of the batch, in the order of sequence, walk and token, are divided into
+// four ranges per thread, so that ragged lengths balance; where a border cuts a walk, the last to
+// arrive merges.
+//
+// Where spans and tiles are cut depends on the position of a token and on the layout of K and V
+// alone. So the result is the same from run to run, whatever the threads, the other sequences of
+// the batch, and the number of queries: a query gets the bits that it would get alone, after the
+// tokens that it sees.
+//
+// Bytes: 2 * seq_len * Hkv * D elements per sequence, and 4 * m * Hq * seq_len with logits.
+#include "attention.h"
+
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+#include "attention_state.h"
+#include "attention_tile.h"
+
+namespace kvcomp::cpu {
+namespace {
+
+constexpr int kMostRows = 64;  // of a KV head in a walk: their states stay in L2
+
+// The rows [first_row, first_row + rows) of each KV head [head, head + heads_together).
+struct Walk {
+  int batch, head, first_row, rows;
+};
+
+// A token of a walk, the first of a tile.
+struct Place {
+  int batch, walk, token;
+};
+
+// A walk that lies in several parts.
+struct Cut {
+  std::int64_t first_span;
+  int spans, left;  // all of its spans, and those under way
+  std::size_t states;
+};
+
+class Kernel {
+ public:
+  explicit Kernel(const AppendAttentionParams& params)
+      : m_(params),
+        p_(params.attention),
+        rows_(simd::rows()),
+        typed_(typed(rows_, p_.dtype)),
+        layout_(p_),
+        group_(p_.num_heads / p_.num_kv_heads),
+        state_rows_(layout_.heads_together * std::min(group_ * m_.num_queries, kMostRows)) {
+    static thread_local std::vector<std::int64_t> first_span;
+    first_span.assign(1, 0);
+    for (int b = 0; b < p_.batch; ++b) {
+      first_span.push_back(first_span.back() + std::int64_t{num_walks(b)} * num_spans(b));
+      work_ += std::int64_t{p_.seq_lens[b]} * queries(b) * p_.num_heads * p_.head_dim;
+    }
+    first_span_ = first_span.data();
+  }
+
+  void run() {
+    constexpr std::int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
+    constexpr int kPartsPerThread = 4;        // so that a thread that falls behind takes fewer
+    const std::int64_t total = first_span_[p_.batch];
+    const int threads = num_threads(work_, kGrain);
+    const int parts = threads == 1
+                          ? 1
+                          : static_cast<int>(std::min<std::int64_t>(
+                                {std::int64_t{threads} * kPartsPerThread, work_ / kGrain, total}));
+    state_size_ = State::size(state_rows_, p_.head_dim);
+    scratch_size_ = Scratch::size(state_rows_, p_.head_dim);
+    const std::size_t cut_size = find_cuts(parts);
+    static thread_local Workspace workspace;
+    scratches_ = workspace.get(parts * scratch_size_ + cut_size);
+    cut_states_ = scratches_ + parts * scratch_size_;
+
+    if (parts <= 1) {
+      if (total > 0) run_part(0, 1);
+    } else {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+      for (int part = 0; part < parts; ++part) run_part(part, parts);
+    }
+    for (int b = 0; b < p_.batch; ++b) {
+      const int answered = num_spans(b) > 0 ? queries(b) : 0;
+      for (int query = answered; query < m_.num_queries; ++query) store_nothing(b, query);
+    }
+  }
+
+ private:
+  // Of a sequence.
+  int queries(int batch) const { return m_.q_lens ? m_.q_lens[batch] : m_.num_queries; }
+  int num_blocks(int batch) const { return (queries(batch) * group_ + kMostRows - 1) / kMostRows; }
+  int num_walks(int batch) const {
+    return p_.num_kv_heads / layout_.heads_together * num_blocks(batch);
+  }
+  int num_spans(int batch) const {
+    return (p_.seq_lens[batch] + layout_.span_size - 1) / layout_.span_size;
+  }
+
+  Walk walk_at(const Place& place) const {
+    const int blocks = num_blocks(place.batch), block = place.walk % blocks;
+    const int rows = queries(place.batch) * group_;
+    const int first = rows * block / blocks;
+    return {place.batch, place.walk / blocks * layout_.heads_together, first,
+            rows * (block + 1) / blocks - first};
+  }
+
+  std::int64_t part_begin(int part, int parts) const {
+    return first_span_[p_.batch] * part / parts;
+  }
+
+  Place place_at(std::int64_t span) const {
+    const std::int64_t* after = std::upper_bound(first_span_, first_span_ + p_.batch + 1, span);
+    const int batch = static_cast<int>(after - first_span_) - 1;
+    const std::int64_t rest = span - first_span_[batch];
+    const int spans = num_spans(batch);
+    return {batch, static_cast<int>(rest / spans),
+            static_cast<int>(rest % spans) * layout_.span_size};
+  }
+
+  void advance(Place& place) const {
+    place.token += layout_.tile_size;
+    if (place.token < p_.seq_lens[place.batch]) return;
+    place.token = 0;
+    if (++place.walk < num_walks(place.batch)) return;
+    place.walk = 0;
+    do {
+      ++place.batch;
+    } while (place.batch < p_.batch && first_span_[place.batch] == first_span_[place.batch + 1]);
+  }
+
+  // Lists the walks that borders between parts cut; returns the room for the states of their spans.
+  std::size_t find_cuts(int parts) {
+    static thread_local std::vector<Cut> cuts;
+    static thread_local std::vector<int> cut_at;
+    cuts.clear();
+    cut_at.assign(parts + 1, -1);
+    std::size_t size = 0;
+    for (int part = 1; part < parts; ++part) {
+      const std::int64_t border = part_begin(part, parts);
+      const Place place = place_at(border);
+      if (place.token == 0) continue;
+      const std::int64_t first = border - place.token / layout_.span_size;
+      if (cuts.empty() || cuts.back().first_span != first) {
+        const int spans = num_spans(place.batch);
+        cuts.push_back({first, spans, spans, size});
+        size += spans * state_size_;
+      }
+      cut_at[part] = static_cast<int>(cuts.size()) - 1;
+    }
+    cuts_ = cuts.data();
+    cut_at_ = cut_at.data();
+    return size;
+  }
+
+  // The cut walk of a part that span `number` belongs to; nullptr: the part has the whole walk.
+  Cut* cut_of(std::int64_t number, int part) const {
+    for (const int index : {cut_at_[part], cut_at_[part + 1]}) {
+      if (index < 0) continue;
+      Cut& cut = cuts_[index];
+      if (number >= cut.first_span && number < cut.first_span + cut.spans) return &cut;
+    }
+    return nullptr;
+  }
+
+  State cut_state(const Cut& cut, int span) const {
+    return State(cut_states_ + cut.states + span * state_size_, state_rows_);
+  }
+
+  void run_part(int part, int parts) const {
+    const std::int64_t begin = part_begin(part, parts), end = part_begin(part + 1, parts);
+    if (begin == end) return;
+    const Scratch scratch(scratches_ + part * scratch_size_, state_rows_, p_.head_dim);
+    TileRows rows[2];
+    TileRows *current = &rows[0], *next = &rows[1];
+    Place place = place_at(begin), following = place;
+    Walk walk = walk_at(place);
+    gather(*current, place, walk.head);
+    std::int64_t walk_begin = begin;  // of this part
+    for (std::int64_t number = begin; number < end; ++number) {
+      if (number == begin || place.token == 0) {
+        walk = walk_at(place);
+        walk_begin = number;
+        prepare_q(walk, scratch.q);
+      }
+      Cut* cut = cut_of(number, part);
+      const State state = cut ? cut_state(*cut, static_cast<int>(number - cut->first_span))
+                          : number == walk_begin ? scratch.walk
+                                                 : scratch.span;
+      clear(state, walk);
+      const int length = p_.seq_lens[walk.batch];
+      const int stop = std::min(place.token + layout_.span_size, length);
+      const bool whole = stop == length;  // the walk ends here
+      for (int token = place.token; token < stop; token += layout_.tile_size, place = following) {
+        advance(following);
+        const bool last = number + 1 == end && token + layout_.tile_size >= stop;
+        for (int i = 0; i < layout_.heads_together; ++i) {
+          if (i + 1 < layout_.heads_together) {
+            gather(*next, place, walk.head + i + 1);
+          } else if (!last) {
+            gather(*next, following, walk_at(following).head);
+          } else {
+            next = current;
+          }
+          attend_tile(*current, *next, walk, i, state, scratch);
+          std::swap(current, next);
+        }
+      }
+      if (cut) {
+        if (whole || number + 1 == end) leave(*cut, walk, number + 1 - walk_begin);
+        continue;
+      }
+      if (number > walk_begin) merge(scratch.walk, scratch.span, walk);
+      if (whole) store(walk, scratch.walk);
+    }
+  }
+
+  void gather(TileRows& rows, const Place& place, int head) const {
+    const int end = std::min(place.token + layout_.tile_size, p_.seq_lens[place.batch]);
+    rows.gather(p_, place.batch, head, place.token, end, layout_.tile_size);
+  }
+
+  // Query and query head of a walk's row.
+  struct Row {
+    int query, head;
+  };
+  Row row_of(const Walk& walk, int head, int row) const {
+    const int at = walk.first_row + row;
+    return {at / group_, (walk.head + head) * group_ + at % group_};
+  }
+
+  template <class Visit>  // (index in a state, row) of all of a walk's rows
+  void for_each_row(const Walk& walk, const Visit& visit) const {
+    for (int head = 0, index = 0; head < layout_.heads_together; ++head) {
+      for (int row = 0; row < walk.rows; ++row, ++index) visit(index, row_of(walk, head, row));
+    }
+  }
+
+  void prepare_q(const Walk& walk, float* prepared) const {
+    const int size = size_of(p_.dtype);
+    const char* q = static_cast<const char*>(p_.q) + walk.batch * p_.stride_q_b * size;
+    for_each_row(walk, [&](int index, Row row) {
+      typed_.prepare_q(q + (row.query * m_.stride_q_m + row.head * p_.stride_q_h) * size,
+                       p_.head_dim, prepared + std::size_t(index) * p_.head_dim);
+    });
+  }
+
+  void clear(const State& state, const Walk& walk) const {
+    const int rows = walk.rows * layout_.heads_together;
+    std::fill_n(state.max, rows, -kInfinity);
+    std::fill_n(state.sum, rows, 0.0f);
+    std::fill_n(state.acc, std::size_t(rows) * p_.head_dim, 0.0f);
+  }
+
+  // One tile of the walk's KV head number `head`.
+  void attend_tile(const TileRows& rows, const TileRows& next, const Walk& walk, int head,
+                   const State& state, const Scratch& scratch) const {
+    if (rows.count == 0) return;
+    // Rows of q behind the first few find the tile in L1, and what is next on its way.
+    const auto *fetch_k = layout_.scattered ? next.k : rows.v,
+               *fetch_v = layout_.scattered ? next.v : next.k;
+    for (int first = 0; first < walk.rows; first += kRows) {
+      const int count = std::min(walk.rows - first, kRows), at = head * walk.rows + first;
+      const std::size_t offset = std::size_t(at) * p_.head_dim;
+      typed_.qk(scratch.q + offset, count, p_.head_dim, rows.k, rows.count,
+                first == 0 ? fetch_k : nullptr, p_.scale, scratch.logits);
+      for (int row = 0; row < count; ++row) {
+        finish_logits(rows, walk.batch, row_of(walk, head, first + row),
+                      scratch.logits + row * kTile);
+      }
+      rows_.softmax(scratch.logits, count, rows.count, state.max + at, state.sum + at,
+                    scratch.rescale);
+      typed_.pv(scratch.logits, count, p_.head_dim, rows.v, rows.count,
+                first == 0 ? fetch_v : nullptr, scratch.rescale, state.acc + offset);
+    }
+  }
+
+  // -inf for the new tokens that a query does not see; and what is wanted of the logits.
+  void finish_logits(const TileRows& rows, int batch, Row row, float* logits) const {
+    const int first_new = p_.seq_lens[batch] - queries(batch);
+    if (rows.position[rows.count - 1] >= first_new) {
+      const std::uint64_t seen = m_.tail ? m_.tail[batch * m_.stride_tail_b + row.query]
+                                         : ~(~std::uint64_t{1} << row.query);
+      for (int t = rows.count - 1; t >= 0 && rows.position[t] >= first_new; --t) {
+        if (!(seen >> (rows.position[t] - first_new) & 1)) logits[t] = -kInfinity;
+      }
+    }
+    if (!p_.logits) return;
+    float* out = static_cast<float*>(p_.logits) + batch * p_.stride_logits_b +
+                 row.query * m_.stride_logits_m + row.head * p_.stride_logits_h;
+    if (rows.position[rows.count - 1] - rows.position[0] == rows.count - 1) {
+      std::copy_n(logits, rows.count, out + rows.position[0]);
+    } else {
+      for (int t = 0; t < rows.count; ++t) out[rows.position[t]] = logits[t];
+    }
+  }
+
+  // This part is done with so many spans of a cut walk; the last part to say so merges them.
+  void leave(Cut& cut, const Walk& walk, std::int64_t spans) const {
+    const int done = static_cast<int>(spans);
+    if (std::atomic_ref(cut.left).fetch_sub(done, std::memory_order_acq_rel) != done) return;
+    const State state = cut_state(cut, 0);
+    for (int span = 1; span < cut.spans; ++span) merge(state, cut_state(cut, span), walk);
+    store(walk, state);
+  }
+
+  void merge(const State& into, const State& from, const Walk& walk) const {
+    for (int row = 0; row < walk.rows * layout_.heads_together; ++row) {
+      if (from.sum[row] == 0.0f) continue;                // nothing attended
+      const float ahead = from.max[row] - into.max[row];  // inf where nothing was so far
+      const float a = ahead > 0 ? std::exp(-ahead) : 1.0f, b = ahead > 0 ? 1.0f : std::exp(ahead);
+      const std::size_t offset = std::size_t(row) * p_.head_dim;
+      rows_.accumulate(into.acc + offset, a, from.acc + offset, b, p_.head_dim);
+      into.sum[row] = into.sum[row] * a + from.sum[row] * b;
+      into.max[row] = std::max(into.max[row], from.max[row]);
+    }
+  }
+
+  std::int64_t out_row(int batch, Row row) const {
+    return (std::int64_t{batch} * m_.num_queries + row.query) * p_.num_heads + row.head;
+  }
+
+  void store(const Walk& walk, const State& state) const {
+    for_each_row(walk, [&](int index, Row row) {
+      const std::int64_t at = out_row(walk.batch, row);
+      const float sum = state.sum[index];
+      typed_.store(state.acc + std::size_t(index) * p_.head_dim, sum == 0.0f ? 0.0f : 1.0f / sum,
+                   p_.head_dim, static_cast<char*>(p_.out) + at * p_.head_dim * size_of(p_.dtype));
+      p_.lse[at] = sum == 0.0f ? -kInfinity : state.max[index] + std::log(sum);
+    });
+  }
+
+  // All heads of a query that has nothing to attend to.
+  void store_nothing(int batch, int query) const {
+    const std::int64_t at = out_row(batch, {query, 0});
+    const std::int64_t bytes = std::int64_t{p_.head_dim} * size_of(p_.dtype);
+    std::fill_n(static_cast<char*>(p_.out) + at * bytes, p_.num_heads * bytes, 0);
+    std::fill_n(p_.lse + at, p_.num_heads, -kInfinity);
+  }
+
+  const AppendAttentionParams& m_;
+  const DecodeAttentionParams& p_;
+  const simd::Rows& rows_;
+  const simd::TypedRows& typed_;
+  // Memory delivers rows in sequence best when K and V are fetched by turns, 8 to 16 KiB each, and
+  // each while the other is in work; scattered rows take longer and are fetched a tile ahead.
+  const Layout layout_;
+  const int group_;                 // G
+  const int state_rows_;            // of the largest walk
+  std::int64_t work_ = 0;           // multiply-adds of qk
+  const std::int64_t* first_span_;  // [B + 1] spans of all walks before a sequence
+  std::size_t state_size_, scratch_size_;
+  Cut* cuts_;
+  const int* cut_at_;  // [parts + 1] which walk the border before a part cuts, -1: none
+  float *scratches_, *cut_states_;
+};
+
+}  // namespace
+
+void attend(const AppendAttentionParams& params) { Kernel(params).run(); }
+
+}  // namespace kvcomp::cpu

@@ -1,0 +1,47 @@
+// The running softmax of rows of q, and the memory in which a thread of the CPU attention works.
+#pragma once
+
+#include <cstddef>
+#include <limits>
+
+#include "parallel.h"
+
+namespace kvcomp::cpu {
+
+using simd::kTile;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kRows = 16;  // rows of q in work at a time: their logits stay in L1
+
+constexpr std::size_t lines(std::size_t floats) { return (floats + 15) / 16 * 16; }
+
+// The running softmax of the rows of a walk.
+struct State {
+  float *max, *sum, *acc;  // [rows], [rows], [rows, D]
+
+  State(float* memory, int rows) : max(memory), sum(memory + rows), acc(memory + lines(2 * rows)) {}
+
+  static std::size_t size(int rows, int head_dim) {
+    return lines(2 * rows) + lines(std::size_t(rows) * head_dim);
+  }
+};
+
+// What a part works with besides the states of the walks that its borders cut.
+struct Scratch {
+  State walk, span;             // of the spans so far, and of the one in work
+  float *q, *logits, *rescale;  // prepared q [rows, D], [kRows, kTile], [kRows]
+
+  Scratch(float* memory, int rows, int head_dim)
+      : walk(memory, rows),
+        span(memory + State::size(rows, head_dim), rows),
+        q(memory + 2 * State::size(rows, head_dim)),
+        logits(q + lines(std::size_t(rows) * head_dim)),
+        rescale(logits + kRows * kTile) {}
+
+  static std::size_t size(int rows, int head_dim) {
+    return 2 * State::size(rows, head_dim) + lines(std::size_t(rows) * head_dim) + kRows * kTile +
+           kRows;
+  }
+};
+
+}  // namespace kvcomp::cpu

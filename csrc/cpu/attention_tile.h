@@ -1,0 +1,74 @@
+// A tile of the CPU attention: the rows of K and V that it reads, and how a tensor's layout decides
+// which heads are read together and how many tokens a tile has.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "parallel.h"
+
+namespace kvcomp::cpu {
+
+using simd::kTile;
+
+// What the layout of K and V in memory asks for.
+struct Layout {
+  int heads_together;  // KV heads: where memory holds those of one token together, all of them
+  bool scattered;      // whether a head's rows lie about in pieces under 2 KiB
+  int tile_size;       // tokens
+  int span_size;       // tokens, a multiple of tile_size
+
+  explicit Layout(const DecodeAttentionParams& p)
+      : heads_together(p.stride_k_h < p.stride_k_t && p.num_kv_heads > 1 ? p.num_kv_heads : 1),
+        scattered(p.stride_k_t != p.head_dim ||
+                  (p.page_ids && std::int64_t{p.page_size} * p.head_dim * size_of(p.dtype) < 2048)),
+        tile_size(std::clamp(elements() / p.head_dim / 16 * 16, 16, kTile)),
+        span_size((heads_together > 1 ? 256 : 512) / tile_size * tile_size) {}
+
+ private:
+  // Of a head that make a tile: several heads of a token are many bytes as it is.
+  int elements() const { return heads_together > 1 ? 2048 : scattered ? 8192 : 4096; }
+};
+
+// A tile's rows of one KV head.
+struct TileRows {
+  int count;  // tokens attended; holes are left out
+  int position[kTile];
+  const void *k[kTile], *v[kTile];
+
+  // Tokens [first, end) of a sequence; end - first <= tile_size.
+  void gather(const DecodeAttentionParams& p, int batch, int head, int first, int end,
+              int tile_size) {
+    const int size = size_of(p.dtype);
+    const char* k_base =
+        static_cast<const char*>(p.k) + (batch * p.stride_k_b + head * p.stride_k_h) * size;
+    const char* v_base =
+        static_cast<const char*>(p.v) + (batch * p.stride_v_b + head * p.stride_v_h) * size;
+    const std::int64_t step_k = p.stride_k_t * size, step_v = p.stride_v_t * size;
+    count = 0;
+    const auto add = [&](int position_, std::int64_t slot, int length) {
+      for (int i = 0; i < length; ++i, ++count) {
+        position[count] = position_ + i;
+        k[count] = k_base + (slot + i) * step_k;
+        v[count] = v_base + (slot + i) * step_v;
+      }
+    };
+    if (!p.page_ids) {
+      add(first, first, end - first);
+    } else {
+      const std::int32_t* ids = p.page_ids + batch * p.stride_ids_b + head * p.stride_ids_h;
+      for (int at = first, page = first / p.page_size; at < end; ++page) {
+        const int length = std::min((page + 1) * p.page_size, end) - at;
+        const std::int64_t offset = at - page * p.page_size;
+        if (ids[page] >= 0) add(at, ids[page] * std::int64_t{p.page_size} + offset, length);
+        at += length;
+      }
+    }
+    for (int i = count; i < tile_size; ++i) {  // full lists, as rows.h wants them
+      k[i] = count ? k[count - 1] : k_base;
+      v[i] = count ? v[count - 1] : v_base;
+    }
+  }
+};
+
+}  // namespace kvcomp::cpu

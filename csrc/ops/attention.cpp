@@ -1,0 +1,190 @@
+#include "ops/attention.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "ops/checks.h"
+
+namespace kvcomp {
+namespace {
+
+constexpr int kMaxTokens = std::numeric_limits<std::int32_t>::max() - 64;  // a tile beyond fits
+
+// seq_lens and page_ids hold what they may; readable tensors only.
+void check_values(const Boundary& at, const DecodeAttentionParams& p) {
+  const std::int64_t limit =
+      p.page_ids ? std::int64_t{p.num_listed} * p.page_size : std::int64_t{p.num_slots};
+  check_seq_lens(at, p.seq_lens, p.batch, p.page_ids ? "K * page_size" : "T", limit);
+  if (!p.page_ids) return;
+  const int num_sets = p.stride_ids_h == 0 ? 1 : p.num_kv_heads;
+  const std::int32_t num_pages = p.num_slots / p.page_size;  // that lie in the cache whole
+  for (int b = 0; b < p.batch; ++b) {
+    const int full = p.seq_lens[b] / p.page_size, rest = p.seq_lens[b] % p.page_size;
+    for (int set = 0; set < num_sets; ++set) {
+      const std::int32_t* ids = p.page_ids + b * p.stride_ids_b + set * p.stride_ids_h;
+      std::int32_t low = 0, high = -1;
+      for (int i = 0; i < full; ++i) {
+        low = std::min(low, ids[i]);
+        high = std::max(high, ids[i]);
+      }
+      bool good = low >= -1 && high < num_pages;
+      if (rest > 0) {  // of the last page only the attended tokens must exist
+        const std::int64_t id = ids[full];
+        good = good && id >= -1 && id * p.page_size + rest <= p.num_slots;
+        if (id >= 0 && id * p.page_size + rest > p.num_slots) high = ids[full];
+        low = std::min(low, ids[full]);
+      }
+      if (good) continue;
+      at.fail("page_ids",
+              "-1 or pages of " + std::to_string(p.page_size) +
+                  " within T=" + std::to_string(p.num_slots),
+              std::to_string(low < -1 ? low : high) + " in row " + std::to_string(b));
+    }
+  }
+}
+
+}  // namespace
+
+AppendAttentionParams attention_params(const Boundary& at, Backend backend, Queries queries,
+                                       const AttentionArguments& given) {
+  const std::int64_t page_size = given.page_size;
+  const TensorView q = at.tensor("q", given.q), k = at.tensor("k", given.k);
+  const TensorView v = at.tensor("v", given.v), seq_lens = at.tensor("seq_lens", given.seq_lens);
+  const std::optional<TensorView> page_ids = at.optional("page_ids", given.page_ids);
+  const std::optional<TensorView> logits = at.optional("logits", given.logits);
+
+  at.device(backend, {&q, &k, &v, &seq_lens, page_ids ? &*page_ids : &q, logits ? &*logits : &q});
+  at.dtype(q, {DType::f32, DType::f16, DType::bf16});
+  at.same_dtype(k, q);
+  at.same_dtype(v, q);
+  at.dtype(seq_lens, {DType::i32});
+  for (const TensorView* view : {&q, &k, &v, &seq_lens}) at.last_contiguous(*view);
+
+  Dim B{"B"}, m{"m"}, Hq{"Hq"}, Hkv{"Hkv"}, T{"T"}, D{"D"}, K{"K"};
+  const bool several = queries == Queries::several;
+  const auto shape_by_head = [&](const TensorView& view, auto&&... rest) {
+    several ? at.shape(view, {B, m, Hq, rest...}) : at.shape(view, {B, Hq, rest...});
+  };
+  shape_by_head(q, D);
+  at.shape(k, {B, Hkv, T, D});
+  at.shape(v, {B, Hkv, T, D});
+  at.shape(seq_lens, {B});
+  if (B.size < 1) at.fail("q", "at least one sequence", B.size);
+  if (Hkv.size < 1 || Hq.size < 1 || Hq.size % Hkv.size != 0) {
+    at.fail("q", "Hq a multiple of Hkv=" + std::to_string(Hkv.size), Hq.size);
+  }
+  if (several && (m.size < 1 || m.size > kMostQueries)) {
+    at.fail("q", "m from 1 to " + std::to_string(kMostQueries), m.size);
+  }
+  check_head_dim(at, "q", D.size);
+  if (page_size < 1) at.fail("page_size", "at least 1", page_size);
+  std::int64_t positions = T.size;
+  if (page_ids) {
+    at.dtype(*page_ids, {DType::i32});
+    at.last_contiguous(*page_ids);
+    if (page_ids->ndim == 3 && page_ids->shape[1] == 1) {
+      at.shape(*page_ids, {B, 1, K});
+    } else {
+      at.shape(*page_ids, {B, Hkv, K});
+    }
+    if (K.size > 0 && page_size > kMaxTokens / K.size) {
+      at.fail("page_size", "K * page_size within " + std::to_string(kMaxTokens), page_size);
+    }
+    positions = K.size * page_size;
+  }
+  if (positions > kMaxTokens || T.size > kMaxTokens) {
+    at.fail("k", "at most " + std::to_string(kMaxTokens) + " tokens", std::max(positions, T.size));
+  }
+  if (logits) {
+    check_logits_dtype(at, backend, *logits);
+    at.last_contiguous(*logits);
+    shape_by_head(*logits, kAny);
+    if (const std::int64_t room = logits->shape[logits->ndim - 1]; room < positions) {
+      at.fail("logits", "room for " + std::to_string(positions) + " tokens", room);
+    }
+  }
+
+  const TensorView out = at.tensor("out", given.out), lse = at.tensor("lse", given.lse);
+  at.device(backend, {&q, &out, &lse});
+  at.same_dtype(out, q);
+  at.dtype(lse, {DType::f32});
+  shape_by_head(out, D);
+  shape_by_head(lse);
+  at.contiguous(out);
+  at.contiguous(lse);
+  const std::optional<TensorView> partial_out = at.optional("partial_out", given.partial_out);
+  const std::optional<TensorView> partial_lse = at.optional("partial_lse", given.partial_lse);
+  Dim S{"S"};
+  S.size = 1;
+  if (partial_out && partial_lse) {
+    S.size = -1;
+    at.device(backend, {&q, &*partial_out, &*partial_lse});
+    at.dtype(*partial_out, {DType::f32});
+    at.dtype(*partial_lse, {DType::f32});
+    shape_by_head(*partial_out, S, D);
+    shape_by_head(*partial_lse, S);
+    at.contiguous(*partial_out);
+    at.contiguous(*partial_lse);
+  }
+  const bool in_splits = backend == Backend::cuda || backend == Backend::cuda_host;
+  if (in_splits && S.size * given.split_size < positions) {
+    at.fail("split_size", "splits of all " + std::to_string(positions) + " positions",
+            given.split_size);
+  }
+
+  const int head = several ? 2 : 1;  // the dimension
+  const DecodeAttentionParams params{
+      .dtype = at.scalar_type(q),
+      .q = q.data,
+      .k = k.data,
+      .v = v.data,
+      .seq_lens = seq_lens.as<std::int32_t>(),
+      .page_ids = page_ids ? page_ids->as<std::int32_t>() : nullptr,
+      .out = out.data,
+      .lse = lse.as<float>(),
+      .logits_dtype = logits ? at.scalar_type(*logits) : ScalarType::f32,
+      .logits = logits ? logits->data : nullptr,
+      .partial_out = partial_out ? partial_out->as<float>() : nullptr,
+      .partial_lse = partial_lse ? partial_lse->as<float>() : nullptr,
+      .arrived = nullptr,
+      .stride_q_b = q.strides[0],
+      .stride_q_h = q.strides[head],
+      .stride_k_b = k.strides[0],
+      .stride_k_h = k.strides[1],
+      .stride_k_t = k.strides[2],
+      .stride_v_b = v.strides[0],
+      .stride_v_h = v.strides[1],
+      .stride_v_t = v.strides[2],
+      .stride_ids_b = page_ids ? page_ids->strides[0] : 0,
+      .stride_ids_h = page_ids && page_ids->shape[1] > 1 ? page_ids->strides[1] : 0,
+      .stride_logits_b = logits ? logits->strides[0] : 0,
+      .stride_logits_h = logits ? logits->strides[head] : 0,
+      .batch = static_cast<std::int32_t>(B.size),
+      .num_heads = static_cast<std::int32_t>(Hq.size),
+      .num_kv_heads = static_cast<std::int32_t>(Hkv.size),
+      .head_dim = static_cast<std::int32_t>(D.size),
+      .num_slots = static_cast<std::int32_t>(T.size),
+      .num_listed = page_ids ? static_cast<std::int32_t>(K.size) : 0,
+      .page_size = static_cast<std::int32_t>(page_size),
+      .num_splits = static_cast<std::int32_t>(S.size),
+      .split_size = static_cast<std::int32_t>(given.split_size),
+      .scale = static_cast<float>(given.scale),
+  };
+  if (readable(backend)) {
+    // An empty list has no memory, so it would pass for no list; with lengths of 0 that is the
+    // same.
+    if (page_ids && K.size == 0) check_seq_lens(at, params.seq_lens, B.size, "K * page_size", 0);
+    check_values(at, params);
+  }
+  return {
+      .attention = params,
+      .q_lens = nullptr,
+      .tail = nullptr,
+      .stride_q_m = several ? q.strides[1] : 0,
+      .stride_logits_m = several && logits ? logits->strides[1] : 0,
+      .stride_tail_b = 0,
+      .num_queries = several ? static_cast<std::int32_t>(m.size) : 1,
+  };
+}
+
+}  // namespace kvcomp

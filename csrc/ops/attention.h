@@ -1,0 +1,30 @@
+// The boundary that decode_attention and append_attention share: what they ask of q, K, V, lengths,
+// pages and outputs.
+#pragma once
+
+#include <cstdint>
+
+#include "backend.h"
+#include "kvcomp/params.h"
+#include "tensor.h"
+
+namespace kvcomp {
+
+inline constexpr int kMostQueries = 64;  // bits of a mask
+
+// Whether q, outputs and logits have a dimension of queries, m, behind that of sequences.
+enum class Queries { one, several };
+
+struct AttentionArguments {
+  py::handle q, k, v, seq_lens, page_ids, logits, out, lse;
+  std::int64_t page_size;
+  double scale;
+  py::handle partial_out, partial_lse;
+  std::int64_t split_size;
+};
+
+// Checked, values too where they can be read. Without q_lens and tail, which are up to the caller.
+AppendAttentionParams attention_params(const Boundary& at, Backend backend, Queries queries,
+                                       const AttentionArguments& given);
+
+}  // namespace kvcomp
