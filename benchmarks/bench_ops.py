@@ -60,7 +60,16 @@ from harness.contenders import Settings
 from harness.record import OtherLoad, Row, conclude, header, meta, write_json
 from harness.timing import LEAST_SAMPLES
 from kvcomp.probe import bandwidth_probe
-from ops import attention, eviction, fetching, lazy_eviction, overhead, pages, retrieval
+from ops import (
+    append_attention,
+    attention,
+    eviction,
+    fetching,
+    lazy_eviction,
+    overhead,
+    pages,
+    retrieval,
+)
 from ops.common import DTYPES, PAGE, heads_of
 
 SHAPES = ("32/8x128", "28/4x128", "12/2x128", "16/8x64")
@@ -72,6 +81,8 @@ EVICTIONS = ((1492, 175), (1024, 128), (8192, 8192))  # budgets and windows: pub
 
 BENCHMARKS = {
     "decode_attention": attention.bench_decode_attention,
+    "append_attention": append_attention.bench_append_attention,
+    "second_turn": append_attention.bench_second_turn,
     "merge_states": attention.bench_merge_states,
     "page_scores": pages.bench_page_scores,
     "select_pages": pages.bench_select_pages,

@@ -125,7 +125,8 @@ bench() { # NAME SECONDS SCRIPT OPTIONS...
     --json "$out/$name.json" "$@"
 }
 sizes=(--dtype bf16 --tokens 4096 16384 65536 --batch 1 16 --baseline-budget 0.3)
-bench ops-attention 120 bench_ops.py --op decode_attention merge_states "${sizes[@]}"
+bench ops-attention 120 bench_ops.py "${sizes[@]}" \
+  --op decode_attention append_attention second_turn merge_states
 bench ops-pages 40 bench_ops.py --op page_scores select_pages attend_and_select "${sizes[@]}"
 bench ops-eviction 50 bench_ops.py "${sizes[@]}" \
   --op attention_hits recurrence_update select_victims compact_kv rotate_keys lazy_eviction
