@@ -21,7 +21,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--write-matrix",
         action="store_true",
-        help="write what test_model_matrix.py finds into docs/models.md and README.md",
+        help="write what test_model_matrix.py finds into docs/models.md",
     )
 
 

@@ -1,6 +1,6 @@
-"""The table of architectures and methods, in docs/models.md and, shorter, in the README.
+"""The table of architectures and methods in docs/models.md.
 
-Both stand between HTML comments, are made of what the cells of test_model_matrix.py found, and are
+It stands between HTML comments, is made from what the cells of test_model_matrix.py found, and is
 read back from the page.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 Cell = tuple[str, str, str]  # architecture, method, case
 EXACT = "exact"  # the outcome of a cell that holds; any other is the reason of a refusal
 BEGIN, END = "<!-- models: made by tests/test_model_matrix.py -->", "<!-- models: end -->"
-MARKS = {"padded batch": "P", "two turns": "T", "beams": "B"}
+CASES = ("padded batch", "two turns", "beams")
 
 # What these architectures are known by; text models only.
 FAMILIES = {
@@ -67,22 +67,9 @@ def parse(page: Path) -> dict[Cell, str]:
     for line in body:
         kind, _, _, *cells = (part.strip().strip("`") for part in line.strip("|").split("|"))
         for name, cell in zip(names, cells, strict=True):
-            for case, outcome in zip(MARKS, cell.split(" / "), strict=True):
+            for case, outcome in zip(CASES, cell.split(" / "), strict=True):
                 found[kind, name, case] = reasons.get(outcome, outcome)
     return found
-
-
-def short(outcomes: dict[Cell, str]) -> str:
-    """The same with a letter for what is exact, a dash for what is refused."""
-    kinds, names, cases = axes(outcomes)
-    lines = [row("architecture", *(f"`{name}`" for name in names)), "|---" * (1 + len(names)) + "|"]
-    for kind in kinds:
-        cells = [
-            " ".join(MARKS[case] if outcomes[kind, name, case] == EXACT else "–" for case in cases)
-            for name in names
-        ]
-        lines.append(row(f"`{kind}`", *cells))
-    return "\n".join(lines)
 
 
 def axes(outcomes: dict[Cell, str]) -> list[list[str]]:

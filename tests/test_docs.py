@@ -21,7 +21,7 @@ from kvcomp.ops import OPS
 ROOT = Path(__file__).parents[1]
 README, INDEX = ROOT / "README.md", ROOT / "docs" / "README.md"
 PAGES = [README, INDEX, *sorted(set(INDEX.parent.glob("*.md")) - {INDEX})]
-COMMANDS = [*PAGES, ROOT / "benchmarks" / "README.md"]  # pages that name programs and files
+COMMANDS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
 CORE = {name: cls for name, cls in METHODS.items() if not cls.baseline}
 
 

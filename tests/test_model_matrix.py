@@ -2,8 +2,7 @@
 
 A cell holds when its tokens are those of stock `generate` under a budget that covers the context,
 and when a small budget gives what another way to the same answer gives. What the cells found is
-the table of docs/models.md and of the README; `pytest tests/test_model_matrix.py --write-matrix`
-writes both anew.
+the table of docs/models.md, which `pytest tests/test_model_matrix.py --write-matrix` writes.
 """
 
 import functools
@@ -219,21 +218,19 @@ def test_full_is_dense():
     assert METHODS["full"].example(SMALL) == Full()
 
 
-# --- the tables -----------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(OLD, reason="the tables are of the transformers that the project is built on")
-def test_the_tables_are_what_the_cells_found(request):
+@pytest.mark.skipif(OLD, reason="the table is of the transformers that the project is built on")
+def test_the_table_is_what_the_cells_found(request):
     classes = {kind: type(model_of(kind)).__name__ for kind in KINDS}
     cells = [(kind, name, case) for kind in KINDS for name in NAMES for case in CASES]
-    page, readme = ROOT / "docs" / "models.md", ROOT / "README.md"
+    page = ROOT / "docs" / "models.md"
     if request.config.getoption("--write-matrix"):
         assert set(OUTCOMES) == set(cells), "cells failed or did not run; nothing is written"
         model_tables.write(page, model_tables.whole(OUTCOMES, classes))
-        model_tables.write(readme, model_tables.short(OUTCOMES))
     committed = model_tables.parse(page)
     assert set(committed) == set(cells)
     for cell, outcome in OUTCOMES.items():
         assert committed[cell] == outcome, cell
     assert model_tables.read(page) == model_tables.whole(committed, classes)
-    assert model_tables.read(readme) == model_tables.short(committed)

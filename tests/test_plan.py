@@ -442,11 +442,11 @@ def test_command_prints_every_method(call, config_file):
     assert "does not fit, nor do the weights alone" in out
 
 
-def test_readme_shows_what_it_prints(call, tmp_path):
+def test_its_page_shows_what_it_prints(call, tmp_path):
     """The table, and what is said about a batch of one, by the command that stands above them."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    command = re.search(r"^kvcomp plan Qwen/Qwen3-8B (.*)$", readme, flags=re.MULTILINE).group(1)
-    table = readme.partition("| tokens attended | step, at least |")[2].partition("\n\n")[0]
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()
+    command = re.search(r"^kvcomp plan Qwen/Qwen3-8B (.*)$", page, flags=re.MULTILINE).group(1)
+    table = page.partition("| tokens attended | step, at least |")[2].partition("\n\n")[0]
     shown = {line.split()[1].strip("`"): line.split("|")[2:-1] for line in table.splitlines()[2:]}
     folder = tmp_path / QWEN3
     folder.mkdir()
@@ -458,7 +458,7 @@ def test_readme_shows_what_it_prints(call, tmp_path):
         assert attended == f"{row['attended']:.0f}" and ms == f"{row['floor_ms']:.3g} ms"
         assert speedup == f"{row['speedup']:.2f}x" and sequences == str(row["sequences"])
     alone = json.loads(call(folder, "--device", "h200", "--method", "all", "--json")[1])
-    best, percent = re.search(r"can give there is (\S+)x: (\d+) %", readme).groups()
+    best, percent = re.search(r"can give there is (\S+)x: (\d+) %", page).groups()
     assert agrees(max(row["speedup"] for row in alone["rows"]), best)
     assert agrees(100 * (1 - alone["kv_share"]), percent)
 
