@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evaluation import equivalence
+from evaluation.notation import asks_percent
 from kvcomp.reasoner import task
 
 if TYPE_CHECKING:
@@ -50,10 +51,15 @@ Checker = Callable[["Problem", str], Grade]
 
 
 def math(problem: Problem, text: str) -> Grade:
-    """The last boxed answer, by value: 1/2 is 0.5, 033 is 33, a set has no order."""
+    """The last boxed answer, by value: 1/2 is 0.5, 033 is 33, a set has no order.
+
+    `notation` says what percentages, intervals and mixed numbers are equal to.
+    """
     equivalence.require()
     answer = after_thought(text, last_boxed)
-    right = answer is not None and equivalence.equal(problem.answer, answer)
+    right = answer is not None and equivalence.equal(
+        problem.answer, answer, percent=asks_percent(problem.question)
+    )
     return Grade(right, answer)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import json
 import re
-import resource
 import select
 import subprocess
 import sys
@@ -18,12 +17,17 @@ import threading
 from importlib.util import find_spec
 from pathlib import Path
 
+from evaluation.notation import alike
+
 SECONDS = 20.0  # for a pair, with which math-verify should be done after its own 5 + 5 + 5
 START_SECONDS = 120.0  # for the child's imports, on a busy machine
-MEMORY = 8 << 30  # bytes of the child's address space
+COMPARER = Path(__file__).with_name("comparer.py")
 LONGEST = 2000  # characters of an answer; a longer one is compared as text alone
 
-_NOISE = re.compile(r"\\[,!;: ]|~|\s+|\\(?:left|right)(?![a-zA-Z])|^\$+|\$+$|\.$")
+_SPACE = r"(?:(?<!\\)\\[,!;: ]|~|\s)+"
+_NOISE = re.compile(  # a space between digits means something: 1 1/2 is not 11/2
+    rf"(?<!\d){_SPACE}|{_SPACE}(?!\d|{_SPACE})|\\(?:left|right)(?![a-zA-Z])|^\$+|\$+$|\.$"
+)
 
 
 def require() -> None:
@@ -34,23 +38,25 @@ def require() -> None:
         )
 
 
-def equal(gold: str, answer: str) -> bool:
-    """Whether `answer` has the value of `gold`, both LaTeX or plain text. Any thread may ask."""
-    if len(answer) > LONGEST + len(gold):
-        return False
+def equal(gold: str, answer: str, *, percent: bool = False) -> bool:
+    """Whether two answers have the same value, both LaTeX or plain text. Any thread may ask.
+
+    Neither order nor direction matters: equal(a, b) is equal(b, a).
+
+    Args:
+        percent: the question asks for a percentage, so a bare number may be one.
+    """
+    if max(len(gold), len(answer)) > LONGEST:
+        return gold.strip() == answer.strip()
     if (plain := _plain(answer)) and plain == _plain(gold):
         return True
-    return _child.ask(_tidy(gold), _tidy(answer))
+    pair = alike(gold, answer, percent)
+    return pair is not None and _child.ask(*pair)
 
 
 def _plain(text: str) -> str:
     """Without spaces and what only sets a formula."""
     return _NOISE.sub("", re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text.strip()))
-
-
-def _tidy(text: str) -> str:
-    """Without what math-verify stumbles over: thin spaces in numbers, and a full stop."""
-    return re.sub(r"(?<=\d)(?:\\[,!;: ]|~)+(?=\d)", "", text).strip().strip("$").rstrip(". ")
 
 
 class _Child:
@@ -75,7 +81,7 @@ class _Child:
 
     def start(self) -> subprocess.Popen[bytes]:
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, str(COMPARER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -101,29 +107,3 @@ class _Child:
 
 _child = _Child()
 atexit.register(_child.stop)
-
-
-def _serve() -> None:
-    """The child: pairs come in, `true` or `false` goes out."""
-    folder = str(Path(__file__).parent)
-    sys.path[:] = [x for x in sys.path if x != folder]  # or its files would hide modules
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-
-    formats = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-
-    def value(text: str) -> list:
-        return parse(f"\\boxed{{{text}}}", formats)
-
-    print("ready", flush=True)
-    for line in sys.stdin:
-        try:
-            gold, answer = json.loads(line)
-            same = verify(value(gold), value(answer))
-        except Exception:  # a formula may raise what it likes: it is not the answer
-            same = False
-        print("true" if same else "false", flush=True)
-
-
-if __name__ == "__main__":
-    _serve()

@@ -47,6 +47,12 @@ class Problem:
     ids: tuple[int, ...] | None = None
     choices: tuple[str, ...] = ()
 
+    @property
+    def question(self) -> str:
+        """The text that the model is given; empty, where that is token ids."""
+        contents = [message["content"] for message in self.messages or ()]
+        return "\n".join([*contents, self.prompt or ""])
+
     def line(self) -> dict[str, Any]:
         """What `kvcomp delethink` reads: id and prompt."""
         given = {kind: getattr(self, kind) for kind in PROMPTS}
