@@ -1,7 +1,7 @@
-"""The demo: problems of the bundled reasoner, decoded by every method and graded.
+"""The demo: problems for the bundled reasoner, decoded with every method and graded.
 
-One batch of switch walks (`kvcomp.reasoner.task`), the same for all methods, decoded greedily. What
-is compared is measured: steps graded against the prompt, tokens and bytes counted by the run.
+All methods greedily decode the same batch of problems (`kvcomp.reasoner.task`). The steps are
+graded against the prompt, and the run counts tokens and bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from kvcomp.reasoner import path, task
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BUDGET_SHARE = 2  # the default budget is the final context over this, rounded down to
-BUDGET_STEP = 16  # whole pages of any method's size
+BUDGET_SHARE = 2  # the default budget is the final context over this,
+BUDGET_STEP = 16  # rounded down to a multiple of this, so that pages of every method fit
 WARM_UP_TOKENS = 4
 FIGURES = (
     "attended_ratio",
@@ -42,7 +42,7 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What to decode. A budget of None is half of the final context."""
+    """What to decode. With a budget of None it is half of the final context."""
 
     problems: int = 8
     nodes: int = 16
@@ -54,7 +54,7 @@ class Settings:
 
 
 class Workload:
-    """The model and one batch of problems, ready to be decoded by any number of methods."""
+    """The model and one batch of problems, to be decoded with any number of methods."""
 
     def __init__(self, settings: Settings) -> None:
         self.device = torch.device(settings.device)
@@ -75,21 +75,21 @@ class Workload:
         longest = self.model.config.max_position_embeddings
         if self.context + WARM_UP_TOKENS > longest:
             raise ValueError(
-                f"kvcomp: {settings.steps} steps make a context of {self.context} tokens; the"
-                f" reasoner knows {longest}"
+                f"kvcomp: --steps: expected a context of at most {longest} tokens, got"
+                f" {self.context} with {settings.steps} steps"
             )
         self.budget = settings.budget or max(
             self.context // BUDGET_SHARE // BUDGET_STEP * BUDGET_STEP, BUDGET_STEP
         )
 
     def warm_up(self, method: Method) -> None:
-        """Continue the right answers a little: compiles and allocates what the run will use."""
+        """Continue the correct answers a little, so that the run finds everything compiled."""
         answered = self._tokens([f"{p.prompt} {p.gold()}" for p in self.problems])
         with patch(self.model, method):
             self.model.generate(**answered, do_sample=False, max_new_tokens=WARM_UP_TOKENS)
 
     def decode(self, method: Method, advance: Callable[[], None]) -> dict[str, Any]:
-        """One row of the result; calls `advance` at each step."""
+        """Decode and grade: one row of the result. Calls `advance` at each step."""
         with patch(self.model, method) as run:
             output = self.model.generate(
                 **self.inputs,
@@ -116,7 +116,7 @@ class Workload:
 
 
 class _Ticker(BaseStreamer):
-    """What `generate` calls with the prompt and then at each step."""
+    """A streamer that only counts: `generate` calls it with the prompt and at each step."""
 
     def __init__(self, advance: Callable[[], None]) -> None:
         self.advance = advance
@@ -129,16 +129,16 @@ class _Ticker(BaseStreamer):
 
 
 def run(names: list[str], settings: Settings, console: Console) -> dict[str, Any]:
-    """Decode with each method of METHODS that is named; a progress bar goes to `console`.
+    """Decode with each of the methods `names`; a progress bar goes to `console`.
 
     Returns:
         {"meta": {...}, "rows": [{"method", "step_accuracy", ...}]}, in the order of `names`.
 
     Raises:
-        ValueError: a budget that a method cannot work with, or a context too long for the model.
+        ValueError: a budget that a method cannot use, or a context too long for the model.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model gains nothing from more
+    torch.set_num_threads(1)  # such a small model gains nothing from more
     try:
         return _run(names, settings, console)
     finally:
@@ -184,7 +184,7 @@ def _meta(settings: Settings, work: Workload) -> dict[str, Any]:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """What was decoded, and on what."""
+    """Problems, context, budget, data type and device, in one line."""
     meta = result["meta"]
     return (
         f"{plural(meta['problems'], 'problem')} of {meta['nodes']} nodes,"
@@ -199,7 +199,7 @@ def plural(count: int, what: str) -> str:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """A row per method: steps that follow from the one before, answers with all steps right, ..."""
+    """One row per method: correct steps, answers with all steps correct, tokens, bytes, rate."""
     out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     out.add_column("method")
     for heading in ("steps", "answers", "attended", "KV peak", "KV read/token", "tokens/s"):
@@ -218,7 +218,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def plot(result: dict[str, Any]) -> bytes:
-    """A PNG with two bars per method: steps right, and tokens attended."""
+    """A PNG with two bars per method: correct steps, and tokens attended."""
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display
 
     rows, meta = result["rows"][::-1], result["meta"]
@@ -226,8 +226,8 @@ def plot(result: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(7.2, 1.1 + 0.42 * len(rows)), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, key, title in (
-        (left, "step_accuracy", "steps right"),
-        (right, "attended_ratio", "tokens attended, of dense"),
+        (left, "step_accuracy", "correct steps"),
+        (right, "attended_ratio", "tokens attended (100 % = dense)"),
     ):
         values = [100 * row[key] for row in rows]
         colours = ["#9aa5b1" if row["baseline"] else "#2563eb" for row in rows]

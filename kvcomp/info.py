@@ -1,4 +1,4 @@
-"""What is installed, what was built, and which implementation of each op runs where."""
+"""Versions, devices, the build, and which implementation of each op runs on which device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "triton", "numpy")
 
 
 def gather() -> dict[str, Any]:
-    """Everything that `kvcomp info` knows, ready for JSON. Needs torch and numpy only."""
+    """Everything that `kvcomp info` shows, ready for JSON. Needs only torch and numpy."""
     build = _C.build_info()
     return {
         "versions": versions(),
@@ -46,7 +46,7 @@ def gather() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """kvcomp, Python and the packages that matter, read without importing them; None: absent."""
+    """Versions of kvcomp, Python and related packages, without importing them; None: absent."""
     found: dict[str, str | None] = {
         "kvcomp": kvcomp.__version__,
         "python": platform.python_version(),
@@ -81,7 +81,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def describe(op: Op) -> dict[str, Any]:
-    """Implementations of one op, which is bound per device, and why none of the better ones is."""
+    """The implementations of an op, which one runs on each device, and why no faster one does."""
     passed_over = {
         device: {
             choice: op.missing.get(choice, "absent")
@@ -98,7 +98,7 @@ def describe(op: Op) -> dict[str, Any]:
 
 
 def tables(info: dict[str, Any]) -> list[Table]:
-    """The same for people: what is here, and a row per op."""
+    """The same as tables: versions and devices, and a row per op."""
     from rich.table import Table
 
     facts = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -115,7 +115,7 @@ def tables(info: dict[str, Any]) -> list[Table]:
         facts.add_row(label, text)
 
     ops = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("op", "on CPU", "on GPU", "implementations", "why not the better one"):
+    for heading in ("op", "on CPU", "on GPU", "implementations", "why not a faster one"):
         ops.add_column(heading, overflow="fold")
     for name, op in info["ops"].items():
         reasons = [
@@ -128,13 +128,13 @@ def tables(info: dict[str, Any]) -> list[Table]:
             op["bound"]["cpu"],
             op["bound"]["cuda"],
             ", ".join(op["implementations"]),
-            "; ".join(reasons) or "the best is bound",
+            "; ".join(reasons) or "the fastest runs",
         )
     return [facts, ops]
 
 
 def _cpu_line(cpu: dict[str, Any]) -> str:
-    return f"{cpu['model']}, {cpu['cores']} logical cores, {cpu['threads']} threads in use"
+    return f"{cpu['model']}, {cpu['cores']} logical cores, {cpu['threads']} threads used"
 
 
 def _isa_line(cpu: dict[str, Any]) -> str:

@@ -1,14 +1,13 @@
-"""Before decoding: what a step must read, how fast that can be, what fits, and what a method can
-give at most. From the shape of a model alone; nothing is run.
+"""Bounds on decoding, from the shape of a model alone: time, memory, and a method's best speed-up.
 
-Decoding waits for memory. A step reads the weights once for all sequences, and the K and V that
-attention asks for once per sequence; that many bytes over the bandwidth are a floor for its time.
-The floor of dense attention over that of a method is the most that the method can give: no kernel
-passes it, and what stays behind it is the kernel's own.
+Decoding is limited by memory bandwidth. A step reads the weights once for all sequences, and once
+per sequence the K and V that attention needs; these bytes over the bandwidth are a lower bound for
+its time. The bound of dense attention over the bound of a method is the largest speed-up that the
+method can give; no kernel exceeds it.
 
-What a method reads and holds it says itself (`Method.step_bytes`), for the full-attention layers.
-Sliding layers are counted with their window, for dense attention and methods alike; the states of
-linear layers are not counted.
+Each method states what it reads and holds (`Method.step_bytes`), for the full-attention layers.
+Sliding layers count with their window, for dense attention and methods alike; the states of linear
+layers are not counted.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from kvcomp.methods import Full, Method
 from kvcomp.methods.cost import Place, StepBytes
 
 MEASURED = "measured: copy, read + write"
-SHEET = 0.9  # of a data sheet's bandwidth: what a large copy reaches on an H200
-LONGEST = 2**40  # tokens; a sequence that still fits then may be of any length
-PIECES = 512  # of a generation, for its mean
+SHEET = 0.9  # share of a data sheet's bandwidth that a large copy reaches on an H200
+LONGEST = 2**40  # tokens; a sequence that fits with so many may have any length
+PIECES = 512  # points over which a generation is averaged
 
 
 @dataclass(frozen=True)
 class Device:
-    """What decoding runs on.
+    """A device to decode on.
 
     Attributes:
-        bandwidth: bytes per second that its memory delivers.
-        memory: bytes for weights, K and V: all but what the runtime and activations take.
-        link: bytes per second from pinned host memory; None: not known, or no link.
-        flops: of matrix products in 16 bit, per second; None: not known.
-        source: where the bandwidth is from.
+        bandwidth: memory bandwidth, bytes per second.
+        memory: bytes available to weights, K and V, without the runtime and activations.
+        link: bytes per second from pinned host memory; None: unknown, or no link.
+        flops: 16-bit matrix-product operations per second; None: unknown.
+        source: origin of the bandwidth, for people.
     """
 
     name: str
@@ -62,21 +61,21 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder, as far as bytes go.
+    """The sizes of a decoder.
 
     Attributes:
         name: for people.
-        dtype: of weights, K and V.
+        dtype: data type of weights, K and V.
         itemsize: bytes of one value of K or V.
-        layers: full-attention layers, which a method manages.
-        heads, kv_heads, head_dim: of an attention layer.
-        parameters: that a token passes through.
-        weights: bytes of all of them.
-        fixed: bytes that every step reads: linear layers and LM head, but no routed expert.
-        routed: bytes of all routed experts, `experts` in a layer, of which a token takes `active`.
-        windows: tokens that each sliding layer keeps at most.
-        linear: layers whose state does not grow.
-        positions: that the model knows; None: no limit.
+        layers: number of full-attention layers, which a method manages.
+        heads, kv_heads, head_dim: query heads, KV heads and head size of an attention layer.
+        parameters: number of parameters that a token passes through.
+        weights: bytes of all weights.
+        fixed: bytes of weights that every step reads: linear layers and LM head, no routed expert.
+        routed: bytes of all routed experts. Each layer has `experts`, a token uses `active`.
+        windows: window of each sliding layer, in tokens.
+        linear: number of layers whose state does not grow.
+        positions: positions that the model knows; None: no limit.
     """
 
     name: str
@@ -97,21 +96,21 @@ class Shape:
     positions: int | None = None
 
     def weights_read(self, tokens: int) -> float:
-        """Bytes of weights that a step of so many tokens reads.
+        """Bytes of weights that a step with this many tokens reads.
 
-        Of the experts those that some token takes: experts * (1 - (1 - active / experts)^tokens),
-        as if they were taken evenly and independently.
+        Only experts that some token uses are read. If tokens chose experts evenly and
+        independently, these would be experts * (1 - (1 - active / experts)^tokens).
         """
         idle = (1 - self.active / self.experts) ** tokens
         return self.fixed + self.routed * (1 - idle)
 
     @property
     def kv_per_token(self) -> int:
-        """Bytes of K and V that a full sequence grows by with a token: full-attention layers."""
+        """Bytes of K and V per token, in all full-attention layers."""
         return self.layers * self.place(1, 0).token_bytes
 
     def sliding_bytes(self, seen: float) -> float:
-        """K and V of the sliding layers, one sequence."""
+        """Bytes of K and V of the sliding layers, one sequence."""
         return sum(min(seen, window) for window in self.windows) * self.place(1, 0).token_bytes
 
     def place(self, seen: float, prompt: int) -> Place:
@@ -122,26 +121,28 @@ class Shape:
 
 @dataclass(frozen=True)
 class Row:
-    """A method in its place.
+    """The bounds of one method.
 
     Attributes:
-        method: its name, and `parameters` all of it.
-        attended: tokens whose K and V a full-attention layer reads in a step, mean; with a copy
-            for each query head, every copy counts.
-        kv_read: bytes of K and V that a step reads, the whole batch, sliding layers included.
-        floor_ms: least time of a step.
-        speedup: most that the method can give over dense attention.
-        speedup_scored: the same with what it moves to choose: logits, digests, page tables.
-        kv_held: bytes of K and V on the device, one sequence.
-        kv_host: the same in host memory.
-        sequences: of this context that fit beside the weights.
-        longest: context that fits with this batch; None: any.
-        tokens_per_second: at most, with as many sequences as fit.
-        link_bytes: from host memory in a step, at most, the whole batch; not in the floor.
-        link_ms: time of that; None: the device's link is not known.
-        encoded: tokens encoded anew for each decoded one; not in the floor.
-        encode_ms: time of that in a step; None: the device's rate is not known.
-        speedup_generation: most that it can give over a whole generation; None: not asked for.
+        method: name of the method.
+        parameters: the method with all its fields.
+        attended: mean number of tokens whose K and V a full-attention layer reads in a step; if
+            each query head has its own copy, every copy counts.
+        kv_read: bytes of K and V that a step reads, for the whole batch, sliding layers included.
+        floor_ms: lower bound for the time of a step, in ms.
+        speedup: upper bound for the speed-up over dense attention.
+        speedup_scored: the same, counting also what the method moves in order to select: logits,
+            digests, page tables.
+        kv_held: bytes of K and V on the device, per sequence.
+        kv_host: bytes of K and V in host memory, per sequence.
+        sequences: number of sequences with this context that fit next to the weights.
+        longest: longest context that fits with this batch; None: any.
+        tokens_per_second: upper bound, with as many sequences as fit.
+        link_bytes: most bytes copied from host memory in a step, whole batch; not in floor_ms.
+        link_ms: time of that copy; None: the device's link is unknown.
+        encoded: tokens encoded again per decoded token; not in floor_ms.
+        encode_ms: time of that per step; None: the device's rate is unknown.
+        speedup_generation: upper bound for the speed-up over a whole generation; None: not asked.
     """
 
     method: str
@@ -165,16 +166,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """Dense attention, and a row for it and every method that was asked for.
+    """The bounds of dense attention, and a row for it and for each method.
 
     Attributes:
-        context: tokens of each of `batch` sequences, of which `prompt` are the prompt.
-        generate: tokens of the generation that `speedup_generation` is about.
-        weights_read: bytes in a step.
-        kv_per_token, kv_per_sequence, kv_total: bytes of K and V as dense attention has them.
-        kv_share: their share of what a step reads.
-        floor_ms: least time of a step.
-        fits: whether weights and K and V fit the device.
+        context: tokens of each of `batch` sequences; `prompt` of them are the prompt.
+        generate: length of the generation for `speedup_generation`, in tokens.
+        weights_read: bytes of weights that a step reads.
+        kv_per_token, kv_per_sequence, kv_total: bytes of K and V with dense attention.
+        kv_share: K and V as a share of all bytes that a step reads.
+        floor_ms: lower bound for the time of a step, in ms.
+        fits: whether weights, K and V fit the device.
     """
 
     model: Shape
@@ -207,17 +208,19 @@ def plan(
     prompt: int = 0,
     generate: int | None = None,
 ) -> Plan:
-    """What a decode step at `context` tokens costs at least, by method.
+    """Bounds for a decode step at `context` tokens, by method.
 
     Args:
-        methods: dense attention comes first in any case.
+        model: see `kvcomp.hf.shape.shape_of`.
+        device: one of `DEVICES`, or your own.
+        methods: dense attention is always added, as the first row.
         context: tokens of a sequence, prompt and output.
-        batch: sequences of that length.
-        prompt: tokens of it that were there before decoding began.
-        generate: also average over a generation of so many tokens behind the prompt.
+        batch: number of sequences of that length.
+        prompt: tokens of the context that belong to the prompt.
+        generate: also average over a generation of this many tokens after the prompt.
 
     Raises:
-        ValueError: a number out of its range, or a method whose parameters do not fit the model.
+        ValueError: a number out of range, or a method whose parameters do not fit the model.
     """
     for name, value, least in (
         ("context", context, 1),
@@ -292,7 +295,7 @@ def _row(own: _Ledger, dense: _Ledger, context: int, batch: int, generate: int |
 
 @dataclass(frozen=True)
 class _Ledger:
-    """A method's bytes on a device, at any context and batch."""
+    """The bytes of a method on a device, at any context and batch."""
 
     model: Shape
     device: Device
@@ -303,32 +306,32 @@ class _Ledger:
         return self.method.step_bytes(self.model.place(seen, self.prompt))
 
     def read(self, seen: float) -> float:
-        """K and V of one sequence, in a step."""
+        """Bytes of K and V that a step reads, one sequence."""
         return self.step(seen).read + self.model.sliding_bytes(seen)
 
     def held(self, seen: float) -> float:
-        """K and V of one sequence, on the device."""
+        """Bytes of K and V on the device, one sequence."""
         return self.step(seen).held + self.model.sliding_bytes(seen)
 
     def seconds(self, seen: float, batch: int) -> float:
-        """Least time of a step."""
+        """Lower bound for the time of a step."""
         return (self.model.weights_read(batch) + batch * self.read(seen)) / self.device.bandwidth
 
     def generation(self, count: int, batch: int) -> float:
-        """Least time of a step, mean over `count` tokens behind the prompt."""
+        """Lower bound for the time of a step, averaged over `count` tokens after the prompt."""
         middles = (self.prompt + count * (i + 0.5) / PIECES for i in range(PIECES))
         return sum(self.seconds(seen, batch) for seen in middles) / PIECES
 
     @property
     def room(self) -> float:
-        """Bytes beside the weights."""
+        """Bytes that the weights leave free."""
         return self.device.memory - self.model.weights
 
     def sequences(self, seen: int) -> int:
         return max(0, int(self.room // self.held(seen)))
 
     def longest(self, batch: int) -> int | None:
-        """Tokens of a sequence of which `batch` fit; None: there is no end."""
+        """The longest context, in tokens, with which `batch` sequences fit; None: any."""
         short, long = 0, LONGEST
         if batch * self.held(long) <= self.room:
             return None

@@ -1,4 +1,4 @@
-"""What `kvcomp plan` prints: the facts, a table of methods, and what the figures leave out."""
+"""The output of `kvcomp plan`: model and device, a table of methods, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def headline(found: Plan) -> Iterator[str]:
-    """Model, device, and what a step of dense attention is made of."""
+    """Model, device, and a step with dense attention."""
     model, device = found.model, found.device
     layers = [f"{model.layers} full-attention layers"]
     if model.windows:
         windows = ", ".join(str(window) for window in sorted(set(model.windows)))
         layers.append(f"{len(model.windows)} sliding (window {windows})")
     if model.linear:
-        layers.append(f"{model.linear} others, whose state is not counted")
-    experts = f" ({model.active} of {model.experts} experts a token)" if model.routed else ""
+        layers.append(f"{model.linear} linear (state not counted)")
+    experts = f" ({model.active} of {model.experts} experts per token)" if model.routed else ""
     verdict = "fits" if found.fits else "does not fit"
     if model.weights > device.memory:
         verdict += ", nor do the weights alone"
@@ -33,27 +33,27 @@ def headline(found: Plan) -> Iterator[str]:
         f" query and {model.kv_heads} KV heads of {model.head_dim}"
     )
     yield (
-        f"weights  {_size(model.weights)}; a step reads {_size(found.weights_read)}{experts}, as"
-        f" much as the KV of {as_kv:,.0f} tokens"
+        f"weights  {_size(model.weights)}; a step reads {_size(found.weights_read)}{experts}, equal"
+        f" to the KV of {as_kv:,.0f} tokens"
     )
     yield (
-        f"KV       {found.kv_per_token / 1024:g} KiB a token, {_size(found.kv_per_sequence)} a"
-        f" sequence of {found.context}, {_size(found.kv_total)} in all"
+        f"KV       {found.kv_per_token / 1024:g} KiB per token, {_size(found.kv_per_sequence)} per"
+        f" sequence of {found.context} tokens, {_size(found.kv_total)} in all"
     )
     yield (
         f"device   {device.name}: {device.bandwidth / 1e9:.4g} GB/s ({device.source}),"
         f" {_size(device.memory)} for weights and KV"
     )
     yield (
-        f"a step   {_size(found.weights_read + found.kv_total)}, {found.kv_share:.0%} of it KV: at"
-        f" least [bold]{found.floor_ms:.3g} ms[/bold]; dense, batch {found.batch} {verdict}"
+        f"step     reads {_size(found.weights_read + found.kv_total)}, {found.kv_share:.0%} of it"
+        f" KV: at least [bold]{found.floor_ms:.3g} ms[/bold]; dense, batch {found.batch} {verdict}"
     )
     if model.positions is not None and found.context > model.positions:
-        yield f"         the model knows {model.positions} positions, fewer than this context has"
+        yield f"         the model knows only {model.positions} positions; this context has more"
 
 
 def table(found: Plan) -> Table:
-    """A row for each method; see `notes` for the columns."""
+    """One row per method; `notes` explains the columns."""
     out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     out.add_column("method", no_wrap=True)
     headings = ["attended", "KV read", "step", "at most", "scored"]
@@ -82,34 +82,35 @@ def _cells(row: Row) -> Iterator[str]:
 
 
 def notes(found: Plan, methods: list[Method]) -> Iterator[str]:
-    """What the columns say, and what the floors leave out."""
+    """What the columns mean, and what the bounds leave out."""
     yield (
-        "attended: tokens, per full-attention layer; at most: the speed-up that the bytes allow;"
-        " scored: with what is read and written to choose"
+        "attended: tokens per full-attention layer; step: at least; at most: upper bound for the"
+        " speed-up; scored: the same, including what is read and written to select tokens"
     )
     yield (
-        f"KV held: on the device, a sequence; sequences: of {found.context} tokens that fit;"
-        f" longest: context that fits with batch {found.batch}; tokens/s: at most, all that fit"
+        f"KV held: on the device, per sequence; sequences: how many of {found.context} tokens fit;"
+        f" longest: longest context that fits with batch {found.batch}; tokens/s: at most, with all"
+        " sequences that fit"
     )
-    yield "not in these figures: computation, launches, activations"
+    yield "not included: computation, launches, activations"
     for row in found.rows:
         if row.link_bytes:
             ms = "" if row.link_ms is None else f" ({row.link_ms:.3g} ms)"
             yield (
-                f"  nor, of {row.method}, up to {_size(row.link_bytes)}{ms} a step from host"
-                f" memory, where a sequence has {_size(row.kv_host)}"
+                f"  {row.method}: up to {_size(row.link_bytes)}{ms} per step copied from host"
+                f" memory, which holds {_size(row.kv_host)} per sequence"
             )
         if row.encoded:
-            ms = "" if row.encode_ms is None else f" ({row.encode_ms:.3g} ms a step)"
-            yield f"  nor, of {row.method}, {row.encoded:.2f} tokens encoded anew for each{ms}"
+            ms = "" if row.encode_ms is None else f" ({row.encode_ms:.3g} ms per step)"
+            yield f"  {row.method}: {row.encoded:.2f} tokens encoded again per decoded token{ms}"
     decoded = found.context - found.prompt
     for method in methods:
         if isinstance(method, Delethink) and method.budget and decoded > method.budget:
-            yield f"{method.name} ends after {method.budget} tokens of output (max_chunks)"
+            yield f"{method.name} ends after {method.budget} output tokens (max_chunks)"
 
 
 def _size(count: float) -> str:
-    """Bytes, in the decimal units of bandwidths."""
+    """Bytes in decimal units, like bandwidths."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
