@@ -1,4 +1,4 @@
-"""Report: what a run decoded, attended to, kept and read. Counted, not computed from a formula."""
+"""Report: what a run decoded, attended to, kept and read. Counted, not computed."""
 
 from __future__ import annotations
 

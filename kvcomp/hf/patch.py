@@ -19,16 +19,16 @@ def patch(model: PreTrainedModel, method: Method, *, max_tokens: int | None = No
 
     Args:
         model: a Hugging Face causal LM whose attention goes through `AttentionInterface`.
-        method: a `Method`; its figures are counted by the run.
-        max_tokens: prompt and output, if the cache is to be of one size from the start. Decode
-            steps then compile as one graph: transformers does so by itself on a GPU, and
-            `run.compile()` does for loops of one's own. See `kvcomp.hf.StaticRun`.
+        method: a `Method`; the run counts what it reads and keeps.
+        max_tokens: preallocate the cache for this many tokens, prompt and output together. Decode
+            steps then compile to one graph: transformers compiles them on a GPU, and
+            `run.compile()` does so for your own loops. See `kvcomp.hf.StaticRun`.
 
     Raises:
-        TypeError: not a transformers model, not a method, or `max_tokens` not a whole number.
-        ValueError: the model is patched already, or does what a method cannot do exactly
+        TypeError: `model` is no transformers model, `method` no method, or `max_tokens` no integer.
+        ValueError: the model is already patched, needs something that the method cannot do exactly
             (soft-capped logits, latent attention, an unsupported head size), or the method's
-            parameters do not fit its layers. The model is as before.
+            parameters do not fit its layers. The model stays as it was.
     """
     if max_tokens is not None:
         return StaticRun(model, method, max_tokens)

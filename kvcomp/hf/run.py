@@ -1,7 +1,7 @@
-"""Run: a method under a model's `generate` and forward, until it is taken back.
+"""Run: a method under a model's `generate` and forward, until `undo`.
 
-No forward is copied. The model's attention implementation becomes ours, a pre-hook on the decoder
-supplies the cache and the padding of each forward, and `generate` is handed our cache.
+No forward is copied. The model uses kvcomp's attention implementation, a pre-hook on the decoder
+supplies the cache and the padding of each forward, and `generate` gets kvcomp's cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kvcomp.methods import Method
 
 
 class Run:
-    """One patched model: hands out caches, counts, and undoes itself.
+    """A patched model: creates caches, counts, and undoes itself.
 
     Attributes:
         inner_name: the attention implementation that the user had.
@@ -82,15 +82,15 @@ class Run:
         return False
 
     def new_cache(self) -> TransformersCache:
-        """A fresh cache of this run, for loops that call the model themselves."""
+        """A new cache of this run, for loops that call the model themselves."""
         return Cache(self.config, self.method, self.meter, self.inv_freq)
 
     def report(self, layers: bool = False) -> Report:
-        """What the run has decoded so far; `layers=True` adds the figures of each layer."""
+        """What the run has decoded so far; `layers=True` adds numbers per layer."""
         return Report.of(self.method, self.meter, self._decode_seconds, layers)
 
     def undo(self) -> None:
-        """Leave the model as it was; calling it again does nothing."""
+        """Restore the model; calling it again does nothing."""
         while self._undo:
             self._undo.pop()()
 

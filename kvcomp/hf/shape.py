@@ -1,5 +1,8 @@
-"""The shape of a model from its config alone: it is built on the meta device, where weights have
-sizes and no memory, and its parameters are counted."""
+"""The shape of a model from its config alone.
+
+The model is built on the meta device, where weights have sizes but take no memory, and its
+parameters are counted.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,18 @@ ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_k")
 def shape_of(
     config: Any, *, name: str | None = None, dtype: str | None = None, weights: float | None = None
 ) -> Shape:
-    """Read a config of transformers. Neither weights nor a GPU are needed.
+    """Read a transformers config. Needs neither weights nor a GPU.
 
     Args:
-        config: of a causal LM.
-        name: what to call it; default: its class.
-        dtype: of weights, K and V; default: the config's, else bfloat16.
-        weights: bytes of all weights, where they are not of that dtype.
+        config: the config of a causal LM.
+        name: a name for people; default: the model class.
+        dtype: data type of weights, K and V; default: the config's, else bfloat16.
+        weights: bytes of all weights, if they are not stored in `dtype`.
 
     Raises:
-        ValueError: what no method can decode (see `kvcomp.patch`): no attention, no full-attention
-            layer, latent attention, and so on; or weights whose bytes the config does not tell.
+        ValueError: a model that no method can decode (see `kvcomp.patch`): no attention, no
+            full-attention layer, latent attention, and so on; or weights whose size the config does
+            not tell.
     """
     text = config.get_text_config(decoder=True)
     name = name or type(config).__name__
