@@ -14,38 +14,38 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report:
-    """Figures of one run, over all of its sequences and layers that the method manages.
+    """The numbers of one run, over all its sequences and the layers that the method manages.
 
     Attributes:
-        method: its name and parameters.
-        tokens_decoded: by decode steps, all rows, those past their end included. The first token
-            comes from the prefill; tokens that assisted decoding checks several at a time are not
-            decode steps and are not counted.
+        method: name and parameters of the method.
+        tokens_decoded: tokens of decode steps in all rows, including those after a row's end. A
+            row's first token comes from the prefill. Tokens that assisted decoding checks several
+            at a time are not decode steps and not counted.
         decode_seconds: wall time from the end of each prefill to the last decode step after it.
-        tokens_attended: mean tokens that a layer attended to per decoded token.
-        tokens_attended_dense: the same had every layer attended to all.
-        kv_bytes_kept, kv_bytes_dense: K and V rows held now, and by a cache that keeps all.
+        tokens_attended: tokens that a layer attended to per decoded token, on average.
+        tokens_attended_dense: the same with dense attention.
+        kv_bytes_kept, kv_bytes_dense: bytes of K and V held now, and by a cache that keeps all.
         kv_bytes_peak: most bytes of K and V slots in use at once (rows times the longest row).
-        tracking_bytes_peak: most bytes of what the method remembered, beside K and V.
-        kv_bytes_allocated: the slabs now, spare capacity included.
-        logits_bytes_allocated: one buffer for the logits of a step, which layers share; 0 where the
-            method does not look at them.
-        kv_bytes_read: by decode steps in total.
+        tracking_bytes_peak: most bytes of notes that the method kept besides K and V.
+        kv_bytes_allocated: bytes of the slabs now, including spare capacity.
+        logits_bytes_allocated: the buffer for the logits of a step, shared by all layers; 0 if the
+            method does not use logits.
+        kv_bytes_read: bytes of K and V that all decode steps read.
         kept_mean, kept_peak: tokens in the longest row of a layer, over decode steps.
-        evictions: times that tokens were taken out of a layer.
-        tokens_evicted: by those, all rows and layers.
-        kv_bytes_freed: of K and V, by those.
-        retrievals: selections made, all rows and layers; retrieval_rate: per row, step and layer
-            that retrieves.
-        missing_share: of the tokens selected, those that had to come over the link.
-        link_bytes_fetched, link_bytes_stored: of K and V, from host memory and to it.
-        host_bytes_peak: most bytes of host memory taken for K and V by one cache.
-        segment_lengths: how many segments of the output were closed with so many tokens.
-        recall_before, recall_after: with `audit=True`, of the attention mass of the best set of
-            the budget's size, what was covered in the step before a retrieval and in that step.
-        boundaries: times that decoding went on with a new context; boundary_seconds: how long it
-            stood still there in total, and boundary_median: at one of them.
-        tokens_reencoded: encoded anew for those, all rows.
+        evictions: how often tokens were evicted from a layer.
+        tokens_evicted: tokens evicted, over all rows and layers.
+        kv_bytes_freed: bytes of K and V of the evicted tokens.
+        retrievals: selections made, over all rows and layers; retrieval_rate: selections per row,
+            step and retrieving layer.
+        missing_share: the share of selected tokens that had to be fetched over the link.
+        link_bytes_fetched, link_bytes_stored: bytes of K and V copied from and to host memory.
+        host_bytes_peak: most bytes of host memory for K and V of one cache.
+        segment_lengths: number of closed segments of the output by length.
+        recall_before, recall_after: with `audit=True`, the covered share of the attention of the
+            best tokens within the budget, in the step before a retrieval and in that step.
+        boundaries: how often decoding continued with a new context; boundary_seconds: total time
+            that it paused there, boundary_median: median pause.
+        tokens_reencoded: tokens encoded again at boundaries, over all rows.
         layers: per managed layer: position, tokens_attended, kept and evicted tokens, bytes read
             and fetched, retrieval rate.
     """

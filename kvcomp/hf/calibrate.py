@@ -1,6 +1,6 @@
-"""Measuring what a method needs to know of a model: delta layers, alpha and window, tau.
+"""Calibration: measure model-dependent fields, i.e. delta layers, alpha and window, or tau.
 
-Each calibration answers prompts with dense attention while a recorder, itself a method, looks on.
+Each calibration answers prompts with dense attention while a recorder, itself a method, observes.
 `Method.calibrate` is the way in.
 """
 
@@ -28,13 +28,13 @@ ALPHAS = (1e-4, 1e-3, 1e-2, 5e-2, 0.1, 0.2, 0.4)  # that are tried
 def calibrate(
     method: type[Method], model: PreTrainedModel, prompts: list, **options: Any
 ) -> Method:
-    """`method` with what it needs to know of `model`, measured on `prompts`.
+    """A method with its model-dependent fields measured on `prompts`.
 
     Args:
         options: those of the calibration, below, and the other fields of the result.
 
     Raises:
-        TypeError: a method that has nothing to measure.
+        TypeError: the method has nothing to measure.
     """
     for kind, calibration in CALIBRATIONS.items():
         if issubclass(method, kind):
@@ -57,21 +57,21 @@ def calibrate_delta(
     every: int = 64,
     **fields: Any,
 ) -> Delta:
-    """Find the delta layers of a model: the set that keeps most of each layer's top pages.
+    """Find the delta layers of a model: the set that covers most of each layer's best pages.
 
     The model decodes every prompt greedily with dense attention; every `every` steps the page
-    scores of all layers are recorded. A dynamic programme then places `num_delta` delta layers,
-    the first directly behind the warm-up, so that the mean share of a layer's best-K page mass
-    that the pages of its delta layer cover is largest.
+    scores of all layers are recorded. A dynamic programme then places `num_delta` delta layers, the
+    first directly after the warm-up, so that the mean share of a layer's best-K page mass that its
+    delta layer's pages cover is largest.
 
     Args:
         model: a Hugging Face causal LM.
         prompts: texts (with `tokenizer`) or lists of token ids.
-        num_delta: how many delta layers to place.
+        num_delta: number of delta layers to place.
         fields: the other fields of the result (budget, page_size, ...).
 
     Raises:
-        ValueError: the contexts never exceed the budget, so that there is nothing to select.
+        ValueError: the contexts never exceed the budget, so there is nothing to select.
     """
     recorder = PageRecorder(method=cls(**fields), every=every)
     decode_all(model, prompts, recorder, tokenizer=tokenizer, max_new_tokens=max_new_tokens)
@@ -158,18 +158,18 @@ def calibrate_lazy_eviction(
     alphas: Sequence[float] = ALPHAS,
     **fields: Any,
 ) -> LazyEviction:
-    """Measure window and alpha on prompts of the user's own.
+    """Measure window and alpha on your own prompts; do not use the prompts of your test.
 
-    The prompts are answered with dense attention. For each alpha the window is the paper's: it
-    covers the longest interval of 80 % of the tokens that were hit, but is at most a quarter of
-    the budget. For alpha the paper gives no rule; taken is the one with which the model,
-    evicting, best predicts the dense answers. Use prompts that are not the test.
+    The prompts are answered with dense attention. For each alpha the window follows the paper: it
+    covers the longest interval of 80 % of the tokens that were hit, but is at most a quarter of the
+    budget. The paper gives no rule for alpha; this takes the one with which the evicting model best
+    predicts the dense answers.
 
     Args:
         model: a Hugging Face causal LM.
         prompts: texts (with `tokenizer`) or lists of token ids.
-        max_new_tokens: of each answer; prompt and answer must exceed the budget.
-        alphas: to choose from; each costs another pass over the answers.
+        max_new_tokens: length of each answer; prompt and answer must exceed the budget.
+        alphas: candidates; each costs another pass over the answers.
         fields: the other fields of the result (budget, unit, ...).
 
     Raises:
@@ -258,16 +258,16 @@ def calibrate_louis_kv(
     max_new_tokens: int = 1024,
     **fields: Any,
 ) -> LouisKV:
-    """Find tau for a model: that below which the similarity is in a share `rate` of the steps.
+    """Find the tau below which the similarity is in a share `rate` of the steps.
 
-    The prompts are answered with dense attention; what is recorded is the similarity of every
-    step and layer that would retrieve.
+    The prompts are answered with dense attention, and the similarity of every step and layer that
+    would retrieve is recorded.
 
     Args:
         model: a Hugging Face causal LM.
         prompts: texts (with `tokenizer`) or lists of token ids.
-        rate: retrievals wanted, per step and layer, 0 to 1.
-        max_new_tokens: of each answer.
+        rate: retrievals per step and layer, 0 to 1.
+        max_new_tokens: length of each answer.
         fields: the other fields of the result (budget, local, ...).
 
     Raises:

@@ -24,16 +24,16 @@ METHODS: dict[str, type[Method]] = {}
 
 
 class Method:
-    """Dense attention over everything; subclasses say where they differ.
+    """Dense attention over all tokens; subclasses override what differs.
 
     Class attributes:
-        name: how the command line and the tables call it.
-        baseline: True for methods that exist to be compared with.
-        croppable: whether the last tokens can be taken back exactly.
-        moves_keys: whether it needs to know how keys are rotated (`cache.inv_freq`).
-        forks: whether the same sequences may be in two caches at once.
-        static: whether a decode step is the same work at all lengths, decided on the device alone,
-            up to `between_steps`; `layer.max_len` is then the capacity of a static cache.
+        name: name of the method on the command line and in tables.
+        baseline: True for methods that exist for comparison.
+        croppable: the last tokens can be taken back exactly.
+        moves_keys: the method needs to know how keys are rotated (`cache.inv_freq`).
+        forks: the same sequences may be in two caches at once.
+        static: a decode step does the same work at all lengths, decided on the device alone, up to
+            `between_steps`; `layer.max_len` is then the capacity of a static cache.
     """
 
     name: ClassVar[str]
@@ -67,27 +67,27 @@ class Method:
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
-        """An instance for short contexts (tests, the demo), with `budget` tokens where it has one.
+        """An instance for short contexts (tests, the demo) with `budget` tokens, if it has one.
 
         Raises:
-            ValueError: a budget that the method cannot work with.
+            ValueError: a budget that the method cannot use.
         """
         return cls()
 
     @classmethod
     def for_model(cls, model: str, **fields: Any) -> Self:
-        """An instance with the settings published for a model, by name, where there are some.
+        """An instance with the settings published for a model, if there are any.
 
         Args:
             model: hub name or path.
-            fields: of the dataclass; they win over what was published.
+            fields: fields of the dataclass; they override published settings.
         """
         return cls(**fields)
 
     @classmethod
     def calibrate(cls, model: Any, prompts: list, **options: Any) -> Self:
-        """An instance whose model-dependent fields are measured, by decoding prompts of the
-        user's own with dense attention. Use prompts that are not the test.
+        """An instance whose model-dependent fields are measured, by decoding your own prompts with
+        dense attention. Do not use the prompts of your test.
 
             Delta.calibrate(model, prompts, num_delta=3, max_new_tokens=1024, every=64)
             LazyEviction.calibrate(model, prompts, max_new_tokens=1024, alphas=(1e-4, 1e-3))
@@ -96,8 +96,8 @@ class Method:
         Args:
             model: a Hugging Face causal LM.
             prompts: texts (with `tokenizer=`) or lists of token ids.
-            options: as above, each explained in `kvcomp.hf.calibrate`; all others are fields of
-                the result.
+            options: as above, each explained in `kvcomp.hf.calibrate`; all others are fields of the
+                result.
 
         Raises:
             TypeError: the method has nothing to measure.
@@ -114,7 +114,7 @@ class Method:
         return self
 
     def check(self, num_layers: int) -> None:
-        """Raise ValueError where the parameters do not fit a model of `num_layers` layers."""
+        """Raise ValueError if the parameters do not fit a model of `num_layers` layers."""
 
     def start(self, cache: KVCache) -> None:
         """New sequences, or a reset."""
@@ -123,7 +123,7 @@ class Method:
         """The prompt is in `layer`; q [B, Hq, n, D] are its queries."""
 
     def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
-        """What several new tokens, already in `layer`, attend to besides each other.
+        """K and V that several new tokens, already in `layer`, attend to besides each other.
 
         Returns:
             k, v [B, H, n, D] and lens [B]: row b is valid up to lens[b].
@@ -145,8 +145,9 @@ class Method:
         """Forget all but the first `columns` columns, exactly, as if no others had ever come.
 
         Returns:
-            how many columns stay: fewer where the method cannot go back to just there, 0 where it
-            must start anew.
+            the number of columns that stay: fewer if the method cannot go back to exactly there, 0
+                if
+            it must start again.
         """
         if not self.croppable:
             cache.reset()
@@ -156,7 +157,8 @@ class Method:
         return columns
 
     def step_bytes(self, at: Place) -> StepBytes:
-        """What a decode step of one sequence moves and holds, by formula; unless a method says
-        otherwise, everything is read and kept. `kvcomp plan` asks for it."""
+        """Bytes that a decode step of one sequence moves and holds, by formula, for `kvcomp plan`.
+        By default everything is read and kept.
+        """
         whole = at.seen * at.layers * at.token_bytes
         return StepBytes(read=whole, held=whole)

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClusteredRetrieval(Retrieval):
-    """The prompt's keys are clustered per KV head; the output is cut where the queries turn.
+    """Clusters the prompt's keys per KV head, and cuts the output where the queries turn.
 
     Attributes:
-        tau: similarity of a step's queries to those before, below which a segment ends.
-        cluster_size: mean tokens of a cluster of the prompt.
-        window: tokens of a prompt that are clustered together.
-        iterations: of the clustering.
+        tau: similarity of a step's queries to the previous ones, below which a segment ends.
+        cluster_size: mean number of tokens in a cluster of the prompt.
+        window: tokens of the prompt that are clustered together.
+        iterations: iterations of the clustering.
     """
 
     tau: float = 0.7

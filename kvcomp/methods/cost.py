@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sequence stands, and the shape of the layers that a method manages.
+    """The position of a sequence, and the shape of the layers that a method manages.
 
     Attributes:
-        seen: tokens of the sequence, the newest included.
-        prompt: how many of them it began with.
-        layers: that the method manages.
+        seen: tokens of the sequence, including the newest.
+        prompt: tokens of the prompt among them.
+        layers: number of layers that the method manages.
         heads, kv_heads, head_dim: Hq, Hkv and D.
         itemsize: bytes of one value of K or V.
     """
@@ -45,12 +45,12 @@ class StepBytes:
     """Bytes of one sequence.
 
     Attributes:
-        read: K and V that attention reads in a step, on average over the steps nearby.
-        held: K and V on the device, and what stands for those that are not, at most.
-        scoring: moved besides in a step, to choose: logits, digests, page tables.
-        link: K and V from host memory in a step, if nothing that is selected is resident yet.
+        read: K and V that attention reads in a step, averaged over the steps nearby.
+        held: most K and V on the device, including digests of those that are not.
+        scoring: moved in a step in order to select: logits, digests, page tables.
+        link: K and V from host memory in a step, if no selected token is resident yet.
         host: K and V in host memory.
-        encoded: tokens, not bytes, that are encoded anew for each one decoded.
+        encoded: tokens (not bytes) encoded again per decoded token.
     """
 
     read: float

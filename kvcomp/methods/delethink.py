@@ -41,17 +41,17 @@ class Delethink(Method, name="delethink"):
 
     Attributes:
         chunk: C, tokens that the first chunk generates.
-        carry: m, tokens that the next context keeps of the output; later chunks generate C - m.
-        max_chunks: I, after which `generate` ends; None: as many as `max_new_tokens` allows.
-        head: h, first tokens of the output that stay with the prompt for good.
-        variant: "exact_bound", the head counts towards the carry, so that a context never exceeds
-            |q| + C (what the published checkpoints were trained with); "paper", the head comes on
+        carry: m, output tokens that the next context keeps; later chunks generate C - m.
+        max_chunks: I, chunks after which `generate` ends; None: as many as `max_new_tokens` allows.
+        head: h, first tokens of the output, which every context keeps.
+        variant: "exact_bound": the head counts towards the carry, so a context never exceeds
+            |q| + C (the published checkpoints were trained with it); "paper": the head comes on
             top, |q| + h + C (Algorithm 1).
-        reset: how the next context gets its K and V. "prefill": prompt and head stay as they are,
-            the carry is encoded anew. "streaming": the same, in pieces, while the chunk before is
-            still being decoded; two contexts are then in memory. "rotate": the carry keeps its K
-            and V, and keys are rotated to their new positions. That is an approximation, and
-            another method: deleted tokens still speak through the states of the carry.
+        reset: how the next context gets its K and V. "prefill": prompt and head stay, the carry is
+            encoded again. "streaming": the same, in pieces, while the previous chunk is still being
+            decoded; two contexts are then in memory. "rotate": the carry keeps its K and V, and its
+            keys are rotated to their new positions. This is an approximation: the kept states still
+            carry information from deleted tokens.
         piece: g, tokens that "streaming" encodes at once.
         inner: the method that decides what attention reads and the cache keeps within a context;
             None: dense attention.

@@ -1,11 +1,11 @@
 """DELTA: dynamic layer-aware sparse attention (arXiv 2510.09883).
 
-A few layers read everything; the others read the pages that the nearest such layer below found
-important. The rule: (1) warm-up layers attend densely; (2) a delta layer attends densely and scores
-each page by the sum over its tokens of the max over all query heads of the probability; (3) the
-newest L pages and the best K - L others form one set for all heads; (4) the layers up to the next
-delta layer attend to that set; (5) every step selects anew. Saves attention reads, up to
-(layers / dense layers) times fewer tokens; saves no memory, since the whole KV stays.
+A few layers read the whole cache; the others read the pages that the nearest such layer below them
+found important. The rule: (1) warm-up layers attend densely; (2) a delta layer attends densely and
+scores each page by the sum over its tokens of the max over all query heads of the probability; (3)
+the newest L pages and the best K - L others form one set for all heads; (4) the layers up to the
+next delta layer attend to that set; (5) every step selects again. Reduces attention reads, up to
+(layers / dense layers) times; does not reduce memory, since the whole KV stays.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Delta(Method, name="delta"):
-    """Layer-aware sparse attention. Layer numbers count the layers that the method manages.
+    """Layer-aware sparse attention. Layers are counted among those that the method manages.
 
     Attributes:
-        budget: k = K * P, tokens that a sparse layer attends to, the recent pages included.
-        page_size: P, tokens in a page.
-        recent: L, newest pages always in the set; the partial page counts.
-        warmup: W0, how many first layers attend densely.
-        delta_layers: D, the layers that select; None places the first behind the warm-up and
-            the others at 1/2 and 4/5 of the depth, as the published sets have them.
-        group: torch.distributed group whose ranks hold the other heads of the same layers
-            (tensor parallelism); the probability is then reduced over it.
+        budget: k = K * P, tokens that a sparse layer attends to, recent pages included.
+        page_size: P, tokens per page.
+        recent: L, newest pages, always in the set; a partial page counts.
+        warmup: W0, number of first layers that attend densely.
+        delta_layers: D, the layers that select; None: the layer after the warm-up, and those at 1/2
+            and 4/5 of the depth, like the published sets.
+        group: torch.distributed group whose ranks hold the other heads of the same layers (tensor
+            parallelism); probabilities are then reduced over it.
     """
 
     budget: int = 1024

@@ -34,10 +34,10 @@ class Eviction(Method):
 
     Attributes:
         budget: B, tokens that a unit keeps after an eviction.
-        window: W, decode steps from one eviction to the next; 1 evicts at every step.
-        unit: who keeps a set of its own: each "kv_head"; each "query_head", for which K and V are
-            stored once per query head (Hq / Hkv times the bytes); or the "layer" as a whole.
-        keep_prompt: whether the first prompt stays, however long; the budget is then at least the
+        window: W, decode steps between evictions; 1 evicts at every step.
+        unit: heads that share a set of tokens: each "kv_head"; each "query_head", for which K and V
+            are stored once per query head (Hq / Hkv times the bytes); or the whole "layer".
+        keep_prompt: never evict the first prompt, however long; the budget is then at least the
             prompt and the newest tokens that must stay.
     """
 

@@ -1,11 +1,11 @@
 """LazyEviction: lagged eviction by recurrence intervals (arXiv 2506.15969).
 
-Tokens become important again after a silence, so none is judged in haste. The rule: (1) a token is
-hit in a step where its probability reaches alpha; (2) per token, keep the step of the last hit and
-the longest interval between two; (3) every W steps, where more than B tokens are there, score all
-but the newest W by whether their silence is still within their longest interval, plus whether they
-recur often; (4) the best B - W and the newest W stay; (5) new tokens keep their true positions.
-Saves memory and reads: at most max(B, prompt) + W tokens a layer; costs a bit per token and step.
+Tokens often become important again after a pause, so eviction waits. The rule: (1) a step hits a
+token if the token's probability reaches alpha; (2) each token keeps the step of its last hit and
+the longest interval between two; (3) every W steps, with more than B tokens, all but the newest W
+are scored: is the current pause within the token's longest interval, and does it recur often; (4)
+the best B - W and the newest W stay; (5) new tokens keep their true positions. Reduces memory and
+reads: at most max(B, prompt) + W tokens per layer; costs one bit per token and step.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ FORMS = ("paper", "code")
 
 @dataclass(frozen=True)
 class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
-    """Lagged eviction. Published with unit="query_head"; "kv_head" keeps native GQA bytes.
+    """Lagged eviction. Published with unit="query_head"; "kv_head" stores K and V once per KV head.
 
     Attributes:
         budget: B, tokens that a unit keeps after an eviction, the newest W among them.
         window: W, steps between evictions, and newest tokens that always stay.
         alpha: probability at which a token counts as hit, under any head of its unit.
         unit: "kv_head", "query_head" (Hq / Hkv times the bytes) or "layer".
-        h1: how "still within its interval" is scored: as the "paper" has it, 2 sigmoid(-s / i) of
-            the silence s and the longest interval i, or as the "code" released with it,
-            2 sigmoid(-1 - s / i), which lets the second term weigh about twice as much.
-        keep_prompt: whether the prompt is exempt; it is not in the paper.
+        h1: the score of the current pause s against the longest interval i: 2 sigmoid(-s / i) as in
+            the "paper", or 2 sigmoid(-1 - s / i) as in the released "code", which lets the second
+            term weigh about twice as much.
+        keep_prompt: never evict the prompt; not in the paper.
     """
 
     window: int = 128  # W

@@ -1,12 +1,12 @@
 """LouisKV: clustered KV retrieval at semantic boundaries (arXiv 2510.11292).
 
-What a step attends to hardly changes until its queries turn. The rule: (1) the prompt's keys are
-clustered per KV head, a cluster being a unit with its mean key as digest; (2) the output is cut
-into segments, the other units, where the mean cosine of a step's queries to those of the step
-before falls below tau; (3) there, and only there, all units compete: softmax over the digests per
-query head, mean over the group, best units until B tokens; (4) what is not resident comes from the
-host; (5) attention is exact over sinks, retrieved and local tokens. Saves device memory (S + B + W
-+ s_max tokens and a digest per unit stay) and the link: about rate * missing * B rows per token.
+The tokens that matter hardly change until the queries turn. The rule: (1) the prompt's keys are
+clustered per KV head; a cluster is a unit with its mean key as digest; (2) the output is cut into
+segments, the other units, where the mean cosine between a step's queries and the previous ones
+falls below tau; (3) only there all units compete: softmax over the digests per query head, mean
+over the group, best units until B tokens; (4) units that are not on the device come from the host;
+(5) attention is exact over sinks, retrieved and local tokens. Reduces device memory (S + B + W +
+s_max tokens and one digest per unit stay) and copies about rate * missing * B rows per token.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class LouisKV(ClusteredRetrieval, name="louis-kv"):
     """Clustered retrieval from host memory, when the queries turn.
 
     Attributes:
-        tau: similarity of a step's queries to those before, below which a segment ends and the row
-            selects anew: 2 is every step, -1 only the first and when too many tokens are local.
-            0.7 is published for Qwen3-8B; `calibrate` finds it for a model.
+        tau: similarity of a step's queries to the previous ones, below which a segment ends and the
+            row selects again: 2 means every step, -1 only the first step and when too many tokens
+            are local. 0.7 is published for Qwen3-8B; `calibrate` finds it for a model.
     """
 
     @property

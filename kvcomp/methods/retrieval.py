@@ -40,17 +40,16 @@ class Retrieval(Method):
     """Retrieves by `units` and `scores`, which subclasses define.
 
     Attributes:
-        budget: B, tokens that are retrieved at once, per KV head; sinks and local tokens come on
-            top.
+        budget: B, tokens retrieved at once, per KV head; sinks and local tokens come on top.
         sinks: S, first tokens, always on the device.
-        local: W, newest tokens on the device: while there are more, the oldest segment leaves when
-            a row selects; with the open segment up to W + s_max.
-        segment: (s_min, s_max), tokens of a segment of the output.
-        dense_layers: how many first layers keep everything on the device and attend to all.
+        local: W, newest tokens on the device. If there are more, the oldest segment leaves when a
+            row selects; with the open segment there are up to W + s_max.
+        segment: (s_min, s_max), length of a segment of the output in tokens.
+        dense_layers: number of first layers that keep everything on the device and attend to all.
         newest: W0, newest tokens of a prompt that stay local; at most W. None: half of them.
-        host_limit: bytes of host memory for K and V, all layers; None: no limit.
-        audit: whether to measure, at every step, how much of the attention mass the resident tokens
-            cover; that reads the whole pool.
+        host_limit: limit in bytes of host memory for K and V of all layers; None: no limit.
+        audit: measure at every step the share of attention that the resident tokens cover; this
+            reads the whole pool.
     """
 
     budget: int = 1024  # B

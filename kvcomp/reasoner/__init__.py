@@ -1,12 +1,12 @@
-"""The bundled reasoner: a tiny real reasoning model, and the task that it was trained for.
+"""The bundled reasoner: a tiny reasoning model, and the task that it was trained for.
 
 ``path()`` is the directory of the weights; ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it
 like any other model. Nothing in here imports torch or transformers.
 
-Qwen3 architecture, 8 layers, 1.6 M parameters, trained by ``benchmarks/train_reasoner.py`` for this
-one task. Layer 0 looks a few tokens back, the attention of layer 2 points at the fact that is
-needed but writes nothing itself, and that of layer 5 reads it. Without the attention of any other
-layer it works as well.
+Qwen3 architecture, 8 layers, 1.6 M parameters, trained for this one task by
+``benchmarks/train_reasoner.py``. Layer 0 looks a few tokens back, layer 2 attends to the needed
+fact but writes nothing itself, and layer 5 reads it. Without the attention of any other layer it
+works as well.
 """
 
 from pathlib import Path
