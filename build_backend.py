@@ -8,11 +8,14 @@ import ctypes
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
+import pybind11
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks that stay as they are)
 
@@ -107,6 +110,29 @@ def nvcc_environment(nvcc):
         return {}
     known = os.environ.get("LIBRARY_PATH")
     return {"LIBRARY_PATH": f"{library_dir}:{known}" if known else str(library_dir)}
+
+
+def cmake(*arguments, environment=(), **options):
+    """Run the cmake of the environment that builds, which may not be activated."""
+    tools = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
+    environment = os.environ | {"PATH": os.pathsep.join(tools)} | dict(environment)
+    command = ["cmake", *map(str, arguments)]
+    return subprocess.run(command, check=True, env=environment, **options)
+
+
+def configuration(build_dir, **settings):
+    """The arguments by which cmake configures a build."""
+    settings = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        **settings,
+    }
+    return [
+        *("-S", Path(__file__).resolve().parent, "-B", build_dir, "-G", "Ninja"),
+        *(f"-D{name}={value}" for name, value in settings.items()),
+        *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+    ]
 
 
 def has_driver():

@@ -2,21 +2,23 @@
 
 import atexit
 import os
-import shlex
 import shutil
 import subprocess
-import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-from build_backend import cuda_architectures, cuda_mode, find_nvcc, nvcc_environment, wants_cuda
-
-ROOT = Path(__file__).parent.resolve()
+from build_backend import (
+    cmake,
+    configuration,
+    cuda_architectures,
+    cuda_mode,
+    find_nvcc,
+    nvcc_environment,
+    wants_cuda,
+)
 
 
 class CMakeBuild(build_ext):
@@ -25,36 +27,23 @@ class CMakeBuild(build_ext):
         build_dir = Path(self.build_temp).resolve()
         output_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         settings = {
-            "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_INSTALL_PREFIX": output_dir.parent,
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
             "KVCOMP_CUDA": "ON" if nvcc else "OFF",
             "KVCOMP_SANITIZE": os.environ.get("KVCOMP_SANITIZE", ""),
         }
-        # The environment that builds may not be activated; its cmake and ninja come first.
-        tools = sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)
-        environment = os.environ | {"PATH": os.pathsep.join(tools)}
+        environment = {}
         if nvcc:
             settings["CMAKE_CUDA_COMPILER"] = nvcc
             settings["KVCOMP_CUDA_ARCHS"] = ";".join(cuda_architectures())
-            environment |= nvcc_environment(nvcc)
-
-        def cmake(*args):
-            try:
-                subprocess.run(["cmake", *map(str, args)], check=True, env=environment)
-            except OSError as error:
-                raise SystemExit(f"kvcomp: cmake does not run: {error}") from None
-            except subprocess.CalledProcessError as error:
-                raise SystemExit(error.returncode) from None  # cmake has said why
-
-        cmake(
-            *("-S", ROOT, "-B", build_dir, "-G", "Ninja"),
-            *(f"-D{name}={value}" for name, value in settings.items()),
-            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
-        )
-        cmake("--build", build_dir)
-        cmake("--install", build_dir)
+            environment = nvcc_environment(nvcc)
+        try:
+            cmake(*configuration(build_dir, **settings), environment=environment)
+            cmake("--build", build_dir, environment=environment)
+            cmake("--install", build_dir)
+        except OSError as error:
+            raise SystemExit(f"kvcomp: cmake does not run: {error}") from None
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(error.returncode) from None  # cmake has said why
         why_none = "no nvcc or no GPU for them; set KVCOMP_CUDA=require to see why"
         why_none = "off" if cuda_mode() == "off" else why_none
         summary = (build_dir / "summary.txt").read_text()

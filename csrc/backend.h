@@ -8,13 +8,21 @@
 namespace kvcomp {
 
 // check stops after the checks: the Triton and reference paths use it, so that each check is
-// written once. cuda_host runs the CUDA device code under the emulator on the CPU.
-enum class Backend { check, cpu, cuda, cuda_host };
+// written once.
+enum class Backend { check, cpu, cuda };
 
 #ifdef KVCOMP_WITH_CUDA
 inline constexpr bool kWithCuda = true;
 #else
 inline constexpr bool kWithCuda = false;
+#endif
+
+// In the tests' module (csrc/emulated) cuda means the same code, but under the emulator and on CPU
+// tensors; there is nothing else in it.
+#ifdef KVCOMP_EMULATED
+inline constexpr bool kEmulated = true;
+#else
+inline constexpr bool kEmulated = false;
 #endif
 
 }  // namespace kvcomp

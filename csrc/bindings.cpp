@@ -17,7 +17,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   backend.attr("check") = static_cast<int>(Backend::check);
   backend.attr("cpu") = static_cast<int>(Backend::cpu);
   backend.attr("cuda") = static_cast<int>(Backend::cuda);
-  backend.attr("cuda_host") = static_cast<int>(Backend::cuda_host);
   m.attr("Backend") = backend;
 
   m.def("build_info", [] {

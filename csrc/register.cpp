@@ -59,7 +59,7 @@ bool from_python(PyObject* object) {
 template <>
 Backend from_python(PyObject* object) {
   const std::int64_t number = from_python<std::int64_t>(object);
-  if (number < 0 || number > static_cast<std::int64_t>(Backend::cuda_host)) {
+  if (number < 0 || number > static_cast<std::int64_t>(Backend::cuda)) {
     throw py::type_error("kvcomp._C: expected one of Backend");
   }
   return static_cast<Backend>(number);

@@ -247,9 +247,9 @@ void Boundary::device(Backend backend, std::initializer_list<const TensorView*> 
   if (backend == Backend::cuda && !kWithCuda) {
     throw std::invalid_argument(std::string("kvcomp.") + op + ": this build has no CUDA kernels");
   }
-  if (backend != Backend::check && first.device.is_cuda != (backend == Backend::cuda)) {
-    fail(first.name, backend == Backend::cuda ? "a CUDA tensor" : "a CPU tensor",
-         "one on " + to_text(first.device));
+  const bool on_gpu = backend == Backend::cuda && !kEmulated;
+  if (backend != Backend::check && first.device.is_cuda != on_gpu) {
+    fail(first.name, on_gpu ? "a CUDA tensor" : "a CPU tensor", "one on " + to_text(first.device));
   }
   for (const TensorView* view : views) {
     if (view->device != first.device) {

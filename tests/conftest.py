@@ -10,8 +10,12 @@ if not torch.cuda.is_available():
 
 import pytest
 
+import emulated
 import kvcomp
+from kvcomp.ops import _registry
 from kvcomp.selftest import compare
+
+_registry.add_emulated(emulated.load)
 
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # which share the cores
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(workers)))

@@ -1,4 +1,4 @@
-// Small kernels that show what the emulator of csrc/cuda_host does, and what it refuses to do.
+// Small kernels that show what the emulator in csrc/emulator does, and what it refuses to do.
 // `probes NAME` runs one and prints "ok", or the error of the launch; test_cuda_host.py runs all.
 #include "cuda_host_probes.h"
 

@@ -5,14 +5,14 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda_host/emulator/cuda_host.h"
+#include "emulator/cuda.h"
 
 inline void expect(bool holds, const char* what) {
   if (!holds) throw std::logic_error(std::string("probe failed: ") + what);
 }
 #define EXPECT(condition) expect(condition, #condition)
 
-inline constexpr kvcomp::cuda_host::Launch launch{"probe"};
+inline constexpr kvcomp::emulator::Launch launch{"probe"};
 
 using Probes = std::map<std::string, void (*)()>;  // by name
 extern const Probes global_memory_probes;

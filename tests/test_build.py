@@ -84,6 +84,11 @@ def test_extension_needs_neither_torch_nor_openmp_nor_cuda(extension):
     assert not [name for name in undefined if re.search("torch|c10|N2at|^cu[A-Z]|^cuda", name)]
 
 
+def test_the_emulator_is_no_part_of_the_wheel(built, extension):
+    assert b"kvcomp cuda-host" not in extension.read_bytes()
+    assert len(list(built[0].rglob("*.so"))) == 1
+
+
 def test_wheel_imports_without_a_gpu(built, tmp_path):
     code = "import json, kvcomp, kvcomp._C as c; print(json.dumps([c.__file__, c.build_info()]))"
     output = subprocess.check_output(
@@ -206,7 +211,18 @@ def test_a_driver_older_than_the_wheels_does_not_count(backend, monkeypatch, ver
     assert backend.has_driver() == enough
 
 
-# --- the native boundary -----------------------------------------------------------------------
+# --- the native boundary: what is there ----------------------------------------------------------
+
+
+def test_the_extension_has_what_the_package_calls():
+    """Also what only a GPU would ask for."""
+    code = "".join(path.read_text() for path in (ROOT / "kvcomp").rglob("*.py"))
+    called = set(re.findall(r"(?<![.\w])(?:_C|extension)\.(\w+)\(", code))
+    assert {"page_scores", "decode_attention_blocks", "build_info"} <= called
+    assert not [name for name in called if not hasattr(_C, name)]
+
+
+# --- the native boundary: views of tensors ------------------------------------------------------
 
 # Through DLPack's C exchange API where torch has it, and through attributes: both must agree.
 through = pytest.mark.parametrize("dlpack", [True, False], ids=["dlpack", "attributes"])

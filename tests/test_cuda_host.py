@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import emulated
 from kvcomp.ops import OPS
 from kvcomp.ops.attend_and_select import in_turn
 from kvcomp.selftest.case import attention_inputs, ints
@@ -117,7 +118,7 @@ def build_probes(target: Path, probe_flags: list[str], link_flags: list[str]) ->
     for source in TESTS.glob("cuda_host_*.cpp"):
         objects.append(target.with_name(f"{target.name}-{source.stem}.o"))
         subprocess.run([*base, *probe_flags, "-c", source, "-o", objects[-1]], check=True)
-    emulator = sorted((CSRC / "cuda_host" / "emulator").glob("*.cpp"))
+    emulator = sorted((CSRC / "emulator").glob("*.cpp"))
     subprocess.run([*base, *link_flags, *emulator, *objects, "-o", target], check=True)
     return target
 
@@ -146,6 +147,15 @@ def test_probe(executables, build, probe, output):
     assert re.search(output, run.stdout + run.stderr, re.MULTILINE), run.stdout + run.stderr
     if output == r"^ok$":
         assert run.returncode == 0, run.stderr
+
+
+def test_an_emulator_that_cannot_be_built_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(emulated, "folder", lambda: tmp_path)
+    op = OPS["merge_states"]
+    with pytest.raises(RuntimeError, match=r"(?s)cannot be built.*no-such-compiler"):
+        emulated.load.__wrapped__()
+    assert "cuda-host" not in op.impls, "an op without CUDA code"
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 3, 4, 6, 7, 12, 16, 48, 100, 128, 130, 512, 520, 1000])

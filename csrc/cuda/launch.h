@@ -1,6 +1,15 @@
 // Launch: what the launcher in a .cuh is given to start its kernel on a device's stream.
 #pragma once
 
+#ifndef __CUDACC__
+#include "emulator/cuda.h"  // which has its own
+
+namespace kvcomp::cuda {
+using emulator::Launch;
+using emulator::Occupancy;
+}  // namespace kvcomp::cuda
+#else
+
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -79,3 +88,5 @@ class Occupancy {
 };
 
 }  // namespace kvcomp::cuda
+
+#endif

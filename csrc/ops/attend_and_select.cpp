@@ -27,7 +27,7 @@ void attend_and_select(Backend backend, py::handle q_, py::handle k, py::handle 
   params.selection = select_pages_params(
       at, backend, scores, seq_lens, at.tensor("selected_ids", selected_ids),
       at.tensor("selected_lens", selected_lens), page_size, num_recent, num_sink);
-  if (backend == Backend::cuda || backend == Backend::cuda_host) {
+  if (backend == Backend::cuda) {
     const TensorView arrived = at.tensor("arrived", arrived_);
     at.device(backend, {&q, &arrived});
     at.dtype(arrived, {DType::i32});
@@ -35,8 +35,7 @@ void attend_and_select(Backend backend, py::handle q_, py::handle k, py::handle 
     at.contiguous(arrived);
     attention.arrived = arrived.as<std::uint32_t>();
   }
-  run<cpu::attend_and_select, cuda::attend_and_select, cuda_host::attend_and_select>(
-      at, backend, params, q.device, stream);
+  run<cpu::attend_and_select, cuda::attend_and_select>(at, backend, params, q.device, stream);
 }
 
 KVCOMP_OP(attend_and_select);

@@ -126,7 +126,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
     at.contiguous(*partial_out);
     at.contiguous(*partial_lse);
   }
-  const bool in_splits = backend == Backend::cuda || backend == Backend::cuda_host;
+  const bool in_splits = backend == Backend::cuda;
   if (in_splits && S.size * given.split_size < positions) {
     at.fail("split_size", "splits of all " + std::to_string(positions) + " positions",
             given.split_size);

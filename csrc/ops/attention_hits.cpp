@@ -53,8 +53,7 @@ void attention_hits(Backend backend, py::handle logits_, py::handle lse_, py::ha
       .log_threshold = static_cast<float>(log_threshold),
   };
   if (readable(backend)) check_seq_lens(at, params.seq_lens, B.size, "N", N.size);
-  run<cpu::attention_hits, cuda::attention_hits, cuda_host::attention_hits>(at, backend, params,
-                                                                            logits.device, stream);
+  run<cpu::attention_hits, cuda::attention_hits>(at, backend, params, logits.device, stream);
 }
 
 KVCOMP_OP(attention_hits);

@@ -33,7 +33,7 @@ inline void check_per_row(const Boundary& at, const TensorView& view, Dim& batch
 
 // Whether the values in tensors can be looked at: on the CPU, by what computes there.
 inline bool readable(Backend backend) {
-  return backend == Backend::cpu || backend == Backend::cuda_host;
+  return backend == Backend::cpu || (kEmulated && backend == Backend::cuda);
 }
 
 // What logits may be stored in: half the bytes are worth having where they cross a GPU's memory.

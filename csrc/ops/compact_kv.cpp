@@ -130,8 +130,7 @@ void compact_kv(Backend backend, py::handle k_, py::handle v_, py::handle state_
   }
 
   if (readable(backend)) check_values(at, params, T.size, state);
-  run<cpu::compact_kv, cuda::compact_kv, cuda_host::compact_kv>(at, backend, params, k.device,
-                                                                stream);
+  run<cpu::compact_kv, cuda::compact_kv>(at, backend, params, k.device, stream);
 }
 
 KVCOMP_OP(compact_kv);

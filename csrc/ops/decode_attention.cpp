@@ -27,8 +27,8 @@ void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
   const DecodeAttentionParams params =
       decode_attention_params(at, backend, q, k, v, seq_lens, page_ids, logits, out, lse, page_size,
                               scale, partial_out, partial_lse, split_size);
-  run<cpu::decode_attention, cuda::decode_attention, cuda_host::decode_attention>(
-      at, backend, params, at.tensor("q", q).device, stream);
+  run<cpu::decode_attention, cuda::decode_attention>(at, backend, params, at.tensor("q", q).device,
+                                                     stream);
 }
 
 // How many blocks of the kernel for q's dtype and head size a multiprocessor of its GPU takes.
@@ -45,5 +45,6 @@ int decode_attention_blocks(py::handle q_) {
 }
 
 KVCOMP_OP(decode_attention);
+KVCOMP_OP(decode_attention_blocks);
 
 }  // namespace kvcomp

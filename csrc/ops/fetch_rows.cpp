@@ -133,8 +133,7 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
       .row_bytes = static_cast<std::int32_t>(D.size * size),
   };
   if (readable(backend)) check_values(at, params);
-  run<cpu::fetch_rows, cuda::fetch_rows, cuda_host::fetch_rows>(at, backend, params, k.device,
-                                                                stream);
+  run<cpu::fetch_rows, cuda::fetch_rows>(at, backend, params, k.device, stream);
 }
 
 KVCOMP_OP(fetch_rows);

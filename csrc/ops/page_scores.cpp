@@ -66,8 +66,7 @@ void page_scores(Backend backend, py::handle logits_, py::handle lse, py::handle
   const PageScoresParams params = page_scores_params(
       at, backend, logits, at.tensor("lse", lse), at.tensor("seq_lens", seq_lens),
       at.tensor("out", out), page_size, num_groups, use_max);
-  run<cpu::page_scores, cuda::page_scores, cuda_host::page_scores>(at, backend, params,
-                                                                   logits.device, stream);
+  run<cpu::page_scores, cuda::page_scores>(at, backend, params, logits.device, stream);
 }
 
 KVCOMP_OP(page_scores);

@@ -64,8 +64,7 @@ void recurrence_update(Backend backend, py::handle hits_, py::handle last_hit_, 
               std::to_string(params.born[b]) + " in row " + std::to_string(b));
     }
   }
-  run<cpu::recurrence_update, cuda::recurrence_update, cuda_host::recurrence_update>(
-      at, backend, params, hits.device, stream);
+  run<cpu::recurrence_update, cuda::recurrence_update>(at, backend, params, hits.device, stream);
 }
 
 KVCOMP_OP(recurrence_update);

@@ -1,7 +1,6 @@
 // run: how every native entry ends, once it has checked its arguments.
 //
-//   run<cpu::page_scores, cuda::page_scores, cuda_host::page_scores>(at, backend, params, q.device,
-//                                                                    stream);
+//   run<cpu::page_scores, cuda::page_scores>(at, backend, params, q.device, stream);
 #pragma once
 
 #include <pybind11/gil_simple.h>
@@ -13,15 +12,14 @@
 #include "backend.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
-#include "cuda_host/kernels.h"
 #include "ops/register.h"
 #include "tensor.h"
 
 namespace kvcomp {
 
 // The kernel of `backend` on `params`; for Backend::check none. A CUDA kernel goes to the stream of
-// the device. `cuda` and `cuda_host` are left out where they are not written.
-template <auto cpu, auto cuda = nullptr, auto cuda_host = nullptr, typename Params>
+// the device; not every op has one.
+template <auto cpu, auto cuda = nullptr, typename Params>
 void run(const Boundary& at, Backend backend, const Params& params, Device device = {},
          std::uintptr_t stream = 0) {
   if (backend == Backend::check) return;
@@ -29,12 +27,11 @@ void run(const Boundary& at, Backend backend, const Params& params, Device devic
   // decide how long a kernel takes, and a launch waits where the stream's queue is full; meanwhile
   // other threads must get on: a server's, or those that move K and V to the host's memory.
   const py::gil_scoped_release_simple released;
-  if (backend == Backend::cpu) return cpu(params);
+  if constexpr (!kEmulated) {
+    if (backend == Backend::cpu) return cpu(params);
+  }
   if constexpr (kWithCuda && !std::is_null_pointer_v<decltype(cuda)>) {
     if (backend == Backend::cuda) return cuda(params, device.index, stream);
-  }
-  if constexpr (!std::is_null_pointer_v<decltype(cuda_host)>) {
-    if (backend == Backend::cuda_host) return cuda_host(params);
   }
   throw std::logic_error(std::string("kvcomp.") + at.op + ": this build has no such kernel");
 }

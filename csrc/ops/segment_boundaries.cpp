@@ -92,8 +92,8 @@ void segment_boundaries(Backend backend, py::handle similarity_, py::handle leng
       .local = static_cast<std::int32_t>(std::min(local, kMax)),
   };
   if (readable(backend)) check_values(at, params, starts.shape[2]);
-  run<cpu::segment_boundaries, cuda::segment_boundaries, cuda_host::segment_boundaries>(
-      at, backend, params, lengths.device, stream);
+  run<cpu::segment_boundaries, cuda::segment_boundaries>(at, backend, params, lengths.device,
+                                                         stream);
 }
 
 KVCOMP_OP(segment_boundaries);

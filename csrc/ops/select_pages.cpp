@@ -68,8 +68,7 @@ void select_pages(Backend backend, py::handle scores_, py::handle seq_lens_, py:
   const TensorView selected_lens = at.tensor("selected_lens", selected_lens_);
   const SelectPagesParams params = select_pages_params(
       at, backend, scores, seq_lens, page_ids, selected_lens, page_size, num_recent, num_sink);
-  run<cpu::select_pages, cuda::select_pages, cuda_host::select_pages>(at, backend, params,
-                                                                      scores.device, stream);
+  run<cpu::select_pages, cuda::select_pages>(at, backend, params, scores.device, stream);
 }
 
 KVCOMP_OP(select_pages);

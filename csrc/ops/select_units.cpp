@@ -67,8 +67,7 @@ void select_units(Backend backend, py::handle scores_, py::handle starts_, py::h
       .budget = static_cast<std::int32_t>(budget),
   };
   if (readable(backend)) check_values(at, params);
-  run<cpu::select_units, cuda::select_units, cuda_host::select_units>(at, backend, params,
-                                                                      scores.device, stream);
+  run<cpu::select_units, cuda::select_units>(at, backend, params, scores.device, stream);
 }
 
 KVCOMP_OP(select_units);

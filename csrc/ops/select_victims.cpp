@@ -77,8 +77,7 @@ void select_victims(Backend backend, py::handle scores_, py::handle positions_,
       .num_recent = static_cast<std::int32_t>(num_recent),
   };
   if (readable(backend)) check_lens(at, params);
-  run<cpu::select_victims, cuda::select_victims, cuda_host::select_victims>(at, backend, params,
-                                                                            scores.device, stream);
+  run<cpu::select_victims, cuda::select_victims>(at, backend, params, scores.device, stream);
 }
 
 KVCOMP_OP(select_victims);

@@ -110,8 +110,7 @@ void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle sl
       .max_units = static_cast<std::int32_t>(U.size),
   };
   if (readable(backend)) check_values(at, params, std::min(T.size, slot_rows.shape[2]), U.size);
-  run<cpu::store_segments, cuda::store_segments, cuda_host::store_segments>(at, backend, params,
-                                                                            k.device, stream);
+  run<cpu::store_segments, cuda::store_segments>(at, backend, params, k.device, stream);
 }
 
 KVCOMP_OP(store_segments);

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from types import ModuleType
 
 import torch
 
@@ -19,15 +20,11 @@ from kvcomp.ops._arguments import explain
 
 LIBRARY = torch.library.Library("kvcomp", "DEF")
 OPS: dict[str, Op] = {}
+Native = Callable[[ModuleType, int], Callable]
 
-# What the dispatcher prefers per device, best first. cuda-host (device code run by the emulator)
-# is never bound: it exists to be tested.
+# What the dispatcher prefers per device, best first.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-BACKENDS = {
-    "cpu": _C.Backend.cpu,
-    "cuda": _C.Backend.cuda,
-    "cuda-host": _C.Backend.cuda_host,
-}
+BACKENDS = {"cpu": _C.Backend.cpu, "cuda": _C.Backend.cuda}
 
 
 @dataclass
@@ -37,6 +34,7 @@ class Op:
     name: str
     schema: str
     reference: Callable
+    native: Native
     impls: dict[str, Callable] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # implementation -> why it is absent
     bound: dict[str, str] = field(default_factory=dict)  # device type -> implementation
@@ -55,7 +53,7 @@ def bind(
     *,
     reference: Callable,
     fake: Callable,
-    native: Callable[[int], Callable],
+    native: Native,
     backends: tuple[str, ...] = ("cpu",),
     triton: bool = False,
 ) -> Callable:
@@ -65,12 +63,12 @@ def bind(
         schema: argument list and returns, mutation included, without the name.
         reference: the specification, in plain PyTorch without dtype casts.
         fake: shapes and dtypes of the outputs.
-        native: from a backend number to a function of the schema's arguments.
-        backends: the native backends that exist in the sources ("cpu", "cuda", "cuda-host").
+        native: from the extension and a backend number to a function of the schema's arguments.
+        backends: those that exist in the sources ("cpu", "cuda").
         triton: whether ``kvcomp.ops.triton.<name>`` exists.
     """
-    op = Op(name, f"{name}{schema}", reference)
-    check = native(_C.Backend.check)  # so that each boundary check is written once, in C++
+    op = Op(name, f"{name}{schema}", reference, native)
+    check = native(_C, _C.Backend.check)  # so that each boundary check is written once, in C++
     op.impls["reference"] = _checked(check, _float32_fallback(reference, fake, schema))
     for backend in BACKENDS:
         if backend not in backends:
@@ -78,13 +76,15 @@ def bind(
         elif backend == "cuda" and (reason := _why_no_cuda()):
             op.missing[backend] = reason
         else:
-            op.impls[backend] = native(BACKENDS[backend])
+            op.impls[backend] = native(_C, BACKENDS[backend])
     if not triton:
         op.missing["triton"] = "not written"
     elif importlib.util.find_spec("triton") is None:
         op.missing["triton"] = "triton is not installed"
     else:
-        op.impls["triton"] = _checked(check, _lazy_triton(name))
+        op.impls["triton"] = _checked(
+            check, _lazy(lambda: importlib.import_module(f"kvcomp.ops.triton.{name}").launch)
+        )
 
     LIBRARY.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device, preference in PREFERENCE.items():
@@ -93,6 +93,19 @@ def bind(
     torch.library.register_fake(f"kvcomp::{name}", fake, lib=LIBRARY)
     OPS[name] = op
     return _shortcut(getattr(torch.ops.kvcomp, name).default, op)
+
+
+def add_emulated(load: Callable[[], ModuleType]) -> None:
+    """Give each op that has CUDA code the implementation "cuda-host": that code, emulated on a CPU.
+
+    It is for tests, which build the module, and is never bound.
+
+    Args:
+        load: imports the module; called when such an implementation is called first.
+    """
+    for op in OPS.values():
+        if op.missing.get("cuda") != "not written":
+            op.impls["cuda-host"] = _lazy(lambda op=op: op.native(load(), _C.Backend.cuda))
 
 
 @cache
@@ -154,12 +167,10 @@ def _checked(check: Callable, run: Callable) -> Callable:
     return checked
 
 
-def _lazy_triton(name: str) -> Callable:
-    @cache
-    def launch() -> Callable:
-        return importlib.import_module(f"kvcomp.ops.triton.{name}").launch
-
-    return lambda *args: launch()(*args)
+def _lazy(load: Callable[[], Callable]) -> Callable:
+    """What `load` returns, loaded at the first call."""
+    loaded = cache(load)
+    return lambda *args: loaded()(*args)
 
 
 def _float32_fallback(reference: Callable, fake: Callable, schema: str) -> Callable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -98,8 +99,8 @@ def fake(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits):
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def native(backend: int) -> Callable:
-    in_splits = backend in (_C.Backend.cuda, _C.Backend.cuda_host)
+def native(extension: ModuleType, backend: int) -> Callable:
+    in_splits = backend == _C.Backend.cuda
 
     def run(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits):
         inputs = q, k, v, seq_lens, q_lens, tail, page_ids
@@ -108,7 +109,7 @@ def native(backend: int) -> Callable:
         if in_splits:
             partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
         outputs = logits, out, lse, page_size, scale, partial_out, partial_lse, size
-        _C.append_attention(backend, *inputs, *outputs, raw_stream(q))
+        extension.append_attention(backend, *inputs, *outputs, raw_stream(q))
         return out, lse
 
     return run

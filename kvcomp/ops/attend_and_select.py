@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -92,8 +93,8 @@ def fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest
     return out, lse, lse.new_empty(*sets, total), selected_ids, torch.empty_like(seq_lens)
 
 
-def native(backend: int) -> Callable:
-    in_splits = backend in (_C.Backend.cuda, _C.Backend.cuda_host)
+def native(extension: ModuleType, backend: int) -> Callable:
+    in_splits = backend == _C.Backend.cuda
 
     def run(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
         outputs = fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
@@ -102,7 +103,7 @@ def native(backend: int) -> Callable:
         if in_splits:
             partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
             arrived = seq_lens.new_empty(lse.shape, dtype=torch.int32)
-        _C.attend_and_select(
+        extension.attend_and_select(
             *(backend, q, k, v, seq_lens, page_ids, logits, *outputs, page_size, scale, *rest),
             *(partial_out, partial_lse, size, arrived, raw_stream(q)),
         )
@@ -119,6 +120,6 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu", "cuda", "cuda-host"),
+    backends=("cpu", "cuda"),
     triton=True,
 )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._arguments import expect
 from kvcomp.ops._registry import bind, raw_stream
 
@@ -89,9 +89,11 @@ def fake(logits, lse, seq_lens, hits, log_threshold):
     return None
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(logits, lse, seq_lens, hits, log_threshold):
-        _C.attention_hits(backend, logits, lse, seq_lens, hits, log_threshold, raw_stream(logits))
+        extension.attention_hits(
+            backend, logits, lse, seq_lens, hits, log_threshold, raw_stream(logits)
+        )
 
     return run
 
@@ -102,5 +104,5 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu", "cuda", "cuda-host"),
+    backends=("cpu", "cuda"),
 )

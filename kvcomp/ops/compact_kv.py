@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
 
 
@@ -57,9 +57,9 @@ def fake(k, v, state, victims, seq_lens):
     return None
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(k, v, state, victims, seq_lens):
-        _C.compact_kv(backend, k, v, state, victims, seq_lens, raw_stream(k))
+        extension.compact_kv(backend, k, v, state, victims, seq_lens, raw_stream(k))
 
     return run
 
@@ -70,5 +70,5 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu", "cuda", "cuda-host"),
+    backends=("cpu", "cuda"),
 )

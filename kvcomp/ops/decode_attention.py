@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -115,15 +116,15 @@ def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits):
     return out, q.new_empty(q.size(0), q.size(1), dtype=torch.float32)
 
 
-def native(backend: int) -> Callable:
-    in_splits = backend in (_C.Backend.cuda, _C.Backend.cuda_host)
+def native(extension: ModuleType, backend: int) -> Callable:
+    in_splits = backend == _C.Backend.cuda
 
     def run(q, k, v, seq_lens, page_ids, page_size, scale, logits):
         out, lse = fake(q, k, v, seq_lens, page_ids, page_size, scale, logits)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:
             partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
-        _C.decode_attention(
+        extension.decode_attention(
             backend,
             q,
             k,
@@ -184,6 +185,6 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu", "cuda", "cuda-host"),
+    backends=("cpu", "cuda"),
     triton=True,
 )

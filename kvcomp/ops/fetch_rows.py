@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
 
 
@@ -95,10 +95,10 @@ def fake(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks):
     return seq_lens.new_empty(k.shape[:2], dtype=torch.int32)
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks):
         fetched = fake(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks)
-        _C.fetch_rows(
+        extension.fetch_rows(
             backend,
             k,
             v,
@@ -124,5 +124,5 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu", "cuda", "cuda-host"),
+    backends=("cpu", "cuda"),
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
 
 
@@ -108,10 +108,10 @@ def fake(keys, first, last, cluster_size, window, iterations):
     return labels, centroids, keys.new_empty(batch, heads, total, dtype=torch.int32)
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(keys, first, last, cluster_size, window, iterations):
         labels, centroids, sizes = fake(keys, first, last, cluster_size, window, iterations)
-        _C.kmeans(
+        extension.kmeans(
             backend,
             keys,
             first,

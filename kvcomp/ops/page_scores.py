@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
 
 REDUCTIONS = ("max", "sum")
@@ -72,11 +72,11 @@ def fake(logits, lse, seq_lens, page_size, num_groups, use_max):
     return logits.new_empty(shape, dtype=torch.float32)
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(logits, lse, seq_lens, page_size, num_groups, use_max):
         # Sizes that make no sense reach the native checks, which say so.
         out = fake(logits, lse, seq_lens, max(page_size, 1), max(num_groups, 0), use_max)
-        _C.page_scores(
+        extension.page_scores(
             backend, logits, lse, seq_lens, out, page_size, num_groups, use_max, raw_stream(logits)
         )
         return out
@@ -91,6 +91,6 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu", "cuda", "cuda-host"),
+    backends=("cpu", "cuda"),
     triton=True,
 )

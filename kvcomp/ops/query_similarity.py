@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
 
 
@@ -46,10 +46,10 @@ def fake(q, previous):
     return q.new_empty(q.size(0), dtype=torch.float32)
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(q, previous):
         similarity = fake(q, previous)
-        _C.query_similarity(backend, q, previous, similarity, raw_stream(q))
+        extension.query_similarity(backend, q, previous, similarity, raw_stream(q))
         return similarity
 
     return run

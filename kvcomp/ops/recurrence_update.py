@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
 
 MAX_STEPS = 32  # hit bits of that many steps are replayed at once
@@ -64,9 +64,9 @@ def fake(hits, last_hit, longest, seq_lens, born, first_step):
     return None
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(hits, last_hit, longest, seq_lens, born, first_step):
-        _C.recurrence_update(
+        extension.recurrence_update(
             backend, hits, last_hit, longest, seq_lens, born, first_step, raw_stream(hits)
         )
 
@@ -80,5 +80,5 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu", "cuda", "cuda-host"),
+    backends=("cpu", "cuda"),
 )

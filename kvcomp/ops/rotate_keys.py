@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._arguments import expect
 from kvcomp.ops._registry import bind, raw_stream
 
@@ -79,9 +79,9 @@ def fake(k, cos, sin):
     return None
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(k, cos, sin):
-        _C.rotate_keys(backend, k, cos, sin, raw_stream(k))
+        extension.rotate_keys(backend, k, cos, sin, raw_stream(k))
 
     return run
 
@@ -92,6 +92,5 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu",),
     triton=True,
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
 
 
@@ -104,10 +104,10 @@ def fake(similarity, lengths, *_):
     return torch.empty_like(lengths), torch.empty_like(lengths)
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(similarity, lengths, starts, num_units, num_indexed, *numbers):
         closed, triggered = fake(similarity, lengths)
-        _C.segment_boundaries(
+        extension.segment_boundaries(
             backend,
             similarity,
             lengths,
@@ -132,5 +132,5 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu", "cuda", "cuda-host"),
+    backends=("cpu", "cuda"),
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
 
 
@@ -71,12 +71,12 @@ def fake(scores, seq_lens, page_size, num_pages, num_recent, num_sink):
     return page_ids, torch.empty_like(seq_lens)
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(scores, seq_lens, page_size, num_pages, num_recent, num_sink):
         page_ids, selected_lens = fake(
             scores, seq_lens, page_size, max(num_pages, 0), num_recent, num_sink
         )
-        _C.select_pages(
+        extension.select_pages(
             backend,
             scores,
             seq_lens,
@@ -99,6 +99,6 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu", "cuda", "cuda-host"),
+    backends=("cpu", "cuda"),
     triton=True,
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
 
 
@@ -65,11 +65,11 @@ def fake(scores, positions, seq_lens, kept_lens, num_victims, num_recent):
     return positions.new_empty((*scores.shape[:2], num_victims))
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(scores, positions, seq_lens, kept_lens, num_victims, num_recent):
         # A size that makes no sense reaches the native checks, which say so.
         victims = fake(scores, positions, seq_lens, kept_lens, max(num_victims, 0), num_recent)
-        _C.select_victims(
+        extension.select_victims(
             backend,
             scores,
             positions,
@@ -92,5 +92,5 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu", "cuda", "cuda-host"),
+    backends=("cpu", "cuda"),
 )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._registry import bind, raw_stream
 
 
@@ -72,9 +72,9 @@ def fake(k, v, slot_rows, seq_lens, starts, num_units, closed, pool, centroids):
     return None
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(k, *rest):
-        _C.store_segments(backend, k, *rest, raw_stream(k))
+        extension.store_segments(backend, k, *rest, raw_stream(k))
 
     return run
 
@@ -86,5 +86,5 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
-    backends=("cpu", "cuda", "cuda-host"),
+    backends=("cpu", "cuda"),
 )

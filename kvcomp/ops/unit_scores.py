@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kvcomp import _C
 from kvcomp.ops._arguments import default_scale
 from kvcomp.ops._registry import bind, raw_stream
 
@@ -64,10 +64,10 @@ def fake(q, centroids, starts, num_indexed, active, scale):
     return q.new_empty(centroids.shape[:3], dtype=torch.float32)
 
 
-def native(backend: int) -> Callable:
+def native(extension: ModuleType, backend: int) -> Callable:
     def run(q, centroids, starts, num_indexed, active, scale):
         scores = fake(q, centroids, starts, num_indexed, active, scale)
-        _C.unit_scores(
+        extension.unit_scores(
             backend, q, centroids, starts, num_indexed, active, scores, scale, raw_stream(q)
         )
         return scores

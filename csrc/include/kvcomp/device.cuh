@@ -13,7 +13,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #else
-#include "cuda_host/emulator/cuda_host.h"  // CUDA's words as plain C++
+#include "emulator/cuda.h"  // CUDA's words as plain C++
 #endif
 
 namespace kvcomp {

@@ -73,7 +73,7 @@ __device__ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], const
 }  // namespace kvcomp
 
 #else
-#include "cuda_host/emulator/matrix.h"
+#include "emulator/matrix.h"
 #endif
 
 namespace kvcomp {

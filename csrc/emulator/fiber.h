@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace kvcomp::cuda_host {
+namespace kvcomp::emulator {
 
 class Fiber {
  public:
@@ -42,4 +42,4 @@ class Fiber {
   std::size_t outside_stack_size_ = 0;
 };
 
-}  // namespace kvcomp::cuda_host
+}  // namespace kvcomp::emulator

@@ -1,17 +1,17 @@
-#include "cuda_host/emulator/access.h"
+#include "emulator/access.h"
 
 #include <cstdint>
 #include <string>
 
-#include "cuda_host/emulator/block.h"
-#include "cuda_host/emulator/fiber.h"
-#include "cuda_host/emulator/global_memory.h"
-#include "cuda_host/emulator/shared_memory.h"
+#include "emulator/block.h"
+#include "emulator/fiber.h"
+#include "emulator/global_memory.h"
+#include "emulator/shared_memory.h"
 
 // Where the linker put this module.
 extern "C" __attribute__((visibility("hidden"))) unsigned char __ehdr_start[], _end[];
 
-namespace kvcomp::cuda_host {
+namespace kvcomp::emulator {
 namespace {
 
 // The launchers beside the kernels are compiled like them, and may run in another thread.
@@ -40,15 +40,15 @@ void late_read(const void* address, std::size_t size, Time since) {
   if (is_global(address)) global_memory::late_read(address, size, since);
 }
 
-}  // namespace kvcomp::cuda_host
+}  // namespace kvcomp::emulator
 
 #pragma GCC visibility push(hidden)
 extern "C" {
 
 // --- -fsanitize=thread ---------------------------------------------------------------------------
 
-using kvcomp::cuda_host::Access;
-using kvcomp::cuda_host::access;
+using kvcomp::emulator::Access;
+using kvcomp::emulator::access;
 
 #define KVCOMP_ACCESSES_OF(SIZE)                                                           \
   void __tsan_read##SIZE(void* address) { access(address, SIZE, Access::read); }           \
@@ -82,10 +82,10 @@ struct TypeMismatch {
 };
 
 void __ubsan_handle_type_mismatch_v1(const TypeMismatch* mismatch, const void*) {
-  using kvcomp::cuda_host::Fiber;
+  using kvcomp::emulator::Fiber;
   if (!Fiber::is_on_stack(__builtin_frame_address(0))) return;
   const std::string file = mismatch->file;
-  kvcomp::cuda_host::fail(
+  kvcomp::emulator::fail(
       "touches a " + std::string(mismatch->type->name) + " at an address that is not aligned to " +
       std::to_string(1 << mismatch->log_alignment) + " bytes (" + file.substr(file.rfind('/') + 1) +
       ":" + std::to_string(mismatch->line) + ")");

@@ -4,13 +4,13 @@
 
 #include <cstddef>
 
-#include "cuda_host/emulator/block.h"
+#include "emulator/block.h"
 
-namespace kvcomp::cuda_host::async_copy {
+namespace kvcomp::emulator::async_copy {
 
 void begin_block();
 void ask(void* shared, const void* from, bool wanted, Where where);  // 16 bytes, or zeros
 void end_group();
 void wait(int later);  // for all groups of the running thread but the `later` latest
 
-}  // namespace kvcomp::cuda_host::async_copy
+}  // namespace kvcomp::emulator::async_copy

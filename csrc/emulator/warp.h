@@ -3,41 +3,41 @@
 
 #include <type_traits>
 
-#include "cuda_host/emulator/block.h"
-#include "cuda_host/emulator/handover.h"
-#include "cuda_host/emulator/order.h"
+#include "emulator/block.h"
+#include "emulator/handover.h"
+#include "emulator/order.h"
 
 // --- barriers ----------------------------------------------------------------------------------
 
-#define KVCOMP_WHERE kvcomp::cuda_host::Where where = kvcomp::cuda_host::Where::current()
+#define KVCOMP_WHERE kvcomp::emulator::Where where = kvcomp::emulator::Where::current()
 
 inline void __syncthreads(KVCOMP_WHERE) {
-  kvcomp::cuda_host::block_barrier("__syncthreads", false, where);
+  kvcomp::emulator::block_barrier("__syncthreads", false, where);
 }
 inline int __syncthreads_count(int predicate, KVCOMP_WHERE) {
-  return kvcomp::cuda_host::block_barrier("__syncthreads_count", predicate, where).yes;
+  return kvcomp::emulator::block_barrier("__syncthreads_count", predicate, where).yes;
 }
 inline int __syncthreads_or(int predicate, KVCOMP_WHERE) {
-  return kvcomp::cuda_host::block_barrier("__syncthreads_or", predicate, where).yes > 0;
+  return kvcomp::emulator::block_barrier("__syncthreads_or", predicate, where).yes > 0;
 }
 inline int __syncthreads_and(int predicate, KVCOMP_WHERE) {
-  const auto votes = kvcomp::cuda_host::block_barrier("__syncthreads_and", predicate, where);
+  const auto votes = kvcomp::emulator::block_barrier("__syncthreads_and", predicate, where);
   return votes.yes == votes.all;
 }
 
 // One thread runs at a time and sees all memory in order: these are for those who watch it.
-inline void __threadfence() { kvcomp::cuda_host::handover::fence(); }
+inline void __threadfence() { kvcomp::emulator::handover::fence(); }
 inline void __threadfence_block() {}
 inline void __threadfence_system() { __threadfence(); }
 
 inline void __syncwarp(unsigned mask = ~0u, KVCOMP_WHERE) {
-  using namespace kvcomp::cuda_host;
+  using namespace kvcomp::emulator;
   warp_collective<int>("__syncwarp", mask, 0, [](Lanes<int>) { order::order_warp(); }, where);
 }
 
 // --- exchanges ---------------------------------------------------------------------------------
 
-namespace kvcomp::cuda_host {
+namespace kvcomp::emulator {
 
 inline int lane_id() { return static_cast<int>(thread_rank() % kWarpSize); }
 
@@ -79,65 +79,64 @@ T reduce(const char* what, unsigned mask, T value, Combine, Where where) {
   return warp_collective<T>(what, mask, value, evaluate, where);
 }
 
-}  // namespace kvcomp::cuda_host
+}  // namespace kvcomp::emulator
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, KVCOMP_WHERE) {
-  const int segment = kvcomp::cuda_host::lane_id() & -width;
-  return kvcomp::cuda_host::shuffle("__shfl_sync", mask, value, segment | (source & (width - 1)),
-                                    where);
+  const int segment = kvcomp::emulator::lane_id() & -width;
+  return kvcomp::emulator::shuffle("__shfl_sync", mask, value, segment | (source & (width - 1)),
+                                   where);
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, KVCOMP_WHERE) {
-  const int lane = kvcomp::cuda_host::lane_id(), source = lane ^ lanes;
+  const int lane = kvcomp::emulator::lane_id(), source = lane ^ lanes;
   const bool later = source >= (lane & -width) + width;  // an earlier segment may be read
-  return kvcomp::cuda_host::shuffle("__shfl_xor_sync", mask, value, later ? lane : source, where);
+  return kvcomp::emulator::shuffle("__shfl_xor_sync", mask, value, later ? lane : source, where);
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, KVCOMP_WHERE) {
-  const int lane = kvcomp::cuda_host::lane_id(), source = lane + static_cast<int>(delta);
+  const int lane = kvcomp::emulator::lane_id(), source = lane + static_cast<int>(delta);
   const bool outside = source >= (lane & -width) + width;
-  return kvcomp::cuda_host::shuffle("__shfl_down_sync", mask, value, outside ? lane : source,
-                                    where);
+  return kvcomp::emulator::shuffle("__shfl_down_sync", mask, value, outside ? lane : source, where);
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, KVCOMP_WHERE) {
-  const int lane = kvcomp::cuda_host::lane_id(), source = lane - static_cast<int>(delta);
+  const int lane = kvcomp::emulator::lane_id(), source = lane - static_cast<int>(delta);
   const bool outside = source < (lane & -width);
-  return kvcomp::cuda_host::shuffle("__shfl_up_sync", mask, value, outside ? lane : source, where);
+  return kvcomp::emulator::shuffle("__shfl_up_sync", mask, value, outside ? lane : source, where);
 }
 
 // --- votes and reductions ------------------------------------------------------------------------
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, KVCOMP_WHERE) {
-  const unsigned bit = predicate ? 1u << kvcomp::cuda_host::lane_id() : 0;
-  return kvcomp::cuda_host::reduce(
+  const unsigned bit = predicate ? 1u << kvcomp::emulator::lane_id() : 0;
+  return kvcomp::emulator::reduce(
       "__ballot_sync", mask, bit, [](unsigned a, unsigned b) { return a | b; }, where);
 }
 inline int __any_sync(unsigned mask, int predicate, KVCOMP_WHERE) {
-  return kvcomp::cuda_host::reduce(
+  return kvcomp::emulator::reduce(
       "__any_sync", mask, predicate != 0, [](bool a, bool b) { return a || b; }, where);
 }
 inline int __all_sync(unsigned mask, int predicate, KVCOMP_WHERE) {
-  return kvcomp::cuda_host::reduce(
+  return kvcomp::emulator::reduce(
       "__all_sync", mask, predicate != 0, [](bool a, bool b) { return a && b; }, where);
 }
 // As if the live lanes of a warp had never diverged: what code may hope for, never rely on.
-inline unsigned __activemask() { return kvcomp::cuda_host::live_lanes(); }
+inline unsigned __activemask() { return kvcomp::emulator::live_lanes(); }
 
 template <typename T>
 T __reduce_add_sync(unsigned mask, T value, KVCOMP_WHERE) {
-  return kvcomp::cuda_host::reduce(
+  return kvcomp::emulator::reduce(
       "__reduce_add_sync", mask, value, [](T a, T b) { return a + b; }, where);
 }
 template <typename T>
 T __reduce_min_sync(unsigned mask, T value, KVCOMP_WHERE) {
-  return kvcomp::cuda_host::reduce(
+  return kvcomp::emulator::reduce(
       "__reduce_min_sync", mask, value, [](T a, T b) { return b < a ? b : a; }, where);
 }
 template <typename T>
 T __reduce_max_sync(unsigned mask, T value, KVCOMP_WHERE) {
-  return kvcomp::cuda_host::reduce(
+  return kvcomp::emulator::reduce(
       "__reduce_max_sync", mask, value, [](T a, T b) { return a < b ? b : a; }, where);
 }
 #undef KVCOMP_WHERE

@@ -9,10 +9,10 @@
 // Blocks run in turn, so the events of each lie together in time and in the lists kept here.
 #pragma once
 
-#include "cuda_host/emulator/builtins.h"
-#include "cuda_host/emulator/order.h"
+#include "emulator/builtins.h"
+#include "emulator/order.h"
 
-namespace kvcomp::cuda_host::handover {
+namespace kvcomp::emulator::handover {
 
 void begin_launch();
 void begin_block();
@@ -23,4 +23,4 @@ bool is_released(Event event);
 bool is_acquired(Event event, const View& me);  // released, and this thread knows
 const uint3& block_of(Event event);
 
-}  // namespace kvcomp::cuda_host::handover
+}  // namespace kvcomp::emulator::handover

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-namespace kvcomp::cuda_host {
+namespace kvcomp::emulator {
 
 using Time = std::uint32_t;  // 0 is before any launch
 // A rank in the block, or several threads of one warp, or several of several warps.
@@ -56,4 +56,4 @@ View mine();  // of the running thread
 
 std::string name(Who who);
 
-}  // namespace kvcomp::cuda_host
+}  // namespace kvcomp::emulator

@@ -9,9 +9,9 @@
 
 #include <cstddef>
 
-#include "cuda_host/emulator/access.h"
+#include "emulator/access.h"
 
-namespace kvcomp::cuda_host::shared_memory {
+namespace kvcomp::emulator::shared_memory {
 
 inline constexpr std::size_t kMaxDynamic = 227 * 1024;  // of compute capability 9.0
 
@@ -24,4 +24,4 @@ void access(const void* address, std::size_t size, Access kind);
 // From now until its next write nobody can know what is there.
 void blur(void* address, std::size_t size);
 
-}  // namespace kvcomp::cuda_host::shared_memory
+}  // namespace kvcomp::emulator::shared_memory

@@ -3,9 +3,9 @@
 
 #include <type_traits>
 
-#include "cuda_host/emulator/access.h"
+#include "emulator/access.h"
 
-namespace kvcomp::cuda_host {
+namespace kvcomp::emulator {
 
 // Returns the old value. Not instrumented: it reports its one access itself.
 template <typename T, typename Update>
@@ -16,34 +16,34 @@ __attribute__((noinline, no_sanitize("thread"))) T atomic(T* address, Update upd
   return old;
 }
 
-}  // namespace kvcomp::cuda_host
+}  // namespace kvcomp::emulator
 
 template <typename T>
 T atomicAdd(T* address, std::type_identity_t<T> value) {
-  return kvcomp::cuda_host::atomic(address, [value](T old) { return T(old + value); });
+  return kvcomp::emulator::atomic(address, [value](T old) { return T(old + value); });
 }
 template <typename T>
 T atomicMax(T* address, std::type_identity_t<T> value) {
-  return kvcomp::cuda_host::atomic(address, [value](T old) { return old < value ? value : old; });
+  return kvcomp::emulator::atomic(address, [value](T old) { return old < value ? value : old; });
 }
 template <typename T>
 T atomicMin(T* address, std::type_identity_t<T> value) {
-  return kvcomp::cuda_host::atomic(address, [value](T old) { return value < old ? value : old; });
+  return kvcomp::emulator::atomic(address, [value](T old) { return value < old ? value : old; });
 }
 template <typename T>
 T atomicExch(T* address, std::type_identity_t<T> value) {
-  return kvcomp::cuda_host::atomic(address, [value](T) { return value; });
+  return kvcomp::emulator::atomic(address, [value](T) { return value; });
 }
 template <typename T>
 T atomicOr(T* address, std::type_identity_t<T> value) {
-  return kvcomp::cuda_host::atomic(address, [value](T old) { return T(old | value); });
+  return kvcomp::emulator::atomic(address, [value](T old) { return T(old | value); });
 }
 template <typename T>
 T atomicAnd(T* address, std::type_identity_t<T> value) {
-  return kvcomp::cuda_host::atomic(address, [value](T old) { return T(old & value); });
+  return kvcomp::emulator::atomic(address, [value](T old) { return T(old & value); });
 }
 template <typename T>
 T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  return kvcomp::cuda_host::atomic(
+  return kvcomp::emulator::atomic(
       address, [expected, value](T old) { return old == expected ? value : old; });
 }

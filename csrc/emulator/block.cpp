@@ -1,4 +1,4 @@
-#include "cuda_host/emulator/block.h"
+#include "emulator/block.h"
 
 #include <algorithm>
 #include <bit>
@@ -11,14 +11,14 @@
 #include <utility>
 #include <vector>
 
-#include "cuda_host/emulator/async_copy.h"
-#include "cuda_host/emulator/fiber.h"
-#include "cuda_host/emulator/global_memory.h"
-#include "cuda_host/emulator/handover.h"
-#include "cuda_host/emulator/order.h"
-#include "cuda_host/emulator/shared_memory.h"
+#include "emulator/async_copy.h"
+#include "emulator/fiber.h"
+#include "emulator/global_memory.h"
+#include "emulator/handover.h"
+#include "emulator/order.h"
+#include "emulator/shared_memory.h"
 
-namespace kvcomp::cuda_host {
+namespace kvcomp::emulator {
 namespace {
 
 enum class State { ready, at_barrier, at_collective, returned };
@@ -284,4 +284,4 @@ void warp_collective(const char* what, unsigned mask, void* operands, Evaluate e
   }
 }
 
-}  // namespace kvcomp::cuda_host
+}  // namespace kvcomp::emulator

@@ -1,4 +1,4 @@
-#include "cuda_host/emulator/global_memory.h"
+#include "emulator/global_memory.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -7,10 +7,10 @@
 #include <unordered_map>
 #include <vector>
 
-#include "cuda_host/emulator/block.h"
-#include "cuda_host/emulator/handover.h"
+#include "emulator/block.h"
+#include "emulator/handover.h"
 
-namespace kvcomp::cuda_host::global_memory {
+namespace kvcomp::emulator::global_memory {
 namespace {
 
 struct Cell {
@@ -133,4 +133,4 @@ void late_read(const void* address, std::size_t size, Time since) {
   });
 }
 
-}  // namespace kvcomp::cuda_host::global_memory
+}  // namespace kvcomp::emulator::global_memory

@@ -1,12 +1,12 @@
-#include "cuda_host/emulator/shared_memory.h"
+#include "emulator/shared_memory.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
-#include "cuda_host/emulator/block.h"
-#include "cuda_host/emulator/order.h"
+#include "emulator/block.h"
+#include "emulator/order.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -16,7 +16,7 @@
 // shared arrays (threadIdx and its like start as something else to stay out of the way).
 extern "C" __attribute__((visibility("hidden"))) unsigned char __bss_start[], _end[];
 
-namespace kvcomp::cuda_host::shared_memory {
+namespace kvcomp::emulator::shared_memory {
 namespace {
 
 struct Byte {
@@ -84,10 +84,10 @@ void access(const void* address, std::size_t size, Access kind) {
 }
 
 void blur(void* address, std::size_t size) {
-  cuda_host::access(address, size, Access::write);
+  emulator::access(address, size, Access::write);
   std::memset(address, 0xff, size);  // NaN in every floating type
   if (!kWatched || !holds(address)) return;
   for (std::size_t i = 0; i < size; ++i) bytes_at(address)[i].write = {};
 }
 
-}  // namespace kvcomp::cuda_host::shared_memory
+}  // namespace kvcomp::emulator::shared_memory

@@ -13,13 +13,13 @@
 
 #include <cstddef>
 
-#include "cuda_host/emulator/access.h"
-#include "cuda_host/emulator/order.h"
+#include "emulator/access.h"
+#include "emulator/order.h"
 
-namespace kvcomp::cuda_host::global_memory {
+namespace kvcomp::emulator::global_memory {
 
 void begin_launch();
 void access(const void* address, std::size_t size, Access kind);
 void late_read(const void* address, std::size_t size, Time since);  // see access.h
 
-}  // namespace kvcomp::cuda_host::global_memory
+}  // namespace kvcomp::emulator::global_memory

@@ -1,4 +1,4 @@
-#include "cuda_host/emulator/fiber.h"
+#include "emulator/fiber.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -19,7 +19,7 @@ static void __sanitizer_finish_switch_fiber(void*, const void**, std::size_t*) {
 static void __asan_unpoison_memory_region(const void*, std::size_t) {}
 #endif
 
-namespace kvcomp::cuda_host {
+namespace kvcomp::emulator {
 namespace {
 
 constexpr std::size_t kStackSize = 128 * 1024;  // touched pages only are ever allocated
@@ -132,4 +132,4 @@ void Fiber::run(Fiber* self) {
   __builtin_unreachable();
 }
 
-}  // namespace kvcomp::cuda_host
+}  // namespace kvcomp::emulator

@@ -11,9 +11,9 @@
 #include <string>
 #include <type_traits>
 
-#include "cuda_host/emulator/builtins.h"
+#include "emulator/builtins.h"
 
-namespace kvcomp::cuda_host {
+namespace kvcomp::emulator {
 
 inline constexpr unsigned kWarpSize = 32;
 using Where = std::source_location;
@@ -60,4 +60,4 @@ Operands warp_collective(const char* what, unsigned mask, Operands mine, F, Wher
   return mine;
 }
 
-}  // namespace kvcomp::cuda_host
+}  // namespace kvcomp::emulator

@@ -4,23 +4,23 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cuda_host/emulator/async_copy.h"
-#include "cuda_host/emulator/block.h"
-#include "cuda_host/emulator/half.h"
+#include "emulator/async_copy.h"
+#include "emulator/block.h"
+#include "emulator/half.h"
 
 namespace kvcomp {
 
 inline void copy_async(void* shared, const void* from, bool wanted,
-                       cuda_host::Where where = cuda_host::Where::current()) {
-  cuda_host::async_copy::ask(shared, from, wanted, where);
+                       emulator::Where where = emulator::Where::current()) {
+  emulator::async_copy::ask(shared, from, wanted, where);
 }
-inline void end_copy_group() { cuda_host::async_copy::end_group(); }
+inline void end_copy_group() { emulator::async_copy::end_group(); }
 template <int kLater>
 void wait_for_copies() {
-  cuda_host::async_copy::wait(kLater);
+  emulator::async_copy::wait(kLater);
 }
 
-namespace cuda_host {
+namespace emulator {
 
 inline float to_float(std::uint16_t bits, __half) { return __half2float({bits}); }
 inline float to_float(std::uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
@@ -90,24 +90,24 @@ struct Product {
   }
 };
 
-}  // namespace cuda_host
+}  // namespace emulator
 
 inline void load_matrices(unsigned (&fragment)[4], const void* row,
-                          cuda_host::Where where = cuda_host::Where::current()) {
-  cuda_host::load_matrices<false>(fragment, row, "load_matrices", where);
+                          emulator::Where where = emulator::Where::current()) {
+  emulator::load_matrices<false>(fragment, row, "load_matrices", where);
 }
 inline void load_matrices_transposed(unsigned (&fragment)[4], const void* row,
-                                     cuda_host::Where where = cuda_host::Where::current()) {
-  cuda_host::load_matrices<true>(fragment, row, "load_matrices_transposed", where);
+                                     emulator::Where where = emulator::Where::current()) {
+  emulator::load_matrices<true>(fragment, row, "load_matrices_transposed", where);
 }
 
 inline unsigned transpose_matrix(unsigned fragment,
-                                 cuda_host::Where where = cuda_host::Where::current()) {
-  const auto evaluate = [](cuda_host::Lanes<unsigned> lanes) {
+                                 emulator::Where where = emulator::Where::current()) {
+  const auto evaluate = [](emulator::Lanes<unsigned> lanes) {
     std::uint16_t matrix[8][8];
     for (int lane = 0; lane < 32; ++lane) {
       for (int half = 0; half < 2; ++half) {
-        matrix[lane / 4][lane % 4 * 2 + half] = cuda_host::half_word(*lanes[lane], half);
+        matrix[lane / 4][lane % 4 * 2 + half] = emulator::half_word(*lanes[lane], half);
       }
     }
     for (int lane = 0; lane < 32; ++lane) {
@@ -115,19 +115,19 @@ inline unsigned transpose_matrix(unsigned fragment,
       *lanes[lane] = low | unsigned{matrix[lane % 4 * 2 + 1][lane / 4]} << 16;
     }
   };
-  return cuda_host::warp_collective<unsigned>("transpose_matrix", ~0u, fragment, evaluate, where);
+  return emulator::warp_collective<unsigned>("transpose_matrix", ~0u, fragment, evaluate, where);
 }
 
 template <typename T>
 void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], T,
-                  cuda_host::Where where = cuda_host::Where::current()) {
-  using Product = cuda_host::Product<T>;
+                  emulator::Where where = emulator::Where::current()) {
+  using Product = emulator::Product<T>;
   Product mine;
   std::memcpy(mine.c, c, sizeof c);
   std::memcpy(mine.a, a, sizeof a);
   std::memcpy(mine.b, b, sizeof b);
-  mine = cuda_host::warp_collective<Product>(
-      "multiply_add", ~0u, mine, [](cuda_host::Lanes<Product> lanes) { Product::evaluate(lanes); },
+  mine = emulator::warp_collective<Product>(
+      "multiply_add", ~0u, mine, [](emulator::Lanes<Product> lanes) { Product::evaluate(lanes); },
       where);
   std::memcpy(c, mine.c, sizeof c);
 }

@@ -1,14 +1,14 @@
-#include "cuda_host/emulator/async_copy.h"
+#include "emulator/async_copy.h"
 
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <vector>
 
-#include "cuda_host/emulator/access.h"
-#include "cuda_host/emulator/shared_memory.h"
+#include "emulator/access.h"
+#include "emulator/shared_memory.h"
 
-namespace kvcomp::cuda_host::async_copy {
+namespace kvcomp::emulator::async_copy {
 namespace {
 
 constexpr std::size_t kBytes = 16;
@@ -70,4 +70,4 @@ void wait(int later) {
   }
 }
 
-}  // namespace kvcomp::cuda_host::async_copy
+}  // namespace kvcomp::emulator::async_copy

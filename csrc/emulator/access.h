@@ -13,9 +13,9 @@
 
 #include <cstddef>
 
-#include "cuda_host/emulator/order.h"
+#include "emulator/order.h"
 
-namespace kvcomp::cuda_host {
+namespace kvcomp::emulator {
 
 // Without reports of plain accesses, those of atomics alone would tell a wrong story.
 #if defined(__SANITIZE_ADDRESS__) || defined(__clang__)
@@ -32,4 +32,4 @@ void access(const void* address, std::size_t size, Access kind);
 // A read of the running thread that happened at some time from `since` to now.
 void late_read(const void* address, std::size_t size, Time since);
 
-}  // namespace kvcomp::cuda_host
+}  // namespace kvcomp::emulator

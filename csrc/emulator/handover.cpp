@@ -1,4 +1,4 @@
-#include "cuda_host/emulator/handover.h"
+#include "emulator/handover.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-namespace kvcomp::cuda_host::handover {
+namespace kvcomp::emulator::handover {
 namespace {
 
 // A set of releases, by number.
@@ -136,4 +136,4 @@ bool is_acquired(Event event, const View& me) {
 
 const uint3& block_of(Event event) { return turn_of(event).block; }
 
-}  // namespace kvcomp::cuda_host::handover
+}  // namespace kvcomp::emulator::handover

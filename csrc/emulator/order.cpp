@@ -1,11 +1,11 @@
-#include "cuda_host/emulator/order.h"
+#include "emulator/order.h"
 
 #include <algorithm>
 #include <iterator>
 
-#include "cuda_host/emulator/block.h"
+#include "emulator/block.h"
 
-namespace kvcomp::cuda_host {
+namespace kvcomp::emulator {
 namespace order {
 namespace {
 
@@ -41,4 +41,4 @@ std::string name(Who who) {
   return who < kAnyone ? "warp " + std::to_string(who - kOfWarp) : "several warps";
 }
 
-}  // namespace kvcomp::cuda_host
+}  // namespace kvcomp::emulator
