@@ -173,7 +173,7 @@ class Machine(RuleBasedStateMachine):
             at, first = layer.position, layer.columns == 0
             layer.append(k[at], v[at], valid)
             if not first:
-                out = attend_many(layer, q[at], k[at], v[at], valid, SCALE)
+                out = attend_many(layer, q[at], valid, SCALE)
                 assert out.isfinite().all()
                 self.check_last(out[:, -1], q[at, :, :, -1], layer)
             self.cache.prefill(layer, q[at], SCALE)

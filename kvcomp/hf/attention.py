@@ -18,12 +18,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvcomp import ops
 from kvcomp.cache import HostMemoryError, LayerCache
 from kvcomp.hf.cache import Layer
+from kvcomp.ops.append_attention import MOST_QUERIES as MOST
 
 if TYPE_CHECKING:
     from kvcomp.hf.run import Run
 
 NAME = "kvcomp"
-FEW = 64  # new tokens, up to which one pass over the cache beats a copy of it and blocked products
 
 # Keywords by which a model asks for more than softmax(scale * q k^T) v.
 UNSUPPORTED = {
@@ -95,92 +95,54 @@ def _managed(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     else:
-        out = attend_many(kv, query, key, value, run.current.padding, scale)
+        out = attend_many(kv, query, run.current.padding, scale)
     kv.cache.prefill(kv, query, scale)
     return out
 
 
-def attend_many(
-    kv: LayerCache, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float
-) -> Tensor:
+def attend_many(kv: LayerCache, query: Tensor, valid: Tensor | None, scale: float) -> Tensor:
     """n new tokens, already in `kv`, attend to the tokens kept before them and to each other.
 
+    Args:
+        query: [B, Hq, n, D].
+        valid: [B, n] bool, False for padding; None: there is none.
+
     Returns:
-        out [B, n, Hq, D]; rows of padding hold anything finite.
+        out [B, n, Hq, D], 0 for padding.
     """
-    past_keys, past_values, past_lens = kv.cache.method.context(kv)
-    copies = past_keys.shape[1] // key.shape[1]  # see LayerCache.repeat_heads
-    key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
-    causal = torch.ones(*[query.shape[2]] * 2, dtype=torch.bool, device=query.device).tril()
-    if valid is not None:
-        causal = causal & valid[:, None]
-    causal = causal.expand(query.shape[0], -1, -1)
-    given = query, key, value, causal, past_keys, past_values, past_lens, scale
-    return (_together if query.shape[2] <= FEW else _concatenated)(kv, *given)
+    keys, values, lens = kv.cache.method.context(kv)
+    query, count = query.transpose(1, 2), query.shape[2]
+    added = torch.full_like(lens, count) if valid is None else kv.added
+    if valid is not None:  # a row's tokens first, as they are in the cache
+        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
+        query = torch.take_along_dim(query, order, 1)
+    pieces = [
+        _piece(kv, query[:, first : first + MOST], keys, values, lens, added - first, scale)
+        for first in range(0, count, MOST)
+    ]
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    return out if valid is None else torch.take_along_dim(out, order.argsort(1), 1)
 
 
-def _together(
+def _piece(
     kv: LayerCache,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: Tensor,
-    past_keys: Tensor,
-    past_values: Tensor,
-    past_lens: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lens: Tensor,
+    left: Tensor,
     scale: float,
 ) -> Tensor:
-    """Few tokens: to what was kept before they are so many query heads more, in one call of the
-    kernel that reads it once; what they see of each other is merged with that."""
-    shape = query.shape  # the heads of a KV head are neighbours, and so are their tokens
-    out, lse = ops.decode_attention(
-        query.flatten(1, 2), past_keys, past_values, past_lens, scale=scale
-    )
-    key, value, query = key.float(), value.float(), query.float()
-    logits = query.unflatten(1, (key.shape[1], -1)) @ key[:, :, None].transpose(-1, -2) * scale
-    logits = logits.masked_fill(~causal[:, None, None], -torch.inf)
-    tail_lse = logits.logsumexp(-1, keepdim=True)
-    base = tail_lse.masked_fill(tail_lse == -torch.inf, 0.0)
-    tail = (logits - base).exp() @ value[:, :, None]
-    tail = tail.to(out.dtype).view_as(out), tail_lse.view_as(lse)
-    out, lse = ops.merge_states(out, lse, *tail)
-    if kv.sinks is not None:
-        sinks = kv.sinks.detach().float().repeat_interleave(shape[2]).expand_as(lse).contiguous()
-        out, _ = ops.merge_states(out, lse, torch.zeros_like(out), sinks)
-    return out.view(shape).transpose(1, 2)
-
-
-def _concatenated(
-    kv: LayerCache,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: Tensor,
-    past_keys: Tensor,
-    past_values: Tensor,
-    past_lens: Tensor,
-    scale: float,
-) -> Tensor:
-    """Many tokens: matrix products over a copy of all K and V."""
-    slot = torch.arange(past_keys.shape[2], device=query.device)
-    past = slot < past_lens[:, None]  # [B, slots]
-    mask = torch.cat([past[:, None].expand(-1, query.shape[2], -1), causal], -1)
-    key, value = torch.cat([past_keys, key], 2), torch.cat([past_values, value], 2)
-    mask = mask[:, None]
-    if kv.sinks is not None:  # a last token of zeros, whose logits they are
-        key, value = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (key, value))
-        mask = _with_sinks(mask, kv.sinks.to(query.dtype))
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
-    )
-    return out.transpose(1, 2)
-
-
-def _with_sinks(mask: Tensor, sinks: Tensor) -> Tensor:
-    """[B, 1, n, T] bool and [Hq] -> what to add to logits [B, Hq, n, T + 1]."""
-    bias = sinks.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    bias = bias.expand(-1, len(sinks), -1, -1)
-    return torch.cat([bias, sinks[:, None, None].expand(*bias.shape[:3], 1)], -1)
+    """Of up to MOST queries [B, m, Hq, D]; from their first on, each row has `left` new tokens."""
+    count = query.shape[1]
+    own, behind = left.clamp(0, count), (left - count).clamp(min=0)
+    out, lse = ops.append_attention(query, keys, values, lens - behind, q_lens=own, scale=scale)
+    if kv.sinks is None:
+        return out
+    sinks = kv.sinks.detach().float().expand_as(lse).flatten(0, 1).contiguous()
+    flat = out.flatten(0, 1)
+    merged, _ = ops.merge_states(flat, lse.flatten(0, 1), torch.zeros_like(flat), sinks)
+    return merged.view_as(out)
 
 
 def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:

@@ -123,12 +123,12 @@ class Method:
         """The prompt is in `layer`; q [B, Hq, n, D] are its queries."""
 
     def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
-        """K and V that several new tokens, already in `layer`, attend to besides each other.
+        """K and V that several new tokens, already in `layer`, attend to, themselves the last.
 
         Returns:
-            k, v [B, H, n, D] and lens [B]: row b is valid up to lens[b].
+            k, v [B, H, n, D] and lens [B] int32: row b is valid up to lens[b].
         """
-        return layer.keys, layer.values, layer.seq_lens - layer.added
+        return layer.keys, layer.values, layer.seq_lens
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         """One decode step of a layer: q [B, Hq, D] -> out [B, Hq, D]. The new K and V are in."""

@@ -231,10 +231,18 @@ class Retrieval(Method):
     def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
         if layer.index is None:
             return super().context(layer)
-        lens = self._close_open(layer)
-        rows = [layer.pool.read(row, 0, n) for row, n in enumerate(lens.tolist())]
+        lens = self._close_open(layer).tolist()
+        ends, new = (
+            layer.seq_lens.tolist(),
+            (layer.logical_lens.cpu() - torch.tensor(lens)).tolist(),
+        )
+        rows = []
+        for row, (length, end, count) in enumerate(zip(lens, ends, new, strict=True)):
+            fresh = (x[row, :, end - count : end] for x in (layer.keys, layer.values))
+            pooled = layer.pool.read(row, 0, length)
+            rows.append([torch.cat(parts, 1) for parts in zip(pooled, fresh, strict=True)])
         k, v = (_stacked(part) for part in zip(*rows, strict=True))
-        return k, v, lens
+        return k, v, layer.logical_lens
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         if layer.index is not None:
