@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.alike import logistic
 from kvcomp.methods.eviction import (
     EXAMPLE_ALPHA,
     EXAMPLE_BUDGET,
@@ -36,6 +36,7 @@ PUBLISHED: dict[str, tuple[float, dict[str, int]]] = {
     "QwQ-32B": (1e-4, {}),
 }
 FORMS = ("paper", "code")
+EPSILON = 1e-5  # by which the released code keeps from dividing by no interval
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,16 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
 
     def score(self, layer: LayerCache) -> Tensor:
         """[B, U, max_len]: still within its interval, plus recurs often."""
-        interval = layer.slots["longest"][..., : layer.max_len].float()
+        interval = layer.slots["longest"][..., : layer.max_len]
         silence = layer.cache.steps - layer.slots["last_hit"][..., : layer.max_len]
-        return self.within(silence, interval) + self.recurs(interval)
+        return (self.within(silence, interval) + self.recurs(interval)).float()
 
     def within(self, silence: Tensor, interval: Tensor) -> Tensor:
         """H1: falls as the silence outgrows the interval; about 0 for what was never hit."""
-        ratio = silence / interval.clamp(min=1e-5)
-        return 2 * torch.sigmoid(-ratio if self.h1 == "paper" else -1 - ratio)
+        if self.h1 == "paper":
+            return 2 * logistic(-silence / interval.double().clamp(min=EPSILON))
+        return 2 * logistic(-1 - silence / (interval.double() + EPSILON))
 
     def recurs(self, interval: Tensor) -> Tensor:
         """H2: 1 for a token hit at every step, 0 for one never hit."""
-        return 2 * torch.sigmoid(1 - interval) * interval.clamp(max=1)
+        return 2 * logistic(1 - interval.clamp(min=1)) * interval.clamp(max=1)

@@ -6,6 +6,8 @@ tokens in a plain list, as a paper would describe it; `assert_follows` holds a m
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from kvcomp.cache import KVCache
@@ -179,12 +181,20 @@ class SlowLazy(SlowRecurrence):
         return self.method.window
 
     def score(self):
-        silence = (self.t - self.notes["last_hit"]).float()
-        longest = self.notes["longest"].float()
-        ratio = torch.where(longest == 0, torch.inf, silence / longest)
-        h1 = 2 * torch.sigmoid(-1 - ratio if self.method.h1 == "code" else -ratio)
-        h2 = torch.where(longest == 0, 0.0, 2 * torch.sigmoid(-(longest - 1)))
-        return h1 + h2
+        silences = (self.t - self.notes["last_hit"]).tolist()
+        pairs = zip(silences, self.notes["longest"].tolist(), strict=True)
+        return torch.tensor([self.worth(*pair) for pair in pairs])  # in fp32
+
+    def worth(self, silence, longest):
+        if self.method.h1 == "code":
+            h1 = self.falling(1 + silence / (longest + 1e-5))
+        else:
+            h1 = self.falling(silence / longest) if longest else 0.0
+        return h1 + self.falling(longest - 1) if longest else h1
+
+    @staticmethod
+    def falling(x):
+        return 2 / (1 + math.exp(min(x, 700.0)))
 
 
 class SlowRaaS(SlowRecurrence):
@@ -283,8 +293,10 @@ class SlowLagKV(Slow):
             for x in (self.k, self.v):  # [heads, total, D]
                 now, lag = x[:, begin : begin + size], x[:, begin + size : begin + 2 * size]
                 low, high = lag.amin(1, keepdim=True), lag.amax(1, keepdim=True)
-                total = total + ((now - low) / (high - low)).std(-1).softmax(-1).mean(0)
-            scores[begin : begin + size] = total.argsort().argsort().float()
+                spread = (now - low) / (high - low).clamp(min=1e-6)
+                total = total + spread.std(-1).softmax(-1).mean(0)
+            order = total.round(decimals=9).argsort(stable=True)  # ties: the older is worth less
+            scores[begin : begin + size] = order.argsort().float()
         return scores[self.kept]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.cache.layer import LayerCache
+from kvcomp.methods.alike import dots
 
 QUERIES = 256  # at a time, so that no [n, n] matrix is formed
 
@@ -26,11 +27,10 @@ def prompt_probabilities(layer: LayerCache, q: Tensor) -> Iterator[Tensor]:
     # The slot of each query's own token: the new ones lie at the end of a row, in order.
     own = layer.seq_lens[:, None] - valid.sum(1, keepdim=True) + valid.cumsum(1) - 1
     slot = torch.arange(layer.max_len, device=q.device)
-    keys = layer.keys.float()
     for first in range(0, count, QUERIES):
         part = slice(first, first + QUERIES)
-        grouped = q[:, :, part].float().unflatten(1, (keys.shape[1], -1))
-        logits = (grouped @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2) * layer.scale
+        grouped = q[:, :, part].unflatten(1, (layer.keys.shape[1], -1))
+        logits = dots(grouped, layer.keys[:, :, None]).flatten(1, 2) * layer.scale
         allowed = (slot <= own[:, part, None]) & valid[:, part, None]  # [B, queries, max_len]
         logits = logits.masked_fill(~allowed[:, None], -torch.inf)
         yield logits.softmax(-1).nan_to_num(0.0)  # a query that is padding attends to nothing

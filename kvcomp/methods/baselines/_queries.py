@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.cache.layer import LayerCache
+from kvcomp.methods import alike
 from kvcomp.methods.eviction import EXAMPLE_BUDGET, EXAMPLE_WINDOW, Eviction
 
 if TYPE_CHECKING:
@@ -64,15 +65,15 @@ class LastQueries(Eviction):
     def importance(self, layer: LayerCache, kernel: int) -> Tensor:
         """[B, U, max_len]: probabilities among the tokens older than the newest `recent`."""
         positions = layer.positions(self.num_units(layer))
-        keys, queries = layer.keys.float(), layer.state["queries"].float()
-        grouped = queries.unflatten(1, (keys.shape[1], -1))
-        logits = (grouped @ keys[:, :, None].transpose(-1, -2)).flatten(1, 2)  # [B, Hq, w, max_len]
+        grouped = layer.state["queries"].unflatten(1, (layer.keys.shape[1], -1))
+        logits = alike.dots(grouped, layer.keys[:, :, None]).flatten(1, 2)  # [B, Hq, w, max_len]
         logits = logits.unflatten(1, (positions.shape[1], -1)).amax(2)
         logits = logits * layer.scale
         older = positions < (layer.logical_lens - self.recent)[:, None, None]
         older &= valid_slots(layer)
-        probs = logits.masked_fill(~older[:, :, None], -torch.inf).softmax(-1).nan_to_num(0.0)
-        return smooth(probs.mean(2), positions, valid_slots(layer), kernel)
+        probs = alike.softmax(logits.masked_fill(~older[:, :, None], -torch.inf)).nan_to_num(0.0)
+        mean = alike.total(probs, 2) / probs.shape[2]
+        return smooth(mean, positions, valid_slots(layer), kernel)
 
 
 def valid_slots(layer: LayerCache) -> Tensor:

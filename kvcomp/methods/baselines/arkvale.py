@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcomp.methods import alike
 from kvcomp.methods.baselines._pages import PagedRetrieval
 
 
@@ -23,8 +24,10 @@ class ArkVale(PagedRetrieval, name="arkvale", baseline=True):
     page_size: int = 32
 
     def digest(self, keys: Tensor) -> Tensor:
-        centre = keys.mean(-2)
-        return torch.cat([centre, (keys - centre[..., None, :]).abs().mean(-2)], -1)
+        count = keys.shape[-2]
+        centre = alike.total(keys.float(), -2) / count
+        apart = alike.total((keys.float() - centre[..., None, :]).abs(), -2) / count
+        return torch.cat([centre, apart], -1).to(keys.dtype)
 
     def turned(self, q: Tensor) -> Tensor:
         return torch.cat([q, q.abs()], -1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.cache.layer import LayerCache
+from kvcomp.methods import alike
 from kvcomp.methods.baselines._prompt import prompt_probabilities
 from kvcomp.methods.eviction import ObservingEviction
 
@@ -43,8 +44,8 @@ class H2O(ObservingEviction, name="h2o", baseline=True):
             layer.track("total", self.num_units(layer), torch.float32)
         total = layer.slots["total"]
         for probs in prompt_probabilities(layer, q):  # [B, Hq, queries, max_len]
-            heads = probs.sum(2)
-            total[..., : layer.max_len] += heads.unflatten(1, (total.shape[1], -1)).sum(2)
+            heads = alike.total(probs, 2).unflatten(1, (total.shape[1], -1))
+            total[..., : layer.max_len] += alike.total(heads, 2)
 
     def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
         layer.slots["total"][..., : layer.max_len] += self.probabilities(layer, logits, lse)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.cache.layer import LayerCache
+from kvcomp.methods import alike
 from kvcomp.methods.eviction import EXAMPLE_BUDGET, EXAMPLE_WINDOW, Eviction
 
 if TYPE_CHECKING:
@@ -86,9 +87,17 @@ class LagKV(Eviction, name="lagkv", baseline=True):
         for stored in (layer.keys[row], layer.values[row]):  # [H, m, D]
             x, reference = (_take(stored, index) for index in (slots, lag))
             low, high = reference.amin(1, keepdim=True), reference.amax(1, keepdim=True)
-            spread = ((x - low) / (high - low).clamp(min=1e-6)).std(-1)  # [H, L]
-            total += spread.softmax(-1).unflatten(0, (len(slots), -1)).mean(1)
-        return (total.argsort(-1).argsort(-1) + 1) / self.partition
+            spread = _deviation((x - low) / (high - low).clamp(min=1e-6))  # [H, L]
+            heads = alike.softmax(spread).unflatten(0, (len(slots), -1))
+            total += alike.total(heads, 1) / heads.shape[1]
+        return (total.argsort(dim=-1, stable=True).argsort(-1) + 1) / self.partition
+
+
+def _deviation(x: Tensor) -> Tensor:
+    """The standard deviation of each row of a sample."""
+    count = x.shape[-1]
+    apart = x - alike.total(x, -1)[..., None] / count
+    return (alike.total(apart.square(), -1) / (count - 1)).sqrt()
 
 
 def _take(stored: Tensor, slots: Tensor) -> Tensor:

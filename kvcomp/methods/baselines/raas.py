@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RaaS(RecurrenceEviction, name="raas", baseline=True):
-    """Score: the step of the last hit."""
+    """Score: the step of the last hit, seen from now."""
 
     keep_prompt: bool = True
 
@@ -38,4 +38,5 @@ class RaaS(RecurrenceEviction, name="raas", baseline=True):
         return 1  # the newest token has not had its chance
 
     def score(self, layer: LayerCache) -> Tensor:
-        return layer.slots["last_hit"][..., : layer.max_len].float()
+        last_hit = layer.slots["last_hit"][..., : layer.max_len]
+        return (last_hit - layer.cache.steps).float()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.cache.layer import LayerCache
+from kvcomp.methods import alike
 from kvcomp.methods.baselines._queries import LastQueries, text_order, valid_slots
 
 
@@ -48,13 +49,14 @@ class RKV(LastQueries, name="r-kv", baseline=True):
         units, heads = order.shape[1], layer.keys.shape[1]
         index = order.repeat_interleave(heads // units, 1)[..., None]
         keys = layer.keys.float().gather(2, index.expand(-1, -1, -1, layer.keys.shape[-1]))
-        keys = torch.nn.functional.normalize(keys, dim=-1)
+        keys = keys / alike.total(keys.square(), -1).sqrt().clamp(min=1e-12)[..., None]
         used = valid.gather(2, order[:, :1]).expand(-1, heads, -1)  # [B, H, m], in text order
-        cosine = keys @ keys.transpose(-1, -2) * (used[..., None] & used[..., None, :])
+        cosine = alike.dots(keys, keys) * (used[..., None] & used[..., None, :])
         cosine.diagonal(dim1=-2, dim2=-1).zero_()
         place = torch.arange(cosine.shape[-1], device=cosine.device)
         newest = torch.where(cosine > self.similar, place, -1).amax(-1, keepdim=True)
         cosine.masked_fill_(place == newest, 0.0)
-        mean = cosine.sum(-2) / used.sum(-1, keepdim=True)
-        scores = mean.masked_fill(~used, -torch.inf).softmax(-1).unflatten(1, (units, -1)).mean(2)
+        mean = alike.exact_total(cosine, -2) / used.sum(-1, keepdim=True)
+        scores = alike.softmax(mean.masked_fill(~used, -torch.inf)).unflatten(1, (units, -1))
+        scores = alike.total(scores, 2) / (heads // units)
         return torch.empty_like(scores).scatter_(-1, order, scores)
