@@ -65,7 +65,7 @@ class Tied(Trace):
         # Whole numbers, as normal ones are drawn by vectorised functions too.
         kinds = torch.randint(-3, 4, (1, 1, KV_HEADS, KINDS, DIM), generator=generator) / 2
         kind = torch.randint(KINDS, (total,), generator=generator)
-        asked = 2 * kinds.repeat_interleave(HEADS // KV_HEADS, 2)
+        asked = kinds.repeat_interleave(HEADS // KV_HEADS, 2)
         self.k = self.raw_k = kinds[:, :, :, kind]
         self.q = self.raw_q = asked[:, :, :, torch.arange(total) % KINDS]
         self.v = self.k.flip(-1) + 1
@@ -84,7 +84,7 @@ def rounded(slow: type[Slow]) -> type[Slow]:
     class Rounded(slow):
         def score(self):
             score = super().score().double()
-            unit = 10.0 ** (score.abs().clamp(min=1e-30).log10().floor() - 5)
+            unit = 10.0 ** (score.abs().clamp(min=1e-30).log10().floor() - 7)
             return torch.where(score.isfinite(), (score / unit).round() * unit, score)
 
     return Rounded
