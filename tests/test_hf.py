@@ -474,6 +474,19 @@ def test_a_second_turn_under_a_small_budget(llama, name):
         assert torch.equal(two_turns(llama, alone)[0], together[0, 11:])
 
 
+@pytest.mark.parametrize("name", RETRIEVALS)
+def test_a_row_with_fewer_tokens_than_sinks(llama, name):
+    """It is dense until it has enough, its neighbour is as it is alone, and pieces may be short."""
+    batch = padded_batch(60, 57)
+    alone = {name: tensor[1:] for name, tensor in batch.items()}
+    stock = generate(llama, batch)
+    with kvcomp.patch(llama, METHODS[name].example(256)):  # 8 sinks
+        assert torch.equal(generate(llama, batch), stock)
+        assert torch.equal(generate(llama, batch, prefill_chunk_size=7), stock)
+    with kvcomp.patch(llama, METHODS[name].example(16)):
+        assert torch.equal(generate(llama, batch)[1:], generate(llama, alone))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -489,8 +502,7 @@ def test_ways_to_generate_with_a_pool(llama, name, options):
     batch = padded_batch(30, 6)
     torch.manual_seed(7)
     stock = generate(llama, batch, **options)
-    whole = dataclasses.replace(METHODS[name].example(256), sinks=0)  # a chunk may be all padding
-    with kvcomp.patch(llama, whole):
+    with kvcomp.patch(llama, METHODS[name].example(256)):  # a chunk may be all padding
         torch.manual_seed(7)
         assert torch.equal(generate(llama, batch, **options), stock)
     if "num_beams" in options:

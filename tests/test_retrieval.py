@@ -61,6 +61,8 @@ CORNERS = {  # fields, prompts
     "nothing-newest": ({"newest": 0}, (40, 14)),
     "no-sinks": ({"sinks": 0}, (40, 1)),
     "only-sinks": ({}, (3, 3)),
+    "fewer-than-sinks": ({}, (40, 1, 2)),
+    "far-fewer-than-sinks": ({"sinks": 8, "local": 4, "newest": 3}, (1, 5, 12)),
     "one-more-than-sinks": ({}, (40, 4)),
     "shorter-than-sinks-and-newest": ({}, (8, 7)),
     "sinks-and-newest": ({}, (9, 9)),
@@ -96,7 +98,7 @@ def test_louis_kv_in_corners(case):
 
 
 @pytest.mark.parametrize("name", ["cluster-kv", "quest", "arkvale", "free-kv"])
-@pytest.mark.parametrize("lens", [(3, 4), (20, 10)], ids=str)
+@pytest.mark.parametrize("lens", [(3, 4), (20, 10), (1, 2, 30)], ids=str)
 def test_short_prompts(name, lens):
     assert_follows(make(name), Walk(*lens, steps=22, seed=2))
 
@@ -134,6 +136,42 @@ def test_what_is_small_grows(name, monkeypatch, poisoned_outputs):
 @pytest.mark.parametrize("name", SLOW)
 def test_a_second_turn(name, counts):
     assert_follows(make(name), Walk(30, 17, steps=22, seed=5), turn=(9, counts))
+
+
+@pytest.mark.parametrize("counts", [(12, 1), (0, 7), (1, 0)], ids=str)
+@pytest.mark.parametrize("step", [0, 1, 9])
+@pytest.mark.parametrize("name", SLOW)
+def test_a_second_turn_of_rows_that_lack_sinks(name, step, counts):
+    trace = Walk(1, 2, steps=22, seed=5)
+    assert_follows(make(name, sinks=6, local=6), trace, turn=(step, counts))
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_pieces_of_which_the_first_is_all_padding(name):
+    """One row has nothing in it, then less than the sinks; the pieces are one prompt in the end."""
+    method, trace = make(name, sinks=5), Walk(29, 9, steps=16)
+    cache, whole = new_cache(method), new_cache(method)
+    trace.fill(whole)
+    for counts, seen in (((10, 0), (0, 0)), ((10, 2), (10, 0)), ((9, 7), (20, 2))):
+        trace.fill(cache, counts, seen)
+    for layer in cache.layers:
+        k, v, lens = method.context(layer)
+        layer.settle()
+        assert layer.logical_lens.tolist() == [29, 9] and lens.tolist() == [20, 2]
+    for step in range(trace.steps):
+        assert trace.decode(cache, step).isfinite().all()
+    for a, b in zip(cache.layers, whole.layers, strict=True):
+        assert torch.equal(a.logical_lens, b.logical_lens + trace.steps)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_rows_that_lack_sinks_go_back_to_their_prompt(name):
+    method, trace = make(name, sinks=6, local=6), Walk(14, 2, steps=20)
+    cache = new_cache(method)
+    first = trace.run(cache)
+    assert method.rewind(cache, 14) == 14
+    again = torch.stack([trace.decode(cache, step) for step in range(trace.steps)])
+    torch.testing.assert_close(again, first, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("step", [0, 13])

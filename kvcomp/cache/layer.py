@@ -293,10 +293,11 @@ class LayerCache(Slab):
         self.columns, self.scale, self._arrivals = columns, other.scale, arrivals
 
     def recede(self, columns: int, kept: int) -> None:
-        """Back to the first `columns` columns: all are in the pool, the first `kept` rows here."""
+        """Back to the first `columns` columns: all are in the pool, the first `kept` tokens of
+        each row here, or all that it has."""
         self.settle()
         self._take_back(self.columns - columns)
-        self.seq_lens.fill_(kept)
+        self.seq_lens.copy_(self.logical_lens.clamp(max=kept))
         for tensor in self.slots.values():
             tensor[..., kept:] = 0
         self._placed, self._placed_columns = self.logical_lens.clone(), columns

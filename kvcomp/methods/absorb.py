@@ -22,14 +22,14 @@ def absorb(
     which stay local, in their order. All three are [B] int32.
     """
     keys, values, pool, index = layer.keys, layer.values, layer.pool, layer.index
-    pool.reserve(layer.columns)
+    method.reserve_pool(layer)
     clusters = method.unit_count(keys.shape[2])
     pieces = -(-method.num_newest // method.unit_size)
     index.reserve(clusters + pieces)
     before = index.num_units.clone()
     index.num_units += clusters + pieces
     index.num_indexed.copy_(before + clusters)
-    layer.cache.meter.stored(layer, layer.logical_lens - first_row)
+    layer.cache.meter.stored(layer, (layer.logical_lens - first_row).clamp(min=0))
     first, last, end = first.clone(), last.clone(), layer.seq_lens.clone()
 
     def work() -> None:
@@ -37,7 +37,8 @@ def absorb(
         table = torch.stack([before, first_row, first, last, end], 1).tolist()
         labels, digests, sizes = method.units(keys, first, last)
         for row, (unit, pool_row, begin, middle, stop) in enumerate(table):
-            pool.write(row, 0, keys[row, :, : method.sinks], values[row, :, : method.sinks])
+            sinks = slice(min(method.sinks, stop))
+            pool.write(row, 0, keys[row, :, sinks], values[row, :, sinks])
             order = labels[row, :, begin:middle].argsort(dim=-1, stable=True)[..., None]
             k, v = (x[row, :, begin:middle].take_along_dim(order, 1) for x in (keys, values))
             pool.write(row, pool_row, k, v)

@@ -8,6 +8,9 @@ over what is on the device; nothing is ever lost, and no token is attended twice
 The output is cut into segments, which become units. A segment is written through to the pool when
 it closes, so that leaving the device costs nothing; and it leaves the local tokens only when a
 selection follows at once, so that no token is ever out of reach.
+
+A row with fewer tokens than sinks, as the first piece of a prompt may be, has all of them on the
+device: what comes to it next are sinks, until there are enough.
 """
 
 from __future__ import annotations
@@ -203,6 +206,7 @@ class Retrieval(Method):
     def start(self, cache: KVCache) -> None:
         cache.state.memory = HostMemory(self.host_limit)
         cache.state.background = None
+        cache.state.lacks_sinks = True  # whether rows may have fewer tokens than sinks
         cache.state.prompt_columns = 0
 
     def prefill(self, layer: LayerCache, q: Tensor) -> None:
@@ -213,15 +217,17 @@ class Retrieval(Method):
             self._begin(layer, q)
             first_row = torch.full_like(layer.seq_lens, self.sinks)
         else:
-            first_row = self._close_open(layer)
-        first = layer.seq_lens - (layer.logical_lens - first_row)  # slots [first, last) leave
-        last = torch.maximum(layer.seq_lens - self.num_newest, first)
+            first_row = self._close_open(layer).clamp(min=self.sinks)
+        first = layer.seq_lens - (layer.logical_lens - first_row).clamp(min=0)
+        last = torch.maximum(layer.seq_lens - self.num_newest, first)  # slots [first, last) leave
         layer.positions(layer.keys.shape[1])
         absorb(self, layer, first_row, first, last)
         slot = torch.arange(self.num_newest, device=last.device)
         newest = (last[:, None] + slot).clamp(max=layer.max_len - 1)
-        sinks = torch.arange(self.sinks, device=last.device).expand(len(last), -1)
-        layer.keep(torch.cat([sinks, newest], 1), self.sinks + layer.seq_lens - last)
+        sinks = torch.arange(self.sinks, device=last.device).clamp(max=layer.max_len - 1)
+        sinks = sinks.expand(len(last), -1)
+        lens = torch.minimum(self.sinks + layer.seq_lens - last, layer.seq_lens)
+        layer.keep(torch.cat([sinks, newest], 1), lens)
         layer.state["query"].zero_()  # so that the first step retrieves
         if not layer.cache.steps:
             layer.state["first_units"] = layer.index.num_units.clone()
@@ -247,6 +253,8 @@ class Retrieval(Method):
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         if layer.index is not None:
             layer.settle()
+            if layer.cache.state.lacks_sinks:
+                self._store_sinks(layer)
             triggered = self._retrieve(layer, q, scale)
             if self.audit:
                 watch(layer, q, scale, self.budget, self.sinks, triggered)
@@ -257,6 +265,7 @@ class Retrieval(Method):
         prompt = cache.state.prompt_columns
         if columns < prompt:
             return super().rewind(cache, columns)
+        cache.state.lacks_sinks = True
         for layer in cache.layers:
             if layer.index is None:
                 layer.crop(layer.columns - prompt)
@@ -273,13 +282,6 @@ class Retrieval(Method):
     def _begin(self, layer: LayerCache, q: Tensor) -> None:
         """The first prompt is in `layer`, and nothing is in the pool."""
         state, keys = layer.cache.state, layer.keys
-        short = int(layer.seq_lens.argmin())
-        self._require(
-            int(layer.seq_lens[short]) >= self.sinks,
-            "sinks",
-            f"no more than the tokens of a prompt, {int(layer.seq_lens[short])} in row {short}",
-            self.sinks,
-        )
         if state.background is None:
             state.background = Background(keys.device)
         width = self.digest(keys[:1, :1, :1]).shape[-1]
@@ -292,23 +294,39 @@ class Retrieval(Method):
     def _close_open(self, layer: LayerCache) -> Tensor:
         """The open segment without the tokens just added becomes a unit; [B] rows up to its end."""
         layer.settle()
-        past = layer.logical_lens - layer.added
-        tokens = past - layer.index.first_open()
+        past, first_open = layer.logical_lens - layer.added, layer.index.first_open()
+        tokens = (past - first_open).clamp(min=0)
         if bool(tokens.any()):
             layer.index.reserve(1)
-            layer.pool.reserve(layer.columns)
-            layer.index.close(past)
+            self.reserve_pool(layer)
+            layer.index.close(first_open + tokens)
             self.store(layer, tokens)
         return past
+
+    def reserve_pool(self, layer: LayerCache) -> None:
+        """For all columns, and for the sinks that may still come."""
+        layer.pool.reserve(max(layer.columns, self.sinks))
+
+    def _store_sinks(self, layer: LayerCache) -> None:
+        """The token that has just come goes to the pool in rows that lack sinks: no segment, which
+        would take it there, begins with it."""
+        self.reserve_pool(layer)
+        lens = layer.logical_lens.tolist()
+        for row, last in enumerate(lens):
+            if 0 < last <= self.sinks:
+                k, v = (x[row, :, last - 1 : last] for x in (layer.keys, layer.values))
+                layer.pool.write(row, last - 1, k, v)
+        if layer.position == len(layer.cache.layers) - 1:
+            layer.cache.state.lacks_sinks = min(lens) < self.sinks
 
     def _retrieve(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         """Close the segment that ends here, and select anew where that is due: 1 in [B]."""
         index, (shortest, longest) = layer.index, self.segment
         index.reserve(1)
-        layer.pool.reserve(layer.columns)  # refused memory must not find a segment half closed
+        self.reserve_pool(layer)  # refused memory must not find a segment half closed
         closed, triggered = ops.segment_boundaries(
             self.similarity(layer, q),
-            layer.logical_lens,
+            layer.logical_lens.clamp(min=self.sinks),  # sinks are of no segment
             index.starts,
             index.num_units,
             index.num_indexed,

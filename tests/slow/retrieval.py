@@ -40,6 +40,7 @@ class Slow:
         copy.units = [list(units) for units in self.units]
         copy.rows = [list(rows) for rows in self.rows]
         copy.local, copy.open = list(self.local), list(self.open)
+        copy.sinks = list(self.sinks)
         copy.selected = [set(tokens) for tokens in self.selected]
         copy.segments = list(self.segments)
         return copy
@@ -85,13 +86,13 @@ class Slow:
     def fill(self, count):
         """A prompt, or a further turn: all but its newest tokens leave the device."""
         tokens = list(range(self.seen, self.seen + count))
-        if not self.seen:
-            self.sinks, tokens = tokens[: self.method.sinks], tokens[self.method.sinks :]
+        self.close()
+        while self.local:
+            self.let_go()
+        missing = self.method.sinks - len(self.sinks)
+        self.sinks, tokens = self.sinks + tokens[:missing], tokens[missing:]
+        if missing:
             self.rows = [list(self.sinks) for _ in self.rows]
-        else:
-            self.close()
-            while self.local:
-                self.let_go()
         self.seen += count
         self.stored += len(tokens)
         middle = max(len(tokens) - self.method.num_newest, 0)
@@ -148,7 +149,11 @@ class Slow:
             while self.local and len(self.local_tokens()) > method.local:
                 self.let_go()
             self.select(q, before)
-        self.open.append(self.seen)
+        if len(self.sinks) < method.sinks:
+            self.sinks.append(self.seen)
+            self.rows = [list(self.sinks) for _ in self.rows]
+        else:
+            self.open.append(self.seen)
         self.seen += 1
         return torch.cat([self.attend(q, head) for head in range(self.heads)])
 
@@ -168,7 +173,7 @@ class Slow:
             self.fetched += len(self.selected[head] - before[head])
 
     def attend(self, q, head):
-        tokens = sorted(self.resident(head) | {self.open[-1]})
+        tokens = sorted(self.resident(head) | {self.seen - 1})
         probs = (self.group(q, head) @ self.k[head, tokens].T * self.scale).softmax(-1)
         return probs @ self.v[head, tokens]
 
