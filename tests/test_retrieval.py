@@ -155,7 +155,7 @@ def test_pieces_of_which_the_first_is_all_padding(name):
     for counts, seen in (((10, 0), (0, 0)), ((10, 2), (10, 0)), ((9, 7), (20, 2))):
         trace.fill(cache, counts, seen)
     for layer in cache.layers:
-        k, v, lens = method.context(layer)
+        _, _, lens = method.context(layer)
         layer.settle()
         assert layer.logical_lens.tolist() == [29, 9] and lens.tolist() == [20, 2]
     for step in range(trace.steps):
