@@ -93,6 +93,15 @@ def append_attention(draw):
     return q, k, v, lens, q_lens, tail, page_ids, size, scale, logits
 
 
+def linear_rows(draw):
+    draw.dtype = draw.of(st.sampled_from(HALF_AND_FULL))
+    rows, outputs, width = draw.int(0, 8), draw.int(0, 40), draw.int(0, 300)
+    gap_x, gap = draw.int(0, 3), draw.int(0, 3)
+    x = draw.normal(rows, width + gap_x)[:, gap_x:]
+    weight = draw.normal(outputs, width + gap)[:, gap:]
+    return x, weight, draw.normal(outputs) if draw.int(0, 1) else None
+
+
 def merge_states(draw):
     draw.dtype = draw.of(st.sampled_from(HALF_AND_FULL))
     batch, heads, dim = draw.int(1, 4), draw.int(1, 9), draw.of(dims)
@@ -235,6 +244,7 @@ def select_units(draw):
 INPUTS = {  # op -> how its arguments are drawn, which of them it writes, what to blank
     "append_attention": (append_attention, (9,), unattended),
     "decode_attention": (decode_attention, (7,), unattended),
+    "linear_rows": (linear_rows, (), None),
     "merge_states": (merge_states, (), None),
     "page_scores": (page_scores, (), None),
     "select_pages": (select_pages, (), None),

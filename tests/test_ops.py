@@ -100,6 +100,7 @@ CALLS = {
     "kmeans": lambda op, keys, first, last, size, window, iterations: op(
         keys, first, last, cluster_size=size, window=window, iterations=iterations
     ),
+    "linear_rows": lambda op, *args: op(*args),
     "merge_states": lambda op, *args: op(*args),
     "page_scores": lambda op, logits, lse, lens, size, groups, use_max: op(
         logits, lse, lens, size, num_groups=groups, reduction="max" if use_max else "sum"

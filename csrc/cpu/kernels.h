@@ -12,6 +12,7 @@ void compact_kv(const CompactKvParams& params);
 void decode_attention(const DecodeAttentionParams& params);
 void fetch_rows(const FetchRowsParams& params);
 void kmeans(const KmeansParams& params);
+void linear_rows(const LinearRowsParams& params);
 void merge_states(const MergeStatesParams& params);
 void page_scores(const PageScoresParams& params);
 void query_similarity(const QuerySimilarityParams& params);

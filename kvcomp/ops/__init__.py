@@ -12,6 +12,7 @@ from kvcomp.ops.compact_kv import compact_kv
 from kvcomp.ops.decode_attention import decode_attention
 from kvcomp.ops.fetch_rows import fetch_rows
 from kvcomp.ops.kmeans import kmeans
+from kvcomp.ops.linear_rows import linear_rows
 from kvcomp.ops.merge_states import merge_states
 from kvcomp.ops.page_scores import page_scores
 from kvcomp.ops.query_similarity import query_similarity
@@ -33,6 +34,7 @@ __all__ = [
     "decode_attention",
     "fetch_rows",
     "kmeans",
+    "linear_rows",
     "merge_states",
     "page_scores",
     "query_similarity",

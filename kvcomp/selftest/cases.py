@@ -10,8 +10,10 @@ from __future__ import annotations
 from kvcomp.selftest.attention_cases import attention_cases
 from kvcomp.selftest.case import Case
 from kvcomp.selftest.eviction_cases import eviction_cases
+from kvcomp.selftest.linear_cases import linear_cases
 from kvcomp.selftest.retrieval_cases import retrieval_cases
 
 CASES: list[Case] = sorted(
-    [*attention_cases(), *eviction_cases(), *retrieval_cases()], key=lambda case: case.op
+    [*attention_cases(), *eviction_cases(), *linear_cases(), *retrieval_cases()],
+    key=lambda case: case.op,
 )

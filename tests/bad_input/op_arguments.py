@@ -19,6 +19,7 @@ CALLS = {
     "decode_attention": good.attention,
     "fetch_rows": good.fetch,
     "kmeans": good.cluster,
+    "linear_rows": good.linear,
     "merge_states": good.merge,
     "page_scores": good.scores,
     "query_similarity": good.similarity,
@@ -31,7 +32,7 @@ CALLS = {
     "store_segments": good.store,
     "unit_scores": good.unit_worth,
 }
-ROWLESS = {"inv_freq"}  # the same for all rows
+ROWLESS = {"inv_freq", "x"}  # the same for all rows, or of any number
 TENSOR, WHOLE, NUMBER = "a tensor", "a whole number of 64 bits", "a number"
 MISTAKES = {  # by annotation -> what is expected, and what people pass
     "Tensor": (TENSOR, (None, "q", 3, [1.0, 2.0], np.zeros(2))),

@@ -59,6 +59,11 @@ def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+def linear(**changes):
+    args = {"x": torch.randn(B, 1, D), "weight": torch.randn(12, D), "bias": torch.randn(12)}
+    return Call(ops.linear_rows, **args | changes)
+
+
 def merge(**changes):
     args = {"out_a": torch.randn(B, HQ, D), "lse_a": torch.randn(B, HQ)}
     args |= {"out_b": torch.randn(B, HQ, D), "lse_b": torch.randn(B, HQ), **changes}

@@ -30,9 +30,10 @@ struct Dot {
 
 // kBytes of a row, from byte `at` on, into L2: into L1 they would only displace the tile in work.
 // Asked for piece by piece, as the row in work is read, so that few requests wait at a time, and
-// where pieces are smaller than a line, by the first of it.
+// where pieces are smaller than a line, by the first of it. Always inlined, because GCC takes a
+// function that only prefetches for one without effect and drops its calls.
 template <int kBytes>
-inline void prefetch(const void* row, int at) {
+[[gnu::always_inline]] inline void prefetch(const void* row, int at) {
   if (kBytes < 64 && at % 64 != 0) return;
   for (int i = 0; i < kBytes; i += 64) {
     __builtin_prefetch(static_cast<const char*>(row) + at + i, 0, 2);

@@ -10,6 +10,15 @@ namespace kvcomp::simd {
 
 inline constexpr int kTile = 64;  // tokens between two rescalings; a multiple of every vector
 inline constexpr int kCentreBlock = 12;  // a multiple of the centres that `nearest` takes at once
+inline constexpr int kLinearRows = 8;    // the most rows of `linear`
+inline constexpr int kRowStep = 32;  // a multiple of the elements of a row that are read at once
+
+inline constexpr std::int64_t padded(std::int64_t width) {
+  return (width + kRowStep - 1) / kRowStep * kRowStep;
+}
+// Floats between the prepared rows of `linear`: one line more than they need, since rows a multiple
+// of 4 KiB apart would displace each other in L1.
+inline constexpr std::int64_t linear_stride(std::int64_t width) { return padded(width) + 16; }
 
 // Storage of the 16-bit types.
 struct Half {
@@ -26,7 +35,7 @@ using RowPointers = const void* const*;
 
 // Loops over rows of one element type. D is head_dim: a multiple of 16.
 struct TypedRows {
-  // q [D] -> prepared [D floats of space], in the order and type that qk multiplies with.
+  // q [D] -> prepared [D floats of space], in the order and type that qk and linear multiply with.
   void (*prepare_q)(const void* q, int head_dim, float* prepared);
 
   // logits[h][t] = scale * <q[h], rows[t]> for t < count; logits [num_heads, kTile]. Each row is
@@ -57,6 +66,13 @@ struct TypedRows {
 
   // sums = <a, a>, <a, b> and <b, b>.
   void (*products)(const void* a, const void* b, int head_dim, float* sums);
+
+  // y[r * stride_y + o] = <x[r], w[o]> + bias[o] for o < count and r < num_rows <= kLinearRows;
+  // w[o] starts at weight + o * stride and has `width` elements, bias may be null. Rows of x are
+  // prepared, padded(width) long with zeros past their width, and linear_stride(width) apart. An
+  // element of y is the same bits whatever num_rows, count and its place among them are.
+  void (*linear)(const float* prepared_x, int num_rows, const void* weight, std::int64_t stride,
+                 int width, std::int64_t count, const void* bias, void* y, std::int64_t stride_y);
 };
 
 struct Rows {

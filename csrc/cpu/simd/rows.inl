@@ -42,6 +42,7 @@ inline Vec exp(Vec x) {
 
 #include "attention.inl"
 #include "clustering.inl"
+#include "linear.inl"
 #include "logits.inl"
 #include "selection.inl"
 
@@ -74,8 +75,8 @@ void rotate(void* row_, int half, const float* cos, const float* sin) {
 
 template <class T>
 constexpr TypedRows typed_rows() {
-  return {&prepare_q<T>, &qk<T>,      &pv<T>,     &store_row<T>,
-          &blend<T>,     &nearest<T>, &rotate<T>, &products<T>};
+  return {&prepare_q<T>, &qk<T>,     &pv<T>,       &store_row<T>, &blend<T>,
+          &nearest<T>,   &rotate<T>, &products<T>, &linear<T>};
 }
 
 constexpr Rows make_rows(const char* isa) {

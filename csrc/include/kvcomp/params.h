@@ -48,6 +48,19 @@ struct AppendAttentionParams {
   int32_t num_queries;  // m
 };
 
+struct LinearRowsParams {
+  static constexpr int kMaxRows = 8;
+
+  ScalarType dtype;         // of x, weight, bias and out
+  const void* x[kMaxRows];  // rows [width]
+  const void* weight;       // [num_outputs, width], last dimension contiguous
+  const void* bias;         // [num_outputs], contiguous, or nullptr
+  void* out;                // [num_rows, num_outputs], contiguous
+  int64_t stride_weight;
+  int64_t num_outputs;
+  int32_t num_rows, width;
+};
+
 struct MergeStatesParams {
   ScalarType dtype;    // of out_a, out_b and out
   const void* out_a;   // [B, Hq, D], contiguous

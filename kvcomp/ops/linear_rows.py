@@ -1,0 +1,60 @@
+"""linear_rows: a linear layer for the few rows of a decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.nn import functional
+
+from kvcomp import _C
+from kvcomp.ops._registry import bind
+
+MAX_ROWS = 8
+
+
+def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b for at most 8 rows of x, summed in fp32, over the weights as they lie in memory.
+
+    With so few rows a linear layer is bound by the reading of its weights. They are read once for
+    all rows and are neither packed nor copied. A row's result has the same bits whatever the other
+    rows are, and whatever the number of threads.
+
+    Args:
+        x: [..., in], fp32, fp16 or bf16, `in` contiguous; at most 8 rows.
+        weight: [out, in] of the same dtype, any stride between its rows.
+        bias: [out], contiguous, or None.
+
+    Returns:
+        [..., out] of the inputs' dtype.
+
+    Raises:
+        TypeError, ValueError: wrong dtype, shape, device or layout, or more than 8 rows.
+    """
+    return _op(x, weight, bias)
+
+
+def reference(x, weight, bias):
+    return functional.linear(x, weight, bias)
+
+
+def fake(x, weight, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def native(backend: int) -> Callable:
+    def run(x, weight, bias):
+        out = fake(x, weight, bias)
+        _C.linear_rows(backend, x, weight, bias, out, 0)
+        return out
+
+    return run
+
+
+_op = bind(
+    "linear_rows",
+    "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference=reference,
+    fake=fake,
+    native=native,
+)
