@@ -48,6 +48,7 @@ def _tiny_calls(device: str) -> dict[str, Callable]:
     return {
         "decode_attention": lambda: ops.decode_attention(q, k, k, one),
         "append_attention": lambda: ops.append_attention(q[None], k, k, one),
+        "linear_rows": lambda: ops.linear_rows(q, q[0]),
         "merge_states": lambda: ops.merge_states(q, lse, q, lse),
         "page_scores": lambda: ops.page_scores(scores, lse, eight, 4),
         "select_pages": lambda: ops.select_pages(scores, eight, 1, 4),

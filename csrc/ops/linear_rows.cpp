@@ -36,6 +36,11 @@ void linear_rows(Backend backend, py::handle x_, py::handle weight_, py::handle 
   at.device(backend, {&x, &out});
   at.same_dtype(out, x);
   at.contiguous(out);
+  std::int64_t elements = 1;
+  for (int i = 0; i < out.ndim; ++i) elements *= out.shape[i];
+  if (elements != num_rows * O.size) {
+    at.fail("out", std::to_string(num_rows * O.size) + " elements", elements);
+  }
   LinearRowsParams params{
       .dtype = at.scalar_type(x),
       .x = {},

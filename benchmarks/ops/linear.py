@@ -1,0 +1,102 @@
+"""linear_rows: the linear layers of a decode step, one by one and all of a model's in turn."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from harness.contenders import Against, Contender, Settings, implementations, measure
+from harness.record import Row
+from kvcomp.ops import OPS
+from ops.common import DTYPES, plain_contenders
+
+
+class Sizes(NamedTuple):
+    """Weights [outputs, width] of one layer, how many layers there are, and of the head."""
+
+    layer: tuple[tuple[int, int], ...]
+    num_layers: int
+    head: tuple[int, int]
+
+    @property
+    def different(self) -> list[tuple[int, int]]:
+        return list(dict.fromkeys([*self.layer, self.head]))
+
+    @property
+    def all(self) -> list[tuple[int, int]]:
+        return [*self.layer * self.num_layers, self.head]
+
+
+MODELS = {
+    "SmolLM2-135M": Sizes(
+        ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)),
+        30,
+        (49152, 576),
+    ),
+    "Qwen3-0.6B": Sizes(
+        (
+            *((2048, 1024), (1024, 1024), (1024, 1024), (1024, 2048)),
+            *((3072, 1024), (3072, 1024), (1024, 3072)),
+        ),
+        28,
+        (151936, 1024),
+    ),
+}
+SMOKE = {"two layers": Sizes(((96, 64), (64, 96)), 2, (300, 64))}
+
+
+def bench_linear_rows(options: argparse.Namespace, run: Settings) -> Iterator[list[Row]]:
+    """Cold: a step reads every other weight before it comes back to one."""
+    for name, sizes in (SMOKE if options.smoke else MODELS).items():
+        for dtype in options.dtype:
+            for rows in (1, 4, 8):
+                for outputs, width in sizes.different:
+                    yield _bench_layer(rows, outputs, width, dtype, run)
+                yield _bench_step(name, sizes, rows, dtype, run)
+
+
+def _bench_layer(rows: int, outputs: int, width: int, dtype: str, run: Settings) -> list[Row]:
+    moved = outputs * width * DTYPES[dtype].itemsize
+    sets = [
+        (*_layer(rows, outputs, width, dtype, run.device), None) for _ in range(run.num_sets(moved))
+    ]
+    baselines = {"torch-linear": lambda x: linear(*x)}
+    contenders = plain_contenders("linear_rows", sets[0], moved, baselines, run)
+    shape = f"{rows} x {outputs}x{width}"
+    return measure("linear_rows", shape, dtype, sets, contenders, run)
+
+
+def _bench_step(name: str, sizes: Sizes, rows: int, dtype: str, run: Settings) -> list[Row]:
+    """Unchecked: the layers have been checked one by one."""
+    layers = [_layer(rows, *size, dtype, run.device) for size in sizes.all]
+    moved = sum(weight.nbytes for _, weight in layers)
+    contenders = [
+        Contender(
+            "torch-linear",
+            lambda layers: [linear(x, weight) for x, weight in layers],
+            moved,
+            ours=False,
+        )
+    ]
+    for impl in implementations("linear_rows", run.device, moved):
+        call = OPS["linear_rows"].impl(impl)
+        contenders.append(
+            Contender(
+                impl,
+                lambda layers, call=call: [call(x, weight, None) for x, weight in layers],
+                moved,
+                against=(Against("torch-linear", "torch-linear"),),
+            )
+        )
+    shape = f"{rows} x all of {name}, {moved / 1e6:.0f} MB"
+    return measure("linear_rows", shape, dtype, [layers], contenders, run)
+
+
+def _layer(rows: int, outputs: int, width: int, dtype: str, device: str) -> tuple[Tensor, Tensor]:
+    x = torch.randn(rows, width, device=device).to(DTYPES[dtype])
+    return x, (torch.randn(outputs, width, device=device) * width**-0.5).to(DTYPES[dtype])
