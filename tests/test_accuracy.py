@@ -163,7 +163,7 @@ def test_a_run_with_other_settings_is_refused(tmp_path, capsys):
         (["--set", "h2o.sinks=2"], "h2o has no field 'sinks'"),
         (["--set", "nothing.sinks=2"], "expected METHOD.FIELD=VALUE"),
         (["--set", "h2o.window=many"], "expected a value of type int"),
-        (["--model", "other"], "walks are for the reasoner alone"),
+        (["--model", "other"], "expected a file, as only the reasoner has its own"),
         (["--preset", "delta-aime24"], "needs AIME 2024"),
         (["--seeds", "0"], "--seeds: expected at least 1"),
         (["--json", "/nowhere/at/all.json"], "cannot write"),

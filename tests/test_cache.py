@@ -206,7 +206,7 @@ def test_mismatch_is_refused_and_nothing_is_lost():
         (k[..., :16], k[..., :16], "head size"),
         (k.half(), k.half(), "dtype"),
         (k, k[..., :16], "one shape"),
-        (k[:, :, :0], k[:, :, :0], "nothing empty"),
+        (k[:, :, :0], k[:, :, :0], "without empty dimensions"),
     ):
         with pytest.raises(ValueError, match=what):
             rows.layer.append(bad_k, bad_v)

@@ -521,7 +521,7 @@ def test_what_a_loop_of_ones_own_refuses(llama):
             if step in (0, 4, 12, 13):
                 sits_out = torch.nn.functional.pad(mask, (0, step + 1), value=1)
                 sits_out[0, -1] = 0
-                with pytest.raises(ValueError, match="a row cannot sit out a step"):
+                with pytest.raises(ValueError, match="a row cannot skip a step"):
                     llama(token, attention_mask=sits_out, past_key_values=cache)
                 with pytest.raises(ValueError, match=f"expected {15 + step} columns"):
                     llama(token, attention_mask=mask, past_key_values=cache)

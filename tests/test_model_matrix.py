@@ -34,9 +34,9 @@ NAMES = ["full", *(name for name, method in METHODS.items() if not method.baseli
 # (architecture, method, case), each or None for any of them -> the reason that a refusal gives
 REASONS = {(kind, None, None): reason for kind, reason in REFUSED.items()}
 if OLD:
-    REASONS["qwen3_next", None, None] = "insists on a cache class of its own"
-REASONS[None, "delethink", "two turns"] = "a second turn cannot go on from this cache"
-REASONS[None, "delethink", "beams"] = "beams of delethink would have to carry their own contexts"
+    REASONS["qwen3_next", None, None] = "requires its own cache class"
+REASONS[None, "delethink", "two turns"] = "a second turn cannot continue from this cache"
+REASONS[None, "delethink", "beams"] = "delethink has no beam search"
 OUTCOMES: dict[tuple[str, str, str], str] = {}  # what the cells of this run found
 
 

@@ -82,7 +82,10 @@ def complete(options: argparse.Namespace) -> None:
     options.methods = list(dict.fromkeys(options.methods))
     if options.problems is None:
         if options.model != "reasoner":
-            raise ValueError("kvcomp.accuracy: --problems: walks are for the reasoner alone")
+            raise ValueError(
+                "kvcomp.accuracy: --problems: expected a file, as only the reasoner has its"
+                " own problems"
+            )
         options.count = options.count or 8
     else:
         options.max_new_tokens = options.max_new_tokens or 4096

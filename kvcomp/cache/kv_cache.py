@@ -139,8 +139,8 @@ class KVCache:
         """Take back the last `count` tokens exactly; ValueError where the method cannot."""
         if not self.method.croppable:
             raise ValueError(
-                f"kvcomp: {type(self.method).__name__} cannot take tokens back: what it dropped"
-                " meanwhile is gone (crop, as assisted decoding needs it)"
+                f"kvcomp: {type(self.method).__name__} cannot take tokens back (crop, as in"
+                " assisted decoding): tokens that it has dropped are gone"
             )
         for layer in self.layers:
             layer.crop(count)

@@ -360,7 +360,7 @@ class LayerCache(Slab):
     def _require_whole(self, what: str) -> None:
         if not self._whole or self.slots or self.state or self.pool or self._copies > 1:
             raise ValueError(
-                f"kvcomp: {what}: expected a layer that keeps every token and nothing besides"
+                f"kvcomp: {what}: expected a layer that keeps every token and no notes"
             )
 
     def _take_back(self, count: int) -> Tensor | int:

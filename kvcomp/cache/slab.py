@@ -124,8 +124,8 @@ class Slab:
         """Raise ValueError for new tokens that do not fit those before, or each other."""
         if k.ndim != 4 or v.shape != k.shape or 0 in k.shape:
             raise ValueError(
-                "kvcomp: append: expected k and v of one shape [B, Hkv, n, D] with nothing empty,"
-                f" got {list(k.shape)} and {list(v.shape)}"
+                "kvcomp: append: expected k and v of one shape [B, Hkv, n, D] without empty"
+                f" dimensions, got {list(k.shape)} and {list(v.shape)}"
             )
         if valid is not None and valid.shape != (k.shape[0], k.shape[2]):
             raise ValueError(

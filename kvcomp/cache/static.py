@@ -197,8 +197,8 @@ class StaticKVCache(KVCache):
             self.seen = int(self.columns)
         if self.seen + count > self.max_tokens:
             raise ValueError(
-                f"kvcomp: {self.seen} tokens are in the cache and {count} more would come, but"
-                f" patch(max_tokens={self.max_tokens}) made room for no more"
+                f"kvcomp: the cache holds {self.seen} tokens and {count} more do not fit into"
+                f" patch(max_tokens={self.max_tokens})"
             )
         self.seen += count
         for layer in self.layers:
@@ -235,4 +235,4 @@ class StaticKVCache(KVCache):
         return out
 
     def crop(self, count: int) -> None:
-        raise ValueError("kvcomp: crop: a static cache takes no tokens back")
+        raise ValueError("kvcomp: crop: a static cache cannot take tokens back")

@@ -53,7 +53,7 @@ class Layer(CacheLayerMixin):
         if not self._owner().entered:
             raise ValueError(
                 "kvcomp: past_key_values: expected the model that this cache was made for, while it"
-                " is patched; another one would see the newest tokens alone"
+                " is patched; another model would see only the newest tokens"
             )
         self.is_initialized = True
         self.kv.append(key_states, value_states, self._owner().padding)
@@ -95,7 +95,7 @@ class Layer(CacheLayerMixin):
         self.kv.select(indices)
 
     def offload(self) -> None:
-        raise RuntimeError("kvcomp: whole-layer offloading is not what this cache does")
+        raise RuntimeError("kvcomp: this cache does not support whole-layer offloading")
 
     prefetch = offload
 

@@ -41,8 +41,8 @@ def calibrate(
             return calibration(method, model, prompts, **options)
     known = ", ".join(kind.__name__ for kind in CALIBRATIONS)
     raise TypeError(
-        f"kvcomp.{method.__name__}.calibrate: nothing in it depends on the model; what can be"
-        f" measured are the fields of {known}"
+        f"kvcomp.{method.__name__}.calibrate: this method has no fields to measure; those of"
+        f" {known} can be measured"
     )
 
 

@@ -106,12 +106,13 @@ class ChunkedCache(TransformersCache):
         """The prompt has that many columns, in one piece or several; some may be in already.
 
         Raises:
-            ValueError: the cache has thought already, and forgotten most of it.
+            ValueError: the cache has output already, most of which it has discarded.
         """
         if self.produced or 0 < columns <= self.get_seq_length():
             raise ValueError(
-                "kvcomp: past_key_values: delethink forgets what it thought, so a second turn"
-                " cannot go on from this cache; generate anew from the whole conversation"
+                "kvcomp: past_key_values: delethink has discarded most of the output, so a"
+                " second turn cannot continue from this cache; generate again from the whole"
+                " conversation"
             )
         self.prompt_columns = columns
 
@@ -120,7 +121,9 @@ class ChunkedCache(TransformersCache):
         due."""
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None:
-            raise ValueError("kvcomp: inputs_embeds: delethink encodes tokens anew: it needs ids")
+            raise ValueError(
+                "kvcomp: inputs_embeds: delethink encodes tokens again and needs their ids"
+            )
         if self._is_prompt(ids):
             self._add_prompt(ids, mask)
             if given.get("position_ids") is None:  # as those of the output will be
@@ -169,7 +172,7 @@ class ChunkedCache(TransformersCache):
     def _add_output(self, ids: Tensor, mask: Tensor | None) -> None:
         if ids.shape[1] != 1:
             raise ValueError(
-                f"kvcomp: delethink: expected one new token at a time behind the prompt, got"
+                f"kvcomp: delethink: expected one new token at a time after the prompt, got"
                 f" {ids.shape[1]} (a second turn on one cache is not possible)"
             )
         columns = self.get_seq_length() + 1
@@ -179,7 +182,7 @@ class ChunkedCache(TransformersCache):
                 f" got {list(mask.shape)}"
             )
         if mask is not None and not mask.is_cuda and not bool(mask[:, -1].all()):
-            raise ValueError("kvcomp: attention_mask: delethink: a row cannot sit out a step")
+            raise ValueError("kvcomp: attention_mask: delethink: a row cannot skip a step")
         place = self.produced - self._forgotten
         if self._output is None or self._output.shape[1] == place:
             room = ids.new_zeros(len(ids), max(1024, place))

@@ -62,13 +62,13 @@ class ChunkedRun(Run):
         super()._prepare_cache(generation_config, model_kwargs, mode, *args)
         if "beam" in str(mode).lower():
             raise ValueError(
-                "kvcomp: generate(num_beams=...): the beams of delethink would have to carry their"
-                " own contexts along when they are reordered; sample with num_return_sequences"
+                "kvcomp: generate(num_beams=...): delethink has no beam search, because every beam"
+                " would need its own context; sample with num_return_sequences"
             )
         if generation_config.eos_token_id is None:
             raise ValueError(
-                "kvcomp: delethink: the model names no EOS token, so its thinking could only end"
-                " with the budget; pass generate(eos_token_id=...)"
+                "kvcomp: delethink: the model names no EOS token, so generation could only end with"
+                " the budget; pass generate(eos_token_id=...)"
             )
         self._thread.prepared = model_kwargs["past_key_values"]
 
@@ -124,14 +124,14 @@ def refuse_chunks(model: PreTrainedModel, method: Delethink, cache: Cache) -> No
     if longest is not None and method.most_thought >= longest:
         raise ValueError(
             f"kvcomp.Delethink: chunk: {method.most_thought} tokens of output in a context, but"
-            f" {type(model).__name__} knows {longest} positions"
+            f" {type(model).__name__} knows only {longest} positions"
         )
     if method.reset == "rotate":
         cache.kv.require_rotation()
         if not cache.all_managed:
             raise ValueError(
-                f"kvcomp.Delethink: reset='rotate': {type(model).__name__} has layers without a"
-                " cache of every token; use 'prefill'"
+                f"kvcomp.Delethink: reset='rotate': {type(model).__name__} has layers whose cache"
+                " does not keep every token; use 'prefill'"
             )
     if method.reset == "streaming" and not method.attention.forks:
         raise ValueError(
@@ -142,5 +142,5 @@ def refuse_chunks(model: PreTrainedModel, method: Delethink, cache: Cache) -> No
     if method.reset == "streaming" and getattr(rotary, "rope_type", "default") in CHANGING:
         raise ValueError(
             f"kvcomp.Delethink: reset='streaming': {type(model).__name__} changes its rotary"
-            " frequencies with the length, and two contexts have two; use 'prefill'"
+            " frequencies with the length, which differs between two contexts; use 'prefill'"
         )

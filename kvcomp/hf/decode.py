@@ -91,5 +91,5 @@ def _ids(model: PreTrainedModel, prompt: Any, tokenizer: Any) -> Tensor:
     if not isinstance(prompt, str):
         return torch.as_tensor(prompt)[None].to(model.device)
     if tokenizer is None:
-        raise ValueError("kvcomp: prompts are texts, so a tokenizer is needed")
+        raise ValueError("kvcomp: tokenizer: expected one, as prompts are texts, got None")
     return tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)

@@ -17,9 +17,9 @@ def refuse(model: PreTrainedModel) -> None:
     reasons = {
         "is patched already, or shares its config with a model that is; undo() the other run"
         " first": config._attn_implementation == NAME,
-        "is multimodal; methods know text models": config is not model.config,
+        "is multimodal; only text models are supported": config is not model.config,
         "is an encoder-decoder": model.config.is_encoder_decoder,
-        "insists on a cache class of its own": not model._supports_default_dynamic_cache(),
+        "requires its own cache class": not model._supports_default_dynamic_cache(),
         "caches a latent instead of keys and values (MLA)": getattr(config, "kv_lora_rank", None),
         "shares K and V between layers": getattr(config, "num_kv_shared_layers", None),
         "caps its attention logits": getattr(config, "attn_logit_softcapping", None),

@@ -155,12 +155,12 @@ class Run:
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 "kvcomp: generate(cache_implementation="
-                f"{generation_config.cache_implementation!r}): the patched model brings its cache"
+                f"{generation_config.cache_implementation!r}): the patched model uses its own cache"
             )
         if "assisted" in str(mode).lower() and not self.method.croppable:
             raise ValueError(
-                f"kvcomp: assisted decoding takes tokens back, which {self.method.name} cannot do"
-                " exactly once it has dropped some"
+                f"kvcomp: assisted decoding takes tokens back, but {self.method.name} cannot do"
+                " that exactly after it has dropped some"
             )
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_cache()
@@ -180,7 +180,9 @@ class Run:
             names = inspect.signature(decoder.forward).parameters
             given = dict(zip(names, args, strict=False)) | kwargs
         if given.get("output_attentions") or self.config.output_attentions:
-            raise ValueError("kvcomp: output_attentions: the kernels never form the weights")
+            raise ValueError(
+                "kvcomp: output_attentions: expected False, as the kernels never store weights"
+            )
         cache = given.get("past_key_values")
         if cache is None and (
             self.config.use_cache if given.get("use_cache") is None else given["use_cache"]

@@ -44,8 +44,8 @@ def shape_of(
     heads, kv_heads, head_dim = head_counts(text, name)
     if weights is None and getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            f"kvcomp.plan: {name} has quantized weights, whose bytes its config does not tell;"
-            " give their size (--weights GB)"
+            f"kvcomp.plan: {name} has quantized weights, and its config does not tell their"
+            " bytes; give their size (--weights GB)"
         )
     kind = pick_dtype(dtype or getattr(text, "dtype", None))
     try:
@@ -93,8 +93,8 @@ def head_counts(config: Any, name: str) -> tuple[int, int, int]:
         raise ValueError(f"kvcomp.plan: {name} has layers with heads of different sizes") from error
     if not all(isinstance(count, int) for count in (heads, kv_heads, head_dim)):
         raise ValueError(
-            f"kvcomp.plan: {name}: {type(config).__name__} names no attention heads, or not the"
-            " same for all layers"
+            f"kvcomp.plan: {name}: {type(config).__name__} names no attention heads, or different"
+            " ones per layer"
         )
     return heads, kv_heads, head_dim
 

@@ -77,19 +77,19 @@ class StaticRun(Run):
     def _refuse(self, first: Cache) -> None:
         if not self.method.static:
             raise ValueError(
-                f"kvcomp.patch: max_tokens: {type(self.method).__name__} asks the host within a"
-                " step, or remembers every step in other memory, which one graph for all steps"
-                " cannot hold; leave max_tokens out"
+                f"kvcomp.patch: max_tokens: {type(self.method).__name__} needs the host within"
+                " a step, or new memory in every step, which one graph for all steps cannot do;"
+                " leave max_tokens out"
             )
         if not first.all_managed:
             raise ValueError(
                 f"kvcomp.patch: max_tokens: {type(self.model).__name__} has sliding or linear"
-                " layers, whose caches are not of this kind; leave max_tokens out"
+                " layers, which cannot use a static cache; leave max_tokens out"
             )
         if len({parameter.device for parameter in self.model.parameters()}) > 1:
             raise ValueError(
                 f"kvcomp.patch: max_tokens: {type(self.model).__name__} is spread over several"
-                " devices, and a graph runs on one; leave max_tokens out"
+                " devices, but a graph runs on one; leave max_tokens out"
             )
 
     def _apply(self) -> None:
@@ -117,11 +117,11 @@ class StaticRun(Run):
         if max_cache_length > self.max_tokens:
             raise ValueError(
                 f"kvcomp: generate: prompt and output need room for {max_cache_length} tokens"
-                f" (padding included), but patch(max_tokens={self.max_tokens}) made less"
+                f" (padding included), more than patch(max_tokens={self.max_tokens})"
             )
         if "assisted" in str(mode).lower():
             raise ValueError(
-                "kvcomp: assisted decoding takes tokens back, which a static cache does not; leave"
+                "kvcomp: assisted decoding takes tokens back, but a static cache cannot; leave"
                 " patch(max_tokens=...) out"
             )
         returned = generation_config.return_dict_in_generate
@@ -158,8 +158,8 @@ class StaticRun(Run):
         if torch.compiler.is_compiling():
             if self._needs_host and not self._beside:
                 raise ValueError(
-                    f"kvcomp: torch.compile: {type(self.method).__name__} evicts between steps, for"
-                    " which a model that is compiled alone has no place; use run.compile()"
+                    f"kvcomp: torch.compile: {type(self.method).__name__} evicts between steps,"
+                    " which compiling the model alone leaves out; use run.compile()"
                 )
             cache = kwargs.get("past_key_values")
             self._check_cache(cache)

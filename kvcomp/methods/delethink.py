@@ -101,7 +101,7 @@ class Delethink(Method, name="delethink"):
         )
         if self.reset == "rotate" and not self.attention.croppable:
             raise ValueError(
-                f"kvcomp.Delethink: reset='rotate' moves keys that are all there, but"
+                f"kvcomp.Delethink: reset='rotate' needs all keys in place, but"
                 f" {type(inner).__name__} drops some, or keeps them elsewhere; use 'prefill'"
             )
 

@@ -245,12 +245,12 @@ RUN = [
         for method in (*SPARSE.values(), SHORT)
         for options, match in (
             ({"use_cache": False}, "use_cache=False.: a method needs its cache"),
-            ({"cache_implementation": "static"}, "'static'.: the patched model brings its cache"),
+            ({"cache_implementation": "static"}, "'static'.: the patched model uses its own cache"),
             ({"past_key_values": DynamicCache()}, "a cache of this run .*got DynamicCache"),
             ({"past_key_values": "mine"}, "a cache of this run .*got str"),
             (
                 {"output_attentions": True, "return_dict_in_generate": True},
-                "output_attentions: the kernels never form the weights",
+                "output_attentions: expected False, as the kernels never store weights",
             ),
         )
     ),
@@ -268,10 +268,10 @@ RUN = [
     Bad(generating(SHORT, num_beams=2), "num_beams"),
     Bad(generating(SHORT, right_padded), "padding on the left only"),
     Bad(generating(SHORT, long_prompt), "a context of 513; the model knows 512 positions"),
-    Bad(within(SHORT, second_turn), "a second turn cannot go on from this cache"),
-    Bad(within(SHORT, embedded), "inputs_embeds: delethink encodes tokens anew"),
+    Bad(within(SHORT, second_turn), "a second turn cannot continue from this cache"),
+    Bad(within(SHORT, embedded), "inputs_embeds: delethink encodes tokens again"),
     Bad(forward(SHORT, attention_mask=mask(WIDTH)), "expected 22 columns .21 seen, 1 new., got"),
-    Bad(forward(SHORT, attention_mask=mask(WIDTH + 1, WIDTH)), "a row cannot sit out a step"),
+    Bad(forward(SHORT, attention_mask=mask(WIDTH + 1, WIDTH)), "a row cannot skip a step"),
     *(
         Bad(
             within(SHORT, lambda m, run, cache, name=name: getattr(cache, name)(torch.tensor([1]))),
@@ -322,6 +322,6 @@ CALIBRATE = [
         for prompts, kind in (("x", "str"), ([3, 4], "list"), (torch.tensor([3, 4]), "Tensor"))
     ),
     Bad(calibrating(Delta, []), "prompts: expected at least one, got none"),
-    Bad(calibrating(Delta, ["text"]), "prompts are texts, so a tokenizer is needed"),
+    Bad(calibrating(Delta, ["text"]), "tokenizer: expected one, as prompts are texts, got None"),
 ]
 ROWS = [*PATCH, *RUN, *CALIBRATE]

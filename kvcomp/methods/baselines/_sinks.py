@@ -39,8 +39,8 @@ class SinkEviction(Eviction):
             )
         if self.keep_prompt:
             raise ValueError(
-                f"kvcomp.{type(self).__name__}: keep_prompt: expected False, as of the prompt only"
-                " the sinks can be moved to where they belong; got True"
+                f"kvcomp.{type(self).__name__}: keep_prompt: expected False, as only the sinks of"
+                " a prompt can be moved; got True"
             )
 
     @classmethod
