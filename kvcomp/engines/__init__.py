@@ -1,0 +1,1 @@
+"""Serving engines that run kvcomp's methods on their own block tables."""

@@ -1,0 +1,37 @@
+"""A layer's cache in vLLM, as K and V that kvcomp's ops read in place.
+
+vLLM's CPU kernels store the K of a block transposed. For the layers that it runs kvcomp writes the
+blocks itself, in the order of vLLM's GPU backends: a page is [tokens, Hkv, 2 * D], K before V.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rows(cache: Tensor) -> Tensor:
+    """[pages, Hkv, P, 2 * D], as vLLM shapes its memory -> [pages * P, Hkv, 2 * D], a view."""
+    pages, heads, size, width = cache.shape
+    return cache.view(pages * size, heads, width)
+
+
+def keys_and_values(cache: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """K and V [batch, Hkv, pages * P, D] of all pages: views, with stride 0 over the batch."""
+    pool = rows(cache).transpose(0, 1)[None].expand(batch, -1, -1, -1)
+    half = pool.shape[-1] // 2
+    return pool[..., :half], pool[..., half:]
+
+
+def write(cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
+    """Store new tokens.
+
+    Args:
+        key, value: [n, Hkv, D], n at least as many as `slots`.
+        slots: [n] int64, places in `rows(cache)`; negative ones are padding.
+    """
+    count = len(slots)
+    new = torch.cat([key[:count], value[:count]], -1)
+    if bool((slots < 0).any()):
+        slots, new = slots[slots >= 0], new[slots >= 0]
+    rows(cache)[slots] = new

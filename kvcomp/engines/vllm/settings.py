@@ -1,0 +1,137 @@
+"""What a server was asked for: the `kvcomp` key of vLLM's additional configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from kvcomp import Delta, Full
+from kvcomp.methods.fields import check_types
+
+
+@dataclass(frozen=True)
+class SinkWindow:
+    """The first and the newest tokens, in whole blocks of the engine; the blocks between go back to
+    its pool while the request runs.
+
+    A prompt stays whole until all of it has been processed. Keys stay rotated for their true
+    positions, so distances are the real ones (as in `RecencyWindow`, with sinks as in StreamingLLM,
+    arXiv 2309.17453).
+
+    Attributes:
+        budget: tokens that a decode step attends to, rounded up to whole blocks.
+        sinks: first tokens among them.
+        free: whether the blocks are given back. False attends to the same tokens and keeps all: to
+            compare with.
+    """
+
+    budget: int = 1024
+    sinks: int = 4
+    free: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 0 <= self.sinks < self.budget:
+            raise ValueError(
+                f"kvcomp.SinkWindow: sinks: expected 0 to budget - 1 = {self.budget - 1}, got"
+                f" {self.sinks}"
+            )
+
+    def check(self, num_layers: int) -> None:
+        """It fits any number of layers."""
+
+
+EngineMethod = Full | Delta | SinkWindow
+METHODS: dict[str, type[EngineMethod]] = {
+    "full": Full,
+    "delta": Delta,
+    "sink-window": SinkWindow,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A method, and how the engine cuts its cache into pages.
+
+    Attributes:
+        method: Full, Delta or SinkWindow.
+        page_size: tokens in a page of the block table that the backend gets; it divides the
+            engine's blocks.
+    """
+
+    method: EngineMethod
+    page_size: int = 16
+
+    KEY: ClassVar[str] = "kvcomp"
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Settings | None:
+        """Those of a vLLM configuration; None where it does not ask for kvcomp.
+
+        Raises:
+            TypeError, ValueError: no such method or field, a value that the method refuses.
+        """
+        extra = getattr(vllm_config, "additional_config", None)
+        given = extra.get(cls.KEY) if isinstance(extra, Mapping) else None
+        return None if given is None else cls.read(given)
+
+    @classmethod
+    def read(cls, given: Any) -> Settings:
+        """As `of`, from the value of the key: {"method": NAME, FIELD: VALUE, ...}."""
+        if not isinstance(given, Mapping) or "method" not in given:
+            raise ValueError(f'{_WHERE}: expected {{"method": NAME, FIELD: VALUE}}, got {given!r}')
+        fields = dict(given)
+        name = fields.pop("method")
+        if name not in METHODS:
+            raise ValueError(
+                f"{_WHERE}: method: expected one of {', '.join(METHODS)} (other methods need a"
+                f" cache of their own, which the engine does not have), got {name!r}"
+            )
+        kind = METHODS[name]
+        known = {field.name for field in dataclasses.fields(kind) if field.name != "group"}
+        own = {} if "page_size" in known else {"page_size": fields.pop("page_size", 16)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(
+                f"{_WHERE}: {name} has no field {', '.join(unknown)}; its fields are"
+                f" {', '.join(sorted(known | set(own))) or 'none'}"
+            )
+        method = kind(**fields)
+        return cls(method, own.get("page_size") or getattr(method, "page_size", 16))
+
+    def __post_init__(self) -> None:
+        size = self.page_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{_WHERE}: page_size: expected a number of tokens, got {size!r}")
+
+    def refuse(self, vllm_config: Any) -> None:
+        """Raise ValueError, with the reason, for a server that cannot run the method."""
+        parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+        block = cache.block_size
+        reasons = {
+            "pipeline parallelism: a stage would lack the pages that one below it selected": (
+                parallel.pipeline_parallel_size > 1
+            ),
+            "context parallelism": parallel.decode_context_parallel_size > 1
+            or parallel.prefill_context_parallel_size > 1,
+            "speculative decoding: a step has one query per request": (
+                vllm_config.speculative_config is not None
+            ),
+            f"kv_cache_dtype={cache.cache_dtype}": str(cache.cache_dtype).startswith("fp8"),
+            f"page_size={self.page_size}, which does not divide the blocks of {block} tokens": (
+                block is not None and block % self.page_size != 0
+            ),
+            "prefix caching with sink-window, whose blocks leave a request while it runs; start"
+            " with --no-enable-prefix-caching": (
+                isinstance(self.method, SinkWindow)
+                and self.method.free
+                and bool(cache.enable_prefix_caching)
+            ),
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(f"{_WHERE}: cannot run {self.method!r} with {reason}")
+
+
+_WHERE = "kvcomp.engines.vllm"
