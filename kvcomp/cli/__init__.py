@@ -28,6 +28,7 @@ from kvcomp.cli.generate import generate
 from kvcomp.cli.get import get
 from kvcomp.cli.output import Refused, say, say_aside, silence
 from kvcomp.cli.plan import plan
+from kvcomp.cli.serve import serve
 from kvcomp.cli.show import demo, info
 from kvcomp.cli.stopping import INTERRUPTED, Stopped, signals_raise
 
@@ -58,6 +59,8 @@ def options(
 
 for command in (info, get, demo, generate, plan, delethink):
     app.command()(command)
+# What serve does not know is vLLM's.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command(hidden=True)(trace)  # the old name of delethink
 
 # What typer raises for a bad command line. typer has its own copy of click from some version on,

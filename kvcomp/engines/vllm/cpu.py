@@ -112,9 +112,7 @@ class KvcompBuilder(CPUAttentionMetadataBuilder):
         self.method = settings.method
         self.managed = _place_layers(vllm_config, settings) & set(layer_names)
         self.engine_block = vllm_config.cache_config.block_size
-        self.planner = PromptPlanner(
-            self.num_heads, self.num_kv_heads, self.head_dim, self.dtype
-        )
+        self.planner = PromptPlanner(self.num_heads, self.num_kv_heads, self.head_dim, self.dtype)
         self.logits: Tensor | None = None
 
     def build(

@@ -79,7 +79,9 @@ class PlacedLayer:
     selection: Selection
 
     @classmethod
-    def of(cls, method: EngineMethod, position: int, layers: int, selection: Selection) -> PlacedLayer:
+    def of(
+        cls, method: EngineMethod, position: int, layers: int, selection: Selection
+    ) -> PlacedLayer:
         """Layer `position` of the `layers` that the method runs.
 
         Raises:
@@ -92,8 +94,7 @@ class PlacedLayer:
         return cls(method, position in dense, position in planners, selection)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
-        """q [B, Hq, D] over k, v [B, Hkv, T, D] that the page ids of `step` count; out [B, Hq, D].
-        """
+        """q [B, Hq, D] over k, v [B, Hkv, T, D] that the page ids of `step` count; out [B, Hq, D]."""
         size, lens, method = step.page_size, step.lens, self.method
         if step.kept is not None:
             ids, kept = step.kept

