@@ -134,6 +134,7 @@ def model() -> str:
 def prompts(model) -> list[list[int]]:
     """Pieces of a long English text: below the budget of `DELTA`, and up to four times of it."""
     from pydoc_data.topics import topics
+
     from transformers import AutoTokenizer
 
     text = "".join(topics[name] for name in sorted(topics))
@@ -215,7 +216,7 @@ def test_full_is_dense(model, prompts, dense):
 
 @in_engine
 def test_delta_is_delta_under_transformers(model, prompts, dense):
-    """In one batch whose prompts come in pieces beside decode rows, and again from prefix blocks."""
+    """Prompts come in pieces beside decode rows, and later from the prefix cache."""
     method = Settings.read(DELTA).method
     expected = under_transformers(model, prompts, method)
     assert expected != dense
@@ -249,7 +250,7 @@ def test_delta_on_two_ranks(model, prompts, monkeypatch):
 
 @in_engine
 def test_blocks_leave_a_running_request(model, prompts):
-    """Six requests of 300 + 500 tokens in a pool of 32 blocks of 128, of which they would need 42."""
+    """Six requests of 300 + 500 tokens need 42 blocks of 128; the pool has 32."""
     asked = [prompts[2][start : start + 300] for start in range(0, 600, 100)]
     window = {"method": "sink-window", "budget": 300, "sinks": 100}
     options = {"enable_prefix_caching": False, "tokens": 500}

@@ -98,7 +98,7 @@ class Settings:
                 f" {', '.join(sorted(known | set(own))) or 'none'}"
             )
         method = kind(**fields)
-        return cls(method, own.get("page_size") or getattr(method, "page_size", 16))
+        return cls(method, own["page_size"] if own else method.page_size)
 
     def __post_init__(self) -> None:
         size = self.page_size
