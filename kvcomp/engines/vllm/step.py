@@ -94,7 +94,7 @@ class PlacedLayer:
         return cls(method, position in dense, position in planners, selection)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
-        """q [B, Hq, D] over k, v [B, Hkv, T, D] that the page ids of `step` count; out [B, Hq, D]."""
+        """q [B, Hq, D] over the pages of k, v [B, Hkv, T, D]; out [B, Hq, D]."""
         size, lens, method = step.page_size, step.lens, self.method
         if step.kept is not None:
             ids, kept = step.kept
