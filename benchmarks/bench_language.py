@@ -1,0 +1,107 @@
+"""What the methods do to a real language model.
+
+    python benchmarks/bench_language.py --model smollm2-135m --json loss.json
+    python benchmarks/bench_language.py --smoke                        # for CI
+
+loss (the default) reads windows of real text token by token behind a prompt of a quarter, under
+every method at equal bytes, and compares the predictions with those of dense attention. The model
+is a short name that `kvcomp get` knows, a folder or a hub name; the texts come with Python. A run
+that was interrupted goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from harness.record import header
+from kvcomp import METHODS
+from kvcomp.cli.common import check_output, load, pick_device, pick_dtype
+from language import loss
+
+DEFAULTS = [name for name in METHODS if name != "delethink"]
+SMOKE = {"model": "reasoner", "tokens": 64, "windows": 2, "batch": 2, "budgets": ["3/4"]}
+SMOKE |= {"methods": ["full", "delta", "lazy-eviction", "louis-kv"], "dtype": "float32"}
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = found.add_argument
+    add("--model", default="smollm2-135m", metavar="NAME", help="default: smollm2-135m")
+    add(
+        "--methods",
+        nargs="+",
+        default=DEFAULTS,
+        metavar="NAME[:FIELD=VALUE,...]",
+        help="default: all but delethink; a tuple's values are joined by +",
+    )
+    add("--budgets", nargs="+", default=["1/4", "3/8", "1/2"], metavar="SHARE")
+    add("--tokens", type=int, default=2048, help="of a window; a quarter is the prompt")
+    add("--windows", type=int, default=16)
+    add("--batch", type=int, default=16, metavar="N", help="windows at once")
+    add("--device", metavar="NAME", help="default: the GPU where there is one")
+    add("--dtype", metavar="NAME", default="float32")
+    add("--threads", type=int, help="default: torch's")
+    add("--cells", type=int, metavar="N", help="at most so many now; the same command goes on")
+    add("--json", type=Path, metavar="FILE", help="one that is there already goes on")
+    add("--smoke", action="store_true", help="tiny inputs: does it run?")
+    return found
+
+
+def run_loss(options: argparse.Namespace) -> None:
+    model, tokenizer = load(options.model, pick_device(options.device), pick_dtype(options.dtype))
+    study = loss.LossStudy(model, tokenizer, options)
+    print(header(study.store.facts))
+    cells = study.cells()
+    print(f"{len(cells)} cells, {len(study.store.rows)} of them done", flush=True)
+    bytes_there = study.room.context_bytes
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=sys.stderr),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task("dense", total=None)
+
+        def ticks(what: str, steps: int) -> Callable[[], None]:
+            bar.reset(task, description=what, total=steps)
+            return lambda: bar.advance(task)
+
+        for count, row in enumerate(study.run(ticks), 1):
+            print(loss.line(loss.summaries([row])[0], bytes_there), flush=True)
+            if count == options.cells:
+                break
+    print("\nover all windows, with 95 % intervals")
+    for summary in loss.summaries(study.store.rows):
+        print(loss.line(summary, bytes_there))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    if options.smoke:
+        print("smoke test: the inputs are too small for these figures to mean anything")
+        vars(options).update(SMOKE)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        check_output(options.json)
+        run_loss(options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

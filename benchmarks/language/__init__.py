@@ -1,0 +1,1 @@
+"""Real language models under every method: loss, retrieval, free running, the papers' premises."""
