@@ -16,7 +16,7 @@ from torch.nn.functional import kl_div
 from kvcomp.models import folder
 from language.texts import Window
 
-BLOCK = 16  # steps whose distributions are formed at once
+BLOCK = 32  # steps whose distributions are formed at once
 
 
 class Dense:
@@ -35,7 +35,7 @@ class Dense:
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError("kvcomp.language: the model has no LM head")
-        self.head = head
+        self.head = head.weight.float()
         self.hidden = self._load()
 
     def _load(self) -> Tensor:
@@ -61,38 +61,52 @@ class Dense:
         return torch.stack(rows)
 
     @torch.no_grad()
-    def compare(self, hidden: Tensor, rows: slice) -> list[dict[str, float]]:
-        """A method's hidden states [rows, steps, width] against the dense ones, window by window.
+    def compare(self, hidden: list[Tensor], rows: slice) -> list[list[dict[str, float]]]:
+        """Methods' hidden states, each [rows, steps, width], against the dense ones.
 
         Returns:
-            nll and d_nll in nats per token, kl and kl99 (mean and 99 % quantile over steps) of the
-            method's distribution from the dense one, and top1, the share of equal best tokens.
+            of each method and window: nll and d_nll in nats per token, kl and kl99 (mean and 99 %
+            quantile over steps) of the method's distribution from the dense one, and top1, the
+            share of equal best tokens. Logits are formed in fp32.
         """
-        found = []
         targets = self.ids[rows, self.prompt + 1 :]
-        for mine, dense, wanted in zip(hidden, self.hidden[rows], targets, strict=True):
-            nll, dense_nll, kl, same = [], [], [], []
-            for start in range(0, len(wanted), BLOCK):
-                part = slice(start, start + BLOCK)
-                p = self._log_probabilities(mine[part])
-                q = self._log_probabilities(dense[part])
-                at = wanted[part, None]
-                nll.append(-p.gather(1, at))
-                dense_nll.append(-q.gather(1, at))
-                kl.append(kl_div(p, q, log_target=True, reduction="none").sum(-1))
-                same.append(p.argmax(-1) == q.argmax(-1))
-            nll, dense_nll = torch.cat(nll).double(), torch.cat(dense_nll).double()
-            kl = torch.cat(kl).double().clamp(min=0)
-            found.append(
-                {
-                    "nll": nll.mean().item(),
-                    "d_nll": (nll - dense_nll).mean().item(),
-                    "kl": kl.mean().item(),
-                    "kl99": kl.quantile(0.99).item(),
-                    "top1": torch.cat(same).double().mean().item(),
-                }
+        return [
+            list(each)
+            for each in zip(
+                *(
+                    self._window([h[row] for h in hidden], dense, wanted)
+                    for row, (dense, wanted) in enumerate(
+                        zip(self.hidden[rows], targets, strict=True)
+                    )
+                ),
+                strict=True,
             )
-        return found
+        ]
+
+    def _window(self, hidden: list[Tensor], dense: Tensor, wanted: Tensor) -> list[dict]:
+        seen: list[list[Tensor]] = [[] for _ in hidden]
+        for start in range(0, len(wanted), BLOCK):
+            part = slice(start, start + BLOCK)
+            q, at = self._log_probabilities(dense[part]), wanted[part, None]
+            for mine, found in zip(hidden, seen, strict=True):
+                p = self._log_probabilities(mine[part])
+                kl = kl_div(p, q, log_target=True, reduction="none").sum(-1)
+                same = p.argmax(-1) == q.argmax(-1)
+                nll, d_nll = -p.gather(1, at)[:, 0], (q - p).gather(1, at)[:, 0]
+                found.append(torch.stack([nll, d_nll, kl, same.float()]).double())
+        return [_figures(torch.cat(found, 1)) for found in seen]
 
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden).float().log_softmax(-1)
+        return torch.nn.functional.linear(hidden.float(), self.head).log_softmax(-1)
+
+
+def _figures(steps: Tensor) -> dict[str, float]:
+    """Of [nll, d_nll, kl, same] x steps."""
+    nll, d_nll, kl, same = steps
+    return {
+        "nll": nll.mean().item(),
+        "d_nll": d_nll.mean().item(),
+        "kl": kl.clamp(min=0).mean().item(),
+        "kl99": kl.quantile(0.99).item(),
+        "top1": same.mean().item(),
+    }

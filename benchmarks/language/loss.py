@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,14 +15,17 @@ from accuracy.intervals import bootstrap
 from accuracy.sizes import Room, keeps_all
 from harness.record import meta
 from kvcomp import METHODS, Method, patch
+from kvcomp.cache import Report
 from kvcomp.cli.generate import parse
 from kvcomp.hf.shape import shape_of
 from kvcomp.methods.cost import Place
 from language.dense import Dense
 from language.sizes import sized
+from language.stack import Stack, stackable
 from language.store import Row, Store
 from language.texts import checksums, windows
 
+PROMPT_SHARE = 8  # of a window: so that a quarter of its bytes can hold the prompt, and more
 KEY = ("method", "bound", "first")
 
 
@@ -65,26 +67,34 @@ def room_of(model: Any, name: str, tokens: int, prompt: int) -> Room:
 
 
 @torch.no_grad()
-def decode(
+def alone(
     model: Any, method: Method, ids: Tensor, prompt: int, tick: Callable[[], None]
-) -> tuple[Tensor, Any, float]:
+) -> tuple[Tensor, Report]:
     """Feed ids [B, tokens] one by one behind the prompt.
 
     Returns:
-        hidden states [B, tokens - prompt - 1, width], the run's report, and seconds of the steps.
+        hidden states [B, tokens - prompt - 1, width], and the run's report.
     """
     decoder, hidden = model.get_decoder(), []
     with patch(model, method) as run:
         cache = run.new_cache()
-        for row in range(0, len(ids), len(ids)):
-            decoder(ids[row:, :prompt], past_key_values=cache)
-        start = time.perf_counter()
+        decoder(ids[:, :prompt], past_key_values=cache)
         for place in range(prompt, ids.shape[1] - 1):
             out = decoder(ids[:, place : place + 1], past_key_values=cache)
             hidden.append(out.last_hidden_state[:, -1])
             tick()
-        seconds = time.perf_counter() - start
-        return torch.stack(hidden, 1), run.report(), seconds
+        return torch.stack(hidden, 1), run.report()
+
+
+def together(
+    model: Any, methods: list[Method], ids: Tensor, prompt: int, tick: Callable[[], None]
+) -> list[tuple[Tensor, Report]]:
+    """`alone` for several methods, in one pass where the model allows it."""
+    if not stackable(model):
+        return [alone(model, method, ids, prompt, tick) for method in methods]
+    stack = Stack(model, methods)
+    hidden = stack.read(ids, prompt, tick)
+    return list(zip(hidden, stack.reports(), strict=True))
 
 
 class LossStudy:
@@ -96,7 +106,7 @@ class LossStudy:
 
     def __init__(self, model: Any, tokenizer: Any, options: Namespace) -> None:
         self.model, self.options = model, options
-        self.prompt = options.tokens // 4
+        self.prompt = options.tokens // PROMPT_SHARE
         self.contenders = [Contender(label) for label in options.methods]
         self.own = {each.label: each.fields() for each in self.contenders}
         self.windows = windows(tokenizer, options.windows, options.tokens)
@@ -132,18 +142,25 @@ class LossStudy:
         """The cells that are not there yet, each written as soon as it is done."""
         done = self.store.done()
         left = [cell for cell in self.cells() if (cell[0].label, *cell[1:]) not in done]
-        if not left:
+        ready: list[tuple[Row, Method]] = []
+        for cell in left:
+            row, method = self.begin(*cell)
+            if method is None:
+                self.store.add(row)
+                yield row
+            else:
+                ready.append((row, method))
+        if not ready:
             return
         dense = Dense(self.model, self.windows, self.prompt)
-        for cell in left:
-            row = self.row(*cell, dense, bar(f"{cell[0].label} {cell[1]}", dense.steps))
-            self.store.add(row)
-            yield row
+        for first in sorted({row["first"] for row, _ in ready}):
+            here = [pair for pair in ready if pair[0]["first"] == first]
+            for begin in range(0, len(here), self.options.stack):
+                pairs = here[begin : begin + self.options.stack]
+                yield from self._read(pairs, first, dense, bar)
 
-    def row(
-        self, each: Contender, bound: str, first: int, dense: Dense, tick: Callable[[], None]
-    ) -> Row:
-        rows = slice(first, first + self.options.batch)
+    def begin(self, each: Contender, bound: str, first: int) -> tuple[Row, Method | None]:
+        """What is known of a cell before it is read."""
         row: Row = {
             "method": each.label,
             "baseline": METHODS[each.name].baseline,
@@ -154,28 +171,38 @@ class LossStudy:
         try:
             method = sized(each.name, limit, self.room, self.own[each.label])
         except ValueError as error:
-            return row | {"reason": str(error).partition("\n")[0]}
+            return row | {"reason": str(error).partition("\n")[0]}, None
+        facts = {"parameters": str(method), "bound_bytes": limit, "keeps_all": keeps_all(method)}
+        return row | facts, method
+
+    def _read(
+        self,
+        pairs: list[tuple[Row, Method]],
+        first: int,
+        dense: Dense,
+        bar: Callable[[str, int], Callable[[], None]],
+    ) -> Iterator[Row]:
+        rows = slice(first, first + self.options.batch)
         ids = dense.ids[rows]
-        hidden, report, seconds = decode(self.model, method, ids, self.prompt, tick)
-        count = len(ids)
-        return row | {
-            "parameters": str(method),
-            "bound_bytes": limit,
-            "keeps_all": keeps_all(method),
-            "peak_bytes": (report.kv_bytes_peak + report.tracking_bytes_peak) // count,
-            "tracking_bytes": report.tracking_bytes_peak // count,
-            "host_bytes": report.host_bytes_peak // count,
-            "attended": report.tokens_attended / report.tokens_attended_dense,
-            "link_bytes": report.link_bytes_fetched / max(report.tokens_decoded, 1),
-            "retrieval_rate": report.retrieval_rate,
-            "seconds": seconds,
-            "windows": [
-                {"text": window.text, "first": window.first, **figures}
-                for window, figures in zip(
-                    self.windows[rows], dense.compare(hidden, rows), strict=True
-                )
-            ],
-        }
+        what = ", ".join(f"{row['method']} {row['bound']}" for row, _ in pairs)
+        methods = [method for _, method in pairs]
+        results = together(self.model, methods, ids, self.prompt, bar(what, dense.steps))
+        figures = dense.compare([hidden for hidden, _ in results], rows)
+        for (row, _), (_, report), found in zip(pairs, results, figures, strict=True):
+            row = row | {
+                "peak_bytes": (report.kv_bytes_peak + report.tracking_bytes_peak) // len(ids),
+                "tracking_bytes": report.tracking_bytes_peak // len(ids),
+                "host_bytes": report.host_bytes_peak // len(ids),
+                "attended": report.tokens_attended / report.tokens_attended_dense,
+                "link_bytes": report.link_bytes_fetched / max(report.tokens_decoded, 1),
+                "retrieval_rate": report.retrieval_rate,
+                "windows": [
+                    {"text": window.text, "first": window.first, **each}
+                    for window, each in zip(self.windows[rows], found, strict=True)
+                ],
+            }
+            self.store.add(row)
+            yield row
 
 
 def summaries(rows: list[Row]) -> list[Row]:

@@ -1,0 +1,108 @@
+"""Several methods read the same windows at once, so that the model's weights are read once.
+
+The linear layers see the rows of all methods together; attention is asked method by method, each
+with a cache of its own. What a method sees is what it sees under `kvcomp.patch`, whose figures
+this must repeat; `language.loss.alone` is the plain way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from kvcomp import Method
+from kvcomp.cache import KVCache, Report
+from kvcomp.hf.rotation import key_rotation
+
+NAME = "kvcomp-stack"
+_running: list[Stack] = []
+
+
+class Stack:
+    """One batch under several methods.
+
+    Attributes:
+        caches: one for each method.
+    """
+
+    def __init__(self, model: Any, methods: list[Method]) -> None:
+        self.model, self.methods = model, methods
+        layers = model.config.num_hidden_layers
+        rotation = key_rotation(model) if any(m.moves_keys for m in methods) else None
+        self.caches = [KVCache(method, layers, inv_freq=rotation) for method in methods]
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, prompt: int, tick: Callable[[], None]) -> list[Tensor]:
+        """Feed ids [B, tokens] one by one behind the prompt.
+
+        Returns:
+            hidden states [B, tokens - prompt - 1, width] of each method.
+        """
+        decoder, hidden = self.model.get_decoder(), []
+        before = self.model.config._attn_implementation
+        _running.append(self)
+        self.model.set_attn_implementation(NAME)
+        try:
+            decoder(ids[:, :prompt], use_cache=False)
+            for place in range(prompt, ids.shape[1] - 1):
+                token = ids[:, place : place + 1].repeat(len(self.caches), 1)
+                at = torch.full((1, 1), place, device=ids.device)
+                out = decoder(token, position_ids=at, use_cache=False)
+                hidden.append(out.last_hidden_state[:, 0])
+                tick()
+        finally:
+            self.model.set_attn_implementation(before)
+            _running.remove(self)
+        return list(torch.stack(hidden, 1).chunk(len(self.caches)))
+
+    def reports(self, seconds: float = 0.0) -> list[Report]:
+        return [
+            Report.of(method, cache.meter, seconds, False)
+            for method, cache in zip(self.methods, self.caches, strict=True)
+        ]
+
+    def attend(self, position: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """[rows, heads, n, D] -> [rows, n, heads, D]: the prompt's rows once, or each method's."""
+        if q.shape[2] > 1:
+            for cache in self.caches:
+                layer = cache.layers[position]
+                layer.append(k, v)
+                cache.prefill(layer, q, scale)
+            out = scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=True
+            )
+            return out.transpose(1, 2)
+        outs = []
+        groups = zip(*(x.chunk(len(self.caches)) for x in (q, k, v)), strict=True)
+        for cache, (own_q, own_k, own_v) in zip(self.caches, groups, strict=True):
+            layer = cache.layers[position]
+            layer.append(own_k, own_v)
+            outs.append(cache.attend(layer, own_q[:, :, 0].contiguous(), scale))
+        return torch.cat(outs)[:, None]
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _running[-1].attend(module.layer_idx, query, key, value, scale), None
+
+
+def stackable(model: Any) -> bool:
+    """Whether every layer attends to everything, without logits of its own making."""
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not getattr(model.config, "attn_logit_softcapping", None)
