@@ -22,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.record import header
 from kvcomp import METHODS
-from kvcomp.cli.common import check_output, load, pick_device, pick_dtype
+from kvcomp.cli.common import load, pick_device, pick_dtype
+from kvcomp.cli.output import check_output
 from language import loss
 
 DEFAULTS = [name for name in METHODS if name != "delethink"]

@@ -8,22 +8,20 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, get_type_hints
 
-import torch
 from torch import Tensor
 
 from accuracy.intervals import bootstrap
 from accuracy.sizes import Room, keeps_all
 from harness.record import meta
-from kvcomp import METHODS, Method, patch
+from kvcomp import METHODS, Method
 from kvcomp.cache import Report
 from kvcomp.cli.generate import parse
 from kvcomp.hf.shape import shape_of
 from kvcomp.methods.cost import Place
-from language.dense import Dense
+from kvcomp.reading import Dense, checksums, read, windows
 from language.sizes import sized
 from language.stack import Stack, stackable
 from language.store import Row, Store
-from language.texts import checksums, windows
 
 PROMPT_SHARE = 8  # of a window: so that a quarter of its bytes can hold the prompt, and more
 KEY = ("method", "bound", "first")
@@ -66,32 +64,12 @@ def room_of(model: Any, name: str, tokens: int, prompt: int) -> Room:
     return Room(name, Place(tokens - 1, prompt, *parts), model.dtype, model.device)
 
 
-@torch.no_grad()
-def alone(
-    model: Any, method: Method, ids: Tensor, prompt: int, tick: Callable[[], None]
-) -> tuple[Tensor, Report]:
-    """Feed ids [B, tokens] one by one behind the prompt.
-
-    Returns:
-        hidden states [B, tokens - prompt - 1, width], and the run's report.
-    """
-    decoder, hidden = model.get_decoder(), []
-    with patch(model, method) as run:
-        cache = run.new_cache()
-        decoder(ids[:, :prompt], past_key_values=cache)
-        for place in range(prompt, ids.shape[1] - 1):
-            out = decoder(ids[:, place : place + 1], past_key_values=cache)
-            hidden.append(out.last_hidden_state[:, -1])
-            tick()
-        return torch.stack(hidden, 1), run.report()
-
-
 def together(
     model: Any, methods: list[Method], ids: Tensor, prompt: int, tick: Callable[[], None]
 ) -> list[tuple[Tensor, Report]]:
-    """`alone` for several methods, in one pass where the model allows it."""
+    """`read` for several methods, in one pass where the model allows it."""
     if not stackable(model):
-        return [alone(model, method, ids, prompt, tick) for method in methods]
+        return [read(model, method, ids, prompt, tick) for method in methods]
     stack = Stack(model, methods)
     hidden = stack.read(ids, prompt, tick)
     return list(zip(hidden, stack.reports(), strict=True))

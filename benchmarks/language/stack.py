@@ -2,7 +2,7 @@
 
 The linear layers see the rows of all methods together; attention is asked method by method, each
 with a cache of its own. What a method sees is what it sees under `kvcomp.patch`, whose figures
-this must repeat; `language.loss.alone` is the plain way.
+this must repeat; `kvcomp.reading.read` is the plain way.
 """
 
 from __future__ import annotations

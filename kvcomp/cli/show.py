@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvcomp import METHODS
-from kvcomp.cli.common import Device, Dtype, pick_device, pick_dtype, pick_method
+from kvcomp.cli.common import Device, Dtype, load, pick_device, pick_dtype, pick_method
 from kvcomp.cli.output import check_distinct, check_output, deliver, say, show, write
 from kvcomp.progress import stderr_console
 from kvcomp.reasoner import task
@@ -61,6 +61,19 @@ def demo(
         int, typer.Option(help="Problem size in nodes, two facts each.", min=2, max=len(task.NAMES))
     ] = 16,
     steps: Annotated[int, typer.Option(help="Reasoning steps of 4 tokens each.", min=1)] = 256,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="With another than the reasoner, real text is read instead of problems.",
+            metavar="NAME",
+        ),
+    ] = "reasoner",
+    windows: Annotated[
+        int, typer.Option(help="With --model: windows of the text, read as one batch.", min=1)
+    ] = 4,
+    tokens: Annotated[
+        int, typer.Option(help="With --model: tokens of a window; a quarter is the prompt.", min=16)
+    ] = 512,
     device: Device = None,
     dtype: Dtype = None,
     seed: Annotated[int, typer.Option(help="Seed of the problems.", min=0)] = 0,
@@ -72,7 +85,7 @@ def demo(
         Path | None, typer.Option("--plot", help="Draw the results as PNG.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Compare methods on problems for the bundled model."""
+    """Compare methods on problems for the bundled model, or on real text for another."""
     names = list(dict.fromkeys(method)) if method else main_methods()
     if names == ["all"]:
         names = all_methods()
@@ -84,13 +97,18 @@ def demo(
     where, kind = pick_device(device), pick_dtype(dtype)
     if plot_file is not None:
         import matplotlib  # noqa: F401  (better missed now than after the work)
-    from kvcomp import demo as work
+    work: Any
+    if model == "reasoner":
+        from kvcomp import demo as work
 
-    result = work.run(
-        names,
-        work.Settings(problems, nodes, steps, seed, budget, where, kind),
-        stderr_console(),
-    )
+        settings = work.Settings(problems, nodes, steps, seed, budget, where, kind)
+        result = work.run(names, settings, stderr_console())
+    else:
+        from kvcomp import demo_text as work
+
+        names = [name for name in names if name != "delethink"]  # a text is given: no new contexts
+        settings = work.Settings(model, tokens, windows, budget, where, kind)
+        result = work.run(names, settings, *load(model, where, kind), stderr_console())
     picture = work.plot(result) if plot_file is not None else b""
     deliver(
         lambda: show(work.headline(result), work.table(result)),

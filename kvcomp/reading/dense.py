@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from kvcomp.models import folder
-from language.texts import Window
+from kvcomp.models.place import folder
+from kvcomp.reading.texts import Window
 
 BLOCK = 32  # steps whose distributions are formed at once
 
@@ -34,14 +34,14 @@ class Dense:
         self.steps = self.ids.shape[1] - prompt - 1
         head = model.get_output_embeddings()
         if head is None:
-            raise ValueError("kvcomp.language: the model has no LM head")
+            raise ValueError("kvcomp.reading: the model has no LM head")
         self.head = head.weight.float()
         self.hidden = self._load()
 
     def _load(self) -> Tensor:
         name = f"{self.model.config._name_or_path} {self.model.dtype} {self.prompt}"
         key = hashlib.sha256(name.encode() + self.ids.cpu().numpy().tobytes()).hexdigest()[:24]
-        file = folder().parent / "language" / f"{key}.pt"
+        file = folder().parent / "reading" / f"{key}.pt"
         if file.exists():
             return torch.load(file, weights_only=True).to(self.model.device)
         hidden = self._forward()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -44,8 +44,10 @@ class Window:
     ids: tuple[int, ...]
 
 
-def windows(tokenizer: Any, count: int, tokens: int, *, offset: int = 0) -> list[Window]:
-    """`count` windows of `tokens` tokens, spread evenly over all texts, text by text in turn.
+def windows(
+    tokenizer: Any, count: int, tokens: int, *, offset: int = 0, texts: Sequence[str] = tuple(TEXTS)
+) -> list[Window]:
+    """`count` windows of `tokens` tokens, spread evenly over the texts, text by text in turn.
 
     Args:
         offset: tokens by which all windows are moved, for others than those of the tests.
@@ -54,13 +56,13 @@ def windows(tokenizer: Any, count: int, tokens: int, *, offset: int = 0) -> list
         ValueError: the texts are too short for so many.
     """
     found = []
-    each = -(-count // len(TEXTS))
-    for name, make in TEXTS.items():
-        ids = tokenizer(make(), add_special_tokens=False, verbose=False)["input_ids"]
+    each = -(-count // len(texts))
+    for name in texts:
+        ids = tokenizer(TEXTS[name](), add_special_tokens=False, verbose=False)["input_ids"]
         stride = (len(ids) - tokens) // each
         if stride < tokens + offset:
             raise ValueError(
-                f"kvcomp.language: {name} has {len(ids)} tokens, too few for {each} windows of"
+                f"kvcomp.reading: {name} has {len(ids)} tokens, too few for {each} windows of"
                 f" {tokens}"
             )
         begins = [offset + place * stride for place in range(each)]

@@ -1,0 +1,37 @@
+"""Methods as they come, for contexts shorter than those that their defaults are made for."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+from kvcomp.methods import METHODS, Method
+from kvcomp.methods.retrieval import Retrieval
+
+STEP = 16  # tokens: budgets are whole pages
+# What grows with a budget; everything else is as the method has it for the model.
+SIZES = {"budget", "recent", "local", "newest", "segment", "partition", "group"}
+SIZES |= {"output_window", "output_cluster"}
+
+
+def as_it_comes(cls: type[Method], model: str) -> dict[str, Any]:
+    """Fields that are no sizes, as `for_model` has them."""
+    retrieves = issubclass(cls, Retrieval)
+    sizes = SIZES | ({"sinks"} if retrieves else {"window"})
+    default = cls.for_model(model)
+    own = [field.name for field in fields(cls) if field.init and field.name not in sizes]
+    return {name: getattr(default, name) for name in own}
+
+
+def scaled(name: str, tokens: int, model: str) -> Method:
+    """The method `name` with a budget of `tokens`, its other sizes in proportion.
+
+    Raises:
+        ValueError: the method cannot work with so few.
+    """
+    cls = METHODS[name]
+    example, kept = cls.example(tokens - tokens % STEP), as_it_comes(cls, model)
+    if hasattr(example, "segment") and "page_size" in kept:  # a page is a segment
+        budget = example.budget + example.segment[1] - kept["page_size"]
+        return replace(example, budget=budget, **kept)
+    return replace(example, **kept)
