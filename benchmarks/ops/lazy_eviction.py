@@ -63,7 +63,7 @@ def _bench_layer(
     steps = [_layer(method, sizes, length, DTYPES[dtype], logits) for _ in range(count)]
     calls = {
         "decode": _decode,
-        "tracked": lambda x: _tracked(x, method.alpha),
+        "tracked": lambda x: _tracked(x, method.threshold),
         "replay": _replay,
         "refill": lambda x: _refill(x, method),
         "refill, evict": lambda x: _evict(x, method),

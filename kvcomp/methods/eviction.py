@@ -186,20 +186,26 @@ class RecurrenceEviction(ObservingEviction):
     bit a token; every 32 steps, and before an eviction, the bits are replayed into int32 steps.
 
     Attributes:
-        alpha: probability at which a token counts as hit.
+        alpha: probability at which a token counts as hit; None: 1 / budget, what each would have
+            if the tokens kept shared the attention evenly.
     """
 
-    alpha: float = 1e-4
+    alpha: float | None = None
 
     static: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.alpha < 1:
+        if not 0 < self.threshold < 1:
             raise ValueError(
                 f"kvcomp.{type(self).__name__}: alpha: expected a probability between 0 and 1,"
                 f" got {self.alpha}"
             )
+
+    @property
+    def threshold(self) -> float:
+        """The probability at which a token counts as hit."""
+        return 1 / self.budget if self.alpha is None else self.alpha
 
     def prefill(self, layer: LayerCache, q: Tensor) -> None:
         super().prefill(layer, q)
@@ -221,7 +227,7 @@ class RecurrenceEviction(ObservingEviction):
 
     def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
         hits, ring = self._hits(layer), layer.cache.state.ring
-        ops.attention_hits(logits, lse, layer.seq_lens, hits, self.alpha, row=ring.row)
+        ops.attention_hits(logits, lse, layer.seq_lens, hits, self.threshold, row=ring.row)
 
     def end_step(self, cache: KVCache) -> None:
         cache.state.ring.advance()

@@ -46,16 +46,19 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
     Attributes:
         budget: B, tokens that a unit keeps after an eviction, the newest W among them.
         window: W, steps between evictions, and newest tokens that always stay.
-        alpha: probability at which a token counts as hit, under any head of its unit.
+        alpha: probability at which a token counts as hit, under any head of its unit; None:
+            1 / budget. Far below that all are hit at every step, and the oldest leave.
         unit: "kv_head", "query_head" (Hq / Hkv times the bytes) or "layer".
         h1: the score of the current pause s against the longest interval i: 2 sigmoid(-s / i) as in
             the "paper", or 2 sigmoid(-1 - s / i) as in the released "code", which lets the second
             term weigh about twice as much.
         keep_prompt: never evict the prompt; not in the paper.
+        sinks: first tokens of a sequence, which stay whatever their score; 0 in the paper.
     """
 
     window: int = 128  # W
     h1: str = "paper"
+    sinks: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,11 +66,14 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
             raise ValueError(
                 f"kvcomp.LazyEviction: h1: expected one of {', '.join(FORMS)}, got {self.h1!r}"
             )
+        most = self.budget - self.window
+        expected = f"0 to budget - window = {most}"
+        self._require(0 <= self.sinks <= most, "sinks", expected, self.sinks)
 
     @classmethod
     def published(cls, model: Any, task: str, **fields: Any) -> Self:
         """alpha and window as published, for a model, itself or by name, and a task
-        ("DeepSeek-R1-Distill-Qwen-7B", "aime").
+        ("DeepSeek-R1-Distill-Qwen-7B", "aime"), and no sinks.
 
         Raises:
             ValueError: nothing was published for that model or task; `calibrate` finds both.
@@ -86,7 +92,7 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
                 f"kvcomp.LazyEviction: no window published for {short} on {task!r}, {known};"
                 " LazyEviction.calibrate(model, prompts) measures it"
             )
-        return cls(**{"alpha": alpha, "window": windows[task], **fields})
+        return cls(**{"alpha": alpha, "window": windows[task], "sinks": 0, **fields})
 
     @classmethod
     def for_model(cls, model: Any, **fields: Any) -> Self:
@@ -97,11 +103,11 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
-        """At most `budget` tokens at any time, a quarter of them the window; alpha is high, as
-        `calibrate` finds it for contexts of hundreds of tokens."""
+        """At most `budget` tokens at any time, a quarter of them the window; for the bundled
+        reasoner, so with a high alpha, as `calibrate` finds it, and no sinks."""
         budget = EXAMPLE_BUDGET if budget is None else budget
         window = budget // 4
-        return cls(budget=budget - window, window=window, alpha=EXAMPLE_ALPHA)
+        return cls(budget=budget - window, window=window, alpha=EXAMPLE_ALPHA, sinks=0)
 
     @property
     def num_recent(self) -> int:
@@ -111,7 +117,8 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
         """[B, U, max_len]: still within its interval, plus recurs often."""
         interval = layer.slots["longest"][..., : layer.max_len]
         silence = layer.cache.steps - layer.slots["last_hit"][..., : layer.max_len]
-        return (self.within(silence, interval) + self.recurs(interval)).float()
+        scores = (self.within(silence, interval) + self.recurs(interval)).float()
+        return scores.masked_fill(layer.positions(scores.shape[1]) < self.sinks, torch.inf)
 
     def within(self, silence: Tensor, interval: Tensor) -> Tensor:
         """H1: falls as the silence outgrows the interval; about 0 for what was never hit."""

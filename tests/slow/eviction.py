@@ -169,7 +169,7 @@ class SlowRecurrence(Slow):
     def observe(self, probs):
         last = torch.cat([self.notes["last_hit"], torch.tensor([self.t - 1])])
         longest = torch.cat([self.notes["longest"], torch.tensor([0])])
-        hit = (probs >= self.method.alpha).any(0)
+        hit = (probs >= self.method.threshold).any(0)
         gap = torch.where(hit, self.t - last, 0)
         self.notes["last_hit"] = torch.where(hit, self.t, last)
         self.notes["longest"] = torch.maximum(longest, gap)
@@ -183,7 +183,8 @@ class SlowLazy(SlowRecurrence):
     def score(self):
         silences = (self.t - self.notes["last_hit"]).tolist()
         pairs = zip(silences, self.notes["longest"].tolist(), strict=True)
-        return torch.tensor([self.worth(*pair) for pair in pairs])  # in fp32
+        scores = torch.tensor([self.worth(*pair) for pair in pairs])  # in fp32
+        return torch.where(self.kept < self.method.sinks, torch.inf, scores)
 
     def worth(self, silence, longest):
         if self.method.h1 == "code":
