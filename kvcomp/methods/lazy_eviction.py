@@ -118,7 +118,7 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
         interval = layer.slots["longest"][..., : layer.max_len]
         silence = layer.cache.steps - layer.slots["last_hit"][..., : layer.max_len]
         scores = (self.within(silence, interval) + self.recurs(interval)).float()
-        return scores.masked_fill(layer.positions(scores.shape[1]) < self.sinks, torch.inf)
+        return scores.masked_fill(layer.positions(scores.shape[1]) < self.sinks, float("inf"))
 
     def within(self, silence: Tensor, interval: Tensor) -> Tensor:
         """H1: falls as the silence outgrows the interval; about 0 for what was never hit."""
