@@ -60,6 +60,11 @@ def attention(
             raise ValueError(
                 f"kvcomp: {type(module).__name__} uses {what} ({keyword}): unsupported"
             )
+    if not torch.compiler.is_compiling() and not cache.gives(attention_mask):
+        raise ValueError(
+            f"kvcomp: {type(module).__name__} makes an attention mask of its own, which says more"
+            " than padding: unsupported"
+        )
     fresh, layer.fresh = layer.fresh, None
     if fresh is None or key is not fresh[0] or value is not fresh[1]:
         raise ValueError(

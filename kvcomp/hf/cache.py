@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from copy import deepcopy
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,20 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvcomp.cache import KVCache, LayerCache, Meter
+from kvcomp.hf.decoder import values_of
 from kvcomp.methods import Method
+
+SKIPS = "the model leaves out layers in some of its forwards, so that they see different tokens"
+# Cache layers of transformers whose attention is left to it.
+KNOWN = {
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+}
+WINDOW = "sliding_window"
 
 
 class Layer(CacheLayerMixin):
@@ -25,10 +38,11 @@ class Layer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, owner: Cache, kv: LayerCache) -> None:
+    def __init__(self, owner: Cache, kv: LayerCache, window: int | None = None) -> None:
         super().__init__()
         self.own(owner)
         self.kv = kv
+        self.window = window  # of a sliding layer, as long as all positions that the model knows
         self.fresh: tuple[Tensor, Tensor] | None = None  # handed out by update, not yet attended
 
     def own(self, owner: Cache) -> None:
@@ -53,12 +67,36 @@ class Layer(CacheLayerMixin):
         if not self._owner().entered:
             raise ValueError(
                 "kvcomp: past_key_values: expected the model that this cache was made for, while it"
-                " is patched; another model would see only the newest tokens"
+                " is patched (this run may have been undone); another model would see only the newest"
+                " tokens"
             )
         self.is_initialized = True
         self.kv.append(key_states, value_states, self._owner().padding)
+        if not torch.compiler.is_compiling():
+            below = self.kv.cache.layers[max(self.kv.position - 1, 0)]
+            if below.columns != self.kv.columns:  # before a method looks at all of them
+                raise ValueError(f"kvcomp: {SKIPS}")
+            if self.window is not None and self.kv.columns > self.window:
+                raise ValueError(
+                    f"kvcomp: the model's window of {self.window} tokens is full, from where on its"
+                    " layers would no longer attend to all"
+                )
         self.fresh = key_states, value_states
         return self.fresh
+
+    @property
+    def keys(self) -> Tensor:
+        raise ValueError(
+            "kvcomp: cache.layers[i].keys and .values: a layer of kvcomp keeps what its method"
+            " says, in an order of its own; see .kv.keys, .kv.values and .kv.seq_lens, and"
+            " .kv.positions(...) for the places of the tokens"
+        )
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """transformers sets it to None at first."""
+
+    values = keys
 
     def get_seq_length(self) -> int:
         return self.kv.columns
@@ -123,19 +161,27 @@ class Cache(TransformersCache):
         inv_freq: Tensor | None = None,
     ) -> None:
         layers = list(DynamicCache(config=config).layers)
-        managed = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        positions = values_of(config, "max_position_embeddings")
+        managed = [index for index, layer in enumerate(layers) if _is_full(layer, positions)]
+        kinds = {type(layer).__name__ for layer in layers}
+        if unknown := ", ".join(sorted(kinds - KNOWN)):
+            raise ValueError(
+                f"kvcomp: {type(config).__name__} has layers that attend in a way of their own, and"
+                f" with caches of their own: {unknown}"
+            )
         if not managed:
-            kinds = sorted({type(layer).__name__ for layer in layers})
             raise ValueError(
                 f"kvcomp: {type(config).__name__} has no full-attention layer to manage: its cache"
-                f" layers are {', '.join(kinds)}"
+                f" layers are {', '.join(sorted(kinds))}"
             )
         self.kv = self._new_kv(method, len(managed), meter, inv_freq)
         for kv, index in zip(self.kv.layers, managed, strict=True):
-            layers[index] = self.layer_class(self, kv)
+            layers[index] = self.layer_class(self, kv, getattr(layers[index], WINDOW, None))
         self.all_managed = len(managed) == len(layers)
         self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward
+        self.masks: list[Any] = []  # attention masks given to that forward and made in it
         self.entered = False  # whether a forward of the patched model runs over it
+        self.broken = False  # whether one has failed half-way
         super().__init__(layers=layers)
 
     def __deepcopy__(self, memo: dict) -> Cache:
@@ -156,3 +202,36 @@ class Cache(TransformersCache):
     def reset(self) -> None:
         super().reset()
         self.kv.reset()
+        self.broken = False
+
+    def begin_anew(self) -> None:
+        """The sequences come in again from their start, the output too, as one prompt."""
+        prompts = self.kv.method.prompts(self.kv)
+        self.reset()
+        self.kv.state.prompts = prompts
+
+    def leave(self) -> None:
+        """The forward over it is over."""
+        self.entered, self.padding = False, None
+        self.masks.clear()
+        for layer in self.layers:
+            if isinstance(layer, Layer):
+                layer.fresh = None
+
+    def gives(self, mask: Any) -> bool:
+        """Whether an attention mask is one that the running forward got or made, which says no
+        more than the cache knows: and not one that a layer has changed."""
+        return mask is None or any(_same(mask, known) for known in self.masks)
+
+
+def _is_full(layer: CacheLayerMixin, positions: list[int]) -> bool:
+    """Whether a layer attends to every token: also one whose window is never full."""
+    if type(layer).__name__ == "DynamicSlidingWindowLayer":
+        return bool(positions) and getattr(layer, WINDOW) >= max(positions)
+    return type(layer) is DynamicLayer
+
+
+def _same(mask: Tensor, known: Any) -> bool:
+    if not isinstance(known, Tensor) or mask.shape != known.shape:
+        return False
+    return mask.device != known.device or mask.data_ptr() == known.data_ptr()

@@ -35,6 +35,10 @@ class ChunkedCache(TransformersCache):
         method: the schedule.
         new_context: makes an empty cache.
         longest: positions that the model knows; None: not said.
+        whole: whether the model's keys depend on the length of their context (RoPE whose
+            frequencies change with it), so that a context must be encoded in one piece.
+        renews: (context, columns) -> whether the model's `generate` would drop the cache of a
+            context when the token comes in that makes it so many columns long.
 
     Attributes:
         context: the cache of the current chunk, which the model's layers see.
@@ -43,10 +47,16 @@ class ChunkedCache(TransformersCache):
     """
 
     def __init__(
-        self, method: Delethink, new_context: Callable[[], Cache], longest: int | None
+        self,
+        method: Delethink,
+        new_context: Callable[[], Cache],
+        longest: int | None,
+        *,
+        whole: bool,
+        renews: Callable[[Cache, int], bool],
     ) -> None:
-        self.method, self.longest = method, longest
-        self._new_context = new_context
+        self.method, self.longest, self.whole = method, longest, whole
+        self._new_context, self._renews = new_context, renews
         self.context = new_context()
         super().__init__(layers=self.context.layers)
         self._begin()
@@ -60,12 +70,13 @@ class ChunkedCache(TransformersCache):
         self._output: Tensor | None = None  # [B, room] ids, less those that `_forget` took out
         self._forgotten = 0  # tokens of the output behind the head
         self._next: _NextContext | None = None  # under way, with reset="streaming"
+        self._began: float | None = None  # the forward that encodes the context that begins
 
     def __deepcopy__(self, memo: dict) -> ChunkedCache:
         copy = object.__new__(ChunkedCache)
         memo[id(self)] = copy
         own = dict(self.__dict__)
-        shared = {name: own.pop(name) for name in ("method", "_new_context")}
+        shared = {name: own.pop(name) for name in ("method", "_new_context", "_renews")}
         own["_next"] = None  # the copy makes its own
         memo[id(self.context.kv.beside)] = []
         copy.__dict__.update(shared | deepcopy(own, memo))
@@ -132,8 +143,11 @@ class ChunkedCache(TransformersCache):
                 given = given | {"position_ids": positions}
             return given | {"past_key_values": self.context}
         self._add_output(ids, mask)
+        crosses = self.produced == self.chunk.stop
         try:
-            if self.produced == self.chunk.stop:
+            if crosses and self.whole:
+                self._cross_whole()
+            elif crosses:
                 self._cross(encode)
             elif self.method.reset == "streaming":
                 self._encode_ahead(encode)
@@ -141,10 +155,24 @@ class ChunkedCache(TransformersCache):
             self.produced -= 1  # the token has not come in, and can come again
             self._next = None  # it may be half made
             raise
-        placed = self._placed(self.context.get_seq_length(), 1)
+        seen = self.context.get_seq_length()
+        if crosses and self.whole:
+            placed = self._all_of_it(self._bounds(self.chunk)[1] + 1)
+        elif self.prompt_columns and self._renews(self.context, seen + 1):
+            self._set_context(self._new_context())
+            self.context.kv.folded = self.chunk.carried - self.chunk.head
+            placed = self._all_of_it(seen + 1)
+        else:
+            placed = self._placed(seen, 1)
         if "cache_position" in given:  # of older versions of transformers
             placed["cache_position"] = None  # it follows from the cache
         return given | placed | {"past_key_values": self.context}
+
+    def left(self) -> None:
+        """The forward that `enter` was for has ended."""
+        if self._began is not None:
+            self.meter.boundary_seconds.append(_now(self._prompt.device) - self._began)
+            self._began = None
 
     # --- what comes in ----------------------------------------------------------------------------
 
@@ -194,10 +222,11 @@ class ChunkedCache(TransformersCache):
 
     def _tokens(self, chunk: Chunk, first: int, last: int) -> Tensor:
         """Ids of columns [first, last) of the context in which `chunk` is generated."""
+        end = max(chunk.start, self.produced)
         parts = [
             self._prompt,
             self._output[:, : chunk.head],
-            self._output[:, chunk.carried - self._forgotten : chunk.start - self._forgotten],
+            self._output[:, chunk.carried - self._forgotten : end - self._forgotten],
         ]
         return torch.cat(parts, 1)[:, first:last]
 
@@ -223,12 +252,7 @@ class ChunkedCache(TransformersCache):
 
     def _cross(self, encode: Encode) -> None:
         """The chunk is full: its last token is about to come in, as that of the next context."""
-        chunk = self.method.chunk_at(self.index + 1)
-        if chunk is None:
-            raise ValueError(
-                f"kvcomp: delethink: max_chunks={self.method.max_chunks} chunks are full, with"
-                f" {self.chunk.stop} tokens of output"
-            )
+        chunk = self._following()
         began = _now(self._prompt.device)
         kept, last = self._bounds(chunk)
         if self.method.reset == "rotate":
@@ -238,12 +262,37 @@ class ChunkedCache(TransformersCache):
             following = self._next or _NextContext(self, chunk, self._rewound(kept))
             encoded = following.finish(encode)
             self._set_context(following.cache)
-        self.index, self.chunk, self._next = self.index + 1, chunk, None
-        self._forget(chunk)
-        self.context.kv.folded = chunk.carried - chunk.head
+        self._begin_chunk(chunk)
         meter = self.meter
         meter.reencoded_tokens += encoded * len(self._prompt)
         meter.boundary_seconds.append(_now(self._prompt.device) - began)
+
+    def _cross_whole(self) -> None:
+        """The same where the forward of that token will encode all of its context."""
+        self._began = _now(self._prompt.device)
+        chunk = self._following()
+        self._set_context(self._new_context())
+        self._begin_chunk(chunk)
+
+    def _following(self) -> Chunk:
+        chunk = self.method.chunk_at(self.index + 1)
+        if chunk is None:
+            raise ValueError(
+                f"kvcomp: delethink: max_chunks={self.method.max_chunks} chunks are full, with"
+                f" {self.chunk.stop} tokens of output"
+            )
+        return chunk
+
+    def _begin_chunk(self, chunk: Chunk) -> None:
+        self.index, self.chunk, self._next = self.index + 1, chunk, None
+        self._forget(chunk)
+        self.context.kv.folded = chunk.carried - chunk.head
+
+    def _all_of_it(self, columns: int) -> dict[str, Tensor | None]:
+        """For a forward over the context from its first column on."""
+        self.meter.reencoded_tokens += (columns - 1) * len(self._prompt)
+        ids = self._tokens(self.chunk, 0, columns)
+        return {"input_ids": ids, **self._placed(0, columns)}
 
     def _bounds(self, chunk: Chunk) -> tuple[int, int]:
         """Of a chunk's context, columns of prompt and head, and those before its last token."""
@@ -257,6 +306,7 @@ class ChunkedCache(TransformersCache):
             return self.context
         kv = self.context.kv
         kv.method.rewind(kv, columns)
+        self.context.broken = False
         return self.context
 
     def _fold(self, kept: int, last: int) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from kvcomp.hf.cache import Cache
 from kvcomp.hf.chunked_cache import ChunkedCache
-from kvcomp.hf.rotation import CHANGING
+from kvcomp.hf.rotation import changes_with_length
 from kvcomp.hf.run import Run
 from kvcomp.methods import Delethink
 
@@ -30,7 +32,6 @@ class ChunkedRun(Run):
     method: Delethink
 
     def __init__(self, model: PreTrainedModel, method: Delethink) -> None:
-        self._caches: weakref.WeakSet[ChunkedCache] = weakref.WeakSet()
         self._thread = threading.local()  # what the forward or `generate` of a thread works on
         super().__init__(model, method)
 
@@ -40,21 +41,18 @@ class ChunkedRun(Run):
 
     def new_cache(self) -> ChunkedCache:
         longest = getattr(self.config, "max_position_embeddings", None)
-        cache = ChunkedCache(self.method, super().new_cache, longest)
-        self._caches.add(cache)
-        return cache
-
-    def undo(self) -> None:
-        for cache in self._caches:
-            cache.settle()  # a context under way in the background would lose its attention
-        super().undo()
+        whole = changes_with_length(self.model)
+        make = super().new_cache
+        return ChunkedCache(self.method, make, longest, whole=whole, renews=self._renews)
 
     def _refuse(self, first: Cache) -> None:
         refuse_chunks(self.model, self.method, first)
 
     def _apply(self) -> None:
+        self._stock_inputs = self.model.prepare_inputs_for_generation
         super()._apply()
-        self._replace("_get_logits_processor", self._announce_prompt)
+        self._logits_processor = self.model._get_logits_processor
+        self._replace(self.model, "_get_logits_processor", self._announce_prompt)
 
     def _prepare_cache(
         self, generation_config: Any, model_kwargs: dict, mode: Any, *args: Any
@@ -70,28 +68,47 @@ class ChunkedRun(Run):
                 "kvcomp: delethink: the model names no EOS token, so generation could only end with"
                 " the budget; pass generate(eos_token_id=...)"
             )
-        self._thread.prepared = model_kwargs["past_key_values"]
+        self._thread.prepared = weakref.ref(model_kwargs["past_key_values"])
 
     def _announce_prompt(
         self, generation_config: Any, input_ids_seq_length: int, **rest: Any
     ) -> Any:
         """In place of the model's own `_get_logits_processor`: there `generate` says how long the
         prompt is, and it has not made up its mind yet when to end."""
-        self._thread.prepared.announce(input_ids_seq_length)
+        self._thread.prepared().announce(input_ids_seq_length)
         if self.method.budget is not None:
             most = input_ids_seq_length + self.method.budget
             generation_config.max_length = min(generation_config.max_length, most)
-        return type(self.model)._get_logits_processor(
-            self.model,
+        return self._logits_processor(
             generation_config=generation_config,
             input_ids_seq_length=input_ids_seq_length,
             **rest,
         )
 
+    def _prepare_inputs(self, prepare: Callable, input_ids: Tensor, **given: Any) -> dict:
+        """Where a model drops its cache at a length of what `generate` has seen, that is not the
+        length of the context which the model sees."""
+        inputs = prepare(input_ids, **given)
+        if given.get("past_key_values") is not None and inputs.get("past_key_values") is None:
+            return GenerationMixin.prepare_inputs_for_generation(self.model, input_ids, **given)
+        return inputs
+
+    def _renews(self, context: Cache, columns: int) -> bool:
+        """Whether the model's own `generate` would drop this cache as its `columns`-th token comes
+        in, and encode all anew."""
+        stock = self._stock_inputs
+        if getattr(stock, "__func__", None) is GenerationMixin.prepare_inputs_for_generation:
+            return False
+        ids = torch.zeros(1, columns, dtype=torch.long, device=self.model.device)
+        inputs = stock(ids, past_key_values=context, next_sequence_length=1, use_cache=True)
+        return inputs.get("past_key_values") is None
+
     def _enter(self, cache: Any, given: dict) -> tuple[Cache, dict]:
         if self.encoding:  # a context, filled by `_encode`
             return cache, given
         self._check_cache(cache)
+        ids = given.get("input_ids")
+        self._thread.count = 0 if ids is None else ids.shape[1]
         given = cache.enter(given, self._encode)
         self._thread.entered = cache
         return cache.context, given
@@ -101,26 +118,36 @@ class ChunkedRun(Run):
         self._thread.encoding = True
         try:
             with torch.no_grad():
-                self.model.get_decoder()(**given, past_key_values=cache, use_cache=True)
+                self.decoder(**given, past_key_values=cache, use_cache=True)
         finally:
             self._thread.encoding = False
 
-    def _after_forward(self, decoder: Any, args: Any, output: Any) -> None:
+    def _after_forward(self, output: Any) -> Any:
         """As `Run._after_forward`; the caller gets the cache back that it has given."""
         if self.encoding:
             self._end_forward()
-            return
-        super()._after_forward(decoder, args, output)
-        entered, self._thread.entered = getattr(self._thread, "entered", None), None
-        if entered is not None and isinstance(output, ModelOutput):
+            return output
+        entered = self._thread.entered
+        super()._after_forward(output)
+        if entered is None:
+            return output
+        entered.left()
+        if isinstance(output, ModelOutput):
             output["past_key_values"] = entered
+            if self._thread.count == 1:  # of a context encoded anew, the caller knows its last one
+                output["last_hidden_state"] = output["last_hidden_state"][:, -1:]
+        return output
+
+    def _end_forward(self) -> None:
+        super()._end_forward()
+        if not self.encoding:
+            self._thread.entered = None
 
 
 def refuse_chunks(model: PreTrainedModel, method: Delethink, cache: Cache) -> None:
     """Raise ValueError, with the reason, for a model that cannot be chunked in that way."""
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
     if longest is not None and method.most_thought >= longest:
         raise ValueError(
             f"kvcomp.Delethink: chunk: {method.most_thought} tokens of output in a context, but"
@@ -139,7 +166,7 @@ def refuse_chunks(model: PreTrainedModel, method: Delethink, cache: Cache) -> No
             f" {type(method.attention).__name__} would hold the prompt twice in host memory; use"
             " 'prefill'"
         )
-    if method.reset == "streaming" and getattr(rotary, "rope_type", "default") in CHANGING:
+    if method.reset == "streaming" and changes_with_length(model):
         raise ValueError(
             f"kvcomp.Delethink: reset='streaming': {type(model).__name__} changes its rotary"
             " frequencies with the length, which differs between two contexts; use 'prefill'"

@@ -78,7 +78,7 @@ def answer_loss(
     with patch(model, method) as run:
         for prompt, answer in zip(prompts, answers, strict=True):
             cache = run.new_cache()
-            model.get_decoder()(_ids(model, prompt, tokenizer), past_key_values=cache)
+            run.decoder(_ids(model, prompt, tokenizer), past_key_values=cache)
             for token, following in itertools.pairwise(answer):
                 out = model(token.view(1, 1), past_key_values=cache)
                 total -= out.logits[0, -1].float().log_softmax(-1)[following].item()

@@ -5,6 +5,9 @@ from __future__ import annotations
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvcomp.hf.attention import NAME
+from kvcomp.hf.cache import Cache
+from kvcomp.hf.decoder import values_of
+from kvcomp.methods import Method
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 
@@ -13,32 +16,42 @@ def refuse(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model that no method can decode exactly."""
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
-    unknown = ", ".join(map(str, head_sizes(config) - set(HEAD_SIZES)))
+    eager = config._attn_implementation == "eager"
     reasons = {
         "is patched already, or shares its config with a model that is; undo() the other run"
         " first": config._attn_implementation == NAME,
         "is multimodal; only text models are supported": config is not model.config,
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "requires its own cache class": not model._supports_default_dynamic_cache(),
-        "caches a latent instead of keys and values (MLA)": getattr(config, "kv_lora_rank", None),
-        "shares K and V between layers": getattr(config, "num_kv_shared_layers", None),
-        "caps its attention logits": getattr(config, "attn_logit_softcapping", None),
+        "says nothing of its layers (num_hidden_layers)": not hasattr(config, "num_hidden_layers"),
+        "caches a latent instead of keys and values (MLA)": any(values_of(config, "kv_lora_rank")),
+        "shares K and V between layers": any(values_of(config, "num_kv_shared_layers")),
+        "caps its attention logits": any(values_of(config, "attn_logit_softcapping")),
+        "computes eager attention by itself (reorder_and_upcast_attn)": eager
+        and any(values_of(config, "reorder_and_upcast_attn")),
         "returns attention weights (output_attentions)": config.output_attentions,
-        f"has heads of size {unknown}; supported are {HEAD_SIZES}": unknown,
     }
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(f"kvcomp.patch: {name} {reason}")
+    Cache(config, Method())  # which refuses layers that it does not know
+    if unknown := ", ".join(map(str, head_sizes(config) - set(HEAD_SIZES))):
+        raise ValueError(
+            f"kvcomp.patch: {name} has heads of size {unknown}; supported are {HEAD_SIZES}"
+        )
 
 
 def head_sizes(config: PretrainedConfig) -> set[int]:
-    """Of the layers that keep every token."""
+    """Of the layers that keep every token; nothing where the config does not say."""
 
-    def size(layer: PretrainedConfig) -> int:
-        return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    def size(layer: PretrainedConfig) -> set[int]:
+        heads = getattr(layer, "num_attention_heads", None)
+        width = getattr(layer, "hidden_size", None)
+        known = getattr(layer, "head_dim", None) or (width and heads and width // heads)
+        return {known} if known else set()
 
     try:
-        return {size(config)}
+        return size(config)
     except RuntimeError:  # layers differ: in Gemma 4 the sliding ones, whose heads nobody minds
         layers = zip(config.per_layer_config, config.layer_types, strict=True)
-        return {size(layer) for layer, kind in layers if kind != "sliding_attention"}
+        return set().union(*(size(layer) for layer, kind in layers if kind != "sliding_attention"))

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvcomp import ops
+from kvcomp.hf.decoder import decoder_of
 
 CHANGING = ("dynamic", "longrope")  # kinds of RoPE whose frequencies depend on the length
 TEXT = 8  # tokens of the text that a model is tried on
@@ -22,19 +23,27 @@ def key_rotation(model: PreTrainedModel) -> Tensor | None:
     and element i of a head paired with i + R / 2, which the model's own `rotate_half` is asked
     about; then the model itself is tried.
     """
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     rotary = getattr(decoder, "rotary_emb", None)
     inv_freq = getattr(rotary, "inv_freq", None)
     rotate_half = getattr(sys.modules[type(decoder).__module__], "rotate_half", None)
     if not isinstance(inv_freq, Tensor) or rotate_half is None:
         return None
-    if getattr(rotary, "rope_type", "default") in CHANGING:
+    if changes_with_length(model):
         return None
     x = torch.arange(1.0, 9.0)
     if not torch.equal(rotate_half(x), torch.cat([-x[4:], x[:4]])):
         return None
     inv_freq = inv_freq.detach().float()
     return inv_freq if _turns(model, inv_freq) else None
+
+
+def changes_with_length(model: PreTrainedModel) -> bool:
+    """Whether the frequencies of a layer's rotation depend on the length of the context."""
+    kinds = getattr(getattr(decoder_of(model), "rotary_emb", None), "rope_type", "default")
+    return any(
+        kind in CHANGING for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])
+    )
 
 
 def _turns(model: PreTrainedModel, inv_freq: Tensor) -> bool:
@@ -47,7 +56,7 @@ def _turns(model: PreTrainedModel, inv_freq: Tensor) -> bool:
     ids = torch.full((1, TEXT), config.vocab_size // 2, device=model.device)
     cache = DynamicCache(config=config)
     with torch.no_grad():
-        model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+        decoder_of(model)(input_ids=ids, past_key_values=cache, use_cache=True)
     for layer in cache.layers:
         if type(layer) is DynamicLayer:
             key, last = layer.keys[:, :, :1].clone(), layer.keys[:, :, -1:]

@@ -1,7 +1,7 @@
 """Run: a method under a model's `generate` and forward, until `undo`.
 
-No forward is copied. The model uses kvcomp's attention implementation, a pre-hook on the decoder
-supplies the cache and the padding of each forward, and `generate` gets kvcomp's cache.
+No forward is copied. The model uses kvcomp's attention implementation, a wrapper around the
+decoder's forward supplies its cache and its padding, and `generate` gets kvcomp's cache.
 """
 
 from __future__ import annotations
@@ -10,21 +10,30 @@ import inspect
 import threading
 import time
 from collections.abc import Callable
+from functools import partial, wraps
 from types import TracebackType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvcomp.cache import Meter, Report
 from kvcomp.hf import attention
-from kvcomp.hf.cache import Cache
+from kvcomp.hf.cache import SKIPS, Cache, Layer
+from kvcomp.hf.decoder import attention_modules, decoder_of
+from kvcomp.hf.gate import Gate
 from kvcomp.hf.refusals import refuse
 from kvcomp.hf.rotation import key_rotation
 from kvcomp.methods import Method
+
+BROKEN = (
+    "a forward over this cache has failed half-way, so its layers have seen different tokens;"
+    " reset() it and begin anew"
+)
 
 
 class Run:
@@ -51,6 +60,7 @@ class Run:
         refuse(model)
         self.model, self.method = model, method
         self.config = model.config.get_text_config(decoder=True)
+        self.decoder = decoder_of(model)
         self.inner_name = self.config._attn_implementation
         self.inv_freq = key_rotation(model) if method.moves_keys else None
         first = Cache(self.config, method, None, self.inv_freq)
@@ -60,6 +70,7 @@ class Run:
         self._decoded_before = 0
         self._last_forward: float | None = None  # when the latest forward ended
         self._running = threading.local()
+        self._gate = Gate(self._take_back)
         self._undo: list[Callable[[], None]] = []
         try:
             self._apply()
@@ -90,7 +101,15 @@ class Run:
         return Report.of(self.method, self.meter, self._decode_seconds, layers)
 
     def undo(self) -> None:
-        """Restore the model; calling it again does nothing."""
+        """Restore the model; calling it again does nothing.
+
+        This waits for the forwards that other threads have under way. A `generate` call that is
+        still running then gets a ValueError from its next forward. Called from within a forward, it
+        takes effect when that forward ends.
+        """
+        self._gate.close()
+
+    def _take_back(self) -> None:
         while self._undo:
             self._undo.pop()()
 
@@ -98,8 +117,7 @@ class Run:
         raise TypeError("kvcomp: a patched model cannot be copied or pickled; undo() the run first")
 
     def __enter__(self) -> Run:
-        if not self._undo:
-            raise RuntimeError("kvcomp: this run has been undone; call kvcomp.patch again")
+        self._gate.require_open()
         return self
 
     def __exit__(
@@ -116,27 +134,33 @@ class Run:
 
     def _apply(self) -> None:
         attention.register()
-        model, config = self.model, self.config
-        decoder = model.get_decoder()
-        for module in model.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.__dict__["_kvcomp_run"] = self
-                self._undo.append(lambda module=module: module.__dict__.pop("_kvcomp_run"))
+        model, config, decoder = self.model, self.config, self.decoder
+        for module in attention_modules(model):
+            module.__dict__["_kvcomp_run"] = self
+            self._undo.append(lambda module=module: module.__dict__.pop("_kvcomp_run"))
         attention.RUNS[id(config)] = self
         self._undo.append(lambda: attention.RUNS.pop(id(config)))
         self._set_attention(attention.NAME)
         self._undo.append(lambda: self._set_attention(self.inner_name))
-        for handle in (
-            decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            decoder.register_forward_hook(self._after_forward, always_call=True),
-        ):
-            self._undo.append(handle.remove)
-        self._replace("_prepare_cache_for_generation", self._prepare_cache)
+        self._replace(decoder, "forward", self._around(decoder.forward))
+        self._replace(model, "_prepare_cache_for_generation", self._prepare_cache)
+        prepare = model.prepare_inputs_for_generation
+        ours = wraps(prepare)(partial(self._prepare_inputs, prepare))
+        self._replace(model, "prepare_inputs_for_generation", ours)
 
-    def _replace(self, name: str, function: Callable) -> None:
-        """A step of `generate` by ours."""
-        setattr(self.model, name, function)
-        self._undo.append(lambda: self.model.__dict__.pop(name))
+    def _replace(self, module: Module, name: str, function: Callable) -> None:
+        """Give a module a function of ours in place of its own, until the run is undone: unless
+        somebody else has put another one there since, who then goes on to call ours."""
+        state = module.__dict__
+        before = {name: state[name]} if name in state else {}
+        state[name] = function
+
+        def take_back() -> None:
+            if state.get(name) is function:
+                del state[name]
+                state.update(before)
+
+        self._undo.append(take_back)
 
     def _set_attention(self, name: str) -> None:
         self.model.set_attn_implementation(name)
@@ -173,12 +197,44 @@ class Run:
                 f" that generate returned), got {type(cache).__name__}"
             )
 
-    def _before_forward(self, decoder: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _prepare_inputs(self, prepare: Callable, input_ids: Tensor, **given: Any) -> dict:
+        """In place of the model's own. Some models (Phi-3 with longrope) drop the cache where
+        their rotary frequencies change, and encode everything anew: so does ours, as itself."""
+        inputs = prepare(input_ids, **given)
+        cache = given.get("past_key_values")
+        if cache is not None and inputs.get("past_key_values") is None:
+            self._check_cache(cache)
+            cache.begin_anew()
+            inputs["past_key_values"] = cache
+        return inputs
+
+    def _around(self, forward: Callable) -> Callable:
+        """The decoder's forward with what a run does before and after it. A hook behind a forward
+        is not called where Ctrl-C has ended it; this is."""
+        names = inspect.signature(forward).parameters
+
+        @wraps(forward)
+        def around(*args: Any, **given: Any) -> Any:
+            given = dict(zip(names, args, strict=False)) | given
+            if torch.compiler.is_compiling():
+                return self._forward(forward, given)
+            with self._gate.forward(may_wait=not self.encoding) as goes_on:
+                return self._forward(forward, given) if goes_on else forward(**given)
+
+        return around
+
+    def _forward(self, forward: Callable, given: dict) -> Any:
+        try:
+            output = forward(**self._before_forward(given))
+            self._check_layers()
+        except BaseException:
+            self._failed()
+            raise
+        return self._after_forward(output)
+
+    def _before_forward(self, given: dict) -> dict:
         """Supply the cache, and work out which of the new tokens are padding."""
-        given = kwargs
-        if args:  # by position: name them
-            names = inspect.signature(decoder.forward).parameters
-            given = dict(zip(names, args, strict=False)) | kwargs
+        self._check_attention()
         if given.get("output_attentions") or self.config.output_attentions:
             raise ValueError(
                 "kvcomp: output_attentions: expected False, as the kernels never store weights"
@@ -191,14 +247,26 @@ class Run:
         self.current = None
         if cache is not None:
             cache, given = self._enter(cache, given)
-            self.current = cache
+            if cache.broken:
+                raise ValueError(f"kvcomp: past_key_values: {BROKEN}")
             tokens = given.get("input_ids")
             tokens = given.get("inputs_embeds") if tokens is None else tokens
-            cache.padding = self._new_padding(cache, given.get("attention_mask"), tokens.shape[1])
+            mask = given.get("attention_mask")
+            cache.padding = self._new_padding(cache, mask, tokens.shape[1])
+            cache.masks = [mask]
             cache.entered = True
+            self.current = cache
         if self._last_forward is None:
             self._last_forward = time.perf_counter()
-        return (), given
+        return given
+
+    def _check_attention(self) -> None:
+        if self.config._attn_implementation != attention.NAME:
+            raise ValueError(
+                "kvcomp: the model's attention implementation was set to"
+                f" {self.config._attn_implementation!r} while it is patched; undo() the run, set"
+                " it, and patch again"
+            )
 
     def _enter(self, cache: Any, given: dict) -> tuple[Cache, dict]:
         """The cache that the layers see in this forward, and the arguments to go with it."""
@@ -229,17 +297,41 @@ class Run:
         # Reading the device once per prompt is fine; at every decode step it would stall it.
         return None if (count > 1 or not valid.is_cuda) and bool(valid.all()) else valid
 
-    def _after_forward(self, decoder: Any, args: Any, output: Any) -> None:
-        """Measure the time. `output` is None where the forward has failed."""
+    def _check_layers(self) -> None:
+        """Raise ValueError where a layer of ours has stored tokens that it has not attended to with
+        our attention, or where one has been left out."""
+        if self.current is None:
+            return
+        name = type(self.model).__name__
+        for layer in self.current.layers:
+            if isinstance(layer, Layer) and layer.fresh is not None:
+                raise ValueError(
+                    f"kvcomp: {name}: layer {layer.kv.position} of those with full attention has"
+                    " stored K and V, and its attention was not kvcomp's: the model computes it"
+                    " itself, or the layer was set to another implementation"
+                )
+        if len({kv.columns for kv in self.current.kv.layers}) > 1:
+            raise ValueError(f"kvcomp: {name} {SKIPS}")
+
+    def _after_forward(self, output: Any) -> Any:
+        """Measure the time; the caller gets the output."""
         self._end_forward()
         decoded = self.meter.tokens_decoded
         self._clock(decoded > self._decoded_before)
         self._decoded_before = decoded
+        return output
+
+    def _failed(self) -> None:
+        """The forward has not come to its end: what its cache holds is of no use any more."""
+        if self.current is not None:
+            self.current.broken = True
+        self._end_forward()
 
     def _end_forward(self) -> None:
-        if self.current is not None:
-            self.current.entered = False
-        self.current = None
+        """The cache is nobody's, so that no other model can go on with it."""
+        cache, self.current = self.current, None
+        if cache is not None:
+            cache.leave()
 
     def _clock(self, decoding: bool) -> None:
         """A forward has ended."""
@@ -252,4 +344,7 @@ class Run:
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
         """The mask function of `attention.NAME`: that of the implementation that the user had."""
-        return ALL_MASK_ATTENTION_FUNCTIONS[self.inner_name](*args, **kwargs)
+        made = ALL_MASK_ATTENTION_FUNCTIONS[self.inner_name](*args, **kwargs)
+        if self.current is not None:
+            self.current.masks.append(made)
+        return made

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from kvcomp.cache import Report, StaticMeter
 from kvcomp.hf.cache import Cache
-from kvcomp.hf.run import Run
+from kvcomp.hf.run import BROKEN, Run
 from kvcomp.hf.static_cache import StaticCache
 from kvcomp.methods import Method
 
@@ -86,6 +86,13 @@ class StaticRun(Run):
                 f"kvcomp.patch: max_tokens: {type(self.model).__name__} has sliding or linear"
                 " layers, which cannot use a static cache; leave max_tokens out"
             )
+        windows = [layer.window for layer in first.layers if layer.window is not None]
+        if windows and self.max_tokens > min(windows):
+            raise ValueError(
+                f"kvcomp.patch: max_tokens: expected at most {min(windows)}, from where on the"
+                f" layers of {type(self.model).__name__} no longer attend to all tokens, got"
+                f" {self.max_tokens}"
+            )
         if len({parameter.device for parameter in self.model.parameters()}) > 1:
             raise ValueError(
                 f"kvcomp.patch: max_tokens: {type(self.model).__name__} is spread over several"
@@ -104,7 +111,8 @@ class StaticRun(Run):
             self._own = None
 
         self._undo.append(restore)
-        self._replace("get_compiled_call", self._get_compiled_call)
+        self._compiled_call = self.model.get_compiled_call
+        self._replace(self.model, "get_compiled_call", self._get_compiled_call)
 
     def _prepare_cache(
         self,
@@ -134,43 +142,58 @@ class StaticRun(Run):
 
     def _get_compiled_call(self, compile_config: Any) -> Callable:
         """In place of the model's own: its compiled forward, and what the host does beside it."""
-        return self._step(type(self.model).get_compiled_call(self.model, compile_config))
+        return self._step(self._compiled_call(compile_config))
 
     def _step(self, compiled: Callable) -> Callable:
         def step(input_ids: Tensor, *, past_key_values: StaticCache, **given: Any) -> Any:
+            self._gate.require_open()
             given |= {"input_ids": input_ids, "past_key_values": past_key_values}
             self._check_cache(past_key_values)
             if input_ids.shape[1] > 1 or not past_key_values.kv.seen:  # a prompt
                 return self.model(**given)
-            self._beside = True
-            try:
-                with past_key_values.step():
-                    out = compiled(**given)
-            finally:
-                self._beside = False
+            if past_key_values.broken:
+                raise ValueError(f"kvcomp: past_key_values: {BROKEN}")
+            with self._gate.forward():
+                self._beside = True
+                try:
+                    with past_key_values.step():
+                        out = compiled(**given)
+                except BaseException:
+                    past_key_values.broken = True
+                    past_key_values.leave()
+                    raise
+                finally:
+                    self._beside = False
             self._clock(decoding=True)
             return out
 
         return step
 
-    def _before_forward(self, decoder: Any, args: tuple, kwargs: dict) -> Any:
-        mask = kwargs.get("attention_mask")
-        if torch.compiler.is_compiling():
-            if self._needs_host and not self._beside:
-                raise ValueError(
-                    f"kvcomp: torch.compile: {type(self.method).__name__} evicts between steps,"
-                    " which compiling the model alone leaves out; use run.compile()"
-                )
-            cache = kwargs.get("past_key_values")
-            self._check_cache(cache)
-            cache.padding = mask[:, -1:].bool() if isinstance(mask, Tensor) else None
-            cache.entered = True
-            self.current = cache
-            return None
+    def _forward(self, forward: Callable, given: dict) -> Any:
+        if not torch.compiler.is_compiling():
+            return super()._forward(forward, given)
+        if self._needs_host and not self._beside:
+            raise ValueError(
+                f"kvcomp: torch.compile: {type(self.method).__name__} evicts between steps,"
+                " which compiling the model alone leaves out; use run.compile()"
+            )
+        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        self._check_attention()
+        self._check_cache(cache)
+        cache.padding = mask[:, -1:].bool() if isinstance(mask, Tensor) else None
+        cache.entered = True
+        self.current = cache
+        output = forward(**given)
+        self.current = None
+        cache.padding, cache.entered = None, False
+        return output
+
+    def _before_forward(self, given: dict) -> dict:
         self._decoding = False
-        if isinstance(mask, dict):  # one for each kind of layer, prepared by `mask`
-            kwargs = kwargs | {"attention_mask": next(iter(mask.values()))}
-        return super()._before_forward(decoder, args, kwargs)
+        if isinstance(mask := given.get("attention_mask"), dict):
+            # One for each kind of layer, prepared by `mask`
+            given = given | {"attention_mask": next(iter(mask.values()))}
+        return super()._before_forward(given)
 
     def _new_padding(self, cache: StaticCache, mask: Any, count: int) -> Tensor | None:
         if count > 1:
@@ -183,15 +206,14 @@ class StaticRun(Run):
         self._decoding = decoding
         return padding
 
-    def _after_forward(self, decoder: Any, args: Any, output: Any) -> None:
-        cache, self.current = self.current, None
-        if cache is not None:
-            cache.padding, cache.entered = None, False
-        if torch.compiler.is_compiling() or self._beside or self._capturing:
-            return
-        if self._decoding and output is not None:  # None: the forward has failed
-            cache.kv.leave()
-        self._clock(self._decoding)
+    def _after_forward(self, output: Any) -> Any:
+        cache = self.current
+        self._end_forward()
+        if not self._beside and not self._capturing:
+            if self._decoding:
+                cache.kv.leave()
+            self._clock(self._decoding)
+        return output
 
     @property
     def _capturing(self) -> bool:

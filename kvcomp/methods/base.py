@@ -141,6 +141,12 @@ class Method:
         """After a decode step, beside the graph where steps are one: what the host decides by
         counting them (`cache.steps`)."""
 
+    def prompts(self, cache: KVCache) -> list[Tensor] | None:
+        """By layer, [B] tokens of the prompts, for methods to which prompt and output differ, and
+        once there is some output. Where a model encodes all of it anew, this is
+        `cache.state.prompts` when it comes in; None: what comes in is the prompt."""
+        return None
+
     def rewind(self, cache: KVCache, columns: int) -> int:
         """Forget all but the first `columns` columns, exactly, as if no others had ever come.
 

@@ -94,9 +94,17 @@ class Eviction(Method):
         if self.unit == "query_head" and "prompt_lens" not in layer.state:
             layer.repeat_heads(q.shape[1])
         if not state.decoding:
-            layer.state["prompt_lens"] = layer.logical_lens.clone()
-            state.prompt = layer.columns
+            lens, state.prompt = layer.logical_lens.clone(), layer.columns
+            if state.prompts is not None:
+                lens = state.prompts[layer.position]
+                state.prompt = int(lens.max())
+            layer.state["prompt_lens"] = lens
             layer.limit(self.most_kept(layer.cache), self.window)
+
+    def prompts(self, cache: KVCache) -> list[Tensor] | None:
+        if not cache.state.decoding:
+            return cache.state.prompts
+        return [layer.state["prompt_lens"] for layer in cache.layers]
 
     def most_kept(self, cache: KVCache) -> int:
         """Tokens that the longest row keeps after an eviction."""
