@@ -67,8 +67,8 @@ class Layer(CacheLayerMixin):
         if not self._owner().entered:
             raise ValueError(
                 "kvcomp: past_key_values: expected the model that this cache was made for, while it"
-                " is patched (this run may have been undone); another model would see only the newest"
-                " tokens"
+                " is patched (this run may have been undone); another model would see only the"
+                " newest tokens"
             )
         self.is_initialized = True
         self.kv.append(key_states, value_states, self._owner().padding)
