@@ -197,6 +197,25 @@ def test_reset_gives_memory_back():
     assert rows.layer.capacity == 0
 
 
+def test_what_only_comes_with_tokens_says_so_before():
+    layer = KVCache(Full(), 1).layers[0]
+    early = {name: "the first append" for name in ("seq_lens", "logical_lens", "keys", "values")}
+    early |= {name: "a method that retrieves has got the prompt" for name in ("pool", "index")}
+
+    def all_refuse(names):
+        for name in names:
+            with pytest.raises(AttributeError, match=f"there is none before {early[name]}"):
+                getattr(layer, name)
+
+    all_refuse(early)
+    assert not (layer.filled or layer.allocated or layer.hosted) and layer.capacity == 0
+    layer.append(torch.zeros(1, 1, 3, 32), torch.zeros(1, 1, 3, 32))
+    assert layer.filled and layer.allocated and layer.seq_lens.tolist() == [3]
+    all_refuse(("pool", "index"))
+    layer.reset()
+    all_refuse(early)
+
+
 def test_mismatch_is_refused_and_nothing_is_lost():
     rows = Rows()
     rows.append(4)

@@ -265,7 +265,7 @@ def test_reset_forgets(name):
     cache = new_cache(make(name), 2)
     first = trace.run(cache)
     cache.reset()
-    assert cache.layers[0].capacity == 0 and cache.layers[0].pool is None
+    assert cache.layers[0].capacity == 0 and not cache.layers[0].hosted
     assert cache.state.memory.used == 0
     other.run(cache)
     cache.reset()

@@ -132,7 +132,7 @@ class FirstLayer:
 def resident_rows_are_the_pools(kv: KVCache) -> bool:
     """Whether what retrieving layers hold on the device is what the pool says, bit by bit."""
     for layer in kv.layers:
-        if layer.index is None:
+        if not layer.hosted:
             continue
         layer.settle()
         closed = int(layer.index.first_open())

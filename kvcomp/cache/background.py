@@ -17,8 +17,10 @@ class Background:
     """One line of work; pieces are done in the order in which they are submitted."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = None if self._stream else ThreadPoolExecutor(1, "kvcomp")
+        on_gpu = device.type == "cuda"
+        self._line: torch.cuda.Stream | ThreadPoolExecutor = (
+            torch.cuda.Stream(device) if on_gpu else ThreadPoolExecutor(1, "kvcomp")
+        )
         self._under_way: deque[Callable[[], None]] = deque()
         self._latest: Callable[[], bool] | None = None  # whether the latest piece is done
 
@@ -43,18 +45,19 @@ class Background:
         return self._latest is not None and not self._latest()
 
     def _start(self, work: Callable[[], None], tensors: tuple[Tensor, ...]) -> Callable[[], None]:
-        if self._stream is None:
-            future = self._thread.submit(_as_here(work))
+        line = self._line
+        if isinstance(line, ThreadPoolExecutor):
+            future = line.submit(_as_here(work))
             self._latest = future.done
             return future.result
-        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
+        line.wait_stream(torch.cuda.current_stream(line.device))
+        with torch.cuda.stream(line):
             work()
-            done = self._stream.record_event()
+            done = line.record_event()
         self._latest = done.query
         for tensor in tensors:  # not to be given away before the side stream is done
-            tensor.record_stream(self._stream)
-        return lambda: torch.cuda.current_stream(self._stream.device).wait_event(done)
+            tensor.record_stream(line)
+        return lambda: torch.cuda.current_stream(line.device).wait_event(done)
 
 
 def _as_here(work: Callable[[], None]) -> Callable[[], None]:

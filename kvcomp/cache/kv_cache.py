@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.meter import Meter
-from kvcomp.cache.ring import Ring
+from kvcomp.cache.ring import HostRing, Ring
 from kvcomp.ops.decode_attention import logits_dtype
 
 
@@ -35,6 +35,11 @@ class Policy(Protocol):
 class Notes:
     """What a method remembers about a batch, by name. A class of our own, since dynamo does not
     trace assignments to a SimpleNamespace."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
 
 class KVCache:
@@ -98,13 +103,13 @@ class KVCache:
         shape = (*q.shape[:2], layer.capacity)
         have = self._logits
         if have is None or have.shape != shape or have.device != q.device:
-            self._logits = q.new_empty(shape, dtype=logits_dtype(q))
-            self.meter.logits_bytes = self._logits.nbytes
-        return self._logits
+            have = self._logits = q.new_empty(shape, dtype=logits_dtype(q))
+            self.meter.logits_bytes = have.nbytes
+        return have
 
     def ring(self, size: int) -> Ring:
         """For notes of up to `size` steps, in memory that a method keeps."""
-        return Ring(size)
+        return HostRing(size)
 
     def require_rotation(self) -> Tensor:
         """`inv_freq`, for methods that cannot do without.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvcomp import ops
 from kvcomp.cache.arrivals import Arrivals
+from kvcomp.cache.later import forget, known, later
 from kvcomp.cache.slab import Slab
 
 if TYPE_CHECKING:
@@ -39,11 +40,20 @@ class LayerCache(Slab):
         scale: of the logits, known from the first prompt on.
         sinks: [Hq], learned logits of a token without a value in every softmax; None: no such.
         added: tokens that each row gained by the last `append`, a number or [B] int32.
-        pool: all of the tokens in host memory, for methods that retrieve.
+        pool: all of the tokens in host memory, for methods that retrieve (see `hosted`).
         index: the units in which they retrieve them.
         pending: waits for work in the background on this layer's pool and index; None: there is
             none (see `settle`).
+
+    `seq_lens` and `logical_lens` are there from the first `append` on (see `filled`); before,
+    asking for them raises AttributeError.
     """
+
+    seq_lens: Tensor = later("the first append")
+    logical_lens: Tensor = later("the first append")
+    pool: HostPool = later("a method that retrieves has got the prompt")
+    index: UnitIndex = later("a method that retrieves has got the prompt")
+    _placed: Tensor = later("positions are asked for")  # [B] logical lengths when last written
 
     def __init__(self, cache: KVCache, position: int) -> None:
         self.own(cache)
@@ -70,22 +80,28 @@ class LayerCache(Slab):
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         super().reset()
-        self.seq_lens: Tensor | None = None
-        self.logical_lens: Tensor | None = None
+        forget(self, "seq_lens", "logical_lens", "pool", "index", "_placed")
         self.columns = 0
         self.first = True
         self.scale = 1.0
         self.sinks: Tensor | None = None
         self.added: int | Tensor = 0
         self.state: dict[str, Tensor] = {}
-        self.pool: HostPool | None = None
-        self.index: UnitIndex | None = None
         self.pending: Callable[[], None] | None = None
-        self._placed: Tensor | None = None  # [B] logical lengths when positions were last written
         self._placed_columns = 0
         self._whole = True  # nothing has been evicted
         self._uniform = True  # every row has max_len tokens: an append is one slice copy
         self._arrivals = Arrivals()
+
+    @property
+    def filled(self) -> bool:
+        """Whether there have been tokens since the last `reset`."""
+        return known(self, "seq_lens")
+
+    @property
+    def hosted(self) -> bool:
+        """Whether all of the tokens are in host memory: `pool` and `index` are there."""
+        return known(self, "index")
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Add n tokens to every row.
@@ -103,7 +119,7 @@ class LayerCache(Slab):
             k, v = (x.repeat_interleave(self._copies, 1) for x in (k, v))
         valid = None if valid is None else valid.to(k.device)
         batch, _, count, _ = k.shape
-        if self.seq_lens is None:
+        if not self.filled:
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=k.device)
             self.logical_lens = self.seq_lens.clone()
             self.token_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
@@ -112,12 +128,11 @@ class LayerCache(Slab):
         if valid is None and self._uniform:
             self._k[:, :, self.max_len : self.max_len + count] = k
             self._v[:, :, self.max_len : self.max_len + count] = v
-            added = count
+            self.added = count
         else:
-            added = self._scatter(k, v, valid)
-        self.seq_lens += added
-        self.logical_lens += added
-        self.added = added
+            self.added = self._scatter(k, v, valid)
+        self.seq_lens += self.added
+        self.logical_lens += self.added
         self.first = not self.columns
         self.max_len += count
         self.columns += count
@@ -276,7 +291,7 @@ class LayerCache(Slab):
         if not self._whole:
             raise ValueError(f"kvcomp: crop of {count} tokens, but tokens have been evicted")
         removed = self._take_back(count)
-        if self.seq_lens is not None:
+        if self.filled:
             self.seq_lens -= removed
             self.max_len = int(self.seq_lens.max())
 
@@ -284,11 +299,13 @@ class LayerCache(Slab):
         """From empty, become a copy of the first `columns` columns of `other`; see `KVCache`."""
         other._require_whole("adopt")
         arrivals = other._arrivals.part(0, columns)
-        lens, masked = arrivals.tokens(), arrivals.padded
-        longest = int(lens.max()) if masked else lens
-        slot = torch.arange(longest, device=other.seq_lens.device)
+        lens = arrivals.tokens()
         self._reserve(other._k, room)
-        valid = slot < lens[:, None] if masked else None
+        if isinstance(lens, int):
+            longest, valid = lens, None
+        else:
+            longest = int(lens.max())
+            valid = torch.arange(longest, device=lens.device) < lens[:, None]
         self.append(other._k[:, :, :longest], other._v[:, :, :longest], valid)
         self.columns, self.scale, self._arrivals = columns, other.scale, arrivals
 
@@ -342,23 +359,23 @@ class LayerCache(Slab):
 
     def select(self, rows: Tensor) -> None:
         """Rows become `rows` ([B'] int64 indices): reorder, repeat or drop sequences."""
-        if self._k is None:
+        if not self.filled:
             return
         self.settle()
         rows = rows.to(self._k.device)
-        for part in (self.pool, self.index):
-            if part is not None:
-                part.select(rows)
+        if self.hosted:
+            self.pool.select(rows)
+            self.index.select(rows)
         self._arrivals.select(rows)
         self._k, self._v = self._k[rows], self._v[rows]
         self.seq_lens, self.logical_lens = self.seq_lens[rows], self.logical_lens[rows]
         self.state = {name: tensor[rows] for name, tensor in self.state.items()}
         self.slots = {name: tensor[rows] for name, tensor in self.slots.items()}
-        if self._placed is not None:
+        if known(self, "_placed"):
             self._placed = self._placed[rows]
 
     def _require_whole(self, what: str) -> None:
-        if not self._whole or self.slots or self.state or self.pool or self._copies > 1:
+        if not self._whole or self.slots or self.state or self.hosted or self._copies > 1:
             raise ValueError(
                 f"kvcomp: {what}: expected a layer that keeps every token and no notes"
             )
@@ -368,7 +385,7 @@ class LayerCache(Slab):
         kept = self.columns - count
         removed = self._arrivals.part(kept, self.columns).tokens()
         self._arrivals, self.columns = self._arrivals.part(0, kept), kept
-        if self.logical_lens is not None:
+        if self.filled:
             self.logical_lens -= removed
         return removed
 

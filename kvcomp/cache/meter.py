@@ -123,7 +123,7 @@ class Meter:
             self.slot_bytes[position] = layer.slot_bytes
             notes += layer.max_len * layer.note_bytes * len(layer.seq_lens)
             notes += sum(tensor.nbytes for tensor in layer.state.values())
-            if layer.pool is not None:
+            if layer.hosted:
                 notes += layer.index.nbytes
                 host += layer.pool.nbytes
                 self.row_bytes[position] = layer.token_bytes // layer.keys.shape[1]

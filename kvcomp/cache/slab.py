@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcomp.cache.later import forget, known, later
+
 GROWTH = 1.5  # a full slab is replaced by one this many times larger
 FIRST_CAPACITY = 256  # tokens
 TOKEN_ROW = 2048  # bytes of a token, all KV heads, from which on they are better read as one
@@ -25,10 +27,12 @@ class Slab:
         note_bytes: bytes of what `slots` says about one token.
     """
 
+    _k: Tensor = later("the first append")
+    _v: Tensor = later("the first append")
+
     def reset(self) -> None:
         """Forget everything and give the memory back."""
-        self._k: Tensor | None = None
-        self._v: Tensor | None = None
+        forget(self, "_k", "_v")
         self.max_len = 0
         self.slots: dict[str, Tensor] = {}
         self.shared_sets = False
@@ -47,8 +51,13 @@ class Slab:
         return self._v[:, :, : self.max_len]
 
     @property
+    def allocated(self) -> bool:
+        """Whether there is memory: from the first `append` on."""
+        return known(self, "_k")
+
+    @property
     def capacity(self) -> int:
-        return 0 if self._k is None else self._k.shape[2]
+        return self._k.shape[2] if self.allocated else 0
 
     @property
     def note_bytes(self) -> int:
@@ -85,7 +94,7 @@ class Slab:
             if capacity >= budget:  # all that comes before the next eviction
                 step = like.shape[2] == 1  # and so of the window; after a prompt, all of it follows
                 capacity = max(length, budget + window) if step else max(length, budget) + window
-        if self._k is None:
+        if not self.allocated:
             self._k, self._v = like[:, :, :0], like[:, :, :0]
         self._resize(capacity)
 
@@ -132,7 +141,7 @@ class Slab:
                 f"kvcomp: append: argument 'valid': expected [{k.shape[0]}, {k.shape[2]}],"
                 f" got {list(valid.shape)}"
             )
-        if self._k is None:
+        if not self.allocated:
             return
         have, got = self._k, k
         for what, old, new in (

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvcomp._torch import keep_address
 from kvcomp.cache.kv_cache import KVCache, Policy
+from kvcomp.cache.later import forget, known, later
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.ring import StaticRing
 from kvcomp.cache.static_meter import Sizes, StaticMeter
@@ -32,11 +34,15 @@ class StaticLayerCache(LayerCache):
     that addresses outlive a batch.
     """
 
-    cache: StaticKVCache
+    # Also between sequences: k, v, seq_lens, and logical_lens where they differ.
+    _slab: tuple[Tensor, ...] = later("the first append")
+
+    if TYPE_CHECKING:
+
+        @property
+        def cache(self) -> StaticKVCache: ...
 
     def __init__(self, cache: StaticKVCache, position: int) -> None:
-        # Also between sequences: k, v, seq_lens, and logical_lens where they differ; `remember`.
-        self._slab: tuple[Tensor, ...] | None = None
         self._remembered: dict[str, Tensor] = {}
         super().__init__(cache, position)
 
@@ -47,14 +53,14 @@ class StaticLayerCache(LayerCache):
 
     def limit(self, budget: int, window: int) -> None:
         super().limit(budget, window)
-        if self._k is not None:
+        if self.allocated:
             self._fit(budget)
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Add n tokens to every row, as `LayerCache.append`; the caller has checked the room."""
         self._check(k, v, valid)
         k, v = k.detach(), v.detach()
-        self.first = self.seq_lens is None
+        self.first = not self.filled
         if self.first:
             self._open(k)
         elif self._most is not None and k.shape[2] > 1:
@@ -85,11 +91,11 @@ class StaticLayerCache(LayerCache):
 
     def select(self, rows: Tensor) -> None:
         """Rows become `rows` ([B'] int64 indices), in place where their number stays the same."""
-        if self.seq_lens is None:
+        if not self.filled:
             return
         rows = rows.to(self._k.device)
         if len(rows) == len(self.seq_lens):
-            placed = [] if self._placed is None else [self._placed]
+            placed = [self._placed] if known(self, "_placed") else []
             for tensor in (*self._slab, *self.state.values(), *self.slots.values(), *placed):
                 tensor.copy_(tensor[rows])
             return
@@ -98,7 +104,7 @@ class StaticLayerCache(LayerCache):
         self.state = {name: tensor[rows] for name, tensor in self.state.items()}
         for name in self._remembered.keys() & self.state.keys():
             self.remember(name, self.state[name])
-        if self._placed is not None:
+        if known(self, "_placed"):
             self._placed = self._placed[rows]
 
     def shows(self, mask: Tensor) -> bool:
@@ -107,18 +113,20 @@ class StaticLayerCache(LayerCache):
 
     def _open(self, k: Tensor) -> None:
         """The first tokens of new sequences come in: memory of the last ones, if it fits."""
-        slab, room = self._slab, self._room(k.shape[2])
-        if slab is not None:
-            self._copies = slab[0].shape[1] // k.shape[1]
+        room = self._room(k.shape[2])
         batch, heads, _, dim = k.shape
+        if known(self, "_slab"):
+            self._copies = self._slab[0].shape[1] // heads
         heads *= self._copies
-        have = slab and (*slab[0].shape[:2], slab[0].shape[3], slab[0].dtype, slab[0].device)
-        if have != (batch, heads, dim, k.dtype, k.device) or slab[0].shape[2] < room:
-            slab = self._slab = None  # before there is more
+        shape = (batch, heads, room, dim)
+        if known(self, "_slab") and _has_room(self._slab[0], shape, k):
+            slab = self._slab
+        else:
+            forget(self, "_slab")  # before there is more
             # Zeros, because a mask does not stop the NaN that memory never written may hold.
             lens = torch.zeros(batch, dtype=torch.int32, device=k.device)
             both = (lens,) if self._most is None else (lens, lens.clone())
-            slab = *(k.new_zeros(batch, heads, room, dim) for _ in range(2)), *both
+            slab = *(k.new_zeros(shape) for _ in range(2)), *both
         self._bind(slab)
         for lens in slab[2:]:
             lens.zero_()
@@ -148,6 +156,13 @@ class StaticLayerCache(LayerCache):
         self.logical_lens, self.max_len = slab[-1], self.capacity
         for tensor in slab:
             keep_address(tensor)
+
+
+def _has_room(memory: Tensor, shape: tuple[int, int, int, int], like: Tensor) -> bool:
+    """Whether `memory` has that shape, or more slots, and the dtype and device of `like`."""
+    batch, heads, slots, dim = memory.shape
+    same = (batch, heads, dim) == (shape[0], shape[1], shape[3]) and slots >= shape[2]
+    return same and (memory.dtype, memory.device) == (like.dtype, like.device)
 
 
 class StaticKVCache(KVCache):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from kvcomp.cache.meter import Meter
 if TYPE_CHECKING:
     from kvcomp.cache.kv_cache import KVCache
     from kvcomp.cache.layer import LayerCache
+    from kvcomp.cache.static import StaticKVCache
 
 Sizes = tuple[int, int, int]  # bytes by token of the longest row: K and V, notes; notes on rows
 
@@ -33,7 +34,7 @@ class StaticMeter(Meter):
         self.counts = torch.zeros(4 + num_layers, dtype=torch.int64)
         self.peaks = torch.zeros(3, dtype=torch.int64)
         self.logit_bytes = self._slots = 0
-        self._reads: list[Tensor | None] = [None] * num_layers  # [B] each, of the running step
+        self._reads: dict[int, Tensor] = {}  # [B] each, by layer, of the running step
         self._held: tuple[Tensor, Sizes] | None = None  # seq_lens [B] of the latest cache
 
     def count_on(self, device: torch.device) -> None:
@@ -49,12 +50,13 @@ class StaticMeter(Meter):
         """One small reduction for the whole step; all layers keep equally many tokens."""
         kept, seen = cache.layers[0].seq_lens, cache.layers[0].logical_lens
         one = torch.ones_like(seen)
-        rows = torch.stack([one, seen, *self._reads]).sum(1)  # int64
+        reads = [self._reads[position] for position in range(len(cache.layers))]
+        rows = torch.stack([one, seen, *reads]).sum(1)  # int64
         self.counts.add_(torch.cat([one[:1].long(), kept.max()[None].long(), rows]))
-        self._reads[:] = [None] * len(self._reads)
+        self._reads.clear()
 
     def evicting(self, layer: LayerCache, kept_lens: Tensor) -> None:
-        cache = layer.cache
+        cache = _static(layer.cache)
         if layer.position == 0:  # there are never more than now
             self._look(layer.seq_lens, cache.sizes)
         super().evicting(layer, kept_lens)
@@ -86,7 +88,8 @@ class StaticMeter(Meter):
             self._look(*self._held)
         self.peak_len, self.peak_bytes, self.peak_note_bytes = self.peaks.tolist()
 
-    def _hold(self, cache: KVCache) -> None:
+    def _hold(self, held: KVCache) -> None:
+        cache = _static(held)
         rows = len(cache.layers[0].seq_lens)
         cache.sizes = (
             rows * sum(layer.slot_bytes for layer in cache.layers),
@@ -101,3 +104,8 @@ class StaticMeter(Meter):
         slots, notes, rows = sizes
         now = torch.stack([longest, longest * slots, longest * notes + rows])
         self.peaks = torch.maximum(self.peaks.to(now.device), now)
+
+
+def _static(cache: KVCache) -> StaticKVCache:
+    """Such a meter counts for static caches alone."""
+    return cast("StaticKVCache", cache)

@@ -125,7 +125,7 @@ class Layer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.kv.seq_lens is not None:
+        if self.kv.filled:
             rows = torch.arange(self.kv.seq_lens.shape[0], device=self.kv.seq_lens.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 

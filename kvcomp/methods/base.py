@@ -30,7 +30,6 @@ class Method:
         name: name of the method on the command line and in tables.
         baseline: True for methods that exist for comparison.
         croppable: the last tokens can be taken back exactly.
-        moves_keys: the method needs to know how keys are rotated (`cache.inv_freq`).
         forks: the same sequences may be in two caches at once.
         static: a decode step does the same work at all lengths, decided on the device alone, up to
             `between_steps`; `layer.max_len` is then the capacity of a static cache.
@@ -39,7 +38,6 @@ class Method:
     name: ClassVar[str]
     baseline: ClassVar[bool] = False
     croppable: ClassVar[bool] = True
-    moves_keys: ClassVar[bool] = False
     forks: ClassVar[bool] = True
     static: ClassVar[bool] = False
 
@@ -107,6 +105,11 @@ class Method:
 
     # What `calibrate` calls. It decodes, and so belongs above this room: `kvcomp` puts it here.
     _calibrate: ClassVar[Callable[..., Any]]
+
+    @property
+    def moves_keys(self) -> bool:
+        """Whether the method needs to know how keys are rotated (`cache.inv_freq`)."""
+        return False
 
     @property
     def attention(self) -> Method:

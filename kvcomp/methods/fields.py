@@ -19,7 +19,8 @@ def check_types(method: Any) -> None:
     Looked at are numbers, strings, flags, tuples of them, and None; other annotations fit anything.
     A list becomes the tuple that it stands for, so that a method can be compared and hashed.
     """
-    for name, hint in _hints(type(method)).items():
+    cls: type = type(method)
+    for name, hint in _hints(cls).items():
         value = getattr(method, name)
         if not _fits(value, hint):
             raise TypeError(

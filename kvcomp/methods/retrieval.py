@@ -16,7 +16,7 @@ device: what comes to it next are sinks, until there are enough.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -36,6 +36,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 ALWAYS, NEVER = torch.inf, -torch.inf  # thresholds on a similarity
+
+
+class Shares(TypedDict):
+    """The fields of `Retrieval` that bound what is on the device."""
+
+    budget: int
+    sinks: int
+    local: int
+    segment: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class Retrieval(Method):
         return cls(**cls.shares(128 if budget is None else budget))
 
     @classmethod
-    def shares(cls, total: int) -> dict[str, int | tuple[int, int]]:
+    def shares(cls, total: int) -> Shares:
         """The fields by which at most `total` tokens are on the device at a step."""
         sinks, local = max(1, total // 32), max(1, total // 8)
         longest = max(1, min(16, total // 16))
@@ -213,7 +222,7 @@ class Retrieval(Method):
         """New tokens become units in host memory; on the device stay sinks and the newest."""
         if layer.position < self.dense_layers:
             return
-        if layer.index is None:
+        if not layer.hosted:
             self._begin(layer, q)
             first_row = torch.full_like(layer.seq_lens, self.sinks)
         else:
@@ -235,7 +244,7 @@ class Retrieval(Method):
         layer.state.pop("recall", None)  # of `audit`, before this prompt
 
     def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
-        if layer.index is None:
+        if not layer.hosted:
             return super().context(layer)
         lens = self._close_open(layer).tolist()
         ends, new = (
@@ -251,7 +260,7 @@ class Retrieval(Method):
         return k, v, layer.logical_lens
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
-        if layer.index is not None:
+        if layer.hosted:
             layer.settle()
             if layer.cache.state.lacks_sinks:
                 self._store_sinks(layer)
@@ -267,7 +276,7 @@ class Retrieval(Method):
             return super().rewind(cache, columns)
         cache.state.lacks_sinks = True
         for layer in cache.layers:
-            if layer.index is None:
+            if not layer.hosted:
                 layer.crop(layer.columns - prompt)
                 continue
             layer.recede(prompt, self.sinks)

@@ -38,7 +38,7 @@ class PagedRetrieval(Retrieval):
     def example(cls, budget: int | None = None) -> Self:
         """At most `budget` tokens on the device, pages of 4, for short contexts and few layers."""
         fields = cls.shares(128 if budget is None else budget)
-        longest = fields.pop("segment")[1]
+        longest = fields["segment"][1]
         page = min(4, longest)
         fields["budget"] += longest - page
         return cls(**fields, page_size=page, dense_layers=1)

@@ -23,14 +23,12 @@ class SharedTokens(Method):
 
     Attributes:
         budget: tokens that a sparse layer attends to, the recent ones included.
-        recent: newest tokens always in the set.
         dense_layers: how many first layers attend to everything and choose nothing.
         selecting: layers that attend to everything and choose; the first must follow the dense
             ones. None: that one and the one in the middle.
     """
 
     budget: int = 1024
-    recent: int = 1
     dense_layers: int = 2
     selecting: tuple[int, ...] | None = None
 
@@ -47,7 +45,7 @@ class SharedTokens(Method):
     @property
     def num_recent(self) -> int:
         """Newest tokens always in the set."""
-        return self.recent
+        raise NotImplementedError
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

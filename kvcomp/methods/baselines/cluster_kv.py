@@ -50,7 +50,7 @@ class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
     def example(cls, budget: int | None = None) -> Self:
         """At most `budget` tokens on the device, for short contexts and few layers."""
         fields = cls.shares(128 if budget is None else budget)
-        window = fields.pop("segment")[1]
+        window = fields["segment"][1]
         return cls(**fields, cluster_size=8, output_window=window, output_cluster=4, dense_layers=1)
 
     @property
@@ -59,7 +59,7 @@ class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
 
     def prefill(self, layer: LayerCache, q: Tensor) -> None:
         super().prefill(layer, q)
-        if layer.index is not None:
+        if layer.hosted:
             layer.state["prompt_units"] = layer.index.num_units.clone()
 
     def select(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> None:

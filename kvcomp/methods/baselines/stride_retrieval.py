@@ -39,7 +39,7 @@ class StrideRetrieval(ClusteredRetrieval, name="stride-retrieval", baseline=True
     def example(cls, budget: int | None = None) -> Self:
         """At most `budget` tokens on the device, for short contexts and few layers."""
         fields = cls.shares(128 if budget is None else budget)
-        stride = fields.pop("segment")[1]
+        stride = fields["segment"][1]
         return cls(**fields, stride=stride, cluster_size=4, dense_layers=1)
 
     def similarity(self, layer: LayerCache, q: Tensor) -> Tensor:

@@ -19,7 +19,17 @@ from kvcomp.methods.baselines._shared_tokens import SharedTokens
 
 @dataclass(frozen=True)
 class TidalDecode(SharedTokens, name="tidal-decode", baseline=True):
-    """Tokens by probability, a set per KV head."""
+    """Tokens by probability, a set per KV head.
+
+    Attributes:
+        recent: newest tokens always in the set.
+    """
+
+    recent: int = 1
+
+    @property
+    def num_recent(self) -> int:
+        return self.recent
 
     def score(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> Tensor:
         heads = layer.keys.shape[1]
