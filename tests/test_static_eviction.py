@@ -152,7 +152,7 @@ def test_less_room_than_the_budget(qwen3):
         cache = run.new_cache()
         assert torch.equal(decode(qwen3, padded_batch(), cache, qwen3, 20), expected)
         same = run.report().to_dict()
-        with pytest.raises(ValueError, match="40 tokens are in the cache and 1 more"):
+        with pytest.raises(ValueError, match="holds 40 tokens and 1 more do not fit"):
             qwen3(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
     assert {layer.capacity for layer in cache.kv.layers} == {40}
     assert same["kept_peak"] == figures.kept_peak and same["evictions"] == 0

@@ -1,4 +1,4 @@
-"""The command line: kvcomp info | get | demo | generate | plan | delethink.
+"""The command line: kvcomp info | get | demo | generate | serve | plan | delethink.
 
 Every error that a user can cause is one line on standard error and exit code 2; Ctrl-C and SIGTERM
 exit with the shell's codes, 130 and 143.
