@@ -64,15 +64,15 @@ def demo(
     model: Annotated[
         str,
         typer.Option(
-            help="With another than the reasoner, real text is read instead of problems.",
+            help="Another model reads real text instead of solving problems.",
             metavar="NAME",
         ),
     ] = "reasoner",
     windows: Annotated[
-        int, typer.Option(help="With --model: windows of the text, read as one batch.", min=1)
+        int, typer.Option(help="With --model: windows of text, read as one batch.", min=1)
     ] = 4,
     tokens: Annotated[
-        int, typer.Option(help="With --model: tokens of a window; a quarter is the prompt.", min=16)
+        int, typer.Option(help="With --model: tokens per window; a quarter is the prompt.", min=16)
     ] = 512,
     device: Device = None,
     dtype: Dtype = None,
@@ -85,7 +85,11 @@ def demo(
         Path | None, typer.Option("--plot", help="Draw the results as PNG.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Compare methods on problems for the bundled model, or on real text for another."""
+    """Compare methods on problems, or on real text with --model.
+
+    The problems are for the bundled reasoning model, whose every step is graded. With another model,
+    the table has its loss on real text.
+    """
     names = list(dict.fromkeys(method)) if method else main_methods()
     if names == ["all"]:
         names = all_methods()
