@@ -131,6 +131,21 @@ def test_attention_switched_between_two_tokens(method):
         )
 
 
+@pytest.mark.parametrize("method", [m for m in WHOLE if m.static], ids=name_of)
+def test_a_compiled_step_notices_both(method):
+    model = tiny_model("llama")
+    run = kvcomp.patch(model, method, max_tokens=60)
+    step, cache = run.compile(backend="eager", fullgraph=True), run.new_cache()
+    with torch.no_grad():
+        token = step(IDS, past_key_values=cache).logits[:, -1:].argmax(-1)
+        by_method(model)
+        with pytest.raises(ValueError, match=NOTICED):
+            step(token, past_key_values=cache)
+        run.undo()
+        with pytest.raises(RuntimeError, match="undone"):
+            step(token, past_key_values=cache)
+
+
 # --- undo() while something generates
 
 

@@ -147,6 +147,7 @@ class StaticRun(Run):
     def _step(self, compiled: Callable) -> Callable:
         def step(input_ids: Tensor, *, past_key_values: StaticCache, **given: Any) -> Any:
             self._gate.require_open()
+            self._check_attention()
             given |= {"input_ids": input_ids, "past_key_values": past_key_values}
             self._check_cache(past_key_values)
             if input_ids.shape[1] > 1 or not past_key_values.kv.seen:  # a prompt
