@@ -87,8 +87,8 @@ def demo(
 ) -> None:
     """Compare methods on problems, or on real text with --model.
 
-    The problems are for the bundled reasoning model, whose every step is graded. With another model,
-    the table has its loss on real text.
+    The problems are for the bundled reasoning model, whose every step is graded. With another
+    model, the table has its loss on real text.
     """
     names = list(dict.fromkeys(method)) if method else main_methods()
     if names == ["all"]:
