@@ -6,8 +6,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from kvcomp.ops import OPS
+from kvcomp.ops._widen import in_float64
 from kvcomp.selftest.case import HALF_AND_FULL, Case, ints, kv_cache
-from kvcomp.selftest.compare import assert_close, in_float64, outputs
+from kvcomp.selftest.compare import assert_close, outputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

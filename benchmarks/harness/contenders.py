@@ -14,8 +14,9 @@ from torch import Tensor
 from harness.record import Row
 from harness.timing import Rotation, Timing, cold_sets, interleave, rounds_in_graph
 from kvcomp.ops import OPS
+from kvcomp.ops._widen import HALF, in_float32, in_float64
 from kvcomp.probe import Probe
-from kvcomp.selftest.compare import in_float64, max_error
+from kvcomp.selftest.compare import max_error
 
 KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # worth timing on a device
 REFERENCE_BYTES = 40 << 20  # larger inputs are not run through the reference
@@ -51,7 +52,7 @@ class Expected:
         self, reference: Callable, args: tuple, *, ids_may_differ: float = 0.0, exact: bool = False
     ) -> None:
         self.truth = _as_tuple(reference(*in_float64(args)))
-        self.plain = _as_tuple(reference(*map(_in_fp32, args)))
+        self.plain = _as_tuple(reference(*in_float32(args)))
         self.ids_may_differ = ids_may_differ
         self.exact = exact
 
@@ -79,7 +80,7 @@ class Expected:
         """
         largest = truth.abs().max().item()
         if not ours:
-            return (0.05 if got.dtype in _HALF else 1e-3) * largest
+            return (0.05 if got.dtype in HALF else 1e-3) * largest
         own = max_error(plain.to(got.dtype), truth)
         return 2 * (own + torch.finfo(got.dtype).eps * largest)
 
@@ -161,16 +162,6 @@ def implementations(op: str, device: str, num_bytes: int = 0) -> list[str]:
     """What can run there: kernels first, and the reference where the input is small."""
     names = [name for name in KERNELS[device] if name in OPS[op].impls]
     return names + ["reference"] * (num_bytes <= REFERENCE_BYTES)
-
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def _in_fp32(argument: object) -> object:
-    if isinstance(argument, list):
-        return [_in_fp32(each) for each in argument]
-    half = isinstance(argument, Tensor) and argument.dtype in _HALF
-    return argument.float() if half else argument
 
 
 def _as_tuple(result: object) -> tuple:

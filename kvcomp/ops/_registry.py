@@ -17,6 +17,7 @@ import torch
 
 from kvcomp import _C, _torch
 from kvcomp.ops._arguments import explain
+from kvcomp.ops._widen import in_float32
 
 LIBRARY = torch.library.Library("kvcomp", "DEF")
 OPS: dict[str, Op] = {}
@@ -180,7 +181,7 @@ def _float32_fallback(reference: Callable, fake: Callable, schema: str) -> Calla
 
     def run(*args):
         expected = fake(*args)
-        wide = [_widened(a) for a in args]
+        wide = in_float32(args)
         result = reference(*wide)
         for i in changed:
             given, computed = (x if isinstance(x, list) else [x] for x in (args[i], wide[i]))
@@ -200,13 +201,3 @@ def _within_range(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return value
     limit = torch.finfo(dtype).max
     return torch.where(value.isinf(), value, value.clamp(-limit, limit))
-
-
-def _widened(argument: object) -> object:
-    if isinstance(argument, list):
-        return [_widened(each) for each in argument]
-    half = isinstance(argument, torch.Tensor) and argument.dtype in _HALF
-    return argument.float() if half else argument
-
-
-_HALF = (torch.float16, torch.bfloat16)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.ops import OPS
+from kvcomp.ops._widen import in_float64
 from kvcomp.selftest.case import Case
 
 
@@ -40,18 +41,6 @@ def check(case: Case, impl: str, dtype: torch.dtype, device: str) -> None:
             assert_close(got, want, plain, what)
         elif not torch.equal(got, want):
             raise WrongResult(f"{what}: {got} is not {want}")
-
-
-def in_float64(args: tuple) -> tuple:
-    """The same arguments with every floating tensor widened: the reference on them is the truth."""
-    return tuple(_widened(a) for a in args)
-
-
-def _widened(argument: object) -> object:
-    if isinstance(argument, list):
-        return [_widened(each) for each in argument]
-    floating = isinstance(argument, Tensor) and argument.is_floating_point()
-    return argument.double() if floating else argument
 
 
 def outputs(impl: Callable, case: Case, args: tuple) -> tuple[Tensor, ...]:
