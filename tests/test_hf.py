@@ -402,7 +402,7 @@ def test_calibrate_finds_the_hits_that_matter_to_lazy_eviction():
     given = torch.tensor(tokenizer(problem.gold())["input_ids"])[-280:]
     low, high = (
         answer_loss(model, [problem.prompt], [given], method, tokenizer=tokenizer)
-        for method in (LazyEviction(budget=96, window=24), found)
+        for method in (LazyEviction(budget=96, window=24, alpha=1e-4), found)
     )
     dense = answer_loss(model, [problem.prompt], [given], Full(), tokenizer=tokenizer)
     assert dense < high < low
