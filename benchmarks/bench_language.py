@@ -4,9 +4,10 @@
     python benchmarks/bench_language.py --smoke                        # for CI
 
 loss (the default) reads windows of real text token by token behind a prompt of an eighth, under
-every method at equal bytes, and compares the predictions with those of dense attention. The model
-is a short name that `kvcomp get` knows, a folder or a hub name; the texts come with Python. A run
-that was interrupted goes on with the same command.
+every method at equal bytes, and compares the predictions with those of dense attention. premises
+looks for what the papers take for granted in the dense attention of the same windows. The model is
+a short name that `kvcomp get` knows, a folder or a hub name; the texts come with Python. A run that
+was interrupted goes on with the same command.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness.record import header
+from harness.record import header, meta
 from kvcomp import METHODS
 from kvcomp.cli.common import load, pick_device, pick_dtype
 from kvcomp.cli.output import check_output
-from language import loss
+from kvcomp.progress import stderr_console
+from kvcomp.reading import checksums, windows
+from language import loss, premises
+from language.stack import stackable
+from language.store import Store
 
 DEFAULTS = [name for name in METHODS if name != "delethink"]
 SMOKE = {"model": "reasoner", "tokens": 64, "windows": 2, "batch": 2, "budgets": ["3/4"]}
@@ -36,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = found.add_argument
+    add("--part", choices=PARTS, default="loss")
     add("--model", default="smollm2-135m", metavar="NAME", help="default: smollm2-135m")
     add(
         "--methods",
@@ -65,15 +70,7 @@ def run_loss(options: argparse.Namespace) -> None:
     cells = study.cells()
     print(f"{len(cells)} cells, {len(study.store.rows)} of them done", flush=True)
     bytes_there = study.room.context_bytes
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(file=sys.stderr),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    ) as bar:
+    with _progress() as bar:
         task = bar.add_task("dense", total=None)
 
         def ticks(what: str, steps: int) -> Callable[[], None]:
@@ -89,6 +86,48 @@ def run_loss(options: argparse.Namespace) -> None:
         print(loss.line(summary, bytes_there))
 
 
+def run_premises(options: argparse.Namespace) -> None:
+    model, tokenizer = load(options.model, pick_device(options.device), pick_dtype(options.dtype))
+    if not stackable(model):
+        raise ValueError("kvcomp.language: premises are of models with full attention everywhere")
+    chosen = windows(tokenizer, options.windows, options.tokens)
+    settings = {
+        "model": options.model,
+        "dtype": options.dtype,
+        "tokens": options.tokens,
+        "texts": checksums(),
+    }
+    facts = meta("language-premises", model.device.type)
+    store = Store(options.json, ("text", "first"), settings, facts)
+    print(header(facts))
+    done, count = store.done(), 0
+    with _progress() as bar:
+        task = bar.add_task("windows", total=len(chosen), completed=len(done))
+        for window in chosen:
+            if (window.text, window.first) in done or count == options.cells:
+                continue
+            store.add(premises.look(model, window))
+            count += 1
+            bar.advance(task)
+    print(f"{len(store.rows)} windows")
+    for line in premises.verdicts(store.rows):
+        print(line)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=stderr_console(),
+        transient=True,
+    )
+
+
+PARTS = {"loss": run_loss, "premises": run_premises}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.smoke:
@@ -99,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision("medium")  # oneDNN's kernels; on CPUs as exact as MKL's
     try:
         check_output(options.json)
-        run_loss(options)
+        for part in PARTS if options.smoke else [options.part]:
+            PARTS[part](options)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
