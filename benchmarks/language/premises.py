@@ -151,11 +151,11 @@ def similarity(attention: Attention, group: int, dense_layers: int = 2) -> Row:
 
 
 @torch.no_grad()
-def carry(model: Any, head: Any, window: Window, chunk: int = 256) -> list[Row]:
-    """Loss of the last `chunk` tokens by how many before them are carried on, behind a head of an
-    eighth of the window, as Delethink keeps the question."""
+def carry(model: Any, head: Any, window: Window) -> list[Row]:
+    """Loss of the last quarter of a window by how many tokens before it are carried on, behind a
+    head of an eighth of the window, as Delethink keeps the question."""
     ids = torch.tensor(window.ids, device=model.device)
-    question = len(ids) // 8
+    question, chunk = len(ids) // 8, len(ids) // 4
     found = []
     for size in (*CARRIES, None):
         first = question if size is None else max(question, len(ids) - chunk - size)
@@ -218,7 +218,7 @@ def verdicts(rows: list[Row]) -> list[str]:
         "  below tau: " + ", ".join(f"{tau:g} {rate:.1%}" for tau, rate in rates.items()),
         f"  best quarter shared with the next step:"
         f" {mean(lambda row: row['similarity']['overlap']):.1%}",
-        "Delethink: loss of the last 256 tokens by tokens carried on",
+        "Delethink: loss of the last quarter by tokens carried on",
         "  "
         + ", ".join(
             f"{each['carry'] or 'all'}"

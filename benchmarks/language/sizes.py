@@ -18,4 +18,5 @@ def sized(name: str, bound: int, room: Room, own: dict[str, Any]) -> Method:
     Raises:
         ValueError: the method cannot work with so little.
     """
-    return fit(name, bound, room, {**as_it_comes(METHODS[name], room.model), **own})
+    kept = as_it_comes(METHODS[name], room.model, bound // room.token_bytes)
+    return fit(name, bound, room, {**kept, **own})

@@ -47,6 +47,7 @@ class Delta(Method, name="delta"):
         warmup: W0, number of first layers that attend densely.
         delta_layers: D, the layers that select; None: the layer after the warm-up, and those at 1/2
             and 4/5 of the depth, like the published sets.
+        sinks: first pages, always in the set; 0 in the paper.
         group: torch.distributed group whose ranks hold the other heads of the same layers (tensor
             parallelism); probabilities are then reduced over it.
     """
@@ -56,6 +57,7 @@ class Delta(Method, name="delta"):
     recent: int = 8  # L
     warmup: int = 2  # W0
     delta_layers: tuple[int, ...] | None = None  # D
+    sinks: int = 0
     group: Any = field(default=None, repr=False, compare=False)
 
     static: ClassVar[bool] = True
@@ -77,10 +79,12 @@ class Delta(Method, name="delta"):
                 f"kvcomp.Delta: budget: expected a multiple of page_size={self.page_size},"
                 f" got {self.budget}"
             )
-        if self.num_pages < self.recent:
+        self._require(self.sinks >= 0, "sinks", "at least 0 pages", self.sinks)
+        if self.num_pages < self.recent + self.sinks:
+            forced = "(recent + sinks)" if self.sinks else "recent"
             raise ValueError(
-                f"kvcomp.Delta: budget: expected at least recent * page_size ="
-                f" {self.recent * self.page_size} tokens, got {self.budget}"
+                f"kvcomp.Delta: budget: expected at least {forced} * page_size ="
+                f" {(self.recent + self.sinks) * self.page_size} tokens, got {self.budget}"
             )
 
     @property
@@ -181,7 +185,11 @@ class Delta(Method, name="delta"):
         if layer.position not in state.planners:
             return layer.attend(q, scale)[0]
         logits = layer.cache.logits_for(layer, q)
-        chosen = {"num_pages": self.num_pages, "num_recent": self.recent}
+        chosen = {
+            "num_pages": self.num_pages,
+            "num_recent": self.recent,
+            "num_sink": self.sinks,
+        }
         if self.group is None and layer.sinks is None:
             out, _, _, *state.pages = layer.attend_and_select(
                 q, scale, logits=logits, page_size=self.page_size, **chosen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from kvcomp.methods import METHODS, Method
+from kvcomp.methods import METHODS, LazyEviction, Method
 from kvcomp.methods.retrieval import Retrieval
 
 STEP = 16  # tokens: budgets are whole pages
@@ -14,13 +14,17 @@ SIZES = {"budget", "recent", "local", "newest", "segment", "partition", "group"}
 SIZES |= {"output_window", "output_cluster"}
 
 
-def as_it_comes(cls: type[Method], model: str) -> dict[str, Any]:
-    """Fields that are no sizes, as `for_model` has them."""
+def as_it_comes(cls: type[Method], model: str, tokens: int) -> dict[str, Any]:
+    """Fields that are no sizes, as `for_model` has them; and LazyEviction's window in proportion
+    to `tokens`, which are budget and window."""
     retrieves = issubclass(cls, Retrieval)
     sizes = SIZES | ({"sinks"} if retrieves else {"window"})
     default = cls.for_model(model)
     own = [field.name for field in fields(cls) if field.init and field.name not in sizes]
-    return {name: getattr(default, name) for name in own}
+    kept = {name: getattr(default, name) for name in own}
+    if isinstance(default, LazyEviction):
+        kept["window"] = max(1, tokens * default.window // (default.budget + default.window))
+    return kept
 
 
 def scaled(name: str, tokens: int, model: str) -> Method:
@@ -30,8 +34,9 @@ def scaled(name: str, tokens: int, model: str) -> Method:
         ValueError: the method cannot work with so few.
     """
     cls = METHODS[name]
-    example, kept = cls.example(tokens - tokens % STEP), as_it_comes(cls, model)
+    example, kept = cls.example(tokens - tokens % STEP), as_it_comes(cls, model, tokens)
     if hasattr(example, "segment") and "page_size" in kept:  # a page is a segment
-        budget = example.budget + example.segment[1] - kept["page_size"]
-        return replace(example, budget=budget, **kept)
+        kept["budget"] = example.budget + example.segment[1] - kept["page_size"]
+    elif isinstance(example, LazyEviction):
+        kept["budget"] = tokens - kept["window"]
     return replace(example, **kept)
