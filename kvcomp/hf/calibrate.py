@@ -163,7 +163,7 @@ def calibrate_lazy_eviction(
     The prompts are answered with dense attention. For each alpha the window follows the paper: it
     covers the longest interval of 80 % of the tokens that were hit, but is at most a quarter of the
     budget. The paper gives no rule for alpha; this takes the one with which the evicting model best
-    predicts the dense answers.
+    predicts the dense answers. The default alpha and window are tried beside them.
 
     Args:
         model: a Hugging Face causal LM.
@@ -187,9 +187,13 @@ def calibrate_lazy_eviction(
             f" {budget + most} tokens, only {recorder.longest_row}; decode more, or choose a"
             " smaller budget"
         )
+    candidates = [
+        {"alpha": alpha, "window": window} for alpha, window in recorder.windows().items()
+    ]
+    candidates.append({"window": cls.window})  # what one has without measuring
     losses = {}
-    for alpha, window in recorder.windows().items():
-        method = cls(**{"alpha": alpha, "window": min(window, most), **fields})
+    for found in candidates:
+        method = cls(**{**found, "window": min(found["window"], most), **fields})
         losses[method] = answer_loss(model, prompts, answers, method, tokenizer=tokenizer)
     return min(losses, key=losses.__getitem__)
 
