@@ -99,3 +99,20 @@ def test_a_tree_is_its_paths():
             )
             for a, b in zip(got, want, strict=True):
                 torch.testing.assert_close(a[row, node], b[0])
+
+
+@pytest.mark.parametrize("count", [2, 5, 14])  # 6, 15, 42 rows: 1, 2 and 4 fragments, two blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cuda_kernel_gives_the_bits_of_plain_steps(dtype, count):
+    """Where the tokens are divided alike: the same number of them, or up to 256."""
+    append, decode = (OPS[f"{name}_attention"].impl("cuda-host") for name in ("append", "decode"))
+    q, k, v = attention_inputs(2, HEADS * count, KV_HEADS, 330, 32, dtype)
+    q, lens = q.unflatten(1, (count, HEADS)), ints([330, 300])
+    given = k, v, lens, None, None, None, 1, SCALE, None
+    last = tuple(x[:, -1:] for x in append(q, *given))
+    same(last, append(q[:, -1:], *given))
+    want = decode(q[:, -1], k, v, lens, None, 1, SCALE, None)
+    same((x[:, 0] for x in last), want)
+    short = ints([40, 150])  # one split, whatever the length
+    got = append(q, k, v, short, None, None, None, 1, SCALE, None)
+    same(got, one_by_one("cuda-host", q, k, v, short, None, 1))

@@ -10,6 +10,7 @@ namespace kvcomp::cuda {
 // Whether the driver, if there is one, runs what this CUDA has compiled: its major version decides.
 bool driver_suffices();
 
+void append_attention(const AppendAttentionParams& params, int device, std::uintptr_t stream);
 void attend_and_select(const AttendAndSelectParams& params, int device, std::uintptr_t stream);
 void attention_hits(const AttentionHitsParams& params, int device, std::uintptr_t stream);
 void compact_kv(const CompactKvParams& params, int device, std::uintptr_t stream);

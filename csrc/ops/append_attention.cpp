@@ -57,7 +57,7 @@ void append_attention(Backend backend, py::handle q_, py::handle k, py::handle v
     params.stride_tail_b = tail->strides[0];
   }
   if (readable(backend)) check_new_tokens(at, params);
-  run<cpu::append_attention>(at, backend, params, q.device, stream);
+  run<cpu::append_attention, cuda::append_attention>(at, backend, params, q.device, stream);
 }
 
 KVCOMP_OP(append_attention);

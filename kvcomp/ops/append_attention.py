@@ -122,4 +122,5 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
+    backends=("cpu", "cuda"),
 )

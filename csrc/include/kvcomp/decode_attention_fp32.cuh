@@ -1,4 +1,5 @@
-// A warp of decode_attention in fp32, on the CUDA cores: for tests and small jobs.
+// A warp of decode_attention and append_attention in fp32, on the CUDA cores: for tests and small
+// jobs.
 #pragma once
 
 #include <cstdint>
@@ -8,27 +9,26 @@
 namespace kvcomp {
 
 // A warp takes one token at a time, a lane every 32nd element of its row.
-template <int D>
-class DecodeWarp<float, D> {
+template <int D, typename Columns>
+class DecodeWarp<float, D, 1, Columns> {
   using Tile = DecodeTile<D>;
   static constexpr int kParts = (D + 31) / 32;
 
  public:
-  __device__ DecodeWarp(const DecodeAttentionParams& p, const DecodeSplit& split, int sequence,
-                        int kv_head, int first_head, typename Tile::Stage*)
+  __device__ DecodeWarp(const DecodeAttentionParams& p, const DecodeSplit& split,
+                        const Columns& columns, int sequence, int kv_head, typename Tile::Stage*,
+                        const uint16_t*)
       : p_(p),
         split_(split),
+        columns_(columns),
         k_(static_cast<const float*>(p.k) + sequence * p.stride_k_b + kv_head * p.stride_k_h),
         v_(static_cast<const float*>(p.v) + sequence * p.stride_v_b + kv_head * p.stride_v_h),
-        logits_(p, sequence) {
-    const int group = p.num_heads / p.num_kv_heads;
-    num_heads_ = min(Tile::kHeads, group - first_head);
-    head_ = kv_head * group + first_head;
-    const float* q = static_cast<const float*>(p.q) + sequence * p.stride_q_b;
+        logits_(p) {
 #pragma unroll
-    for (int head = 0; head < Tile::kHeads; ++head) {
-      max_[head] = -INFINITY;
-      if (head < num_heads_) load(q + (head_ + head) * p.stride_q_h, q_[head]);
+    for (int column = 0; column < Tile::kColumns; ++column) {
+      max_[column] = -INFINITY;
+      if (column >= columns.count()) continue;
+      load(static_cast<const float*>(p.q) + columns.q(column), q_[column]);
     }
   }
 
@@ -38,20 +38,21 @@ class DecodeWarp<float, D> {
       float k[kParts] = {}, v[kParts] = {};
       if (slot >= 0) load(k_ + slot * p_.stride_k_t, k), load(v_ + slot * p_.stride_v_t, v);
 #pragma unroll
-      for (int head = 0; head < Tile::kHeads; ++head) {
-        if (head >= num_heads_) break;
+      for (int column = 0; column < Tile::kColumns; ++column) {
+        if (column >= columns_.count()) break;
         float s = 0;
-        for (int i = 0; i < kParts; ++i) s += q_[head][i] * k[i];
+        for (int i = 0; i < kParts; ++i) s += q_[column][i] * k[i];
         s = group_sum(s, 32) * p_.scale;
         s = slot == kSkipped ? -INFINITY : slot == kWild ? NAN : s;
-        if (logits_ && threadIdx.x % 32 == 0) logits_.store(head_ + head, at, s);
-        const float top = fmaxf(max_[head], s);
+        if (!columns_.see_all(at + 1) && !columns_.sees(column, at)) s = -INFINITY;
+        if (logits_ && threadIdx.x % 32 == 0) logits_.store(columns_.logits(column), at, s);
+        const float top = fmaxf(max_[column], s);
         const float base = top == -INFINITY ? 0.0f : top;
-        const float decay = exp2f((max_[head] - base) * kLog2e);
+        const float decay = exp2f((max_[column] - base) * kLog2e);
         const float prob = exp2f((s - base) * kLog2e);
-        max_[head] = top;
-        sum_[head] = sum_[head] * decay + prob;
-        for (int i = 0; i < kParts; ++i) out_[head][i] = out_[head][i] * decay + prob * v[i];
+        max_[column] = top;
+        sum_[column] = sum_[column] * decay + prob;
+        for (int i = 0; i < kParts; ++i) out_[column][i] = out_[column][i] * decay + prob * v[i];
       }
     }
   }
@@ -59,10 +60,11 @@ class DecodeWarp<float, D> {
   __device__ void leave(typename Tile::States& states) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-    for (int head = 0; head < Tile::kHeads; ++head) {
-      if (lane == 0) states.max[warp][head] = max_[head], states.sum[warp][head] = sum_[head];
+    for (int column = 0; column < Tile::kColumns; ++column) {
+      if (lane == 0)
+        states.max[warp][column] = max_[column], states.sum[warp][column] = sum_[column];
       for (int i = 0; i < kParts; ++i) {
-        if (i * 32 + lane < D) states.out[warp][head][i * 32 + lane] = out_[head][i];
+        if (i * 32 + lane < D) states.out[warp][column][i * 32 + lane] = out_[column][i];
       }
     }
   }
@@ -78,11 +80,11 @@ class DecodeWarp<float, D> {
 
   const DecodeAttentionParams& p_;
   const DecodeSplit& split_;
+  const Columns& columns_;
   const float *k_, *v_;
   const LogitsOut logits_;
-  int num_heads_, head_;
-  float q_[Tile::kHeads][kParts] = {};
-  float max_[Tile::kHeads], sum_[Tile::kHeads] = {}, out_[Tile::kHeads][kParts] = {};
+  float q_[Tile::kColumns][kParts] = {};
+  float max_[Tile::kColumns], sum_[Tile::kColumns] = {}, out_[Tile::kColumns][kParts] = {};
 };
 
 }  // namespace kvcomp

@@ -1,5 +1,5 @@
-// What the warps of decode_attention share, whatever the type: the shape of a block, its part of
-// the tokens, and what a warp must offer.
+// What the warps of decode_attention and append_attention share, whatever the type: the shape of a
+// block, its part of the tokens, its rows of q, and what a warp must offer.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +9,17 @@
 
 namespace kvcomp {
 
-template <int D>
+// kFragments fragments of S are 8 rows of q each: a block's columns.
+template <int D, int kFragments = 1>
 struct DecodeTile {
-  static constexpr int kTokens = 16, kHeads = 8;  // of an S fragment
+  static constexpr int kTokens = 16, kColumns = 8 * kFragments, kSteps = D / 16;
   static constexpr int kWarps = D <= 128 ? 4 : 2, kThreads = kWarps * 32;
   // As many as keep a block under 82 KB: three of most sizes share an SM of 9.0, two one of 8.0.
   static constexpr int kStages = D <= 64 ? 4 : D <= 96 ? 3 : 2;
   // 16 bytes more than D elements: the 8 rows of a matrix then lie in different banks.
   static constexpr int kPitch = D + 8;
+  // Where a lane has no registers for its part of q, all warps read one copy of it.
+  static constexpr bool kShareQueries = kFragments * kSteps > 16;
 
   struct Stage {
     alignas(16) uint16_t k[kTokens * kPitch];
@@ -25,13 +28,20 @@ struct DecodeTile {
   };
   // After the last token the pipelines' memory holds the states that are merged.
   struct States {
-    float max[kWarps][kHeads], sum[kWarps][kHeads];
-    float out[kWarps][kHeads][D];
+    float max[kWarps][kColumns], sum[kWarps][kColumns];
+    float out[kWarps][kColumns][D];
   };
   static constexpr std::size_t kPipeline = sizeof(Stage) * kStages * kWarps;
-  static constexpr std::size_t kShared = kPipeline > sizeof(States) ? kPipeline : sizeof(States);
+  static constexpr std::size_t kStates = kPipeline > sizeof(States) ? kPipeline : sizeof(States);
+  // Behind them, with kShareQueries, q [kColumns, kPitch] in 16 bits.
+  static constexpr std::size_t kQueries = kShareQueries ? 2 * kColumns * kPitch : 0;
+  static constexpr std::size_t kShared = kStates + kQueries;
   // What an SM of 9.0 has room for, which registers must allow: 1 KB of each block is the system's.
-  static constexpr int kBlocks = 228 * 1024 / (kShared + 1024);
+  static constexpr int kBySharedMemory = 228 * 1024 / (kShared + 1024);
+  // A thread's sums and its part of q, and some 80 registers besides.
+  static constexpr int kRegisters = 80 + kFragments * kSteps * (kShareQueries ? 4 : 6);
+  static constexpr int kByRegisters = 65536 / (kThreads * kRegisters);
+  static constexpr int kBlocks = kBySharedMemory < kByRegisters ? kBySharedMemory : kByRegisters;
 };
 
 enum Slot : int { kSkipped = -1, kWild = -2 };  // kWild: an id out of range, which poisons the row
@@ -76,16 +86,16 @@ struct DecodeSplit {
   static constexpr int kLeast = 256;  // fewer cost more to merge than they save
 };
 
-// The logits of one sequence, where they are wanted.
+// The logits, where they are wanted.
 class LogitsOut {
  public:
-  __device__ LogitsOut(const DecodeAttentionParams& p, int sequence)
-      : p_(p), row_(sequence * p.stride_logits_b) {}
+  __device__ explicit LogitsOut(const DecodeAttentionParams& p) : p_(p) {}
 
   __device__ explicit operator bool() const { return p_.logits; }
 
-  __device__ void store(int head, int position, float logit) const {
-    const int64_t at = row_ + head * p_.stride_logits_h + position;
+  // `row` is the offset of a query head's logits.
+  __device__ void store(int64_t row, int position, float logit) const {
+    const int64_t at = row + position;
     if (p_.logits_dtype == ScalarType::f32) {
       static_cast<float*>(p_.logits)[at] = logit;
     } else {
@@ -97,12 +107,48 @@ class LogitsOut {
 
  private:
   const DecodeAttentionParams& p_;
-  const int64_t row_;
+};
+
+// The columns of a block of decode_attention: up to 8 of the query heads that share a KV head.
+// append_attention has its own.
+class DecodeColumns {
+ public:
+  __device__ DecodeColumns(const DecodeAttentionParams& p, int sequence, int kv_head, int tile)
+      : p_(p),
+        sequence_(sequence),
+        first_(kv_head * (p.num_heads / p.num_kv_heads) + tile * DecodeTile<32>::kColumns),
+        count_(min(DecodeTile<32>::kColumns,
+                   (kv_head + 1) * (p.num_heads / p.num_kv_heads) - first_)) {}
+
+  // Columns that attend, and those that have outputs.
+  __device__ int count() const { return count_; }
+  __device__ int stored() const { return count_; }
+  __device__ bool wrong() const { return false; }
+
+  // Offsets of a column's q and logits, and its row of the outputs.
+  __device__ int64_t q(int column) const {
+    return sequence_ * p_.stride_q_b + (first_ + column) * p_.stride_q_h;
+  }
+  __device__ int64_t logits(int column) const {
+    return sequence_ * p_.stride_logits_b + (first_ + column) * p_.stride_logits_h;
+  }
+  __device__ int64_t out(int column) const {
+    return static_cast<int64_t>(sequence_) * p_.num_heads + first_ + column;
+  }
+
+  // Whether all columns see all of the positions before `end`; else, whether one sees a position.
+  __device__ bool see_all(int) const { return true; }
+  __device__ bool sees(int, int) const { return true; }
+
+ private:
+  const DecodeAttentionParams& p_;
+  const int64_t sequence_;
+  const int first_, count_;
 };
 
 // One warp's way through its tokens: made from the block's place, run() attends, leave(states)
-// hands over max, sum and output of each head.
-template <typename T, int D>
+// hands over max, sum and output of each column.
+template <typename T, int D, int kFragments, typename Columns>
 class DecodeWarp;
 
 }  // namespace kvcomp
