@@ -88,16 +88,18 @@ __global__ void __launch_bounds__(DecodeTile<D>::kThreads, DecodeTile<D>::kBlock
 
 // --- the splits merged ---------------------------------------------------------------------------
 
-// One block per row of the outputs. Static: two files have it.
-static __global__ void merge_splits_kernel(const __grid_constant__ DecodeAttentionParams p) {
+// One block per row of the outputs, a thread per element.
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    merge_splits_kernel(const __grid_constant__ DecodeAttentionParams p) {
   merge_head(p, blockIdx.x);
 }
 
 template <int D, typename Launch>
 void launch_merge_splits(const DecodeAttentionParams& p, int rows, const Launch& launch) {
   if (p.num_splits == 1 || p.arrived) return;
-  constexpr int kThreads = (D + 31) / 32 * 32;  // a thread per element
-  launch(merge_splits_kernel, dim3(rows), dim3(kThreads), 0, p);
+  constexpr int kThreads = (D + 31) / 32 * 32;
+  launch(merge_splits_kernel<kThreads>, dim3(rows), dim3(kThreads), 0, p);
 }
 
 // --- launches ------------------------------------------------------------------------------------
