@@ -1,57 +1,76 @@
 // A matrix of weights against a few rows. Part of rows.inl.
 
-// B rows of x against R weights at a time, each of which is read once. A sum runs through its row
-// from the first element to the last, alone in its vector, so it does not depend on B.
+// Sums of B rows of x with R weights, which are read side by side. A sum runs through its row from
+// the first element to the last, alone in its vector, so it does not depend on B and R.
+template <class T, int B, int R>
+inline void linear_sums(const typename Dot<T>::Query* x, std::int64_t stride_x,
+                        const T* const (&rows)[R], const T* const (&fetch)[R], int width,
+                        Vec (&sums)[B][R]) {
+  using D = Dot<T>;
+  UNROLL for (int b = 0; b < B; ++b) { UNROLL for (int r = 0; r < R; ++r) sums[b][r] = zero(); }
+  const auto add = [&](int i, const T* const(&from)[R]) {
+    decltype(D::row(from[0])) k[R];
+    UNROLL for (int r = 0; r < R; ++r) k[r] = D::row(from[r]);
+    UNROLL for (int b = 0; b < B; ++b) {
+      const auto q = D::query(x + b * stride_x + i);
+      UNROLL for (int r = 0; r < R; ++r) sums[b][r] = D::add(q, k[r], sums[b][r]);
+    }
+  };
+  const T* from[R];
+  int i = 0;
+  for (; i + D::kStep <= width; i += D::kStep) {
+    UNROLL for (int r = 0; r < R; ++r) {
+      prefetch<D::kStep * sizeof(T)>(fetch[r], i * sizeof(T));
+      from[r] = rows[r] + i;
+    }
+    add(i, from);
+  }
+  if (i < width) {
+    T last[R][D::kStep] = {};
+    UNROLL for (int r = 0; r < R; ++r) {
+      __builtin_memcpy(last[r], rows[r] + i, (width - i) * sizeof(T));
+      from[r] = last[r];
+    }
+    add(i, from);
+  }
+}
+
+// Memory is fastest where it is read from one end to the other: one weight after another. With many
+// rows of x two at a time pay, since each load of x then serves both.
 template <class T, int B>
 void linear_block(const float* prepared_x, const T* weight, std::int64_t stride, int width,
                   std::int64_t count, const T* bias, T* y, std::int64_t stride_y) {
-  using D = Dot<T>;
-  using Query = typename D::Query;
-  constexpr int R = kLanes / (B <= 2 ? 2 : B <= 4 ? 4 : 8);
-  const int whole = width / D::kStep * D::kStep;
-  const std::int64_t stride_x = linear_stride(width) * (sizeof(float) / sizeof(Query));
-  constexpr int kAhead = 16384 / sizeof(T);  // elements: what is fetched while others are in work
-  const int ahead = kAhead / (width + 1) + R;
+  constexpr int R = B <= 4 ? 1 : 2;
+  constexpr int kOutputs = kLanes / (B <= 2 ? B : B <= 4 ? 4 : 8);  // that are reduced together
+  constexpr int kAhead = R * (R == 1 ? 4096 : 8192) / sizeof(T);    // elements fetched ahead
+  using Query = typename Dot<T>::Query;
   const auto* x = reinterpret_cast<const Query*>(prepared_x);
-  for (std::int64_t o = 0; o < count; o += R) {
-    const int present = count - o < R ? static_cast<int>(count - o) : R;
-    const T *rows[R], *fetch[R];
-    UNROLL for (int r = 0; r < R; ++r) {
-      rows[r] = weight + (o + min(r, present - 1)) * stride;
-      fetch[r] = weight + (o + r + ahead < count ? o + r + ahead : count - 1) * stride;
-    }
+  const std::int64_t stride_x = linear_stride(width) * (sizeof(float) / sizeof(Query));
+  const int ahead = kAhead / (width + 1) + R;  // weights
+  for (std::int64_t o = 0; o < count; o += kOutputs) {
+    const int present = count - o < kOutputs ? static_cast<int>(count - o) : kOutputs;
     Vec sums[kLanes];
     UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zero();
-    const auto add = [&](int i, const T* const(&from)[R]) {
-      decltype(D::row(from[0])) k[R];
-      UNROLL for (int r = 0; r < R; ++r) k[r] = D::row(from[r]);
+    for (int at = 0; at < present; at += R) {
+      const T *rows[R], *fetch[R];
+      UNROLL for (int r = 0; r < R; ++r) {
+        const std::int64_t next = o + at + r + ahead;
+        rows[r] = weight + (o + min(at + r, present - 1)) * stride;
+        fetch[r] = weight + (next < count ? next : count - 1) * stride;
+      }
+      Vec block[B][R];
+      linear_sums<T, B, R>(x, stride_x, rows, fetch, width, block);
       UNROLL for (int b = 0; b < B; ++b) {
-        const auto q = D::query(x + b * stride_x + i);
-        UNROLL for (int r = 0; r < R; ++r) sums[b * R + r] = D::add(q, k[r], sums[b * R + r]);
+        UNROLL for (int r = 0; r < R; ++r) sums[b * kOutputs + at + r] = block[b][r];
       }
-    };
-    for (int i = 0; i < whole; i += D::kStep) {
-      const T* from[R];
-      UNROLL for (int r = 0; r < R; ++r) {
-        prefetch<D::kStep * sizeof(T)>(fetch[r], i * sizeof(T));
-        from[r] = rows[r] + i;
-      }
-      add(i, from);
-    }
-    if (whole < width) {
-      T last[R][D::kStep] = {};
-      const T* from[R];
-      UNROLL for (int r = 0; r < R; ++r) {
-        __builtin_memcpy(last[r], rows[r] + whole, (width - whole) * sizeof(T));
-        from[r] = last[r];
-      }
-      add(whole, from);
     }
     T block[kLanes] = {};
-    for (int i = 0; bias && i < B * R; ++i) block[i] = bias[o + min(i % R, present - 1)];
+    for (int i = 0; bias && i < B * kOutputs; ++i) {
+      block[i] = bias[o + min(i % kOutputs, present - 1)];
+    }
     store(block, reduce(sums) + load(block));
     for (int b = 0; b < B; ++b) {
-      for (int r = 0; r < present; ++r) y[b * stride_y + o + r] = block[b * R + r];
+      for (int r = 0; r < present; ++r) y[b * stride_y + o + r] = block[b * kOutputs + r];
     }
   }
 }
