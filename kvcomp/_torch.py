@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 num_dispatch_modes = torch._C._len_torch_dispatch_stack  # () -> int: fake tensors, counters, ...
+num_function_modes = torch._C._len_torch_function_stack  # () -> int: default devices, overrides
+transforming = torch._C._are_functorch_transforms_active  # () -> bool: vmap, jvp, ...
 tracing_state = torch._C._get_tracing_state  # () -> object or None: torch.jit.trace is at work
 
 

@@ -46,6 +46,9 @@ class Report:
         boundaries: how often decoding continued with a new context; boundary_seconds: total time
             that it paused there, boundary_median: median pause.
         tokens_reencoded: tokens encoded again at boundaries, over all rows.
+        linear_rows_layers: linear layers of the model that go through the op `linear_rows` where
+            they have at most 8 rows of input; other_linear_layers: those left to torch. Both are 0
+            with `patch(linear_rows=False)`.
         layers: per managed layer: position, tokens_attended, kept and evicted tokens, bytes read
             and fetched, retrieval rate.
     """
@@ -80,6 +83,8 @@ class Report:
     boundary_seconds: float = 0.0
     boundary_median: float = 0.0
     tokens_reencoded: int = 0
+    linear_rows_layers: int = 0
+    other_linear_layers: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -199,6 +204,10 @@ class Report:
             f"  chunks    {self.boundaries} boundaries of {self.boundary_median * 1e3:.1f} ms,"
             f" {self.tokens_reencoded} tokens encoded anew; contexts of at most {self.kept_peak}"
         )
+        linear = (
+            f"  linear    {self.linear_rows_layers} layers go through linear_rows,"
+            f" {self.other_linear_layers} keep their own way"
+        )
         return "\n".join(
             [
                 self.method,
@@ -211,6 +220,7 @@ class Report:
                 f" peak {mebibytes(self.kv_bytes_peak)},"
                 f" allocated {mebibytes(self.kv_bytes_allocated)}",
                 f"  KV read   {mebibytes(self.kv_bytes_read_per_token)} per token",
+                *([linear] if self.linear_rows_layers else []),
                 *([evicted] if self.evictions else []),
                 *([retrieved] if self.retrievals else []),
                 *([chunked] if self.boundaries else []),

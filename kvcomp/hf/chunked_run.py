@@ -31,9 +31,11 @@ class ChunkedRun(Run):
     cache_class = ChunkedCache
     method: Delethink
 
-    def __init__(self, model: PreTrainedModel, method: Delethink) -> None:
+    def __init__(
+        self, model: PreTrainedModel, method: Delethink, *, linear_rows: bool = True
+    ) -> None:
         self._thread = threading.local()  # what the forward or `generate` of a thread works on
-        super().__init__(model, method)
+        super().__init__(model, method, linear_rows=linear_rows)
 
     @property
     def encoding(self) -> bool:

@@ -10,7 +10,13 @@ from kvcomp.hf.static_run import StaticRun
 from kvcomp.methods import Delethink, Method
 
 
-def patch(model: PreTrainedModel, method: Method, *, max_tokens: int | None = None) -> Run:
+def patch(
+    model: PreTrainedModel,
+    method: Method,
+    *,
+    max_tokens: int | None = None,
+    linear_rows: bool = True,
+) -> Run:
     """Decode with `method` until `undo()`, or within a `with` block.
 
         with kvcomp.patch(model, kvcomp.Delta(budget=1024)) as run:
@@ -23,15 +29,18 @@ def patch(model: PreTrainedModel, method: Method, *, max_tokens: int | None = No
         max_tokens: preallocate the cache for this many tokens, prompt and output together. Decode
             steps then compile to one graph: transformers compiles them on a GPU, and
             `run.compile()` does so for your own loops. See `kvcomp.hf.StaticRun`.
+        linear_rows: on a CPU, send linear layers with at most 8 rows of input, as decode steps have
+            them, through the op `linear_rows`. False leaves them to torch.
 
     Raises:
-        TypeError: `model` is no transformers model, `method` no method, or `max_tokens` no integer.
+        TypeError: `model` is no transformers model, `method` no method, `max_tokens` no integer, or
+            `linear_rows` no bool.
         ValueError: the model is already patched, needs something that the method cannot do exactly
             (soft-capped logits, latent attention, an unsupported head size), or the method's
             parameters do not fit its layers. The model stays as it was.
     """
     if max_tokens is not None:
-        return StaticRun(model, method, max_tokens)
+        return StaticRun(model, method, max_tokens, linear_rows=linear_rows)
     if isinstance(method, Delethink):
-        return ChunkedRun(model, method)
-    return Run(model, method)
+        return ChunkedRun(model, method, linear_rows=linear_rows)
+    return Run(model, method, linear_rows=linear_rows)

@@ -26,6 +26,7 @@ from kvcomp.hf import attention
 from kvcomp.hf.cache import SKIPS, Cache, Layer
 from kvcomp.hf.decoder import attention_modules, decoder_of
 from kvcomp.hf.gate import Gate
+from kvcomp.hf.linear import LinearLayers, speed_up
 from kvcomp.hf.refusals import refuse
 from kvcomp.hf.rotation import key_rotation
 from kvcomp.methods import Method
@@ -47,7 +48,7 @@ class Run:
     meter_class: ClassVar[type[Meter]] = Meter
     cache_class: ClassVar[type[TransformersCache]] = Cache  # that the user holds
 
-    def __init__(self, model: PreTrainedModel, method: Method) -> None:
+    def __init__(self, model: PreTrainedModel, method: Method, *, linear_rows: bool = True) -> None:
         if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
             raise TypeError(
                 "kvcomp.patch: model: expected a transformers model that can generate, got"
@@ -56,6 +57,10 @@ class Run:
         if not isinstance(method, Method):
             raise TypeError(
                 f"kvcomp.patch: method: expected a kvcomp method such as Delta(), got {method!r}"
+            )
+        if not isinstance(linear_rows, bool):
+            raise TypeError(
+                f"kvcomp.patch: linear_rows: expected True or False, got {linear_rows!r}"
             )
         refuse(model)
         self.model, self.method = model, method
@@ -72,8 +77,12 @@ class Run:
         self._running = threading.local()
         self._gate = Gate(self._take_back)
         self._undo: list[Callable[[], None]] = []
+        self._linear = LinearLayers()
         try:
             self._apply()
+            if linear_rows:
+                self._linear, undo = speed_up(model)
+                self._undo.append(undo)
         except BaseException:
             self.undo()
             raise
@@ -98,7 +107,9 @@ class Run:
 
     def report(self, layers: bool = False) -> Report:
         """What the run has decoded so far; `layers=True` adds numbers per layer."""
-        return Report.of(self.method, self.meter, self._decode_seconds, layers)
+        report = Report.of(self.method, self.meter, self._decode_seconds, layers)
+        report.linear_rows_layers, report.other_linear_layers = self._linear
+        return report
 
     def undo(self) -> None:
         """Restore the model; calling it again does nothing.

@@ -41,7 +41,14 @@ class StaticRun(Run):
     cache_class = StaticCache
     current: StaticCache | None = None  # a plain attribute, which a graph may set
 
-    def __init__(self, model: PreTrainedModel, method: Method, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        max_tokens: int,
+        *,
+        linear_rows: bool = True,
+    ) -> None:
         if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
             raise TypeError(f"kvcomp.patch: max_tokens: expected a number, got {max_tokens!r}")
         if max_tokens < 1:
@@ -50,7 +57,7 @@ class StaticRun(Run):
         self._own: StaticCache | None = None  # of `generate`
         self._decoding = False  # whether the forward that runs is a decode step
         self._beside = False  # whether `_step` does what the host must do for it
-        super().__init__(model, method)
+        super().__init__(model, method, linear_rows=linear_rows)
         self._needs_host = type(method).between_steps is not Method.between_steps
 
     def report(self, layers: bool = False) -> Report:

@@ -219,6 +219,8 @@ PATCH = [
         patching(dynamic_rope, dataclasses.replace(SHORT, reset="streaming")),
         "LlamaForCausalLM changes its rotary frequencies",
     ),
+    Bad(patching(linear_rows="on"), "linear_rows: expected True or False, got 'on'", TypeError),
+    Bad(patching(linear_rows=1, max_tokens=80), "linear_rows: expected True or False", TypeError),
     Bad(patching(max_tokens=0), "max_tokens: expected at least 1, got 0"),
     Bad(patching(max_tokens=-1), "max_tokens: expected at least 1, got -1"),
     Bad(patching(max_tokens=1.5), "max_tokens: expected a number, got 1.5", TypeError),

@@ -1,0 +1,103 @@
+"""While a model is patched, its linear layers read their weights once for the rows of a step.
+
+torch's CPU kernels for linear layers are made for many rows; for the one row per sequence of a
+decode step they leave half of the memory's bandwidth or more unused. `linear_rows` is made for few.
+It is called in place of `nn.Linear.forward` wherever it computes the same; everything else goes the
+way that it went before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kvcomp import _torch, ops
+from kvcomp.ops.linear_rows import MAX_ROWS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class LinearLayers(NamedTuple):
+    """How many linear layers of a model use `linear_rows` for few rows, and how many never do."""
+
+    few_rows: int = 0
+    other: int = 0
+
+
+def speed_up(model: nn.Module) -> tuple[LinearLayers, Callable[[], None]]:
+    """Route the linear layers of a model on the CPU through `linear_rows`, for few rows.
+
+    Layers that are more than an `nn.Linear` with a plain weight keep their forward: quantised,
+    sharded, parametrised, offloaded ones, subclasses, and those that have a forward of their own
+    already. Hooks and adapters around a layer see no difference.
+
+    Returns:
+        the number of layers of both kinds, and a function that takes the change back.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    taken = [layer for layer in layers if _is_plain(layer)]
+    for layer in taken:
+        # A bound method: a copy of the layer, or a pickled one, has its own.
+        layer.__dict__["forward"] = MethodType(forward, layer)
+
+    def undo() -> None:
+        for layer in taken:
+            if getattr(layer.__dict__.get("forward"), "__func__", None) is forward:
+                del layer.__dict__["forward"]
+
+    return LinearLayers(len(taken), len(layers) - len(taken)), undo
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    weight = layer._parameters.get("weight")
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in layer.__dict__
+        and type(weight) is nn.Parameter
+        and weight.is_cpu
+        and weight.dtype in DTYPES
+        and weight.stride(-1) == 1
+    )
+
+
+def forward(self: nn.Linear, input: Tensor) -> Tensor:
+    """In place of `nn.Linear.forward`. Whatever has changed since the patch is seen here."""
+    weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+    if (
+        (is_compiling() or not tracing_state())  # a traced size is a tensor
+        and type(input) is Tensor
+        and type(weight) is nn.Parameter
+        and input.numel() <= MAX_ROWS * weight.shape[-1]
+        and input.is_cpu
+        and weight.is_cpu
+        and weight.dtype in DTYPES
+        and not autocasting("cpu")
+        and not (
+            grad_enabled()
+            and (input.requires_grad or weight.requires_grad or _wants_gradient(bias))
+        )
+    ):
+        if is_compiling():
+            return ops.linear_rows(input, weight, bias)
+        if not (num_dispatch_modes() or num_function_modes() or transforming()):
+            try:
+                return COMPUTE(input, weight, bias)
+            except (TypeError, ValueError):  # what the op does not take, torch takes or explains
+                pass
+    return type(self).forward(self, input)
+
+
+def _wants_gradient(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
+
+
+# Found once: each look-up by dotted name would cost a call some 20 ns.
+COMPUTE = ops.OPS["linear_rows"].impl("cpu")
+autocasting, grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
+is_compiling, tracing_state = torch.compiler.is_compiling, _torch.tracing_state
+num_dispatch_modes, num_function_modes = _torch.num_dispatch_modes, _torch.num_function_modes
+transforming = _torch.transforming
