@@ -18,6 +18,7 @@ class Policy(Protocol):
     not the other way round; `kvcomp.methods.Method` says what each hook is for."""
 
     croppable: ClassVar[bool]
+    one_way: ClassVar[str]
 
     @property
     def attention(self) -> Policy: ...
@@ -146,8 +147,8 @@ class KVCache:
         """Take back the last `count` tokens exactly; ValueError where the method cannot."""
         if not self.method.croppable:
             raise ValueError(
-                f"kvcomp: {type(self.method).__name__} cannot take tokens back (crop, as in"
-                " assisted decoding): tokens that it has dropped are gone"
+                f"kvcomp: {type(self.method).__name__} cannot take tokens back:"
+                f" {self.method.one_way} (crop, as assisted decoding needs it)"
             )
         for layer in self.layers:
             layer.crop(count)

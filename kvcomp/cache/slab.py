@@ -141,6 +141,10 @@ class Slab:
                 f"kvcomp: append: argument 'valid': expected [{k.shape[0]}, {k.shape[2]}],"
                 f" got {list(valid.shape)}"
             )
+        if k.dtype != v.dtype:
+            raise ValueError(
+                f"kvcomp: append: dtype: expected k and v of one, got {k.dtype} and {v.dtype}"
+            )
         if not self.allocated:
             return
         have, got = self._k, k

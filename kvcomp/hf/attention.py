@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvcomp import ops
 from kvcomp.cache import HostMemoryError, LayerCache
 from kvcomp.hf.cache import Layer
+from kvcomp.hf.outlast import outlasting
 from kvcomp.ops.append_attention import MOST_QUERIES as MOST
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def attention(
             f"kvcomp: {type(module).__name__} changes K or V after the cache has stored them, or"
             " attends more than once: unsupported"
         )
-    kv = layer.kv
+    kv, query = layer.kv, query.to(key.dtype)  # autocast leaves a rotated query in fp32
     try:
         return _managed(run, module, kv, query, key, value, attention_mask, scaling, **kwargs), None
     except HostMemoryError:
@@ -94,17 +95,28 @@ def _managed(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kv.sinks = kwargs.get("s_aux")
     if query.shape[2] == 1 and not kv.first and not run.encoding:
-        return kv.cache.attend(kv, query[:, :, 0], scale)[:, None]
+        return _decode(kv, query[:, :, 0], scale)[:, None]
     if kv.first:
         out, _ = _inner(run, module)(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     else:
         out = attend_many(kv, query, run.current.padding, scale)
-    kv.cache.prefill(kv, query, scale)
+    _prefill(kv, query, scale)
     return out
 
 
+@outlasting
+def _prefill(kv: LayerCache, query: Tensor, scale: float) -> None:
+    kv.cache.prefill(kv, query, scale)
+
+
+@outlasting
+def _decode(kv: LayerCache, query: Tensor, scale: float) -> Tensor:
+    return kv.cache.attend(kv, query, scale)
+
+
+@outlasting
 def attend_many(kv: LayerCache, query: Tensor, valid: Tensor | None, scale: float) -> Tensor:
     """n new tokens, already in `kv`, attend to the tokens kept before them and to each other.
 

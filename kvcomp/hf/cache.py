@@ -6,6 +6,7 @@ classes that transformers gives them.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from copy import deepcopy
 from typing import Any, ClassVar
@@ -17,8 +18,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvcomp.cache import KVCache, LayerCache, Meter
 from kvcomp.hf.decoder import values_of
+from kvcomp.hf.outlast import outlasting
+from kvcomp.hf.text import Text
 from kvcomp.methods import Method
 
+CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters  # before 5.15
 SKIPS = "the model leaves out layers in some of its forwards, so that they see different tokens"
 # Cache layers of transformers whose attention is left to it.
 KNOWN = {
@@ -71,7 +75,8 @@ class Layer(CacheLayerMixin):
                 " newest tokens"
             )
         self.is_initialized = True
-        self.kv.append(key_states, value_states, self._owner().padding)
+        fresh = _as_attended(key_states), _as_attended(value_states)
+        self._keep(*fresh)
         if not torch.compiler.is_compiling():
             below = self.kv.cache.layers[max(self.kv.position - 1, 0)]
             if below.columns != self.kv.columns:  # before a method looks at all of them
@@ -81,8 +86,12 @@ class Layer(CacheLayerMixin):
                     f"kvcomp: the model's window of {self.window} tokens is full, from where on its"
                     " layers would no longer attend to all"
                 )
-        self.fresh = key_states, value_states
-        return self.fresh
+        self.fresh = fresh
+        return fresh
+
+    @outlasting
+    def _keep(self, key: Tensor, value: Tensor) -> None:
+        self.kv.append(key, value, self._owner().padding)
 
     @property
     def keys(self) -> Tensor:
@@ -114,9 +123,22 @@ class Layer(CacheLayerMixin):
         self.is_initialized = False
         self.kv.reset()
 
+    @outlasting
     def crop(self, tokens: int) -> None:
-        """From 5.15 on `-tokens` is how many to take back; before, `tokens` was the new length."""
+        """Take back the last `-tokens` tokens, padding included.
+
+        transformers before 5.15 means a new length by a positive number, and so does this cache
+        there.
+
+        Raises:
+            ValueError: a positive number, with transformers 5.15 or later; more tokens than there
+                are; a method that cannot take tokens back.
+        """
         tokens = int(tokens)  # some versions pass a tensor
+        if tokens > 0 and not CROPS_TO_LENGTH:
+            raise ValueError(
+                f"kvcomp: crop: expected minus the number of tokens to take back, got {tokens}"
+            )
         count = -tokens if tokens <= 0 else max(self.kv.columns - tokens, 0)
         if self.kv.position == 0:  # the cache crops all of its layers at once
             self.kv.cache.crop(count)
@@ -129,8 +151,11 @@ class Layer(CacheLayerMixin):
             rows = torch.arange(self.kv.seq_lens.shape[0], device=self.kv.seq_lens.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
+    @outlasting
     def batch_select_indices(self, indices: Tensor) -> None:
         self.kv.select(indices)
+        if self.kv.position == 0:
+            self._owner().text.select(indices)
 
     def offload(self) -> None:
         raise RuntimeError("kvcomp: this cache does not support whole-layer offloading")
@@ -153,6 +178,7 @@ class Cache(TransformersCache):
 
     layer_class: ClassVar[type[Layer]] = Layer
 
+    @outlasting
     def __init__(
         self,
         config,
@@ -182,8 +208,10 @@ class Cache(TransformersCache):
         self.masks: list[Any] = []  # attention masks given to that forward and made in it
         self.entered = False  # whether a forward of the patched model runs over it
         self.broken = False  # whether one has failed half-way
+        self.text = Text()
         super().__init__(layers=layers)
 
+    @outlasting
     def __deepcopy__(self, memo: dict) -> Cache:
         copy = memo[id(self)] = object.__new__(type(self))
         copy.__dict__.update(deepcopy(self.__dict__, memo))
@@ -199,10 +227,24 @@ class Cache(TransformersCache):
     def meter(self) -> Meter:
         return self.kv.meter
 
+    @property
+    def columns(self) -> int:
+        """Tokens seen as columns of the batch, padding included; at least that many where steps
+        ran without the host."""
+        return self.kv.layers[0].columns
+
+    @property
+    def rows(self) -> int:
+        """Sequences; 0 before the first tokens."""
+        first = self.kv.layers[0]
+        return len(first.seq_lens) if first.filled else 0
+
+    @outlasting
     def reset(self) -> None:
         super().reset()
         self.kv.reset()
         self.broken = False
+        self.text = Text()
 
     def begin_anew(self) -> None:
         """The sequences come in again from their start, the output too, as one prompt."""
@@ -235,3 +277,12 @@ def _same(mask: Tensor, known: Any) -> bool:
     if not isinstance(known, Tensor) or mask.shape != known.shape:
         return False
     return mask.device != known.device or mask.data_ptr() == known.data_ptr()
+
+
+def _as_attended(x: Tensor) -> Tensor:
+    """K or V in the type in which attention sees it under autocast: models with weights in fp32
+    hand in K as fp32, which their rotation makes of it, and V in 16 bits."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache as TransformersCache
 from kvcomp.cache import Meter
 from kvcomp.cache.background import Background
 from kvcomp.hf.cache import Cache
+from kvcomp.hf.text import first_difference
 from kvcomp.methods.delethink import Chunk, Delethink
 
 Encode = Callable[..., None]  # (cache, input_ids=, attention_mask=, position_ids=): one forward
@@ -97,6 +98,20 @@ class ChunkedCache(TransformersCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, of all chunks; columns of the batch, padding included."""
         return (0 if self._prompt is None else self._prompt.shape[1]) + self.produced
+
+    @property
+    def rows(self) -> int:
+        """Sequences; 0 before the first tokens."""
+        return 0 if self._prompt is None else len(self._prompt)
+
+    def first_difference(self, ids: Tensor, mask: Tensor | None) -> tuple[int, int] | None:
+        """Column and row where a text [B, tokens] is not that of the prompt so far."""
+        columns = self._prompt.shape[1]
+        seen, given = (
+            torch.ones_like(self._prompt) if x is None else x[:, :columns]
+            for x in (self._mask, mask)
+        )
+        return first_difference(self._prompt, ids[:, :columns], seen.bool(), given.bool())
 
     def settle(self) -> None:
         """Wait for what the background still does to this cache."""

@@ -53,8 +53,6 @@ class ChunkedRun(Run):
     def _apply(self) -> None:
         self._stock_inputs = self.model.prepare_inputs_for_generation
         super()._apply()
-        self._logits_processor = self.model._get_logits_processor
-        self._replace(self.model, "_get_logits_processor", self._announce_prompt)
 
     def _prepare_cache(
         self, generation_config: Any, model_kwargs: dict, mode: Any, *args: Any
@@ -72,20 +70,27 @@ class ChunkedRun(Run):
             )
         self._thread.prepared = weakref.ref(model_kwargs["past_key_values"])
 
-    def _announce_prompt(
+    def _begin_generation(
         self, generation_config: Any, input_ids_seq_length: int, **rest: Any
     ) -> Any:
-        """In place of the model's own `_get_logits_processor`: there `generate` says how long the
-        prompt is, and it has not made up its mind yet when to end."""
+        """As `Run._begin_generation`; the cache hears how long the prompt is, and `generate`, which
+        has not made up its mind yet when to end, how long the chunks are."""
         self._thread.prepared().announce(input_ids_seq_length)
         if self.method.budget is not None:
             most = input_ids_seq_length + self.method.budget
             generation_config.max_length = min(generation_config.max_length, most)
-        return self._logits_processor(
-            generation_config=generation_config,
-            input_ids_seq_length=input_ids_seq_length,
-            **rest,
-        )
+        return super()._begin_generation(generation_config, input_ids_seq_length, **rest)
+
+    def _first_difference(self, cache: ChunkedCache, ids: Any, mask: Any, seen: int) -> Any:
+        return cache.first_difference(ids, mask)
+
+    def continue_from(
+        self, cache: ChunkedCache, input_ids: Any, attention_mask: Any = None
+    ) -> ChunkedCache:
+        """Start anew: delethink forgets what it thought, so nothing that it keeps fits a text."""
+        self._check_cache(cache)
+        cache.reset()
+        return cache
 
     def _prepare_inputs(self, prepare: Callable, input_ids: Tensor, **given: Any) -> dict:
         """Where a model drops its cache at a length of what `generate` has seen, that is not the
@@ -129,7 +134,7 @@ class ChunkedRun(Run):
         if self.encoding:
             self._end_forward()
             return output
-        entered = self._thread.entered
+        entered = getattr(self._thread, "entered", None)  # not without a cache
         super()._after_forward(output)
         if entered is None:
             return output

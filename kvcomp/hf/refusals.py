@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kvcomp.hf.attention import NAME
@@ -39,6 +41,30 @@ def refuse(model: PreTrainedModel) -> None:
         raise ValueError(
             f"kvcomp.patch: {name} has heads of size {unknown}; supported are {HEAD_SIZES}"
         )
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model in a PEFT one, whose `generate` and forward go through it."""
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
+        return model
+    refuse_prefixes(model)
+    return model.get_base_model()
+
+
+def refuse_prefixes(model: Any) -> None:
+    """Raise ValueError for prefix tuning, of a PEFT model or of one that is in such.
+
+    PEFT puts a step of its own in the place of the model's `prepare_inputs_for_generation`.
+    """
+    step = getattr(model, "prepare_inputs_for_generation", None)
+    for owner in (model, getattr(step, "__self__", None)):
+        tuned = getattr(owner, "active_peft_config", None)
+        if getattr(getattr(tuned, "peft_type", None), "value", None) == "PREFIX_TUNING":
+            raise ValueError(
+                "kvcomp: prefix tuning brings keys and values that no layer has computed, in a"
+                " cache of its own: unsupported. Adapters such as LoRA are supported, and so are"
+                " prompts of embeddings"
+            )
 
 
 def head_sizes(config: PretrainedConfig) -> set[int]:

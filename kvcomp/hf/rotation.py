@@ -6,10 +6,12 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvcomp import ops
+from kvcomp.hf.checkpoints import without_checkpoints
 from kvcomp.hf.decoder import decoder_of
 
 CHANGING = ("dynamic", "longrope")  # kinds of RoPE whose frequencies depend on the length
@@ -25,7 +27,7 @@ def key_rotation(model: PreTrainedModel) -> Tensor | None:
     """
     decoder = decoder_of(model)
     rotary = getattr(decoder, "rotary_emb", None)
-    inv_freq = getattr(rotary, "inv_freq", None)
+    inv_freq = _frequencies(rotary)
     rotate_half = getattr(sys.modules[type(decoder).__module__], "rotate_half", None)
     if not isinstance(inv_freq, Tensor) or rotate_half is None:
         return None
@@ -46,6 +48,18 @@ def changes_with_length(model: PreTrainedModel) -> bool:
     )
 
 
+def _frequencies(rotary: Module | None) -> Tensor | None:
+    """`inv_freq`, also where accelerate keeps it elsewhere and brings it for each forward."""
+    inv_freq = getattr(rotary, "inv_freq", None)
+    bring = getattr(rotary, "_hf_hook", None)
+    if not isinstance(inv_freq, Tensor) or not inv_freq.is_meta or bring is None:
+        return inv_freq
+    bring.pre_forward(rotary)
+    inv_freq = rotary.inv_freq.clone()
+    bring.post_forward(rotary, None)
+    return inv_freq
+
+
 def _turns(model: PreTrainedModel, inv_freq: Tensor) -> bool:
     """Whether every full-attention layer rotates its keys so; some models leave it out in some.
 
@@ -53,9 +67,9 @@ def _turns(model: PreTrainedModel, inv_freq: Tensor) -> bool:
     the keys of a layer differ by their rotation alone.
     """
     config = model.config.get_text_config(decoder=True)
-    ids = torch.full((1, TEXT), config.vocab_size // 2, device=model.device)
+    ids = torch.full((1, TEXT), config.vocab_size // 2, device=inv_freq.device)
     cache = DynamicCache(config=config)
-    with torch.no_grad():
+    with torch.no_grad(), without_checkpoints(model):
         decoder_of(model)(input_ids=ids, past_key_values=cache, use_cache=True)
     for layer in cache.layers:
         if type(layer) is DynamicLayer:

@@ -24,11 +24,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from kvcomp.cache import Meter, Report
 from kvcomp.hf import attention
 from kvcomp.hf.cache import SKIPS, Cache, Layer
+from kvcomp.hf.checkpoints import without_cache, without_checkpoints
 from kvcomp.hf.decoder import attention_modules, decoder_of
 from kvcomp.hf.gate import Gate
 from kvcomp.hf.linear import LinearLayers, speed_up
-from kvcomp.hf.refusals import refuse
+from kvcomp.hf.outlast import outlasting
+from kvcomp.hf.refusals import refuse, refuse_prefixes, unwrapped
 from kvcomp.hf.rotation import key_rotation
+from kvcomp.hf.turns import Turns
 from kvcomp.methods import Method
 
 BROKEN = (
@@ -37,7 +40,7 @@ BROKEN = (
 )
 
 
-class Run:
+class Run(Turns):
     """A patched model: creates caches, counts, and undoes itself.
 
     Attributes:
@@ -48,7 +51,9 @@ class Run:
     meter_class: ClassVar[type[Meter]] = Meter
     cache_class: ClassVar[type[TransformersCache]] = Cache  # that the user holds
 
+    @outlasting
     def __init__(self, model: PreTrainedModel, method: Method, *, linear_rows: bool = True) -> None:
+        model = unwrapped(model)
         if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
             raise TypeError(
                 "kvcomp.patch: model: expected a transformers model that can generate, got"
@@ -158,6 +163,8 @@ class Run:
         prepare = model.prepare_inputs_for_generation
         ours = wraps(prepare)(partial(self._prepare_inputs, prepare))
         self._replace(model, "prepare_inputs_for_generation", ours)
+        self._logits_processor = model._get_logits_processor
+        self._replace(model, "_get_logits_processor", self._begin_generation)
 
     def _replace(self, module: Module, name: str, function: Callable) -> None:
         """Give a module a function of ours in place of its own, until the run is undone: unless
@@ -185,6 +192,7 @@ class Run:
         self, generation_config: Any, model_kwargs: dict, mode: Any, *args: Any
     ) -> None:
         """In place of the model's own: `generate` gets our cache."""
+        refuse_prefixes(self.model)
         if generation_config.use_cache is False:
             raise ValueError("kvcomp: generate(use_cache=False): a method needs its cache")
         if generation_config.cache_implementation is not None:
@@ -192,14 +200,26 @@ class Run:
                 "kvcomp: generate(cache_implementation="
                 f"{generation_config.cache_implementation!r}): the patched model uses its own cache"
             )
-        if "assisted" in str(mode).lower() and not self.method.croppable:
-            raise ValueError(
-                f"kvcomp: assisted decoding takes tokens back, but {self.method.name} cannot do"
-                " that exactly after it has dropped some"
-            )
+        if "assisted" in str(mode).lower():
+            self._refuse_assistants(generation_config.max_length)
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_cache()
         self._check_cache(model_kwargs["past_key_values"])
+
+    def _refuse_assistants(self, length: int) -> None:
+        method = self.method
+        if not method.croppable:
+            raise ValueError(
+                f"kvcomp: assisted decoding takes tokens back, which {method.name} cannot do:"
+                f" {method.one_way}"
+            )
+        if length > method.dense_up_to:
+            raise ValueError(
+                "kvcomp: assisted decoding checks several tokens at once, and they attend to"
+                f" everything, while {method.name} chooses what each token attends to from"
+                f" {method.dense_up_to} tokens on; expected at most that many in all, got up to"
+                f" {length}. Decode without an assistant, early exit or prompt lookup"
+            )
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, self.cache_class) or cache.meter is not self.meter:
@@ -236,13 +256,16 @@ class Run:
 
     def _forward(self, forward: Callable, given: dict) -> Any:
         try:
-            output = forward(**self._before_forward(given))
+            given = self._before_forward(given)
+            with without_checkpoints(self.decoder):
+                output = forward(**given)
             self._check_layers()
         except BaseException:
             self._failed()
             raise
         return self._after_forward(output)
 
+    @outlasting
     def _before_forward(self, given: dict) -> dict:
         """Supply the cache, and work out which of the new tokens are padding."""
         self._check_attention()
@@ -250,6 +273,7 @@ class Run:
             raise ValueError(
                 "kvcomp: output_attentions: expected False, as the kernels never store weights"
             )
+        given = without_cache(self.decoder, given)
         cache = given.get("past_key_values")
         if cache is None and (
             self.config.use_cache if given.get("use_cache") is None else given["use_cache"]
@@ -263,6 +287,7 @@ class Run:
             tokens = given.get("input_ids")
             tokens = given.get("inputs_embeds") if tokens is None else tokens
             mask = given.get("attention_mask")
+            self._read(cache, given.get("input_ids"))
             cache.padding = self._new_padding(cache, mask, tokens.shape[1])
             cache.masks = [mask]
             cache.entered = True

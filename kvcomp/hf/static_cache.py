@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from kvcomp.cache import KVCache, StaticKVCache, StaticMeter
 from kvcomp.hf.cache import Cache, Layer
+from kvcomp.hf.outlast import outlasting
 from kvcomp.methods import Method
 
 
@@ -18,7 +20,8 @@ class StaticLayer(Layer):
     is_croppable = False
 
     def get_seq_length(self) -> int | Tensor:
-        return self.kv.cache.columns if self.is_initialized else 0
+        """A copy of the counter: what a user holds stays as it is."""
+        return self.kv.cache.columns.clone() if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0  # of a first prompt, the only one whose mask is looked at
@@ -41,10 +44,17 @@ class StaticCache(Cache):
         self.max_tokens = max_tokens
         super().__init__(config, method, meter)
 
-    def step(self) -> AbstractContextManager[None]:
+    @property
+    def columns(self) -> int:
+        return self.kv.seen
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
         """Around every replay of a graph that the user captured, where tokens may leave: the host
         counts it, and evicts behind it what is due."""
-        return self.kv.step()
+        outlasting(self.kv.enter)(1)
+        yield
+        outlasting(self.kv.leave)()
 
     def _new_kv(self, method: Method, num_layers: int, meter: StaticMeter, *_) -> KVCache:
         return StaticKVCache(method, num_layers, meter, self.max_tokens)

@@ -16,8 +16,10 @@ from transformers import PreTrainedModel
 
 from kvcomp.cache import Report, StaticMeter
 from kvcomp.hf.cache import Cache
+from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.run import BROKEN, Run
 from kvcomp.hf.static_cache import StaticCache
+from kvcomp.hf.text import first_difference
 from kvcomp.methods import Method
 
 COMPILED = ("_compiled_call", "_last_compile_config")  # what a model keeps of its compiled steps
@@ -56,6 +58,7 @@ class StaticRun(Run):
         self.max_tokens = max_tokens
         self._own: StaticCache | None = None  # of `generate`
         self._decoding = False  # whether the forward that runs is a decode step
+        self._inside = False  # whether a forward runs
         self._beside = False  # whether `_step` does what the host must do for it
         super().__init__(model, method, linear_rows=linear_rows)
         self._needs_host = type(method).between_steps is not Method.between_steps
@@ -162,6 +165,7 @@ class StaticRun(Run):
             if past_key_values.broken:
                 raise ValueError(f"kvcomp: past_key_values: {BROKEN}")
             with self._gate.forward():
+                past_key_values.text.add(input_ids, past_key_values.columns)
                 self._beside = True
                 try:
                     with past_key_values.step():
@@ -190,18 +194,43 @@ class StaticRun(Run):
         self._check_cache(cache)
         cache.padding = mask[:, -1:].bool() if isinstance(mask, Tensor) else None
         cache.entered = True
-        self.current = cache
+        self.current, self._inside = cache, True
         output = forward(**given)
-        self.current = None
+        self.current, self._inside = None, False
         cache.padding, cache.entered = None, False
         return output
 
     def _before_forward(self, given: dict) -> dict:
-        self._decoding = False
+        self._decoding, self._inside = False, True
         if isinstance(mask := given.get("attention_mask"), dict):
             # One for each kind of layer, prepared by `mask`
             given = given | {"attention_mask": next(iter(mask.values()))}
         return super()._before_forward(given)
+
+    def _read(self, cache: StaticCache, ids: Tensor | None) -> None:
+        if not self._beside and not self._capturing:
+            super()._read(cache, ids)
+
+    def _first_difference(
+        self, cache: StaticCache, ids: Tensor, mask: Tensor | None, seen: int
+    ) -> tuple[int, int] | None:
+        """As `Run._first_difference`; which columns were padding the cache does not know."""
+        known = cache.text.known(seen)
+        if known is None:
+            return None
+        ids = ids[:, :seen].to(known.device)
+        mask = torch.ones_like(ids) if mask is None else mask[:, :seen].to(known.device)
+        return first_difference(known, ids, mask.bool(), mask.bool())
+
+    def continue_from(
+        self, cache: StaticCache, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> StaticCache:
+        """As `Run.continue_from`, but a static cache takes no tokens back: what it has seen is a
+        beginning of the text, or it starts anew."""
+        self._check_cache(cache)
+        if self._common(cache, input_ids, attention_mask) < int(cache.get_seq_length()):
+            cache.reset()
+        return cache
 
     def _new_padding(self, cache: StaticCache, mask: Any, count: int) -> Tensor | None:
         if count > 1:
@@ -214,12 +243,16 @@ class StaticRun(Run):
         self._decoding = decoding
         return padding
 
+    def _end_forward(self) -> None:
+        self._inside = False
+        super()._end_forward()
+
     def _after_forward(self, output: Any) -> Any:
         cache = self.current
         self._end_forward()
         if not self._beside and not self._capturing:
             if self._decoding:
-                cache.kv.leave()
+                outlasting(cache.kv.leave)()
             self._clock(self._decoding)
         return output
 
@@ -230,8 +263,10 @@ class StaticRun(Run):
 
     def mask(self, *args: Any, q_length: int, attention_mask: Any = None, **kwargs: Any) -> Any:
         """None for decode steps: the cache knows which tokens there are."""
-        if self.current is None:  # `generate` prepares masks ahead; the forward makes its own
+        if not self._inside:  # `generate` prepares masks ahead; the forward makes its own
             return attention_mask if q_length > 1 else None
+        if self.current is None:  # there is no cache
+            return super().mask(*args, q_length=q_length, attention_mask=attention_mask, **kwargs)
         if q_length == 1 or self.current.kv.seen > q_length:
             return None
         return super().mask(*args, q_length=q_length, attention_mask=attention_mask, **kwargs)

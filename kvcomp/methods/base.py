@@ -7,8 +7,8 @@ overrides only the hooks it needs; what it remembers about a batch lives in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import Field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -31,16 +31,16 @@ class Method:
         name: name of the method on the command line and in tables.
         baseline: True for methods that exist for comparison.
         croppable: the last tokens can be taken back exactly.
+        one_way: the reason why not, where they cannot.
         forks: the same sequences may be in two caches at once.
         static: a decode step does the same work at all lengths, decided on the device alone, up to
             `between_steps`; `layer.max_len` is then the capacity of a static cache.
     """
 
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # subclasses are dataclasses
-
     name: ClassVar[str]
     baseline: ClassVar[bool] = False
     croppable: ClassVar[bool] = True
+    one_way: ClassVar[str] = "it does not keep all that they have changed"
     forks: ClassVar[bool] = True
     static: ClassVar[bool] = False
 
@@ -139,6 +139,11 @@ class Method:
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         """One decode step of a layer: q [B, Hq, D] -> out [B, Hq, D]. The new K and V are in."""
         return layer.attend(q, scale)[0]
+
+    @property
+    def dense_up_to(self) -> float:
+        """Tokens of a row up to which a decode step attends to all of them."""
+        return math.inf
 
     def end_step(self, cache: KVCache) -> None:
         """After the last layer of a decode step, as a part of it."""

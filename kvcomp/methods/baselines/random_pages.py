@@ -66,6 +66,10 @@ class RandomPages(Method, name="random-pages", baseline=True):
                 f" got {self.dense_layers}"
             )
 
+    @property
+    def dense_up_to(self) -> float:
+        return self.budget
+
     def step_bytes(self, at: Place) -> StepBytes:
         if at.seen <= self.budget:
             return super().step_bytes(at)

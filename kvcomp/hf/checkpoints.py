@@ -1,0 +1,48 @@
+"""Gradient checkpointing, which takes the cache from the layers of a model that trains.
+
+With gradients that is right: the second run of a layer must not store its tokens again. Without
+gradients, as `generate` decodes, there is nothing to run again, and the layers need their cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn import Module
+
+
+def _checkpointing(decoder: Module) -> list[Module]:
+    """The modules of a decoder that checkpoint; none where it does not train."""
+    modules = decoder.modules() if decoder.training else ()
+    return [module for module in modules if getattr(module, "gradient_checkpointing", False)]
+
+
+def without_cache(decoder: Module, given: dict) -> dict:
+    """The arguments of a forward, which makes no cache where gradients are checkpointed.
+
+    Raises:
+        ValueError: a cache is given there.
+    """
+    if not torch.is_grad_enabled() or not _checkpointing(decoder):
+        return given
+    if given.get("past_key_values") is not None:
+        raise ValueError(
+            "kvcomp: past_key_values: a model that trains with gradient checkpointing has no"
+            " cache; leave it out, or call the model under torch.no_grad()"
+        )
+    return given | {"use_cache": False}
+
+
+@contextmanager
+def without_checkpoints(decoder: Module) -> Iterator[None]:
+    """No module of the decoder checkpoints within a forward that has no gradients."""
+    modules = [] if torch.is_grad_enabled() else _checkpointing(decoder)
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True

@@ -1,0 +1,56 @@
+"""Text: the ids of the tokens that a cache has seen, so that another text is not taken for it.
+
+transformers' `generate` does not look: it skips as many of the given ids as the cache is long.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+FIRST_COLUMNS = 256  # that there is room for
+
+
+class Text:
+    """Ids [B, columns], padding among them; unknown from where embeddings came in, or steps that
+    ran without the host."""
+
+    def __init__(self) -> None:
+        self._ids: Tensor | None = None
+        self.columns = 0
+
+    def add(self, ids: Tensor | None, first: int) -> None:
+        """Columns from `first` on are ids [B, n]; those behind, if any, were taken back."""
+        self.columns = min(self.columns, first)
+        if self.columns < first or ids is None:
+            return  # as `columns` stays behind, `known` says so
+        end = first + ids.shape[1]
+        if self._ids is None or first == 0 or end > self._ids.shape[1]:
+            room = ids.new_zeros(len(ids), max(FIRST_COLUMNS, 2 * end))
+            if first:
+                room[:, :first] = self._ids[:, :first]
+            self._ids = room
+        self._ids[:, first:end] = ids
+        self.columns = end
+
+    def known(self, columns: int) -> Tensor | None:
+        """The ids of a cache that has so many columns; None where they are not known."""
+        return self._ids[:, :columns] if self._ids is not None and self.columns >= columns else None
+
+    def select(self, rows: Tensor) -> None:
+        """Rows become `rows` ([B'] int64 indices)."""
+        if self._ids is not None:
+            self._ids = self._ids[rows.to(self._ids.device)]
+
+
+def first_difference(
+    seen: Tensor, given: Tensor, seen_mask: Tensor, given_mask: Tensor
+) -> tuple[int, int] | None:
+    """The first column, and a row, where texts [B, n] differ; None where they do not.
+
+    Args:
+        seen_mask, given_mask: [B, n] bool, False for padding, whose ids do not matter.
+    """
+    differs = (seen_mask != given_mask) | (seen_mask & (seen != given))
+    column = int(differs.any(0).int().argmax())
+    rows = differs[:, column].nonzero()
+    return (column, int(rows[0])) if len(rows) else None
