@@ -94,8 +94,8 @@ void launch_append_attention(const AppendAttentionParams& p, int rows, const Lau
          dim3(Tile::kThreads), Tile::kShared, p);
 }
 
-// As many fragments as the rows of a KV head fill. In fp32, for tests and small jobs, one; with
-// heads of 256 two, whose sums are all that a thread's registers hold.
+// As many fragments as the rows of a KV head fill. One in fp32, for tests and small jobs, and with
+// heads of 256, of which a thread has registers for no more.
 template <typename Launch>
 void launch_append_attention(const AppendAttentionParams& p, const Launch& launch) {
   const DecodeAttentionParams& attention = p.attention;
@@ -103,13 +103,13 @@ void launch_append_attention(const AppendAttentionParams& p, const Launch& launc
   with_types(attention, [&](auto type, auto head_dim) {
     using T = decltype(type);
     constexpr int D = head_dim();
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (std::is_same_v<T, float> || D > 128) {
       launch_append_attention<T, D, 1>(p, rows, launch);
     } else if (rows <= 8) {
       launch_append_attention<T, D, 1>(p, rows, launch);
-    } else if (rows <= 16 || D > 128) {
+    } else if (rows <= 16) {
       launch_append_attention<T, D, 2>(p, rows, launch);
-    } else if constexpr (D <= 128) {
+    } else {
       launch_append_attention<T, D, 4>(p, rows, launch);
     }
     launch_merge_splits<D>(attention, attention.batch * p.num_queries * attention.num_heads,

@@ -38,8 +38,8 @@ struct DecodeTile {
   static constexpr std::size_t kShared = kStates + kQueries;
   // What an SM of 9.0 has room for, which registers must allow: 1 KB of each block is the system's.
   static constexpr int kBySharedMemory = 228 * 1024 / (kShared + 1024);
-  // A thread's sums, its part of q, and its part of S and P; some 70 registers besides.
-  static constexpr int kRegisters = 70 + kFragments * (kSteps * (kShareQueries ? 4 : 6) + 12);
+  // A thread's sums, its part of q, and its part of S and P; some 60 registers besides.
+  static constexpr int kRegisters = 60 + kFragments * (kSteps * (kShareQueries ? 4 : 6) + 26);
   static constexpr int kByRegisters = 65536 / (kThreads * kRegisters);
   static constexpr int kBlocks = kBySharedMemory < kByRegisters ? kBySharedMemory : kByRegisters;
 };
