@@ -4,6 +4,7 @@
 #include "backend.h"
 #include "cpu/simd/rows.h"
 #include "cuda/kernels.h"
+#include "kvcomp/head_sizes.h"
 #include "ops/register.h"
 #include "tensor.h"
 
@@ -18,6 +19,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   backend.attr("cpu") = static_cast<int>(Backend::cpu);
   backend.attr("cuda") = static_cast<int>(Backend::cuda);
   m.attr("Backend") = backend;
+
+  py::list sizes;
+  for (const int size : kHeadSizes) sizes.append(size);
+  m.attr("head_sizes") = py::tuple(sizes);
 
   m.def("build_info", [] {
     py::dict info;

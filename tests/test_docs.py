@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from kvcomp import METHODS, cli
 from kvcomp.hf import Report
-from kvcomp.ops import OPS
+from kvcomp.ops import HEAD_SIZES, OPS
 
 ROOT = Path(__file__).parents[1]
 README, INDEX = ROOT / "README.md", ROOT / "docs" / "README.md"
@@ -157,3 +157,10 @@ def rows(page, name):
 
 def sections(name):
     return (INDEX.parent / name).read_text().split("\n## ")
+
+
+@pytest.mark.parametrize("page", ["limits.md", "engines.md"])
+def test_pages_list_the_head_sizes_that_are_compiled(page):
+    *most, last = map(str, HEAD_SIZES)
+    said = " ".join((INDEX.parent / page).read_text().split()).lower()
+    assert f"sizes other than {', '.join(most)} and {last}" in said

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from kvcomp.ops import OPS
+from kvcomp.ops import HEAD_SIZES, OPS
 from kvcomp.ops._widen import in_float64
 from kvcomp.selftest.case import HALF_AND_FULL, Case, ints, kv_cache
 from kvcomp.selftest.compare import assert_close, outputs
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES = 420  # of each op
 
-dims = st.sampled_from([32, 64, 80, 96, 128, 256])
+dims = st.sampled_from(HEAD_SIZES)
 layouts = st.sampled_from(["head", "token", "slab", "crooked"])
 
 

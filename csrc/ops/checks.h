@@ -6,14 +6,16 @@
 #include <limits>
 #include <string>
 
+#include "kvcomp/head_sizes.h"
 #include "tensor.h"
 
 namespace kvcomp {
 
 inline void check_head_dim(const Boundary& at, const char* argument, std::int64_t head_dim) {
-  constexpr std::int64_t kSupported[] = {32, 64, 80, 96, 128, 256};
-  if (std::ranges::find(kSupported, head_dim) != std::end(kSupported)) return;
-  at.fail(argument, "a head size of 32, 64, 80, 96, 128 or 256", head_dim);
+  if (std::ranges::find(kHeadSizes, head_dim) != std::end(kHeadSizes)) return;
+  std::string sizes;
+  for (const int size : kHeadSizes) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+  at.fail(argument, "a head size of " + sizes, head_dim);
 }
 
 // What the loops of cpu/simd/rows.h take.

@@ -10,8 +10,7 @@ from kvcomp.hf.attention import NAME
 from kvcomp.hf.cache import Cache
 from kvcomp.hf.decoder import values_of
 from kvcomp.methods import Method
-
-HEAD_SIZES = (32, 64, 80, 96, 128, 256)
+from kvcomp.ops import HEAD_SIZES
 
 
 def refuse(model: PreTrainedModel) -> None:

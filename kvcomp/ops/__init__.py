@@ -4,6 +4,7 @@ Shapes throughout: B sequences, Hq query heads, Hkv KV heads, G = Hq / Hkv, T to
 size, P pages. K and V are [B, Hkv, T, D] with any strides on B, Hkv and T, and D contiguous.
 """
 
+from kvcomp import _C
 from kvcomp.ops._registry import OPS
 from kvcomp.ops.append_attention import append_attention
 from kvcomp.ops.attend_and_select import attend_and_select
@@ -25,7 +26,10 @@ from kvcomp.ops.select_victims import select_victims
 from kvcomp.ops.store_segments import store_segments
 from kvcomp.ops.unit_scores import unit_scores
 
+HEAD_SIZES: tuple[int, ...] = _C.head_sizes  # that attention is compiled for
+
 __all__ = [
+    "HEAD_SIZES",
     "OPS",
     "append_attention",
     "attend_and_select",

@@ -42,7 +42,7 @@ def append_attention(
     number and not on m.
 
     Args:
-        q: [B, m, Hq, D], 1 <= m <= 64; fp32, fp16 or bf16; D one of 32, 64, 80, 96, 128, 256.
+        q: [B, m, Hq, D], 1 <= m <= 64; fp32, fp16 or bf16; D one of `HEAD_SIZES`.
         k, v: [B, Hkv, T, D] of q's dtype, any strides on B, Hkv and T, D contiguous.
         seq_lens: [B] int32, tokens attended, the new ones included.
         q_lens: [B] int32, how many of its m queries a row has, in front; it has as many new

@@ -40,7 +40,7 @@ def decode_attention(
     `merge_states`.
 
     Args:
-        q: [B, Hq, D]; fp32, fp16 or bf16; D one of 32, 64, 80, 96, 128, 256.
+        q: [B, Hq, D]; fp32, fp16 or bf16; D one of `HEAD_SIZES`.
         k, v: [B, Hkv, T, D] of q's dtype, any strides on B, Hkv and T, D contiguous.
         seq_lens: [B] int32, tokens attended, at most T (dense) or K * page_size (paged).
         page_ids: [B, 1, K] (one set for all heads) or [B, Hkv, K], int32.

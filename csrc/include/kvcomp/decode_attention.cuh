@@ -21,6 +21,7 @@
 #include "kvcomp/decode_merge.cuh"
 #include "kvcomp/decode_split.cuh"
 #include "kvcomp/decode_warp.cuh"
+#include "kvcomp/head_sizes.h"
 
 namespace kvcomp {
 
@@ -104,26 +105,16 @@ void launch_merge_splits(const DecodeAttentionParams& p, int rows, const Launch&
 
 // --- launches ------------------------------------------------------------------------------------
 
-// start(T{}, std::integral_constant<int, D>) for the head sizes there are.
-template <typename T, typename Start>
-void with_head_dim(int head_dim, const Start& start) {
-  switch (head_dim) {
-    case 32: return start(T{}, std::integral_constant<int, 32>());
-    case 64: return start(T{}, std::integral_constant<int, 64>());
-    case 80: return start(T{}, std::integral_constant<int, 80>());
-    case 96: return start(T{}, std::integral_constant<int, 96>());
-    case 128: return start(T{}, std::integral_constant<int, 128>());
-    case 256: return start(T{}, std::integral_constant<int, 256>());
-  }
-}
-
+// start(T{}, std::integral_constant<int, D>{}) with the type and head size of p.
 template <typename Start>
 void with_types(const DecodeAttentionParams& p, const Start& start) {
-  switch (p.dtype) {
-    case ScalarType::f32: return with_head_dim<float>(p.head_dim, start);
-    case ScalarType::f16: return with_head_dim<__half>(p.head_dim, start);
-    case ScalarType::bf16: return with_head_dim<__nv_bfloat16>(p.head_dim, start);
-  }
+  with_head_size(p.head_dim, [&](auto head_dim) {
+    switch (p.dtype) {
+      case ScalarType::f32: return start(float{}, head_dim);
+      case ScalarType::f16: return start(__half{}, head_dim);
+      case ScalarType::bf16: return start(__nv_bfloat16{}, head_dim);
+    }
+  });
 }
 
 // Starts the kernels through `launch(kernel, grid, block, shared_bytes, args...)`.
