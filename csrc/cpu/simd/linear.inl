@@ -40,9 +40,9 @@ inline void linear_sums(const typename Dot<T>::Query* x, std::int64_t stride_x,
 template <class T, int B>
 void linear_block(const float* prepared_x, const T* weight, std::int64_t stride, int width,
                   std::int64_t count, const T* bias, T* y, std::int64_t stride_y) {
-  constexpr int R = B <= 4 ? 1 : 2;
   constexpr int kOutputs = kLanes / (B <= 2 ? B : B <= 4 ? 4 : 8);  // that are reduced together
-  constexpr int kAhead = R * (R == 1 ? 4096 : 8192) / sizeof(T);    // elements fetched ahead
+  constexpr int R = B <= 4 || kOutputs < 2 ? 1 : 2;
+  constexpr int kAhead = R * (R == 1 ? 4096 : 8192) / sizeof(T);  // elements fetched ahead
   using Query = typename Dot<T>::Query;
   const auto* x = reinterpret_cast<const Query*>(prepared_x);
   const std::int64_t stride_x = linear_stride(width) * (sizeof(float) / sizeof(Query));
