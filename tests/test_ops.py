@@ -68,6 +68,36 @@ def test_kmeans_takes_no_wrong_turn_in_many_iterations():
     torch.testing.assert_close(got[1], want[1].float())
 
 
+def test_an_op_may_begin_as_its_reference():
+    def reference(x, weights, scale):
+        return sum(x @ w for w in weights) * scale
+
+    def fake(x, weights, scale):
+        return x.new_empty(x.size(0), weights[0].size(1))
+
+    schema = "(Tensor x, Tensor[] weights, float scale) -> Tensor"
+    call = _registry.bind("sum_of_products", schema, reference=reference, fake=fake)
+    op = OPS.pop("sum_of_products")  # the other tests are about ops that stay
+    assert op.bound == {"cpu": "reference", "cuda": "reference"}
+    assert op.missing == dict.fromkeys(("cpu", "cuda", "triton"), "not written")
+    x, weights = torch.randn(3, 8), [torch.randn(8, 5) for _ in range(2)]
+    want = reference(x.double(), [w.double() for w in weights], 0.5)
+    torch.testing.assert_close(call(x, weights, 0.5), want.float())
+    half = call(x.bfloat16(), [w.bfloat16() for w in weights], 0.5)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), want.float(), rtol=0.05, atol=0.1)
+    compiled = torch.compile(lambda *args: call(*args), fullgraph=True)
+    torch.testing.assert_close(compiled(x, weights, 0.5), want.float())
+    for bad, error, match in [
+        ((None, weights, 0.5), TypeError, "'x': expected a tensor, got None"),
+        ((x, weights[0], 0.5), TypeError, "'weights': expected a list of tensors"),
+        ((x, weights, "0.5"), TypeError, "'scale': expected a number, got '0.5'"),
+        ((x, [weights[0], weights[1].to("meta")], 0.5), ValueError, "'weights': .*'x', cpu, got"),
+    ]:
+        with pytest.raises(error, match=rf"^kvcomp\.sum_of_products: argument {match}"):
+            call(*bad)
+
+
 # The public functions take by keyword, or in other terms, what the schema has by position.
 CALLS = {
     "append_attention": lambda op, *args: op(

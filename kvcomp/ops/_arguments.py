@@ -1,7 +1,7 @@
 """Arguments of another type than the schema says, and the one error that names them.
 
 Ops look at nothing before they run. Only a call that has failed is gone through here, argument by
-argument: what pybind, the dispatcher or Python said first is of no use to the caller.
+argument: what the extension, the dispatcher or Python said first is of no use to the caller.
 """
 
 from __future__ import annotations
@@ -19,6 +19,22 @@ def explain(op: str, schema: str, values: tuple) -> None:
     """Raise TypeError for the first of `values` that is not of the schema's type, if any is not."""
     for argument, value in zip(_torch.schema_arguments(schema), values, strict=False):
         expect(op, argument.name, str(argument.type), value)
+
+
+def check_types(op: str, schema: str, *values: Any) -> None:
+    """Raise TypeError as `explain` does, ValueError unless all tensors are on one device."""
+    explain(op, schema, values)
+    first = None
+    for argument, value in zip(_torch.schema_arguments(schema), values, strict=False):
+        for tensor in value if isinstance(value, list) else [value]:
+            if not _is_tensor(tensor):
+                continue
+            first = first or (argument.name, tensor.device)
+            if tensor.device != first[1]:
+                raise ValueError(
+                    f"kvcomp.{op}: argument '{argument.name}': expected the device of"
+                    f" '{first[0]}', {first[1]}, got {tensor.device}"
+                )
 
 
 def expect(op: str, name: str, kind: str, value: Any) -> None:

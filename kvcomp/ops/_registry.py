@@ -10,13 +10,13 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
 
 from kvcomp import _C, _torch
-from kvcomp.ops._arguments import explain
+from kvcomp.ops._arguments import check_types, explain
 from kvcomp.ops._widen import in_float32
 
 LIBRARY = torch.library.Library("kvcomp", "DEF")
@@ -35,7 +35,7 @@ class Op:
     name: str
     schema: str
     reference: Callable
-    native: Native
+    native: Native | None
     impls: dict[str, Callable] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # implementation -> why it is absent
     bound: dict[str, str] = field(default_factory=dict)  # device type -> implementation
@@ -54,8 +54,8 @@ def bind(
     *,
     reference: Callable,
     fake: Callable,
-    native: Native,
-    backends: tuple[str, ...] = ("cpu",),
+    native: Native | None = None,
+    backends: tuple[str, ...] | None = None,
     triton: bool = False,
 ) -> Callable:
     """Register the op and return the callable that goes straight to the dispatcher.
@@ -65,11 +65,16 @@ def bind(
         reference: the specification, in plain PyTorch without dtype casts.
         fake: shapes and dtypes of the outputs.
         native: from the extension and a backend number to a function of the schema's arguments.
-        backends: those that exist in the sources ("cpu", "cuda").
+            Without one the op is its reference, and only the types and the devices of arguments
+            are checked; shapes and values are up to the public function.
+        backends: those that exist in the sources, "cpu" and "cuda"; with `native`, "cpu".
         triton: whether ``kvcomp.ops.triton.<name>`` exists.
     """
     op = Op(name, f"{name}{schema}", reference, native)
-    check = native(_C, _C.Backend.check)  # so that each boundary check is written once, in C++
+    if native is None:
+        backends, check = (), partial(check_types, name, op.schema)
+    else:  # each boundary check is written once, in C++
+        backends, check = backends or ("cpu",), native(_C, _C.Backend.check)
     op.impls["reference"] = _checked(check, _float32_fallback(reference, fake, schema))
     for backend in BACKENDS:
         if backend not in backends:
