@@ -35,11 +35,11 @@ SMOKE = {"model": "reasoner", "tokens": 64, "windows": 2, "batch": 2, "budgets":
 SMOKE |= {"methods": ["full", "delta", "lazy-eviction", "louis-kv"], "dtype": "float32"}
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = found.add_argument
+    add = parser.add_argument
     add("--part", choices=PARTS, default="loss")
     add("--model", default="smollm2-135m", metavar="NAME", help="default: smollm2-135m")
     add(
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cells", type=int, metavar="N", help="at most so many now; the same command goes on")
     add("--json", type=Path, metavar="FILE", help="one that is there already goes on")
     add("--smoke", action="store_true", help="tiny inputs: does it run?")
-    return found
+    return parser.parse_args(argv)
 
 
 def run_loss(options: argparse.Namespace) -> None:
@@ -129,7 +129,7 @@ PARTS = {"loss": run_loss, "premises": run_premises}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(argv)
+    options = parse(argv)
     if options.smoke:
         print("smoke test: the inputs are too small for these figures to mean anything")
         vars(options).update(SMOKE)

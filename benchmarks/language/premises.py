@@ -70,7 +70,7 @@ def delta(attention: Attention, plan: tuple[int, ...], page: int = 16) -> Row:
     planner = {b: max(a for a in plan if a < b) for b in sparse}
     return {
         "plan": list(plan),
-        "by_layer": {b: round(pairs[planner[b]][b], 4) for b in sparse},
+        "by_layer": {str(b): round(pairs[planner[b]][b], 4) for b in sparse},
         "caught": sum(pairs[planner[b]][b] for b in sparse) / len(sparse),
         "own": sum(pairs[b][b] for b in sparse) / len(sparse),
         **{
@@ -144,7 +144,7 @@ def similarity(attention: Attention, group: int, dense_layers: int = 2) -> Row:
     return {
         "by_layer": [round(value, 4) for value in cosine.mean(1).tolist()],
         "cosine": cosine.mean().item(),
-        "trigger_rate": {tau: (cosine < tau).float().mean().item() for tau in TAUS},
+        "trigger_rate": {str(tau): (cosine < tau).float().mean().item() for tau in TAUS},
         "overlap": torch.stack(overlaps).mean().item(),
         "overlap_by_chance": 1 / SHARE,
     }
@@ -211,7 +211,9 @@ def verdicts(rows: list[Row]) -> list[str]:
             f" intervals: median {of('interval_median'):.0f}, 80 % {of('interval_80'):.0f},"
             f" 80 % of the longest {of('longest_80'):.0f}"
         )
-    rates = {tau: mean(lambda row, tau=tau: row["similarity"]["trigger_rate"][tau]) for tau in TAUS}
+    rates = {
+        tau: mean(lambda row, tau=tau: row["similarity"]["trigger_rate"][str(tau)]) for tau in TAUS
+    }
     lines += [
         "LouisKV: cosine of successive queries"
         f" {mean(lambda row: row['similarity']['cosine']):.3f}",
