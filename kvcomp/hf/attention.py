@@ -51,8 +51,10 @@ def attention(
             f"kvcomp: {type(module).__name__} is set to {NAME!r} attention without kvcomp.patch"
         )
     cache = run.current
-    layer = cache.layers[module.layer_idx] if cache is not None else None
-    if not isinstance(layer, Layer):  # a sliding layer, or a forward without a cache
+    index: Any = module.layer_idx
+    layer = cache.layers[index] if cache is not None else None
+    # A sliding layer, or a forward without a cache
+    if cache is None or not isinstance(layer, Layer):
         return _inner(run, module)(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -72,9 +74,10 @@ def attention(
             f"kvcomp: {type(module).__name__} changes K or V after the cache has stored them, or"
             " attends more than once: unsupported"
         )
-    kv, query = layer.kv, query.to(key.dtype)  # autocast leaves a rotated query in fp32
+    query = query.to(key.dtype)  # autocast leaves a rotated query in fp32
+    tensors = query, key, value, attention_mask, cache.padding
     try:
-        return _managed(run, module, kv, query, key, value, attention_mask, scaling, **kwargs), None
+        return _managed(run, module, layer.kv, *tensors, scaling, **kwargs), None
     except HostMemoryError:
         run.undo()  # nothing was lost, and nothing stays patched
         raise
@@ -88,6 +91,7 @@ def _managed(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    valid: Tensor | None,
     scaling: float | None,
     **kwargs: Any,
 ) -> Tensor:
@@ -101,7 +105,7 @@ def _managed(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     else:
-        out = attend_many(kv, query, run.current.padding, scale)
+        out = attend_many(kv, query, valid, scale)
     _prefill(kv, query, scale)
     return out
 
@@ -129,7 +133,7 @@ def attend_many(kv: LayerCache, query: Tensor, valid: Tensor | None, scale: floa
     """
     keys, values, lens = kv.cache.method.context(kv)
     query, count = query.transpose(1, 2), query.shape[2]
-    added = torch.full_like(lens, count) if valid is None else kv.added
+    added = kv.added if isinstance(kv.added, Tensor) else torch.full_like(lens, count)
     if valid is not None:  # a row's tokens first, as they are in the cache
         order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
         query = torch.take_along_dim(query, order, 1)
@@ -172,7 +176,7 @@ def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
 
 def _inner(run: Run, module: torch.nn.Module) -> Any:
     """The attention function that the user had, as the model itself would have found it."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(run.inner_name, eager)
 
 

@@ -41,11 +41,13 @@ class Layer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    can_crop: ClassVar[bool] = True  # where the method can
 
     def __init__(self, owner: Cache, kv: LayerCache, window: int | None = None) -> None:
         super().__init__()
         self.own(owner)
         self.kv = kv
+        self.is_croppable = self.can_crop and kv.cache.method.croppable
         self.window = window  # of a sliding layer, as long as all positions that the model knows
         self.fresh: tuple[Tensor, Tensor] | None = None  # handed out by update, not yet attended
 
@@ -54,8 +56,11 @@ class Layer(CacheLayerMixin):
         self._owner = weakref.ref(owner)
 
     @property
-    def is_croppable(self) -> bool:
-        return self.kv.cache.method.croppable
+    def owner(self) -> Cache:
+        owner = self._owner()
+        if owner is None:
+            raise ReferenceError("kvcomp: the cache of this layer is gone; keep a reference to it")
+        return owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -68,7 +73,7 @@ class Layer(CacheLayerMixin):
         Raises:
             ValueError: the model is not the patched one, whose attention would do so.
         """
-        if not self._owner().entered:
+        if not self.owner.entered:
             raise ValueError(
                 "kvcomp: past_key_values: expected the model that this cache was made for, while it"
                 " is patched (this run may have been undone); another model would see only the"
@@ -91,7 +96,7 @@ class Layer(CacheLayerMixin):
 
     @outlasting
     def _keep(self, key: Tensor, value: Tensor) -> None:
-        self.kv.append(key, value, self._owner().padding)
+        self.kv.append(key, value, self.owner.padding)
 
     @property
     def keys(self) -> Tensor:
@@ -102,7 +107,7 @@ class Layer(CacheLayerMixin):
         )
 
     @keys.setter
-    def keys(self, value: None) -> None:
+    def keys(self, value: Tensor | None) -> None:
         """transformers sets it to None at first."""
 
     values = keys
@@ -155,7 +160,7 @@ class Layer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.kv.select(indices)
         if self.kv.position == 0:
-            self._owner().text.select(indices)
+            self.owner.text.select(indices)
 
     def offload(self) -> None:
         raise RuntimeError("kvcomp: this cache does not support whole-layer offloading")
@@ -266,7 +271,7 @@ class Cache(TransformersCache):
         return mask is None or any(_same(mask, known) for known in self.masks)
 
 
-def _is_full(layer: CacheLayerMixin, positions: list[int]) -> bool:
+def _is_full(layer: Any, positions: list[int]) -> bool:
     """Whether a layer attends to every token: also one whose window is never full."""
     if type(layer).__name__ == "DynamicSlidingWindowLayer":
         return bool(positions) and getattr(layer, WINDOW) >= max(positions)

@@ -96,7 +96,7 @@ def best_layers(recall: list[list[float]], first: int, count: int) -> tuple[int,
     num_layers = len(recall)
     count = min(count, num_layers - first)
     # best[d]: (value of layers first..d-1, set) for sets of the current size that end at d.
-    best = {first: (0.0, (first,))}
+    best: dict[int, tuple[float, tuple[int, ...]]] = {first: (0.0, (first,))}
     for _ in range(count - 1):
         longer: dict[int, tuple[float, tuple[int, ...]]] = {}
         for last, (value, chosen) in best.items():

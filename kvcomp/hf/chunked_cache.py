@@ -10,9 +10,7 @@ ended is carried along, as in `generate` without chunks.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -21,12 +19,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
 
 from kvcomp.cache import Meter
-from kvcomp.cache.background import Background
+from kvcomp.cache.later import forget, known, later
 from kvcomp.hf.cache import Cache
+from kvcomp.hf.next_context import Encode, NextContext, now
 from kvcomp.hf.text import first_difference
 from kvcomp.methods.delethink import Chunk, Delethink
-
-Encode = Callable[..., None]  # (cache, input_ids=, attention_mask=, position_ids=): one forward
 
 
 class ChunkedCache(TransformersCache):
@@ -47,6 +44,9 @@ class ChunkedCache(TransformersCache):
         produced: tokens of the output that have come in.
     """
 
+    _prompt: Tensor = later("the prompt")  # [B, columns] ids
+    _output: Tensor = later("the output")  # [B, room] ids, less those that `_forget` took out
+
     def __init__(
         self,
         method: Delethink,
@@ -63,14 +63,15 @@ class ChunkedCache(TransformersCache):
         self._begin()
 
     def _begin(self) -> None:
-        self.index, self.chunk = 0, self.method.chunk_at(0)
+        chunk = self.method.chunk_at(0)
+        assert chunk is not None, "max_chunks is at least 1"
+        self.index, self.chunk = 0, chunk
         self.produced = 0
         self.prompt_columns = 0  # that `generate` announced
-        self._prompt: Tensor | None = None  # [B, columns] ids
+        forget(self, "_prompt", "_output")
         self._mask: Tensor | None = None  # [B, columns] of the prompt; None: no padding
-        self._output: Tensor | None = None  # [B, room] ids, less those that `_forget` took out
         self._forgotten = 0  # tokens of the output behind the head
-        self._next: _NextContext | None = None  # under way, with reset="streaming"
+        self._next: NextContext | None = None  # under way, with reset="streaming"
         self._began: float | None = None  # the forward that encodes the context that begins
 
     def __deepcopy__(self, memo: dict) -> ChunkedCache:
@@ -97,12 +98,12 @@ class ChunkedCache(TransformersCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, of all chunks; columns of the batch, padding included."""
-        return (0 if self._prompt is None else self._prompt.shape[1]) + self.produced
+        return (self._prompt.shape[1] if known(self, "_prompt") else 0) + self.produced
 
     @property
     def rows(self) -> int:
         """Sequences; 0 before the first tokens."""
-        return 0 if self._prompt is None else len(self._prompt)
+        return len(self._prompt) if known(self, "_prompt") else 0
 
     def first_difference(self, ids: Tensor, mask: Tensor | None) -> tuple[int, int] | None:
         """Column and row where a text [B, tokens] is not that of the prompt so far."""
@@ -126,7 +127,11 @@ class ChunkedCache(TransformersCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         raise ValueError("kvcomp: delethink cannot reorder, repeat or drop the rows of a batch")
 
-    batch_repeat_interleave = reorder_cache = batch_select_indices
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(0))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
 
     def announce(self, columns: int) -> None:
         """The prompt has that many columns, in one piece or several; some may be in already.
@@ -186,7 +191,7 @@ class ChunkedCache(TransformersCache):
     def left(self) -> None:
         """The forward that `enter` was for has ended."""
         if self._began is not None:
-            self.meter.boundary_seconds.append(_now(self._prompt.device) - self._began)
+            self.meter.boundary_seconds.append(now(self._prompt.device) - self._began)
             self._began = None
 
     # --- what comes in ----------------------------------------------------------------------------
@@ -197,20 +202,25 @@ class ChunkedCache(TransformersCache):
         return columns == 0 or columns < self.prompt_columns or in_pieces
 
     def _add_prompt(self, ids: Tensor, mask: Tensor | None) -> None:
-        joined = ids if self._prompt is None else torch.cat([self._prompt, ids], 1)
+        joined = torch.cat([self._prompt, ids], 1) if known(self, "_prompt") else ids
         if mask is None and self._mask is not None:  # what follows is not padding
             mask = torch.nn.functional.pad(self._mask, (0, ids.shape[1]), value=1)
-        padded = mask is not None and mask.ndim == 2 and not bool(mask.bool().all())
-        if padded and mask.shape == joined.shape and not bool((mask.int().diff(dim=1) >= 0).all()):
-            raise ValueError("kvcomp: attention_mask: delethink expects padding on the left only")
-        valid = int(mask.sum(1).max()) if padded else joined.shape[1]
+        if mask is not None and (mask.ndim != 2 or bool(mask.bool().all())):
+            mask = None
+        valid = joined.shape[1]
+        if mask is not None:
+            if mask.shape == joined.shape and not bool((mask.int().diff(dim=1) >= 0).all()):
+                raise ValueError(
+                    "kvcomp: attention_mask: delethink expects padding on the left only"
+                )
+            valid = int(mask.sum(1).max())
         bound = valid + self.method.most_thought
         if self.longest is not None and bound > self.longest:
             raise ValueError(
                 f"kvcomp: a prompt of {valid} tokens and up to {self.method.most_thought} of output"
                 f" make a context of {bound}; the model knows {self.longest} positions"
             )
-        self._prompt, self._mask = joined, mask if padded else None
+        self._prompt, self._mask = joined, mask
 
     def _add_output(self, ids: Tensor, mask: Tensor | None) -> None:
         if ids.shape[1] != 1:
@@ -227,9 +237,10 @@ class ChunkedCache(TransformersCache):
         if mask is not None and not mask.is_cuda and not bool(mask[:, -1].all()):
             raise ValueError("kvcomp: attention_mask: delethink: a row cannot skip a step")
         place = self.produced - self._forgotten
-        if self._output is None or self._output.shape[1] == place:
+        begun = known(self, "_output")
+        if not begun or self._output.shape[1] == place:
             room = ids.new_zeros(len(ids), max(1024, place))
-            self._output = room if self._output is None else torch.cat([self._output, room], 1)
+            self._output = torch.cat([self._output, room], 1) if begun else room
         self._output[:, place] = ids[:, 0]
         self.produced += 1
 
@@ -268,23 +279,23 @@ class ChunkedCache(TransformersCache):
     def _cross(self, encode: Encode) -> None:
         """The chunk is full: its last token is about to come in, as that of the next context."""
         chunk = self._following()
-        began = _now(self._prompt.device)
+        began = now(self._prompt.device)
         kept, last = self._bounds(chunk)
         if self.method.reset == "rotate":
             self._fold(kept, last)
             encoded = 0
         else:
-            following = self._next or _NextContext(self, chunk, self._rewound(kept))
+            following = self._next or NextContext(self, chunk, self._rewound(kept))
             encoded = following.finish(encode)
             self._set_context(following.cache)
         self._begin_chunk(chunk)
         meter = self.meter
         meter.reencoded_tokens += encoded * len(self._prompt)
-        meter.boundary_seconds.append(_now(self._prompt.device) - began)
+        meter.boundary_seconds.append(now(self._prompt.device) - began)
 
     def _cross_whole(self) -> None:
         """The same where the forward of that token will encode all of its context."""
-        self._began = _now(self._prompt.device)
+        self._began = now(self._prompt.device)
         chunk = self._following()
         self._set_context(self._new_context())
         self._begin_chunk(chunk)
@@ -340,72 +351,8 @@ class ChunkedCache(TransformersCache):
             kept, last = self._bounds(chunk)
             if self.context.all_managed and self.method.attention.croppable:
                 cache.kv.adopt(self.context.kv, kept, room=last + chunk.stop - chunk.start + 1)
-            self._next = _NextContext(self, chunk, cache)
+            self._next = NextContext(self, chunk, cache)
         self._next.go_on(encode)
 
     def _set_context(self, cache: Cache) -> None:
         self.context, self.layers = cache, cache.layers
-
-
-class _NextContext:
-    """The context of the next chunk, encoded piece by piece, in the background or here.
-
-    Attributes:
-        cache: what has been encoded; nobody else's until `finish`.
-    """
-
-    def __init__(self, owner: ChunkedCache, chunk: Chunk, cache: Cache) -> None:
-        self.owner, self.chunk, self.cache = owner, chunk, cache
-        self._first = self._sent = cache.get_seq_length()
-        self._prefix, self._last = owner._bounds(chunk)
-        self._background: Background | None = None
-        self._wait: Callable[[], None] | None = None
-
-    def go_on(self, encode: Encode) -> None:
-        """Encode a piece in the background, if one is known and nothing is under way."""
-        if self._background is None:
-            self._background = Background(self.owner._prompt.device)
-            self.cache.kv.counted = False
-            self.owner.context.kv.beside = [self.cache.kv]
-        known = self._prefix + self.owner.produced - self.chunk.carried
-        end = self._sent + self.owner.method.piece
-        if end <= min(known, self._last) and not self._background.busy:
-            if self._wait is not None:
-                self._wait()  # for nothing, but to raise what the piece before has raised
-            work, tensors = self._piece(encode, end)
-            self._wait = self._background.submit(work, *tensors)
-
-    def settle(self) -> None:
-        """Wait for the background; what went wrong there is raised again by `finish`."""
-        if self._wait is not None:
-            with suppress(Exception):
-                self._wait()
-
-    def finish(self, encode: Encode) -> int:
-        """Encode what is missing.
-
-        Returns:
-            columns encoded in all, the background's included.
-        """
-        if self._wait is not None:
-            self._wait()
-        step = self.owner.method.piece if self._background else self._last
-        while self._sent < self._last:
-            self._piece(encode, min(self._sent + step, self._last))[0]()
-        self.cache.kv.counted = True
-        return self._last - self._first
-
-    def _piece(self, encode: Encode, end: int) -> tuple[Callable[[], None], list[Tensor]]:
-        """The work of encoding columns up to `end`, and the tensors that it reads."""
-        ids = self.owner._tokens(self.chunk, self._sent, end)
-        placed = self.owner._placed(self._sent, end - self._sent)
-        self._sent = end
-        tensors = [ids, *(tensor for tensor in placed.values() if tensor is not None)]
-        return lambda: encode(self.cache, input_ids=ids, **placed), tensors
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, when all that decoding has given to the device is done; the background goes on."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
-    return time.perf_counter()

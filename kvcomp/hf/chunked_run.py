@@ -44,8 +44,9 @@ class ChunkedRun(Run):
     def new_cache(self) -> ChunkedCache:
         longest = getattr(self.config, "max_position_embeddings", None)
         whole = changes_with_length(self.model)
-        make = super().new_cache
-        return ChunkedCache(self.method, make, longest, whole=whole, renews=self._renews)
+        return ChunkedCache(
+            self.method, self._new_context, longest, whole=whole, renews=self._renews
+        )
 
     def _refuse(self, first: Cache) -> None:
         refuse_chunks(self.model, self.method, first)
@@ -97,7 +98,8 @@ class ChunkedRun(Run):
         length of the context which the model sees."""
         inputs = prepare(input_ids, **given)
         if given.get("past_key_values") is not None and inputs.get("past_key_values") is None:
-            return GenerationMixin.prepare_inputs_for_generation(self.model, input_ids, **given)
+            ids: Any = input_ids  # by its annotation a LongTensor, which no tensor is
+            return GenerationMixin.prepare_inputs_for_generation(self.model, ids, **given)
         return inputs
 
     def _renews(self, context: Cache, columns: int) -> bool:

@@ -42,11 +42,12 @@ def decode_all(
         )
     if not len(prompts):
         raise ValueError("kvcomp: prompts: expected at least one, got none")
+    generative: Any = model  # its type has no `generate`
     outputs = []
     with patch(model, method):
         for prompt in prompts:
             ids = _ids(model, prompt, tokenizer)
-            out = model.generate(
+            out = generative.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -16,14 +16,14 @@ from kvcomp.ops import HEAD_SIZES
 def refuse(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, for a model that no method can decode exactly."""
     config = model.config.get_text_config(decoder=True)
-    name = type(model).__name__
+    name, generative = type(model).__name__, cast("Any", model)
     eager = config._attn_implementation == "eager"
     reasons = {
         "is patched already, or shares its config with a model that is; undo() the other run"
         " first": config._attn_implementation == NAME,
         "is multimodal; only text models are supported": config is not model.config,
         "is an encoder-decoder": model.config.is_encoder_decoder,
-        "requires its own cache class": not model._supports_default_dynamic_cache(),
+        "requires its own cache class": not generative._supports_default_dynamic_cache(),
         "says nothing of its layers (num_hidden_layers)": not hasattr(config, "num_hidden_layers"),
         "caches a latent instead of keys and values (MLA)": any(values_of(config, "kv_lora_rank")),
         "shares K and V between layers": any(values_of(config, "num_kv_shared_layers")),

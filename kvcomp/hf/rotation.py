@@ -72,7 +72,7 @@ def _turns(model: PreTrainedModel, inv_freq: Tensor) -> bool:
     with torch.no_grad(), without_checkpoints(model):
         decoder_of(model)(input_ids=ids, past_key_values=cache, use_cache=True)
     for layer in cache.layers:
-        if type(layer) is DynamicLayer:
+        if type(layer) is DynamicLayer and layer.keys is not None:
             key, last = layer.keys[:, :, :1].clone(), layer.keys[:, :, -1:]
             apart = (last - key).norm()
             shift = torch.full((1,), TEXT - 1, device=key.device)

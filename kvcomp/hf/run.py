@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial, wraps
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from kvcomp.hf.rotation import key_rotation
 from kvcomp.hf.turns import Turns
 from kvcomp.methods import Method
 
+if TYPE_CHECKING:
+    from kvcomp.hf.chunked_cache import ChunkedCache
+
 BROKEN = (
     "a forward over this cache has failed half-way, so its layers have seen different tokens;"
     " reset() it and begin anew"
@@ -49,7 +52,7 @@ class Run(Turns):
     """
 
     meter_class: ClassVar[type[Meter]] = Meter
-    cache_class: ClassVar[type[TransformersCache]] = Cache  # that the user holds
+    cache_class: ClassVar[type[Cache | ChunkedCache]] = Cache  # that the user holds
 
     @outlasting
     def __init__(self, model: PreTrainedModel, method: Method, *, linear_rows: bool = True) -> None:
@@ -68,7 +71,8 @@ class Run(Turns):
                 f"kvcomp.patch: linear_rows: expected True or False, got {linear_rows!r}"
             )
         refuse(model)
-        self.model, self.method = model, method
+        self.model: Any = model  # of two types, PreTrainedModel and GenerationMixin
+        self.method = method
         self.config = model.config.get_text_config(decoder=True)
         self.decoder = decoder_of(model)
         self.inner_name = self.config._attn_implementation
@@ -81,7 +85,7 @@ class Run(Turns):
         self._last_forward: float | None = None  # when the latest forward ended
         self._running = threading.local()
         self._gate = Gate(self._take_back)
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._linear = LinearLayers()
         try:
             self._apply()
@@ -108,6 +112,10 @@ class Run(Turns):
 
     def new_cache(self) -> TransformersCache:
         """A new cache of this run, for loops that call the model themselves."""
+        return self._new_context()
+
+    def _new_context(self) -> Cache:
+        """What the model's layers see."""
         return Cache(self.config, self.method, self.meter, self.inv_freq)
 
     def report(self, layers: bool = False) -> Report:
@@ -153,7 +161,7 @@ class Run(Turns):
         model, config, decoder = self.model, self.config, self.decoder
         for module in attention_modules(model):
             module.__dict__["_kvcomp_run"] = self
-            self._undo.append(lambda module=module: module.__dict__.pop("_kvcomp_run"))
+            self._undo.append(partial(module.__dict__.pop, "_kvcomp_run"))
         attention.RUNS[id(config)] = self
         self._undo.append(lambda: attention.RUNS.pop(id(config)))
         self._set_attention(attention.NAME)
@@ -284,7 +292,7 @@ class Run(Turns):
             cache, given = self._enter(cache, given)
             if cache.broken:
                 raise ValueError(f"kvcomp: past_key_values: {BROKEN}")
-            tokens = given.get("input_ids")
+            tokens: Any = given.get("input_ids")
             tokens = given.get("inputs_embeds") if tokens is None else tokens
             mask = given.get("attention_mask")
             self._read(cache, given.get("input_ids"))
@@ -374,7 +382,7 @@ class Run(Turns):
         if not decoding and self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)  # once per prompt: its work is not decoding
         now = time.perf_counter()
-        if decoding:
+        if decoding and self._last_forward is not None:
             self._decode_seconds += now - self._last_forward
         self._last_forward = now
 

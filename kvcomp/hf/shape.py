@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kvcomp.hf.cache import Cache, Layer
+from kvcomp.hf.cache import WINDOW, Cache, Layer
 from kvcomp.hf.refusals import refuse
 from kvcomp.methods import Method
 from kvcomp.plan import Shape
@@ -66,7 +66,7 @@ def shape_of(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        windows=tuple(cache.layers[index].sliding_window for index in sliding),
+        windows=tuple(getattr(cache.layers[index], WINDOW) for index in sliding),
         linear=len(cache.layers) - len(managed) - len(sliding),
         positions=getattr(text, "max_position_embeddings", None),
         **count_weights(model, text, name),
@@ -86,9 +86,9 @@ def shape_of(
 def head_counts(config: Any, name: str) -> tuple[int, int, int]:
     """Query heads, KV heads and head size of every attention layer."""
     try:
-        heads = getattr(config, "num_attention_heads", None)
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+        heads: Any = getattr(config, "num_attention_heads", None)
+        kv_heads: Any = getattr(config, "num_key_value_heads", None) or heads
+        head_dim: Any = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
     except RuntimeError as error:  # what transformers says where layers differ
         raise ValueError(f"kvcomp.plan: {name} has layers with heads of different sizes") from error
     if not all(isinstance(count, int) for count in (heads, kv_heads, head_dim)):

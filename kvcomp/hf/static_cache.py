@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor
-
-from kvcomp.cache import KVCache, StaticKVCache, StaticMeter
+from kvcomp.cache import StaticKVCache, StaticMeter
+from kvcomp.cache.static import StaticLayerCache
 from kvcomp.hf.cache import Cache, Layer
 from kvcomp.hf.outlast import outlasting
 from kvcomp.methods import Method
@@ -17,9 +17,10 @@ class StaticLayer(Layer):
     """One managed layer; `get_seq_length` is a tensor, so that positions made of it are traced."""
 
     is_compileable = True
-    is_croppable = False
+    can_crop = False
+    kv: StaticLayerCache
 
-    def get_seq_length(self) -> int | Tensor:
+    def get_seq_length(self) -> Any:  # int or [] int64; transformers says int
         """A copy of the counter: what a user holds stays as it is."""
         return self.kv.cache.columns.clone() if self.is_initialized else 0
 
@@ -39,6 +40,7 @@ class StaticCache(Cache):
     """A `Cache` with room for `max_tokens` columns, padding included."""
 
     layer_class = StaticLayer
+    kv: StaticKVCache
 
     def __init__(self, config, method: Method, meter: StaticMeter, max_tokens: int) -> None:
         self.max_tokens = max_tokens
@@ -56,5 +58,5 @@ class StaticCache(Cache):
         yield
         outlasting(self.kv.leave)()
 
-    def _new_kv(self, method: Method, num_layers: int, meter: StaticMeter, *_) -> KVCache:
+    def _new_kv(self, method: Method, num_layers: int, meter: StaticMeter, *_) -> StaticKVCache:
         return StaticKVCache(method, num_layers, meter, self.max_tokens)

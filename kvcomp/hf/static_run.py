@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcomp.cache import Report, StaticMeter
-from kvcomp.hf.cache import Cache
+from kvcomp.cache import Report, StaticKVCache, StaticMeter
+from kvcomp.hf.cache import Cache, Layer
 from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.run import BROKEN, Run
 from kvcomp.hf.static_cache import StaticCache
@@ -40,6 +40,7 @@ class StaticRun(Run):
     """
 
     meter_class = StaticMeter
+    meter: StaticMeter
     cache_class = StaticCache
     current: StaticCache | None = None  # a plain attribute, which a graph may set
 
@@ -96,7 +97,8 @@ class StaticRun(Run):
                 f"kvcomp.patch: max_tokens: {type(self.model).__name__} has sliding or linear"
                 " layers, which cannot use a static cache; leave max_tokens out"
             )
-        windows = [layer.window for layer in first.layers if layer.window is not None]
+        ours = [layer for layer in first.layers if isinstance(layer, Layer)]
+        windows = [layer.window for layer in ours if layer.window is not None]
         if windows and self.max_tokens > min(windows):
             raise ValueError(
                 f"kvcomp.patch: max_tokens: expected at most {min(windows)}, from where on the"
@@ -189,7 +191,8 @@ class StaticRun(Run):
                 f"kvcomp: torch.compile: {type(self.method).__name__} evicts between steps,"
                 " which compiling the model alone leaves out; use run.compile()"
             )
-        cache, mask = given.get("past_key_values"), given.get("attention_mask")
+        cache: Any = given.get("past_key_values")
+        mask = given.get("attention_mask")
         self._check_attention()
         self._check_cache(cache)
         cache.padding = mask[:, -1:].bool() if isinstance(mask, Tensor) else None
@@ -232,14 +235,16 @@ class StaticRun(Run):
             cache.reset()
         return cache
 
-    def _new_padding(self, cache: StaticCache, mask: Any, count: int) -> Tensor | None:
+    def _new_padding(self, cache: Cache, mask: Any, count: int) -> Tensor | None:
         if count > 1:
             padding = super()._new_padding(cache, mask, count)
         else:
             padding = None if mask is None else mask[:, -1:].bool()
-        decoding = count == 1 and cache.kv.seen > 0
+        kv = cache.kv
+        assert isinstance(kv, StaticKVCache), "the run has no other caches"
+        decoding = count == 1 and kv.seen > 0
         if not self._beside and not self._capturing:
-            cache.kv.enter(count)
+            kv.enter(count)
         self._decoding = decoding
         return padding
 
@@ -251,7 +256,7 @@ class StaticRun(Run):
         cache = self.current
         self._end_forward()
         if not self._beside and not self._capturing:
-            if self._decoding:
+            if self._decoding and cache is not None:
                 outlasting(cache.kv.leave)()
             self._clock(self._decoding)
         return output
