@@ -62,6 +62,8 @@ class Workload:
         self.dtype = settings.dtype or default
         logging.disable_progress_bar()
         self.tokenizer = AutoTokenizer.from_pretrained(path())
+        # Any: by its annotations, what `from_pretrained` returns could not `generate`
+        self.model: Any
         self.model = AutoModelForCausalLM.from_pretrained(path(), dtype=self.dtype)
         self.model.to(self.device).eval()
         self.problems = [

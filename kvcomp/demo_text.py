@@ -23,7 +23,13 @@ from kvcomp.reading import Dense, read, scaled, windows
 BUDGET_SHARE = 2  # the default budget is a window over this
 PROMPT_SHARE = 4  # the prompt is a window over this
 TEXT = "reference"
-FIGURES = ("attended_ratio", "kv_bytes_peak", "kv_bytes_read_per_token", "tokens_per_second")
+FIGURES: tuple[str, ...]
+FIGURES = (
+    "attended_ratio",
+    "kv_bytes_peak",
+    "kv_bytes_read_per_token",
+    "tokens_per_second",
+)
 FIGURES += ("link_bytes_per_token",)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +15,7 @@ def stderr_console() -> Console:
     """Standard error of this moment; a bar that it refuses is not worth an error."""
     from rich.console import Console
 
-    return Console(file=_Lenient(sys.stderr or open(os.devnull, "w")))
+    return Console(file=cast("IO[str]", _Lenient(sys.stderr or open(os.devnull, "w"))))
 
 
 class _Lenient:

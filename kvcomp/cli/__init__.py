@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import typer
@@ -65,7 +65,7 @@ app.command(hidden=True)(trace)  # the old name of delethink
 
 # What typer raises for a bad command line. typer has its own copy of click from some version on,
 # so the class is taken from where both have it: BadParameter, UsageError, ClickException.
-UsageProblem = typer.BadParameter.__mro__[2]
+UsageProblem: Any = typer.BadParameter.__mro__[2]
 
 # Module -> the extra that brings it; the others are in [hf].
 PROVIDERS = {"matplotlib": "bench", "openai": "delethink", "gguf": "gguf", "accelerate": "gguf"}
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with signals_raise():
             code = _run(args)
     except Stopped as stopped:
-        code = stopped.code
+        code = stopped.exit_code
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as error:

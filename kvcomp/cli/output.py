@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 from rich.console import Console
 
@@ -118,7 +119,7 @@ def deliver(*steps: Callable[[], None]) -> None:
         raise max(refused, key=lambda error: error.code == 2)
 
 
-def silence(*streams: object) -> None:
+def silence(*streams: IO[Any]) -> None:
     """Let Python not complain at its exit about what a stream did not take."""
     for stream in streams:
         with contextlib.suppress(OSError, ValueError, AttributeError):

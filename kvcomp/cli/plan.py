@@ -152,23 +152,23 @@ def build_methods(
                 own[name].append(setting)
         else:
             raise ValueError(f"kvcomp: --set: no field {key!r} in any of {', '.join(names)}")
-    given = {"budget": budget, "inner": inner, **chunks}
-    for option, value in given.items():
+    sizes = {"budget": budget, **chunks}
+    for option, value in {**sizes, "inner": inner}.items():
         where = "inner" if option == "budget" and inner is not None else option
         if value is not None and not any({option, where} & fields[name] for name in names):
             raise ValueError(f"kvcomp: --{option}: none of {', '.join(names)} has one")
     built = []
     for name in names:
-        mine = {key: value for key, value in given.items() if key in fields[name]}
-        nested = mine.get("inner") is not None
+        mine = {key: value for key, value in sizes.items() if key in fields[name]}
+        own_inner = inner if "inner" in fields[name] else None
         built.append(
             build_method(
                 name,
                 model,
-                budget if nested else mine.get("budget"),
+                mine.get("budget") if own_inner is None else budget,
                 own[name],
                 {key: mine.get(key) for key in chunks},
-                mine.get("inner"),
+                own_inner,
             )
         )
     return built

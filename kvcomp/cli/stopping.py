@@ -13,6 +13,7 @@ class Stopped(SystemExit):
 
     def __init__(self, signum: int) -> None:
         super().__init__(128 + signum)
+        self.exit_code = 128 + signum
 
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -20,7 +21,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 def exit_code(error: BaseException) -> int:
     """Of a process that Ctrl-C or a signal ended."""
-    return error.code if isinstance(error, Stopped) else INTERRUPTED
+    return error.exit_code if isinstance(error, Stopped) else INTERRUPTED
 
 
 @contextlib.contextmanager

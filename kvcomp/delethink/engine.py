@@ -124,7 +124,8 @@ class Engine:
         if tokens == "text" and tokenizer is None:
             raise ValueError("kvcomp.delethink: tokens='text' needs a tokenizer")
         self.client, self.model, self.sampling = client, model, sampling
-        self.tokenizer, self.tokens, self.reason = tokenizer, tokens, None
+        self.tokenizer, self.tokens = tokenizer, tokens
+        self.reason: str | None = None
         self.context: int | None = None
         own = getattr(tokenizer, "eos_token_id", None)
         self.eos = frozenset(eos if eos is not None else [] if own is None else [own])
@@ -241,7 +242,7 @@ class Engine:
 
         def read(choice: Any, usage: Any) -> Reading:
             ids = getattr(choice, "token_ids", None)
-            if not is_token_ids(ids):
+            if ids is None or not is_token_ids(ids):
                 raise EngineError("the server returned no token ids")
             seen = getattr(choice, "prompt_token_ids", None)
             same = seen == context if seen is not None else _prompt_count(usage) == len(context)

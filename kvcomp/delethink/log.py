@@ -72,8 +72,11 @@ class Log:
             self.close()
             raise
 
-    def begin(self, settings: Mapping[str, Any], reason: str | None = None) -> None:
+    def begin(self, settings: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
         """Write the settings of a new log and the reason for text, or compare with an old log's.
+
+        Returns:
+            the settings as the log has them.
 
         Raises:
             ValueError: the log was made with other settings; the message names them.
@@ -92,6 +95,7 @@ class Log:
                 f"kvcomp.delethink: {self.path} is the log of another run ({'; '.join(changed)}):"
                 " use another log, or the settings that it was begun with"
             )
+        return self.settings
 
     def done(self, name: str, sample: int, wanted: str) -> list[Record]:
         """The finished chunks of a problem, whose hash must be `wanted`."""

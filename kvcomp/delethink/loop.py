@@ -78,14 +78,14 @@ async def trace(
     todo = prepare(problems, tokenizer)
     engine = Engine(client, model, sampling, tokenizer, tokens, eos)
     with Log(log) as book:
-        begun = book.settings is not None
-        if begun and tokens == "auto":
-            engine.tokens, engine.reason = book.settings["tokens"], book.reason
+        begun = book.settings
+        if begun is not None and tokens == "auto":
+            engine.tokens, engine.reason = begun["tokens"], book.reason
         if engine.tokens == "text" and tokenizer is None:
             raise ValueError(
                 f"kvcomp.delethink: tokenizer: expected one, as {log} was made with text, got None"
             )
-        if not begun:
+        if begun is None:
             await engine.settle(todo[0].ids)
         settings = {
             "model": model,
@@ -93,9 +93,10 @@ async def trace(
             **{name: getattr(method, name) for name in ("chunk", "carry", "head", "variant")},
             **dataclasses.asdict(sampling),
         }
-        book.begin(settings, engine.reason)
-        loop = _Loop(engine, method, book, [_Key(p, s) for p in todo for s in range(samples)])
-        if begun and loop.has_work():
+        settings = book.begin(settings, engine.reason)
+        keys = [_Key(p, s) for p in todo for s in range(samples)]
+        loop = _Loop(engine, method, book, keys, settings)
+        if begun is not None and loop.has_work():
             await engine.settle(todo[0].ids)
         loop.require_one_that_fits()
         return await loop.run(concurrency, progress)
@@ -127,9 +128,16 @@ class _Key(NamedTuple):
 
 
 class _Loop:
-    def __init__(self, engine: Engine, method: Delethink, book: Log, keys: list[_Key]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        method: Delethink,
+        book: Log,
+        keys: list[_Key],
+        settings: dict[str, Any],
+    ) -> None:
         self.engine, self.method, self.book, self.keys = engine, method, book, keys
-        self.hashes = {k.problem.id: fingerprint(book.settings, k.problem.ids) for k in keys}
+        self.hashes = {k.problem.id: fingerprint(settings, k.problem.ids) for k in keys}
         self.done = [self.finished(key) for key in keys]
         self.resumed = sum(map(len, self.done))
         self.lost = False  # the server, for everybody
@@ -140,6 +148,7 @@ class _Loop:
         records = self.book.done(name, key.sample, self.hashes[name])[: self.method.max_chunks]
         for index, record in enumerate(records):
             chunk = self.method.chunk_at(index)
+            assert chunk is not None, "the records are cut at max_chunks"
             used = len(self.context(key, chunk, records[:index])) + len(record.ids)
             wrong = record.context != used
             if self.engine.tokens == "ids":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn import Module
@@ -38,7 +39,7 @@ def without_cache(decoder: Module, given: dict) -> dict:
 @contextmanager
 def without_checkpoints(decoder: Module) -> Iterator[None]:
     """No module of the decoder checkpoints within a forward that has no gradients."""
-    modules = [] if torch.is_grad_enabled() else _checkpointing(decoder)
+    modules: list[Any] = [] if torch.is_grad_enabled() else _checkpointing(decoder)
     for module in modules:
         module.gradient_checkpointing = False
     try:

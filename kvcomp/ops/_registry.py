@@ -109,9 +109,13 @@ def add_emulated(load: Callable[[], ModuleType]) -> None:
     Args:
         load: imports the module; called when such an implementation is called first.
     """
+
+    def emulated(op: Op) -> Callable:
+        return _lazy(lambda: op.native(load(), _C.Backend.cuda))
+
     for op in OPS.values():
         if op.missing.get("cuda") != "not written":
-            op.impls["cuda-host"] = _lazy(lambda op=op: op.native(load(), _C.Backend.cuda))
+            op.impls["cuda-host"] = emulated(op)
 
 
 @cache

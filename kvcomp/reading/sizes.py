@@ -34,7 +34,8 @@ def scaled(name: str, tokens: int, model: str) -> Method:
         ValueError: the method cannot work with so few.
     """
     cls = METHODS[name]
-    example, kept = cls.example(tokens - tokens % STEP), as_it_comes(cls, model, tokens)
+    example: Any = cls.example(tokens - tokens % STEP)  # the fields of methods differ
+    kept = as_it_comes(cls, model, tokens)
     if hasattr(example, "segment") and "page_size" in kept:  # a page is a segment
         kept["budget"] = example.budget + example.segment[1] - kept["page_size"]
     elif isinstance(example, LazyEviction):

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-SOURCES = ("argparse", "ast", "collections", "dataclasses", "datetime", "difflib", "inspect")
+SOURCES: tuple[str, ...]
+SOURCES = (
+    "argparse",
+    "ast",
+    "collections",
+    "dataclasses",
+    "datetime",
+    "difflib",
+    "inspect",
+)
 SOURCES += ("optparse", "pathlib", "statistics", "subprocess", "tarfile", "typing", "zipfile")
 
 

@@ -181,25 +181,25 @@ def grade(problem: Problem, text: str) -> Grade:
     facts = problem.facts
     written = split_steps(text)[: problem.steps]
     written += [None] * (problem.steps - len(written))
-    node, total = problem.start, problem.start_sum  # what was last written; None: unreadable
+    last: tuple[str, int] | None = problem.start, problem.start_sum  # None: was unreadable
     used: set[str] = set()
     right = first_right = firsts = 0
     for step in written:
         ok = False
-        if node is not None:
-            source = source_token(node, total)
+        if last is not None:
+            source = source_token(*last)
             if source in facts:
                 target, weight = facts[source]
-                ok = step == (source, target, weight, (total + weight) % 10)
+                ok = step == (source, target, weight, (last[1] + weight) % 10)
             if source not in used:
                 firsts += 1
                 first_right += ok
         right += ok
         if step is None:
-            node = total = None
+            last = None
         else:
             used.add(step[0])
-            _, node, _, total = step
+            last = step[1], step[3]
     first_visits = first_right / firsts if firsts else None
     return Grade(right / problem.steps, right == problem.steps, problem.steps, first_visits)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,8 @@ class Case:
     make: Callable[[torch.dtype, str], tuple]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     mutates: tuple[int, ...] = ()  # positions of the arguments that the op writes
-    blank: Callable[[tuple], None] | None = None  # overwrites what the op leaves unspecified there
+    # Overwrites what the op leaves unspecified in the arguments.
+    blank: Callable[[Sequence], None] | None = None
     refused_by: tuple[str, ...] = ()  # implementations that do not take it
 
     def __str__(self) -> str:

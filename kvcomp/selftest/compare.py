@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def check(case: Case, impl: str, dtype: torch.dtype, device: str) -> None:
             raise WrongResult(f"{what}: {got} is not {want}")
 
 
-def outputs(impl: Callable, case: Case, args: tuple) -> tuple[Tensor, ...]:
+def outputs(impl: Callable, case: Case, args: Sequence) -> tuple[Tensor, ...]:
     """Call an implementation; its results and then the arguments that it wrote."""
     result = impl(*args)
     result = result if isinstance(result, tuple) else () if result is None else (result,)
@@ -95,7 +96,7 @@ def max_error(actual: Tensor, truth: Tensor) -> float:
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
     """Freshly allocated memory reads as NaN (or a wild integer), so that a gap cannot hide."""
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic  # a module that checks what is set on it
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -206,6 +206,7 @@ class KvcompImpl(CPUAttentionBackendImpl):
         count, step = attn_metadata.num_decodes, attn_metadata.step
         if step is not None:
             k, v = pages.keys_and_values(kv_cache, count)
+            assert self.placed is not None, "the builder places all layers before the first step"
             output[:count] = self.placed.attend(query[:count], k, v, step, self.scale)
         if attn_metadata.prompts is not None:
             attn_metadata.prompts.attend(query, kv_cache, output, self.scale)

@@ -98,7 +98,7 @@ class Settings:
                 f" {', '.join(sorted(known | set(own))) or 'none'}"
             )
         method = kind(**fields)
-        return cls(method, own["page_size"] if own else method.page_size)
+        return cls(method, method.page_size if isinstance(method, Delta) else own["page_size"])
 
     def __post_init__(self) -> None:
         size = self.page_size

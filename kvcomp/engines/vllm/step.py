@@ -7,6 +7,7 @@ rows, and calls `attend` layer by layer, in order.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -96,25 +97,39 @@ class PlacedLayer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
         """q [B, Hq, D] over the pages of k, v [B, Hkv, T, D]; out [B, Hq, D]."""
         size, lens, method = step.page_size, step.lens, self.method
+        table = step.table[:, None]
+        read = partial(ops.decode_attention, q, k, v, page_size=size, scale=scale)
         if step.kept is not None:
             ids, kept = step.kept
-            return ops.decode_attention(q, k, v, kept, page_ids=ids, page_size=size, scale=scale)[0]
-        everything = {"page_ids": step.table[:, None], "page_size": size, "scale": scale}
+            return read(kept, page_ids=ids)[0]
         if not isinstance(method, Delta) or step.longest <= method.budget:
-            return ops.decode_attention(q, k, v, lens, **everything)[0]
+            return read(lens, page_ids=table)[0]
         if not self.dense:
-            ids, kept = step.pages_of(self.selection), self.selection.lens
-            return ops.decode_attention(q, k, v, kept, page_ids=ids, page_size=size, scale=scale)[0]
+            ids, chosen = step.pages_of(self.selection), self.selection.lens
+            assert chosen is not None, "a selecting layer comes before the sparse ones"
+            return read(chosen, page_ids=ids)[0]
         if not self.selects:
-            return ops.decode_attention(q, k, v, lens, **everything)[0]
-        chosen = {"num_pages": method.num_pages, "num_recent": method.recent}
+            return read(lens, page_ids=table)[0]
+        logits = step.logits
+        assert logits is not None, "a step longer than the budget has room for them"
         if method.group is None:
             out, _, _, columns, kept = ops.attend_and_select(
-                q, k, v, lens, logits=step.logits, **everything, **chosen
+                q,
+                k,
+                v,
+                lens,
+                size,
+                method.num_pages,
+                logits=logits,
+                page_ids=table,
+                scale=scale,
+                num_recent=method.recent,
             )
         else:  # the max over the heads of all ranks, as `Delta.score` has it
-            out, lse = ops.decode_attention(q, k, v, lens, logits=step.logits, **everything)
-            scores = method.score(step.logits, lse, lens)
-            columns, kept = ops.select_pages(scores, lens, size, **chosen)
+            out, lse = read(lens, page_ids=table, logits=logits)
+            scores = method.score(logits, lse, lens)
+            columns, kept = ops.select_pages(
+                scores, lens, size, method.num_pages, num_recent=method.recent
+            )
         self.selection.columns, self.selection.lens = columns[:, 0], kept
         return out
