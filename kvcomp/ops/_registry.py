@@ -71,6 +71,7 @@ def bind(
         triton: whether ``kvcomp.ops.triton.<name>`` exists.
     """
     op = Op(name, f"{name}{schema}", reference, native)
+    check: Callable
     if native is None:
         backends, check = (), partial(check_types, name, op.schema)
     else:  # each boundary check is written once, in C++
@@ -81,7 +82,7 @@ def bind(
             op.missing[backend] = "not written"
         elif backend == "cuda" and (reason := _why_no_cuda()):
             op.missing[backend] = reason
-        else:
+        elif native is not None:  # without it there are no backends
             op.impls[backend] = native(_C, BACKENDS[backend])
     if not triton:
         op.missing["triton"] = "not written"
@@ -110,12 +111,12 @@ def add_emulated(load: Callable[[], ModuleType]) -> None:
         load: imports the module; called when such an implementation is called first.
     """
 
-    def emulated(op: Op) -> Callable:
-        return _lazy(lambda: op.native(load(), _C.Backend.cuda))
+    def emulated(native: Native) -> Callable:
+        return _lazy(lambda: native(load(), _C.Backend.cuda))
 
     for op in OPS.values():
-        if op.missing.get("cuda") != "not written":
-            op.impls["cuda-host"] = emulated(op)
+        if op.native is not None and op.missing.get("cuda") != "not written":
+            op.impls["cuda-host"] = emulated(op.native)
 
 
 @cache
