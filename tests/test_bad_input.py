@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from bad_input import Attempt, op_arguments
+from bad_input import Attempt, op_calls
 from kvcomp.ops import OPS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,4 +45,4 @@ def test_bad_input(row):
 @pytest.mark.parametrize("op", OPS)
 def test_good_input_is_good(op):
     """The rows about ops change one thing at a time of calls that work."""
-    op_arguments.CALLS[op]().run()
+    getattr(op_calls, op)().run()

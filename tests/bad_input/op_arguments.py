@@ -6,32 +6,10 @@ import inspect
 import numpy as np
 import torch
 
-from bad_input import Bad
-from bad_input import op_calls as good
+from bad_input import Bad, op_calls
 from bad_input.op_calls import Call
 from kvcomp import ops
 
-CALLS = {
-    "append_attention": good.append,
-    "attend_and_select": good.attend_and_select,
-    "attention_hits": good.hits,
-    "compact_kv": good.compact,
-    "decode_attention": good.attention,
-    "fetch_rows": good.fetch,
-    "kmeans": good.cluster,
-    "linear_rows": good.linear,
-    "merge_states": good.merge,
-    "page_scores": good.scores,
-    "query_similarity": good.similarity,
-    "recurrence_update": good.recurrence,
-    "rotate_keys": good.rotate,
-    "segment_boundaries": good.cut,
-    "select_pages": good.select,
-    "select_units": good.best_units,
-    "select_victims": good.victims,
-    "store_segments": good.store,
-    "unit_scores": good.unit_worth,
-}
 ROWLESS = {"inv_freq", "x"}  # the same for all rows, or of any number
 TENSOR, WHOLE, NUMBER = "a tensor", "a whole number of 64 bits", "a number"
 MISTAKES = {  # by annotation -> what is expected, and what people pass
@@ -58,7 +36,7 @@ def changed(op, name, change):
 
 
 def arguments_of(op):
-    call = CALLS[op]()
+    call = getattr(op_calls, op)()
     return dict(inspect.signature(getattr(ops, op)).bind(*call.args, **call.named).arguments)
 
 
@@ -84,4 +62,4 @@ def mistyped_rows_of(op):
             yield Bad(changed(op, name, lambda _, new=value: new), match, TypeError)
 
 
-ROWS = [row for op in CALLS for row in (*rows_of(op), *mistyped_rows_of(op))]
+ROWS = [row for op in ops.OPS for row in (*rows_of(op), *mistyped_rows_of(op))]

@@ -1,4 +1,7 @@
-"""A good call of each op, of which a row replaces some arguments."""
+"""How the public functions are called: a good call of each op, under the op's name.
+
+Rows of bad input replace some of its arguments, and test_ops.py compiles it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Call(Attempt):
         super().__init__(run=lambda: op(*args, **named), state=lambda: bits(tensors))
 
 
-def attention(**changes):
+def decode_attention(**changes):
     """A good call of decode_attention, with some arguments replaced."""
     args = {
         "q": torch.randn(B, HQ, D),
@@ -36,10 +39,10 @@ def attention(**changes):
 
 def paged(page_ids, page_size=16, **changes):
     lens = torch.full((B,), 16, dtype=torch.int32)
-    return attention(page_ids=page_ids, page_size=page_size, **{"seq_lens": lens, **changes})
+    return decode_attention(page_ids=page_ids, page_size=page_size, **{"seq_lens": lens, **changes})
 
 
-def append(count=3, **changes):
+def append_attention(count=3, **changes):
     """A good call of append_attention, all pages listed."""
     args = {
         "q": torch.randn(B, count, HQ, D),
@@ -59,18 +62,18 @@ def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def linear(**changes):
+def linear_rows(**changes):
     args = {"x": torch.randn(B, 1, D), "weight": torch.randn(12, D), "bias": torch.randn(12)}
     return Call(ops.linear_rows, **args | changes)
 
 
-def merge(**changes):
+def merge_states(**changes):
     args = {"out_a": torch.randn(B, HQ, D), "lse_a": torch.randn(B, HQ)}
     args |= {"out_b": torch.randn(B, HQ, D), "lse_b": torch.randn(B, HQ), **changes}
     return Call(ops.merge_states, **args)
 
 
-def scores(page_size=16, num_groups=1, reduction="max", **changes):
+def page_scores(page_size=16, num_groups=1, reduction="max", **changes):
     args = {"logits": torch.randn(B, HQ, T), "lse": torch.randn(B, HQ), "seq_lens": ints(T, T)}
     args |= changes
     return Call(
@@ -78,38 +81,38 @@ def scores(page_size=16, num_groups=1, reduction="max", **changes):
     )
 
 
-def select(page_size=16, num_pages=2, **changes):
+def select_pages(page_size=16, num_pages=2, **changes):
     counts = {name: changes.pop(name) for name in ("num_recent", "num_sink") if name in changes}
     args = {"scores": torch.rand(B, 1, 3), "seq_lens": ints(T, T), **changes}
     return Call(ops.select_pages, *args.values(), page_size, num_pages, **counts)
 
 
 def attend_and_select(page_size=16, num_pages=2, **changes):
-    args = attention().named | {"logits": torch.zeros(B, HQ, T), **changes}
+    args = decode_attention().named | {"logits": torch.zeros(B, HQ, T), **changes}
     return Call(ops.attend_and_select, **args, page_size=page_size, num_pages=num_pages)
 
 
-def hits(threshold=0.01, **changes):
+def attention_hits(threshold=0.01, **changes):
     args = {"logits": torch.randn(B, HQ, T), "lse": torch.randn(B, HQ), "seq_lens": ints(T, T)}
     args |= {"hits": torch.zeros(B, HKV, 2, dtype=torch.int32), **changes}
     return Call(ops.attention_hits, *args.values(), threshold)
 
 
-def recurrence(first_step=7, **changes):
+def recurrence_update(first_step=7, **changes):
     args = {"hits": torch.zeros(B, 3, HKV, 2, dtype=torch.int32)}
     args |= {name: torch.zeros(B, HKV, T, dtype=torch.int32) for name in ("last_hit", "longest")}
     args |= {"seq_lens": ints(T, T), "born": ints(3, 3), **changes}
     return Call(ops.recurrence_update, *args.values(), first_step)
 
 
-def victims(num_victims=10, num_recent=5, **changes):
+def select_victims(num_victims=10, num_recent=5, **changes):
     args = {"scores": torch.rand(B, HKV, T)}
     args |= {"positions": torch.arange(T, dtype=torch.int32).expand(B, HKV, T)}
     args |= {"seq_lens": ints(T, T), "kept_lens": ints(T - 10, T), **changes}
     return Call(ops.select_victims, *args.values(), num_victims, num_recent=num_recent)
 
 
-def compact(**changes):
+def compact_kv(**changes):
     args = {"k": torch.randn(B, HKV, T, D), "v": torch.randn(B, HKV, T, D)}
     args |= {"state": [torch.zeros(B, HKV, T, dtype=torch.int32), torch.zeros(B, HKV, T)]}
     args |= {"victims": gone([1, 5, -1], [0, 39, -1]), "seq_lens": ints(T, T), **changes}
@@ -123,7 +126,7 @@ def gone(*units):
     return victims
 
 
-def rotate(**changes):
+def rotate_keys(**changes):
     args = {"k": torch.randn(B, HKV, T, D), "shift": torch.tensor([-3, 5])}
     args |= {"inv_freq": torch.rand(D // 2), **changes}
     return Call(ops.rotate_keys, *args.values())
@@ -132,13 +135,13 @@ def rotate(**changes):
 U, R, K = 6, 50, 12  # units, rows of the pool, wanted rows
 
 
-def cluster(cluster_size=4, window=16, iterations=2, **changes):
+def kmeans(cluster_size=4, window=16, iterations=2, **changes):
     args = {"keys": torch.randn(B, HKV, T, D), "first": ints(0, 3), "last": ints(T, 3), **changes}
     numbers = {"cluster_size": cluster_size, "window": window, "iterations": iterations}
     return Call(ops.kmeans, *args.values(), **numbers)
 
 
-def similarity(**changes):
+def query_similarity(**changes):
     args = {"q": torch.randn(B, HQ, D), "previous": torch.randn(B, HQ, D), **changes}
     return Call(ops.query_similarity, *args.values())
 
@@ -148,7 +151,9 @@ def bounds():
     return torch.arange(0, 5 * U + 1, 5, dtype=torch.int32).expand(B, HKV, U + 1).clone()
 
 
-def cut(shortest=2, longest=8, local=4, cut_below=0.5, retrieve_below=0.5, **changes):
+def segment_boundaries(
+    shortest=2, longest=8, local=4, cut_below=0.5, retrieve_below=0.5, **changes
+):
     args = {"similarity": torch.zeros(B), "lengths": ints(14, 19), "starts": bounds()}
     args |= {"num_units": ints(2, 3), "num_indexed": ints(1, 3), **changes}
     numbers = {"shortest": shortest, "longest": longest, "local": local}
@@ -165,7 +170,7 @@ def held():
     return torch.arange(T, dtype=torch.int32).expand(B, HKV, T).clone()
 
 
-def store(**changes):
+def store_segments(**changes):
     args = {"k": torch.randn(B, HKV, T, D), "v": torch.randn(B, HKV, T, D)}
     args |= {"slot_rows": held(), "seq_lens": ints(T, T), "starts": bounds()}
     args |= {"num_units": ints(3, 0), "closed": ints(5, 0), "pool": pool(R - 9, 9)}
@@ -173,13 +178,13 @@ def store(**changes):
     return Call(ops.store_segments, *args.values())
 
 
-def unit_worth(**changes):
+def unit_scores(**changes):
     args = {"q": torch.randn(B, HQ, D), "centroids": torch.randn(B, HKV, U, D)}
     args |= {"starts": bounds(), "num_indexed": ints(U, 0), "active": ints(1, 1), **changes}
     return Call(ops.unit_scores, *args.values())
 
 
-def best_units(budget=9, **changes):
+def select_units(budget=9, **changes):
     args = {"scores": torch.rand(B, HKV, U), "starts": bounds(), "num_indexed": ints(U, 0)}
     args |= {"active": ints(1, 1), **changes}
     return Call(ops.select_units, *args.values(), budget)
@@ -193,7 +198,7 @@ def want(*heads):
     return rows
 
 
-def fetch(num_sinks=2, **changes):
+def fetch_rows(num_sinks=2, **changes):
     args = {"k": torch.randn(B, HKV, T, D), "v": torch.randn(B, HKV, T, D)}
     args |= {"slot_rows": held(), "seq_lens": ints(30, T), "rows": want([3, 7, 24], [2, 8, 9])}
     args |= {"first_local": ints(25, 1), "active": ints(1, 0), "pool": pool(R - 9, 9), **changes}
