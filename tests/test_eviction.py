@@ -85,6 +85,17 @@ def test_lazy_eviction_can_keep_the_prompt():
     assert_follows(method, Trace(60, 20, 36, steps=75), SlowLazy, notes=("last_hit", "longest"))
 
 
+def test_lazy_eviction_can_keep_the_first_tokens():
+    method = LazyEviction(budget=40, window=9, alpha=0.02, sinks=5)
+    assert_follows(method, Trace(60, 20, 36, steps=75), SlowLazy, notes=("last_hit", "longest"))
+
+
+def test_lazy_eviction_without_an_alpha_takes_an_even_share():
+    assert LazyEviction(budget=50, window=9).threshold == 1 / 50
+    method = LazyEviction(budget=50, window=9)
+    assert_follows(method, Trace(60, 20, 36, steps=75), SlowLazy, notes=("last_hit", "longest"))
+
+
 # The baselines against their docstrings.
 
 BASELINES = {

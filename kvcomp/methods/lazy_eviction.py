@@ -53,12 +53,12 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
             the "paper", or 2 sigmoid(-1 - s / i) as in the released "code", which lets the second
             term weigh about twice as much.
         keep_prompt: never evict the prompt; not in the paper.
-        sinks: first tokens of a sequence, which stay whatever their score; 0 in the paper.
+        sinks: first tokens of a sequence, which stay whatever their score; not in the paper.
     """
 
     window: int = 128  # W
     h1: str = "paper"
-    sinks: int = 4
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +73,7 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
     @classmethod
     def published(cls, model: Any, task: str, **fields: Any) -> Self:
         """alpha and window as published, for a model, itself or by name, and a task
-        ("DeepSeek-R1-Distill-Qwen-7B", "aime"), and no sinks.
+        ("DeepSeek-R1-Distill-Qwen-7B", "aime").
 
         Raises:
             ValueError: nothing was published for that model or task; `calibrate` finds both.
@@ -92,7 +92,7 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
                 f"kvcomp.LazyEviction: no window published for {short} on {task!r}, {known};"
                 " LazyEviction.calibrate(model, prompts) measures it"
             )
-        return cls(**{"alpha": alpha, "window": windows[task], "sinks": 0, **fields})
+        return cls(**{"alpha": alpha, "window": windows[task], **fields})
 
     @classmethod
     def for_model(cls, model: Any, **fields: Any) -> Self:
@@ -104,10 +104,10 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
         """At most `budget` tokens at any time, a quarter of them the window; for the bundled
-        reasoner, so with a high alpha, as `calibrate` finds it, and no sinks."""
+        reasoner, so with a high alpha, as `calibrate` finds it."""
         budget = EXAMPLE_BUDGET if budget is None else budget
         window = budget // 4
-        return cls(budget=budget - window, window=window, alpha=EXAMPLE_ALPHA, sinks=0)
+        return cls(budget=budget - window, window=window, alpha=EXAMPLE_ALPHA)
 
     @property
     def num_recent(self) -> int:
