@@ -8,9 +8,16 @@ print(run.report())
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  (first: the native extension takes OpenMP from torch's runtime)
+
+if importlib.util.find_spec("kvcomp._C") is None:  # in the root of a clone, after pip install .
+    raise ImportError(
+        f"kvcomp: {__path__[0]} is a source folder without the compiled extension, and hides an"
+        " installed kvcomp: leave the folder above it, or run pip install -e . there"
+    )
 
 from kvcomp import methods, ops
 from kvcomp.methods import *  # noqa: F403  (the methods, by name)

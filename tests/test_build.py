@@ -110,6 +110,23 @@ def test_cuda_half_is_present_where_a_compiler_is(built, extension, backend):
     assert b".nv_fatbin" in extension.read_bytes()
 
 
+@pytest.mark.parametrize("how", [["-c", "import kvcomp"], ["-m", "kvcomp", "info"]])
+def test_a_source_folder_that_hides_the_package_says_so(tmp_path, how):
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "kvcomp", tmp_path / "kvcomp", ignore=ignored)
+    run = subprocess.run(
+        [sys.executable, "-S", *how],  # past an editable install, which would find its extension
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(torch.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    last = run.stderr.splitlines()[-1]
+    assert f"kvcomp: {tmp_path / 'kvcomp'} is a source folder" in last
+    assert "hides an installed kvcomp: leave the folder above it, or run pip install -e ." in last
+
+
 # --- the search for a CUDA compiler ------------------------------------------------------------
 
 
