@@ -282,7 +282,8 @@ def test_gpu_script_takes_every_step_and_names_what_failed(gpu_script, benchmark
     ):
         assert any(words in line for line in called), words
     words = " ".join(line for line in called if "bench_ops.py" in line).split()
-    assert set(benchmarks("bench_ops").BENCHMARKS) <= set(words), "an op is not measured"
+    on_gpus = set(benchmarks("bench_ops").BENCHMARKS) - {"linear_rows"}  # which is for CPUs
+    assert on_gpus <= set(words), "an op is not measured"
     assert {p.stem for p in (tmp_path / "out" / "logs").iterdir()} >= {"versions", "racecheck"}
 
 

@@ -237,12 +237,18 @@ def test_host_memory_runs_out_while_another_thread_generates(stock):
         model.generate(IDS[:1], **ONE)
     enough = run.report().host_bytes_peak
     run = kvcomp.patch(model, dataclasses.replace(method, host_limit=2 * enough))
-    some = threading.Event()
-    streamer = Streamer(3, some.set)
+    some, refused = threading.Event(), threading.Event()
+
+    def pause():
+        some.set()
+        refused.wait(60)
+
+    streamer = Streamer(3, pause)
     thread, found = by_thread(partial(model.generate, IDS[:1], **ONE, streamer=streamer))
     assert some.wait(60)
     with pytest.raises(HostMemoryError):
         model.generate(IDS.repeat(1, 20), max_new_tokens=2, do_sample=False)
+    refused.set()
     ended(thread)
     assert isinstance(found[0], Exception), found
     assert torch.equal(generate(model), stock)

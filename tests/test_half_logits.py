@@ -79,7 +79,11 @@ def test_delta_chooses_the_same_pages(problem, monkeypatch):
     same = []
 
     def in_both(q, k, v, seq_lens, page_size, num_pages, *, logits, num_recent=1, **scaled):
-        assert logits.dtype == torch.float16 and not scaled.keys() - {"scale"}
+        assert (
+            logits.dtype == torch.float16
+            and scaled.keys() == {"scale", "num_sink"}
+            and not scaled["num_sink"]
+        )
         reference = OPS["attend_and_select"].impl("reference")
         rest = 1, True, num_recent, 0
         start = q, k, v, seq_lens, None, page_size, num_pages, scaled["scale"]

@@ -128,7 +128,7 @@ class Patched(Contender):
             self.cache.enter({"input_ids": filling.ids[:, :-1]}, encode=lambda *args: None)
             self.layers = self.cache.context
         kv, scale = self.layers.kv, filling.query.shape[-1] ** -0.5
-        with torch.inference_mode():
+        with torch.no_grad():  # and not in inference mode, whose tensors the steps could not change
             for layer in kv.layers:
                 layer.append(filling.keys, filling.values)
                 kv.prefill(layer, filling.query, scale)

@@ -59,7 +59,7 @@ class Evicting(OneSize):
         super().__init__(method, model, filling.first(method.budget + method.window), room)
         self._stand(self.window // 2)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def end_window(self) -> None:
         """What the host does beside the steps of a window: replays of hits, then an eviction."""
         self._stand(self.window)
@@ -72,7 +72,7 @@ class Evicting(OneSize):
         self._stand(self.window // 2)
         kv.meter.settle()  # waits, so that launches are a part of the time
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _stand(self, steps: int) -> None:
         """As many steps after an eviction."""
         kv = self.cache.kv

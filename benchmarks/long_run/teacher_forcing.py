@@ -24,6 +24,8 @@ import kvcomp
 from harness.memory import Memory
 from kvcomp import Delethink, Method
 from kvcomp.cache import KVCache
+from kvcomp.cache.later import known
+from kvcomp.hf.cache import Cache
 from long_run.first_layer import FirstLayer, resident_rows_are_the_pools
 
 FIELDS = (
@@ -110,7 +112,8 @@ def decode(
             steps.take(stream[count - 1 : count], count - 1, cache)
             if count % every:
                 continue
-            kv: KVCache = getattr(cache, "context", cache).kv
+            context_cache = getattr(cache, "context", cache)
+            kv: KVCache = context_cache.kv
             row = log.table[log.looks]
             belongs = [position(method, len(prompt), i) for i in range(count - every, count)]
             row[: len(FIELDS)] = [
@@ -118,7 +121,7 @@ def decode(
                 cache.get_seq_length(),
                 *steps.places(belongs, count),
                 *_bytes(kv),
-                *memory.look(),
+                *_beside_text(memory, context_cache),
                 *_python(),
                 *steps.answers(stream, count - every, count),
             ]
@@ -127,6 +130,13 @@ def decode(
             log.looks += 1
             looked(log)
     return log
+
+
+def _beside_text(memory: Memory, cache: Cache) -> Iterator[int]:
+    """What `memory` sees, without the ids of the text, which may grow: 8 bytes a token."""
+    tensors, *others = memory.look()
+    yield tensors - cache.text.nbytes
+    yield from others
 
 
 @contextlib.contextmanager
@@ -195,9 +205,9 @@ def _bytes(kv: KVCache) -> Iterator[int]:
     yield sum(int(layer.seq_lens.sum()) * layer.slot_bytes for layer in layers)
     yield sum(layer.keys.untyped_storage().nbytes() * 2 for layer in layers)
     notes = [x for layer in layers for x in (*layer.slots.values(), *layer.state.values())]
-    indices = sum(layer.index.nbytes for layer in layers if layer.index)
+    indices = sum(layer.index.nbytes for layer in layers if known(layer, "index"))
     yield sum(tensor.untyped_storage().nbytes() for tensor in notes) + indices
-    yield sum(layer.pool.nbytes for layer in layers if layer.pool)
+    yield sum(layer.pool.nbytes for layer in layers if known(layer, "pool"))
 
 
 def _python() -> Iterator[int]:

@@ -288,6 +288,10 @@ def _as_attended(x: Tensor) -> Tensor:
     """K or V in the type in which attention sees it under autocast: models with weights in fp32
     hand in K as fp32, which their rotation makes of it, and V in 16 bits."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not _autocasts(kind):
         return x
     return x.to(torch.get_autocast_dtype(kind))
+
+
+def _autocasts(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

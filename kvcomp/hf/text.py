@@ -36,6 +36,11 @@ class Text:
         """The ids of a cache that has so many columns; None where they are not known."""
         return self._ids[:, :columns] if self._ids is not None and self.columns >= columns else None
 
+    @property
+    def nbytes(self) -> int:
+        """Of the ids, room for more included."""
+        return 0 if self._ids is None else self._ids.untyped_storage().nbytes()
+
     def select(self, rows: Tensor) -> None:
         """Rows become `rows` ([B'] int64 indices)."""
         if self._ids is not None:

@@ -141,6 +141,7 @@ def to_meta(model: PreTrainedModel, cache: Cache) -> None:
             layer.state[name] = note.to(device)
     if cache.kv._ring is not None:
         cache.kv._ring.row = cache.kv._ring.row.to(device)
+    cache.text._ids = cache.text._ids.to(device)
     cache.kv.open(device)
 
 
