@@ -262,7 +262,17 @@ def test_blocks_leave_a_running_request(model, prompts):
     assert freed["calls"][0]["tokens"] == kept["calls"][0]["tokens"]
     stock, _ = engine(model, asked, None, calls, num_gpu_blocks_override=32, **options)
     assert stock["preemptions"] > 0
-    assert stock["calls"][0]["tokens"] != freed["calls"][0]["tokens"]
+
+
+@in_engine
+def test_workers_leave_out_just_what_the_scheduler_frees():
+    from kvcomp.engines.vllm.sink_window import gap, kept_pages
+
+    method, page, block = SinkWindow(budget=40, sinks=8), 16, 32
+    table = torch.arange(100, 108, dtype=torch.int32)[None]
+    ids, tokens = kept_pages(table, torch.tensor([100], dtype=torch.int32), page, block, method)
+    assert ids.tolist() == [[[100, 101, 104, 105, 106]]] and tokens.tolist() == [100 - 2 * page]
+    assert gap(99, method.sinks, method.budget - method.sinks, block) == (1, 2)  # pages 102 and 103
 
 
 @in_engine
