@@ -1,5 +1,6 @@
 """kvcomp inside vLLM beside vLLM alone: attention of a layer, and whole decode steps.
 
+    export OMP_WAIT_POLICY=passive
     python benchmarks/bench_engine.py --json engine.json              # both parts
     python benchmarks/bench_engine.py --part attention --batch 8 --tokens 8192
     python benchmarks/bench_engine.py --part serving --context 6144 --batch 8
@@ -11,7 +12,8 @@ attention  one layer in bf16: vLLM's CPU kernel over its blocks of 128, and kvco
 serving    milliseconds per decode step of a real model in three engines that take turns. vLLM's
            own DecodeBenchConnector fills the cache with noise, so nothing waits for a prefill.
 
-Needs an environment with vLLM (docs/vllm.md).
+Needs an environment with vLLM (docs/vllm.md). Set OMP_WAIT_POLICY=passive, as `kvcomp serve` does:
+otherwise vLLM's OpenMP threads spin on the cores that kvcomp's kernels need.
 """
 
 from __future__ import annotations

@@ -19,7 +19,13 @@ from kvcomp import _C
 from kvcomp.info import cpu_model
 
 NOT_INSTALLED = 3  # exit code of a script that needs a package which is not there
-ENVIRONMENT = ("KVCOMP_ISA", "OMP_NUM_THREADS", "THP_MEM_ALLOC_ENABLE", "CUDA_VISIBLE_DEVICES")
+ENVIRONMENT = (
+    "KVCOMP_ISA",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "THP_MEM_ALLOC_ENABLE",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 @dataclass

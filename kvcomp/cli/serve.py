@@ -60,6 +60,9 @@ def serve(
     if dry_run:
         say(shlex.join(command))
         return
+    # vLLM's OpenMP threads spin between parallel regions unless told otherwise, and the kernels of
+    # kvcomp would wait for a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     sys.stdout.flush()
     os.execv(command[0], command)
 
