@@ -1,12 +1,20 @@
 """Triton runs in its interpreter where there is no GPU; outputs start as NaN; seeds are fixed."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel module is imported
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # workers of xdist get that of their parent
+    # Inductor may load code that it made under another ATEN_CPU_CAPABILITY, which crashes or
+    # computes nonsense. So each run compiles for itself.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="kvcomp-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 
