@@ -11,6 +11,7 @@ import torch
 from kvcomp.cache import KVCache
 from kvcomp.cache.background import DEPTH, Background
 from kvcomp.cache.host_pool import FIRST_ROWS, HostMemory, HostMemoryError, HostPool
+from kvcomp.cache.hosted import Hosted
 from kvcomp.cache.slab import FIRST_CAPACITY
 from kvcomp.cache.unit_index import FIRST_UNITS, UnitIndex
 from kvcomp.methods import Full
@@ -200,7 +201,7 @@ def test_reset_gives_memory_back():
 def test_what_only_comes_with_tokens_says_so_before():
     layer = KVCache(Full(), 1).layers[0]
     early = {name: "the first append" for name in ("seq_lens", "logical_lens", "keys", "values")}
-    early |= {name: "a method that retrieves has got the prompt" for name in ("pool", "index")}
+    early |= {name: "a method that retrieves has got the prompt" for name in ("hosted",)}
 
     def all_refuse(names):
         for name in names:
@@ -208,10 +209,10 @@ def test_what_only_comes_with_tokens_says_so_before():
                 getattr(layer, name)
 
     all_refuse(early)
-    assert not (layer.filled or layer.allocated or layer.hosted) and layer.capacity == 0
+    assert not (layer.filled or layer.allocated or layer.is_hosted) and layer.capacity == 0
     layer.append(torch.zeros(1, 1, 3, 32), torch.zeros(1, 1, 3, 32))
     assert layer.filled and layer.allocated and layer.seq_lens.tolist() == [3]
-    all_refuse(("pool", "index"))
+    all_refuse(("hosted",))
     layer.reset()
     all_refuse(early)
 
@@ -260,21 +261,25 @@ def test_only_the_listed_tokens_stay():
         rows.cache.crop(1)
 
 
+def new_hosted(layer):
+    return Hosted(layer, HostMemory(), Background(torch.device("cpu")), DIM, 1)
+
+
 def test_tokens_are_exchanged_for_those_that_are_wanted():
     rows = Rows()
     layer = rows.layer
     rows.append(9)
     layer.positions(HEADS)
-    layer.pool = HostPool(layer.keys, HostMemory())
-    layer.pool.reserve(20)
+    hosted = layer.hosted = new_hosted(layer)
+    hosted.pool.reserve(20)
     for row in range(BATCH):
-        layer.pool.write(row, 0, layer.keys[row], layer.values[row])
+        hosted.pool.write(row, 0, layer.keys[row], layer.values[row])
     layer.keep(torch.tensor([[0, 6, 7, 8]] * BATCH), torch.full((BATCH,), 4, dtype=torch.int32))
     layer.limit(6, 1)
     rows.append(1)
     wanted = torch.tensor([[2, 3, 5, -1], [1, 2, 4, -1]], dtype=torch.int32).repeat(BATCH, 1, 1)
     first_local, active = (torch.tensor(x, dtype=torch.int32) for x in ([8] * 3, [1, 0, 1]))
-    fetched = layer.exchange(wanted, first_local, active, 1, 6)
+    fetched = hosted.exchange(layer, wanted, first_local, active, 6)
     assert fetched.tolist() == [[3, 3], [0, 0], [3, 3]]
     assert layer.seq_lens.tolist() == [6, 5, 6] and layer.max_len == 6
     rows.append(1)  # no longer of one length
@@ -290,13 +295,17 @@ def test_tokens_are_exchanged_for_those_that_are_wanted():
 
 
 def test_a_layer_settles_once_and_never_forgets_a_failure():
-    layer, calls = Rows().layer, []
+    rows, calls = Rows(), []
+    layer = rows.layer
+    layer.settle()  # has nothing in host memory
+    rows.append(1)
+    hosted = layer.hosted = new_hosted(layer)
     layer.settle()
-    layer.pending = lambda: calls.append(1)
+    hosted.pending = lambda: calls.append(1)
     layer.settle()
     layer.settle()
-    assert calls == [1] and layer.pending is None
-    layer.pending = Background(torch.device("cpu")).submit(lambda: 1 / 0)
+    assert calls == [1] and hosted.pending is None
+    hosted.pending = Background(torch.device("cpu")).submit(lambda: 1 / 0)
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             layer.settle()

@@ -179,12 +179,13 @@ def test_a_long_question_stays_in_the_pool(llama, name, schedule):
         for layer in cache.context.kv.layers[inner.dense_layers :]:
             layer.settle()
             table = layer.positions(KV_HEADS)
-            opens, locals_ = layer.index.first_open().tolist(), layer.index.first_local().tolist()
+            index, pool = layer.hosted.index, layer.hosted.pool
+            opens, locals_ = index.first_open().tolist(), index.first_local().tolist()
             assert layer.max_len <= inner.most_resident
             for row, (n, end, local) in enumerate(zip(lens, opens, locals_, strict=True)):
                 seen = int(layer.logical_lens[row])
                 assert seen == n + held(step)
-                k, v = layer.pool.read(row, 0, end)
+                k, v = pool.read(row, 0, end)
                 question = first.setdefault((layer.position, row), (k[:, :n], v[:, :n]))
                 assert torch.equal(k[:, :n], question[0]) and torch.equal(v[:, :n], question[1])
                 for kv_head in range(KV_HEADS):
@@ -373,11 +374,11 @@ def test_adopt_copies_the_first_columns(columns, padded):
     rows.check()
 
 
-def test_recede_keeps_the_first_slots():
+def test_truncate_keeps_the_first_slots():
     rows = filled()
     layer, kept = rows.layer, rows.layer.keys[:, :, :3].clone()
     layer.positions(KV_HEADS)
-    layer.recede(WIDTH, 3)
+    layer.truncate(WIDTH, 3)
     assert layer.columns == WIDTH and layer.max_len == 3
     assert layer.seq_lens.tolist() == [3, 3, 3]
     assert layer.logical_lens.tolist() == list(LENS)

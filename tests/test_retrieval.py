@@ -127,7 +127,7 @@ def test_what_is_small_grows(name, monkeypatch, poisoned_outputs):
     method = make(name)
     _, cache = assert_follows(method, Walk(24, 11, steps=36, layers=2, seed=4))
     for layer in cache.layers:
-        assert len(layer.pool.blocks) > 3
+        assert len(layer.hosted.pool.blocks) > 3
         assert layer.capacity <= method.most_resident
     assert cache.meter.peak_host_bytes == cache.state.memory.used
 
@@ -220,7 +220,8 @@ def test_tau_2_is_per_token_retrieval_bit_for_bit():
     assert torch.equal(first, second)
     assert caches[0].meter.retrievals == caches[1].meter.retrievals == [150, 150]
     for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
-        assert torch.equal(a.keys, b.keys) and torch.equal(a.index.starts, b.index.starts)
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.hosted.index.starts, b.hosted.index.starts)
 
 
 @pytest.mark.parametrize("newest", [0, 6, 8])
@@ -265,7 +266,7 @@ def test_reset_forgets(name):
     cache = new_cache(make(name), 2)
     first = trace.run(cache)
     cache.reset()
-    assert cache.layers[0].capacity == 0 and not cache.layers[0].hosted
+    assert cache.layers[0].capacity == 0 and not cache.layers[0].is_hosted
     assert cache.state.memory.used == 0
     other.run(cache)
     cache.reset()
@@ -286,8 +287,9 @@ def test_a_copied_cache_goes_on_by_itself(name, steps):
         other.decode(strayed, step)
     rest = [[trace.decode(c, step) for step in range(steps, 30)] for c in (cache, copied)]
     assert torch.equal(torch.stack(rest[0]), torch.stack(rest[1]))
-    assert copied.state.memory.used == cache.state.memory.used == copied.layers[0].pool.nbytes
-    assert copied.layers[0].pool.memory is copied.state.memory is not cache.state.memory
+    pool = copied.layers[0].hosted.pool
+    assert copied.state.memory.used == cache.state.memory.used == pool.nbytes
+    assert pool.memory is copied.state.memory is not cache.state.memory
 
 
 @pytest.mark.parametrize("name", SLOW)
@@ -389,7 +391,7 @@ def test_host_memory_over_its_limit():
     layer, step = cache.layers[0], 256 - 40
     with pytest.raises(HostMemoryError, match=f"limit of .* {BLOCK} are taken; {BLOCK} more"):
         trace.decode(cache, step)
-    assert cache.state.memory.used == BLOCK == layer.pool.nbytes
+    assert cache.state.memory.used == BLOCK == layer.hosted.pool.nbytes
     cache.state.memory.limit = None  # given more, it goes on as if nothing had been
     q = trace.q[0][torch.arange(2), :, torch.tensor(trace.lens) + step]
     assert torch.equal(cache.attend(layer, q, SCALE), trace.decode(free, step)[0])
@@ -403,7 +405,7 @@ def test_rows_that_have_no_room_are_not_lost():
     trace.fill(cache)
     with pytest.raises(HostMemoryError, match=f"limit of {BLOCK} bytes"):
         cache.select(torch.tensor([0, 0, 1]))
-    assert cache.state.memory.used == BLOCK == cache.layers[0].pool.nbytes
+    assert cache.state.memory.used == BLOCK == cache.layers[0].hosted.pool.nbytes
     got = torch.stack([trace.decode(cache, step) for step in range(20)])
     assert torch.equal(got, trace.run(new_cache(louis())))
 

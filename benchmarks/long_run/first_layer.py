@@ -108,8 +108,8 @@ class FirstLayer:
     def _retrieved(self, layer: LayerCache, context: Tensor) -> Iterator[Rows]:
         """The rows of the pool, of closed segments, and those on the device."""
         layer.settle()
-        closed, held = int(layer.index.first_open()), int(layer.seq_lens)
-        pool_k, pool_v = layer.pool.read(0, 0, closed)
+        closed, held = int(layer.hosted.index.first_open()), int(layer.seq_lens)
+        pool_k, pool_v = layer.hosted.pool.read(0, 0, closed)
         for head, table in enumerate(layer.positions(pool_k.shape[0])[0].long()):
             place = torch.arange(len(context))  # of each row of the pool; the output in its order
             place[: len(self.prompt)] = self._order(pool_k[head, : len(self.prompt)], head)
@@ -132,11 +132,11 @@ class FirstLayer:
 def resident_rows_are_the_pools(kv: KVCache) -> bool:
     """Whether what retrieving layers hold on the device is what the pool says, bit by bit."""
     for layer in kv.layers:
-        if not layer.hosted:
+        if not layer.is_hosted:
             continue
         layer.settle()
-        closed = int(layer.index.first_open())
-        pool = layer.pool.read(0, 0, closed)
+        closed = int(layer.hosted.index.first_open())
+        pool = layer.hosted.pool.read(0, 0, closed)
         for head, table in enumerate(layer.positions(layer.keys.shape[1])[0].long()):
             there = table < closed
             for have, rows in zip((layer.keys, layer.values), pool, strict=True):

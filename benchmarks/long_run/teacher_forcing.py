@@ -24,7 +24,6 @@ import kvcomp
 from harness.memory import Memory
 from kvcomp import Delethink, Method
 from kvcomp.cache import KVCache
-from kvcomp.cache.later import known
 from kvcomp.hf.cache import Cache
 from long_run.first_layer import FirstLayer, resident_rows_are_the_pools
 
@@ -205,9 +204,9 @@ def _bytes(kv: KVCache) -> Iterator[int]:
     yield sum(int(layer.seq_lens.sum()) * layer.slot_bytes for layer in layers)
     yield sum(layer.keys.untyped_storage().nbytes() * 2 for layer in layers)
     notes = [x for layer in layers for x in (*layer.slots.values(), *layer.state.values())]
-    indices = sum(layer.index.nbytes for layer in layers if known(layer, "index"))
+    indices = sum(layer.hosted.index.nbytes for layer in layers if layer.is_hosted)
     yield sum(tensor.untyped_storage().nbytes() for tensor in notes) + indices
-    yield sum(layer.pool.nbytes for layer in layers if known(layer, "pool"))
+    yield sum(layer.hosted.pool.nbytes for layer in layers if layer.is_hosted)
 
 
 def _python() -> Iterator[int]:

@@ -74,7 +74,7 @@ def bench_memory(options: argparse.Namespace) -> Iterator[MemoryRow]:
 def _memory_row(when: str, dtype: str, cache: KVCache, memory: Memory) -> MemoryRow:
     meter, seen = cache.meter, cache.layers[0].columns
     dense = sum(layer.token_bytes * seen for layer in cache.layers)
-    index = sum(layer.index.nbytes for layer in cache.layers if layer.hosted)
+    index = sum(layer.hosted.index.nbytes for layer in cache.layers if layer.is_hosted)
     host = meter.peak_host_bytes
     held, _ = memory.look()
     held -= host if memory.device == "cpu" else 0  # the pools are tensors too

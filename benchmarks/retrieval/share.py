@@ -136,7 +136,7 @@ class Scoring:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.spare.append(k, v)
-        index = self.layer.index
+        index = self.layer.hosted.index
         start = now(self.device)
         scores = ops.unit_scores(q, index.digests, index.starts, index.num_indexed, self.active)
         ops.select_units(scores, index.starts, index.num_indexed, self.active, self.budget)
@@ -215,7 +215,7 @@ def bench_share(options: argparse.Namespace) -> Iterator[ShareRow | ScoringRow]:
             "share",
             "unit_scores + select_units",
             name,
-            int(scoring.layer.index.num_indexed[0]),
+            int(scoring.layer.hosted.index.num_indexed[0]),
             median * 1e6,
             least * 1e6,
             median * 1e6 / dense.attention_us,

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.meter import Meter
 from kvcomp.cache.ring import HostRing, Ring
+from kvcomp.cache.view import Layer
 from kvcomp.ops.decode_attention import logits_dtype
 
 
@@ -98,7 +99,7 @@ class KVCache:
         self._logits: Tensor | None = None
         self.method.start(self)
 
-    def logits_for(self, layer: LayerCache, q: Tensor) -> Tensor:
+    def logits_for(self, layer: Layer, q: Tensor) -> Tensor:
         """Room for the logits of a decode step, [B, Hq, capacity] fp32, or fp16 beside 16-bit K and
         V on a GPU; all layers share it."""
         shape = (*q.shape[:2], layer.capacity)

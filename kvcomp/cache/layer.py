@@ -8,6 +8,7 @@ tokens never enter the slab, so the rows of a batch are ragged, and no kernel ev
 from __future__ import annotations
 
 import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +20,10 @@ from kvcomp.cache.later import forget, known, later
 from kvcomp.cache.slab import Slab
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Iterator
 
-    from kvcomp.cache.host_pool import HostPool
+    from kvcomp.cache.hosted import Hosted
     from kvcomp.cache.kv_cache import KVCache
-    from kvcomp.cache.unit_index import UnitIndex
 
 
 class LayerCache(Slab):
@@ -40,10 +40,7 @@ class LayerCache(Slab):
         scale: of the logits, known from the first prompt on.
         sinks: [Hq], learned logits of a token without a value in every softmax; None: no such.
         added: tokens that each row gained by the last `append`, a number or [B] int32.
-        pool: all of the tokens in host memory, for methods that retrieve (see `hosted`).
-        index: the units in which they retrieve them.
-        pending: waits for work in the background on this layer's pool and index; None: there is
-            none (see `settle`).
+        hosted: all of the tokens in host memory, for methods that retrieve (see `is_hosted`).
 
     `seq_lens` and `logical_lens` are there from the first `append` on (see `filled`); before,
     asking for them raises AttributeError.
@@ -51,8 +48,7 @@ class LayerCache(Slab):
 
     seq_lens: Tensor = later("the first append")
     logical_lens: Tensor = later("the first append")
-    pool: HostPool = later("a method that retrieves has got the prompt")
-    index: UnitIndex = later("a method that retrieves has got the prompt")
+    hosted: Hosted = later("a method that retrieves has got the prompt")
     _placed: Tensor = later("positions are asked for")  # [B] logical lengths when last written
 
     def __init__(self, cache: KVCache, position: int) -> None:
@@ -72,22 +68,16 @@ class LayerCache(Slab):
             raise ReferenceError("kvcomp: the cache of this layer is gone; keep a reference to it")
         return cache
 
-    def __getstate__(self) -> dict:
-        """For copies: work in the background belongs to this layer, and not to its copy."""
-        self.settle()
-        return self.__dict__
-
     def reset(self) -> None:
         """Forget everything and give the memory back."""
         super().reset()
-        forget(self, "seq_lens", "logical_lens", "pool", "index", "_placed")
+        forget(self, "seq_lens", "logical_lens", "hosted", "_placed")
         self.columns = 0
         self.first = True
         self.scale = 1.0
         self.sinks: Tensor | None = None
         self.added: int | Tensor = 0
         self.state: dict[str, Tensor] = {}
-        self.pending: Callable[[], None] | None = None
         self._placed_columns = 0
         self._whole = True  # nothing has been evicted
         self._uniform = True  # every row has max_len tokens: an append is one slice copy
@@ -99,9 +89,20 @@ class LayerCache(Slab):
         return known(self, "seq_lens")
 
     @property
-    def hosted(self) -> bool:
-        """Whether all of the tokens are in host memory: `pool` and `index` are there."""
-        return known(self, "index")
+    def is_hosted(self) -> bool:
+        """Whether all of the tokens are in host memory."""
+        return known(self, "hosted")
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that hold K and V."""
+        return self.hosted.pool.nbytes if self.is_hosted else 0
+
+    @property
+    def row_note_bytes(self) -> int:
+        """Bytes that a method remembers about the rows: `state`, and the units if it retrieves."""
+        units = self.hosted.index.nbytes if self.is_hosted else 0
+        return sum(tensor.nbytes for tensor in self.state.values()) + units
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Add n tokens to every row.
@@ -241,42 +242,18 @@ class LayerCache(Slab):
         self._whole = False
         self._recount(slots.shape[1])
 
-    def exchange(
-        self, rows: Tensor, first_local: Tensor, active: Tensor, num_sinks: int, most: int
-    ) -> Tensor:
-        """Hold the pool rows that are wanted, see `ops.fetch_rows`; `positions` tells the rows.
-
-        Args:
-            rows: [B, Hkv, K] int32, as `ops.select_units` returns them.
-            first_local, active: [B] int32.
-            num_sinks: pool rows below that always stay.
-            most: tokens a row has at most afterwards, known on the host.
-
-        Returns:
-            fetched [B, Hkv] int32: rows that came over the link.
-        """
-        self.positions(self._k.shape[1])  # brings them up to date
-        most = min(most, self.columns)
+    @contextmanager
+    def rewriting(self, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """K and V [B, Hkv, capacity, D] with room for `most` tokens in each row, to be written in
+        place together with `slots` and `seq_lens`. No row is longer than `most` afterwards."""
         self._reserve(self._k[:, :, :1], most)
-        fetched = ops.fetch_rows(
-            self._k,
-            self._v,
-            self.slots["position"],
-            self.seq_lens,
-            rows,
-            first_local,
-            active,
-            self.pool.blocks,
-            num_sinks=num_sinks,
-        )
+        yield self._k, self._v
         self._recount(most)
-        return fetched
 
     def settle(self) -> None:
-        """Wait for what the background still does to this layer."""
-        if self.pending is not None:
-            self.pending()  # what it raises is raised whenever this layer is asked for
-            self.pending = None
+        """Wait for background work on what is in host memory."""
+        if self.is_hosted:
+            self.hosted.settle()
 
     def crop(self, count: int) -> None:
         """Take back the last `count` columns exactly, as if they had never been appended.
@@ -309,10 +286,9 @@ class LayerCache(Slab):
         self.append(other._k[:, :, :longest], other._v[:, :, :longest], valid)
         self.columns, self.scale, self._arrivals = columns, other.scale, arrivals
 
-    def recede(self, columns: int, kept: int) -> None:
-        """Back to the first `columns` columns: all are in the pool, the first `kept` tokens of
-        each row here, or all that it has."""
-        self.settle()
+    def truncate(self, columns: int, kept: int) -> None:
+        """Back to the first `columns` columns. Rows hold their first `kept` tokens or fewer here;
+        the others are in host memory."""
         self._take_back(self.columns - columns)
         self.seq_lens.copy_(self.logical_lens.clamp(max=kept))
         for tensor in self.slots.values():
@@ -361,11 +337,9 @@ class LayerCache(Slab):
         """Rows become `rows` ([B'] int64 indices): reorder, repeat or drop sequences."""
         if not self.filled:
             return
-        self.settle()
         rows = rows.to(self._k.device)
-        if self.hosted:
-            self.pool.select(rows)
-            self.index.select(rows)
+        if self.is_hosted:
+            self.hosted.select(rows)
         self._arrivals.select(rows)
         self._k, self._v = self._k[rows], self._v[rows]
         self.seq_lens, self.logical_lens = self.seq_lens[rows], self.logical_lens[rows]
@@ -375,7 +349,7 @@ class LayerCache(Slab):
             self._placed = self._placed[rows]
 
     def _require_whole(self, what: str) -> None:
-        if not self._whole or self.slots or self.state or self.hosted or self._copies > 1:
+        if not self._whole or self.slots or self.state or self.is_hosted or self._copies > 1:
             raise ValueError(
                 f"kvcomp: {what}: expected a layer that keeps every token and no notes"
             )

@@ -98,7 +98,9 @@ class Meter:
 
     def stored(self, layer: LayerCache, tokens: Tensor) -> None:
         """tokens [B] of every KV head of `layer` go to the host."""
-        _add(self.stored_rows, layer.position, _total(tokens) * layer.keys.shape[1])
+        heads = layer.keys.shape[1]
+        self.row_bytes[layer.position] = layer.token_bytes // heads
+        _add(self.stored_rows, layer.position, _total(tokens) * heads)
 
     def cut(self, closed: Tensor, longest: int) -> None:
         """Segments of closed [B] tokens end, at most `longest`; 0: none does."""
@@ -122,11 +124,8 @@ class Meter:
             self.token_bytes[position] = layer.token_bytes
             self.slot_bytes[position] = layer.slot_bytes
             notes += layer.max_len * layer.note_bytes * len(layer.seq_lens)
-            notes += sum(tensor.nbytes for tensor in layer.state.values())
-            if layer.hosted:
-                notes += layer.index.nbytes
-                host += layer.pool.nbytes
-                self.row_bytes[position] = layer.token_bytes // layer.keys.shape[1]
+            notes += layer.row_note_bytes
+            host += layer.host_bytes
             self.peak_len = max(self.peak_len, layer.max_len)
             for each in (cache, *cache.beside):
                 used += each.layers[position].max_len * layer.slot_bytes

@@ -60,6 +60,11 @@ class Slab:
         return self._k.shape[2] if self.allocated else 0
 
     @property
+    def kv_heads(self) -> int:
+        """Hkv, or Hq after `repeat_heads`."""
+        return self._k.shape[1]
+
+    @property
     def note_bytes(self) -> int:
         return sum(tensor.shape[1] * tensor.element_size() for tensor in self.slots.values())
 

@@ -21,6 +21,7 @@ from kvcomp.cache.later import forget, known, later
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.ring import StaticRing
 from kvcomp.cache.static_meter import Sizes, StaticMeter
+from kvcomp.cache.view import Layer
 from kvcomp.ops.decode_attention import logits_dtype
 
 
@@ -236,7 +237,7 @@ class StaticKVCache(KVCache):
             self._ring = StaticRing(size, self.columns.device)
         return self._ring
 
-    def logits_for(self, layer: LayerCache, q: Tensor) -> Tensor:
+    def logits_for(self, layer: Layer, q: Tensor) -> Tensor:
         """As `KVCache.logits_for`, but out of the graph's own memory."""
         dtype = logits_dtype(q)
         self.meter.logit_bytes = q.shape[1] * dtype.itemsize

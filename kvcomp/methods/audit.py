@@ -19,8 +19,8 @@ def recall(layer: LayerCache, q: Tensor, scale: float, budget: int, sinks: int) 
     """
     positions = layer.positions(layer.keys.shape[1])
     shares = []
-    for row, end in enumerate(layer.index.first_local().tolist()):
-        keys, _ = layer.pool.read(row, sinks, end)  # [Hkv, n, D]
+    for row, end in enumerate(layer.hosted.index.first_local().tolist()):
+        keys, _ = layer.hosted.pool.read(row, sinks, end)  # [Hkv, n, D]
         if not keys.shape[1]:
             shares.append(q.new_ones((), dtype=torch.float32))
             continue

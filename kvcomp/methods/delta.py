@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kvcomp import ops
-from kvcomp.cache.kv_cache import KVCache
-from kvcomp.cache.layer import LayerCache
+from kvcomp.cache.view import Cache, Layer
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
 from kvcomp.methods.fields import short_name
@@ -171,13 +170,13 @@ class Delta(Method, name="delta"):
             scoring=len(planners) * at.seen * at.logit_bytes + sparse * 4 * self.num_pages,
         )
 
-    def start(self, cache: KVCache) -> None:
+    def start(self, cache: Cache) -> None:
         cache.state.dense, cache.state.planners = self.roles(len(cache.layers))
         for layer in cache.layers:
             layer.shared_sets = layer.position not in cache.state.dense
         cache.state.pages = None  # (page_ids [B, 1, K], selected_lens [B]) of this step
 
-    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: Layer, q: Tensor, scale: float) -> Tensor:
         state = layer.cache.state
         if layer.max_len <= self.budget:  # nothing to leave out in any row
             return layer.attend(q, scale)[0]
@@ -204,7 +203,7 @@ class Delta(Method, name="delta"):
         state.pages = ops.select_pages(scores, layer.seq_lens, self.page_size, **chosen)
         return out
 
-    def end_step(self, cache: KVCache) -> None:
+    def end_step(self, cache: Cache) -> None:
         cache.state.pages = None
 
     def score(self, logits: Tensor, lse: Tensor, seq_lens: Tensor) -> Tensor:

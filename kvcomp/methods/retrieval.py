@@ -23,11 +23,10 @@ from torch import Tensor
 
 from kvcomp import ops
 from kvcomp.cache.background import Background
-from kvcomp.cache.host_pool import HostMemory, HostPool
+from kvcomp.cache.host_pool import HostMemory
+from kvcomp.cache.hosted import Hosted
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
-from kvcomp.cache.unit_index import UnitIndex
-from kvcomp.methods.absorb import absorb
 from kvcomp.methods.audit import watch
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
@@ -184,7 +183,7 @@ class Retrieval(Method):
 
     def scores(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> Tensor:
         """What each unit is worth to q [B, Hq, D]: [B, Hkv, U] fp32, for active rows [B] int32."""
-        index = layer.index
+        index = layer.hosted.index
         return ops.unit_scores(
             q, index.digests, index.starts, index.num_indexed, active, scale=scale
         )
@@ -223,7 +222,7 @@ class Retrieval(Method):
         """New tokens become units in host memory; on the device stay sinks and the newest."""
         if layer.position < self.dense_layers:
             return
-        if not layer.hosted:
+        if not layer.is_hosted:
             self._begin(layer, q)
             first_row = torch.full_like(layer.seq_lens, self.sinks)
         else:
@@ -231,7 +230,7 @@ class Retrieval(Method):
         first = layer.seq_lens - (layer.logical_lens - first_row).clamp(min=0)
         last = torch.maximum(layer.seq_lens - self.num_newest, first)  # slots [first, last) leave
         layer.positions(layer.keys.shape[1])
-        absorb(self, layer, first_row, first, last)
+        layer.hosted.absorb(layer, self, first_row, first, last)
         slot = torch.arange(self.num_newest, device=last.device)
         newest = (last[:, None] + slot).clamp(max=layer.max_len - 1)
         sinks = torch.arange(self.sinks, device=last.device).clamp(max=layer.max_len - 1)
@@ -240,12 +239,12 @@ class Retrieval(Method):
         layer.keep(torch.cat([sinks, newest], 1), lens)
         layer.state["query"].zero_()  # so that the first step retrieves
         if not layer.cache.steps:
-            layer.state["first_units"] = layer.index.num_units.clone()
+            layer.state["first_units"] = layer.hosted.index.num_units.clone()
             layer.cache.state.prompt_columns = layer.columns
         layer.state.pop("recall", None)  # of `audit`, before this prompt
 
     def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
-        if not layer.hosted:
+        if not layer.is_hosted:
             return super().context(layer)
         lens = self._close_open(layer).tolist()
         ends, new = (
@@ -255,13 +254,13 @@ class Retrieval(Method):
         rows = []
         for row, (length, end, count) in enumerate(zip(lens, ends, new, strict=True)):
             fresh = (x[row, :, end - count : end] for x in (layer.keys, layer.values))
-            pooled = layer.pool.read(row, 0, length)
+            pooled = layer.hosted.pool.read(row, 0, length)
             rows.append([torch.cat(parts, 1) for parts in zip(pooled, fresh, strict=True)])
         k, v = (_stacked(part) for part in zip(*rows, strict=True))
         return k, v, layer.logical_lens
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
-        if layer.hosted:
+        if layer.is_hosted:
             layer.settle()
             if layer.cache.state.lacks_sinks:
                 self._store_sinks(layer)
@@ -277,13 +276,11 @@ class Retrieval(Method):
             return super().rewind(cache, columns)
         cache.state.lacks_sinks = True
         for layer in cache.layers:
-            if not layer.hosted:
+            if not layer.is_hosted:
                 layer.crop(layer.columns - prompt)
                 continue
-            layer.recede(prompt, self.sinks)
-            for count in (layer.index.num_units, layer.index.num_indexed):
-                count.copy_(layer.state["first_units"])  # all of it can be selected
-            layer.state["query"].zero_()  # and is, in the next step
+            layer.hosted.recede(layer, prompt, layer.state["first_units"])
+            layer.state["query"].zero_()  # so that the next step selects
             layer.state.pop("recall", None)
         return prompt
 
@@ -295,45 +292,39 @@ class Retrieval(Method):
         if state.background is None:
             state.background = Background(keys.device)
         width = self.digest(keys[:1, :1, :1]).shape[-1]
-        layer.pool = HostPool(keys, state.memory)
-        layer.index = UnitIndex(keys.shape[0], keys.shape[1], width, keys)
-        layer.index.starts.fill_(self.sinks)
+        layer.hosted = Hosted(layer, state.memory, state.background, width, self.sinks)
         layer.state["query"] = q.new_zeros(q.shape[0], q.shape[1], q.shape[3])
         layer.limit(self.most_resident - 1, 1)
 
     def _close_open(self, layer: LayerCache) -> Tensor:
         """The open segment without the tokens just added becomes a unit; [B] rows up to its end."""
         layer.settle()
-        past, first_open = layer.logical_lens - layer.added, layer.index.first_open()
+        past, first_open = layer.logical_lens - layer.added, layer.hosted.index.first_open()
         tokens = (past - first_open).clamp(min=0)
         if bool(tokens.any()):
-            layer.index.reserve(1)
-            self.reserve_pool(layer)
-            layer.index.close(first_open + tokens)
+            layer.hosted.index.reserve(1)
+            layer.hosted.reserve(layer)
+            layer.hosted.index.close(first_open + tokens)
             self.store(layer, tokens)
         return past
-
-    def reserve_pool(self, layer: LayerCache) -> None:
-        """For all columns, and for the sinks that may still come."""
-        layer.pool.reserve(max(layer.columns, self.sinks))
 
     def _store_sinks(self, layer: LayerCache) -> None:
         """The token that has just come goes to the pool in rows that lack sinks: no segment, which
         would take it there, begins with it."""
-        self.reserve_pool(layer)
+        layer.hosted.reserve(layer)
         lens = layer.logical_lens.tolist()
         for row, last in enumerate(lens):
             if 0 < last <= self.sinks:
                 k, v = (x[row, :, last - 1 : last] for x in (layer.keys, layer.values))
-                layer.pool.write(row, last - 1, k, v)
+                layer.hosted.pool.write(row, last - 1, k, v)
         if layer.position == len(layer.cache.layers) - 1:
             layer.cache.state.lacks_sinks = min(lens) < self.sinks
 
     def _retrieve(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         """Close the segment that ends here, and select anew where that is due: 1 in [B]."""
-        index, (shortest, longest) = layer.index, self.segment
+        index, (shortest, longest) = layer.hosted.index, self.segment
         index.reserve(1)
-        self.reserve_pool(layer)  # refused memory must not find a segment half closed
+        layer.hosted.reserve(layer)  # refused memory must not find a segment half closed
         closed, triggered = ops.segment_boundaries(
             self.similarity(layer, q),
             layer.logical_lens.clamp(min=self.sinks),  # sinks are of no segment
@@ -355,33 +346,17 @@ class Retrieval(Method):
 
     def store(self, layer: LayerCache, closed: Tensor) -> None:
         """Write the newest unit, of closed [B] tokens or 0, through to the pool and the index."""
-        self._write_through(layer, closed, layer.index.digests)
-
-    def _write_through(self, layer: LayerCache, closed: Tensor, means: Tensor) -> None:
-        """The newest unit's tokens to the pool, their mean key into means [B, Hkv, U, D]."""
-        index = layer.index
-        ops.store_segments(
-            layer.keys,
-            layer.values,
-            layer.positions(layer.keys.shape[1]),
-            layer.seq_lens,
-            index.starts,
-            index.num_units,
-            closed,
-            layer.pool.blocks,
-            means,
-        )
-        layer.cache.meter.stored(layer, closed)
+        layer.hosted.store(layer, closed, layer.hosted.index.digests)
 
     def select(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> None:
         """Bring the units that q wants to the device, in rows where active [B] is 1."""
-        index = layer.index
+        index = layer.hosted.index
         scores = self.scores(layer, q, scale, active)
         rows = ops.select_units(scores, index.starts, index.num_indexed, active, self.budget)
         first_local = index.first_local()
         # One less than at most: the newest token is in, and of the local ones too many have left.
         most = self.most_resident - 1
-        fetched = layer.exchange(rows, first_local, active, self.sinks, most)
+        fetched = layer.hosted.exchange(layer, rows, first_local, active, most)
         wanted = (first_local - self.sinks).clamp(max=self.budget)  # every such row is of a unit
         layer.cache.meter.retrieved(layer, active, wanted, fetched)
 

@@ -63,7 +63,7 @@ def assert_counted(meter, slow, first):
 def assert_holds(layer, row, slow, where):
     """Slots, pool and index of a row are what its slow reading says, bit for bit."""
     _, keys, values = slow.own
-    method, index = slow.method, layer.index
+    method, index = slow.method, layer.hosted.index
     layer.settle()
     length = int(layer.seq_lens[row])
     local, indexed = slow.local_tokens(), int(index.num_indexed[row])
@@ -72,7 +72,7 @@ def assert_holds(layer, row, slow, where):
     assert length < method.most_resident, where
     held = layer.positions(layer.keys.shape[1])[row, :, :length]
     stored = slow.seen - len(slow.open)
-    pool_k, pool_v = layer.pool.read(row, 0, stored)
+    pool_k, pool_v = layer.hosted.pool.read(row, 0, stored)
     for head in range(slow.heads):
         of = f"{where}, head {head}"
         tokens = torch.tensor(slow.rows[head] + slow.open)  # of each pool row

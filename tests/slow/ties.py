@@ -128,7 +128,7 @@ def digest() -> str:
         for method, trace in runs:
             cache = new_cache(method)
             trace.run(cache)
-            if isinstance(method, Eviction) or cache.layers[0].index is not None:
+            if isinstance(method, Eviction) or cache.layers[0].is_hosted:
                 summary.update(f"{method.name} {length} {kept(cache)}\n".encode())
     return summary.hexdigest()
 

@@ -75,13 +75,13 @@ class PagedRetrieval(Retrieval):
         return torch.cat([q.clamp(min=0), q.clamp(max=0)], -1)
 
     def store(self, layer: LayerCache, closed: Tensor) -> None:
-        index = layer.index
+        index = layer.hosted.index
         unused = layer.keys.new_empty(*index.digests.shape[:3], layer.keys.shape[-1])
-        self._write_through(layer, closed, unused)  # the mean is not this digest
+        layer.hosted.store(layer, closed, unused)  # the mean is not this digest
         for row in closed.nonzero().flatten().tolist():
             unit = int(index.num_units[row]) - 1
             begin, end = index.starts[row, 0, unit : unit + 2].tolist()
-            index.digests[row, :, unit] = self.digest(layer.pool.read(row, begin, end)[0])
+            index.digests[row, :, unit] = self.digest(layer.hosted.pool.read(row, begin, end)[0])
 
     def scores(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> Tensor:
         return super().scores(layer, self.turned(q), scale, active)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kvcomp import ops
-from kvcomp.cache.kv_cache import KVCache
-from kvcomp.cache.layer import LayerCache
+from kvcomp.cache.view import Cache, Layer
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
 
@@ -83,15 +82,15 @@ class SharedTokens(Method):
             scoring=selecting * at.seen * at.logit_bytes + sparse * 4 * self.budget,
         )
 
-    def start(self, cache: KVCache) -> None:
+    def start(self, cache: Cache) -> None:
         cache.state.selecting = frozenset(self.plan(len(cache.layers)))
         cache.state.tokens = None  # (token ids [B, 1 or Hkv, K], lens [B]) of this step
 
-    def score(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> Tensor:
+    def score(self, layer: Layer, logits: Tensor, lse: Tensor) -> Tensor:
         """What each token is worth: [B, 1 or Hkv, n] fp32."""
         raise NotImplementedError
 
-    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: Layer, q: Tensor, scale: float) -> Tensor:
         state = layer.cache.state
         if layer.max_len <= self.budget or layer.position < self.dense_layers:
             return layer.attend(q, scale)[0]

@@ -59,19 +59,19 @@ class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
 
     def prefill(self, layer: LayerCache, q: Tensor) -> None:
         super().prefill(layer, q)
-        if layer.hosted:
-            layer.state["prompt_units"] = layer.index.num_units.clone()
+        if layer.is_hosted:
+            layer.state["prompt_units"] = layer.hosted.index.num_units.clone()
 
     def select(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> None:
         # A window's clusters end at other rows in other heads, so they leave all together.
-        prompt, indexed = layer.state["prompt_units"], layer.index.num_indexed
+        prompt, indexed = layer.state["prompt_units"], layer.hosted.index.num_indexed
         size = num_clusters(self.output_window, self.output_cluster, self.output_window)
         windows = -(-(indexed - prompt).clamp(min=0) // size)
         torch.maximum(indexed, (prompt + windows * size).where(windows > 0, 0), out=indexed)
         super().select(layer, q, scale, active)
 
     def store(self, layer: LayerCache, closed: Tensor) -> None:
-        index = layer.index
+        index = layer.hosted.index
         index.reserve(num_clusters(int(closed.max()), self.output_cluster, self.output_window))
         super().store(layer, closed)
         for row in closed.nonzero().flatten().tolist():
@@ -79,9 +79,9 @@ class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
 
     def _cluster(self, layer: LayerCache, row: int) -> None:
         """The newest unit of a row becomes several: in the pool, in the index, in the slots."""
-        index, unit = layer.index, int(layer.index.num_units[row]) - 1
+        index, unit = layer.hosted.index, int(layer.hosted.index.num_units[row]) - 1
         begin, end = index.starts[row, 0, unit : unit + 2].tolist()
-        k, v = layer.pool.read(row, begin, end)
+        k, v = layer.hosted.pool.read(row, begin, end)
         bounds = torch.tensor([[0], [end - begin]], dtype=torch.int32, device=k.device)
         labels, digests, sizes = ops.kmeans(
             k[None],
@@ -92,7 +92,7 @@ class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
         )
         order = labels[0].argsort(dim=-1, stable=True)  # [Hkv, tokens]
         k, v = (x.take_along_dim(order[..., None], 1) for x in (k, v))
-        layer.pool.write(row, begin, k, v)
+        layer.hosted.pool.write(row, begin, k, v)
         index.write(row, unit, digests[0], sizes[0])
         index.num_units[row] += sizes.shape[-1] - 1
         moved = begin + order.argsort(-1).int()  # [Hkv, tokens], where each row is now

@@ -42,7 +42,7 @@ class FreeKV(PagedRetrieval, name="free-kv", baseline=True):
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         out = super().attend(layer, q, scale)
-        if layer.hosted:  # for the next step
+        if layer.is_hosted:  # for the next step
             ahead = layer.state["similarity"] >= self.tau
             self.select(layer, q, scale, ahead.int())
         return out

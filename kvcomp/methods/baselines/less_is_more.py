@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcomp.cache.layer import LayerCache
+from kvcomp.cache.view import Layer
 from kvcomp.methods.baselines._shared_tokens import SharedTokens
 
 
@@ -30,7 +30,7 @@ class LessIsMore(SharedTokens, name="less-is-more", baseline=True):
     def num_recent(self) -> int:
         return max(1, self.budget // 4) if self.recent is None else self.recent
 
-    def score(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> Tensor:
+    def score(self, layer: Layer, logits: Tensor, lse: Tensor) -> Tensor:
         slot = torch.arange(logits.shape[-1], device=logits.device)
         logits = logits.masked_fill(slot >= layer.seq_lens[:, None, None], -torch.inf)
         order = logits.argsort(dim=-1, descending=True, stable=True)

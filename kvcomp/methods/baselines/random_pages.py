@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from kvcomp import ops
-from kvcomp.cache.kv_cache import KVCache
-from kvcomp.cache.layer import LayerCache
+from kvcomp.cache.view import Cache, Layer
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
 
@@ -81,14 +80,14 @@ class RandomPages(Method, name="random-pages", baseline=True):
             scoring=sparse * 4 * pages,
         )
 
-    def start(self, cache: KVCache) -> None:
+    def start(self, cache: Cache) -> None:
         cache.state.generator = torch.Generator().manual_seed(self.seed)
         cache.state.pages = None
         cache.state.step = -1
         for layer in cache.layers:
             layer.shared_sets = layer.position not in self.dense_layers
 
-    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: Layer, q: Tensor, scale: float) -> Tensor:
         if layer.position in self.dense_layers or layer.max_len <= self.budget:
             return layer.attend(q, scale)[0]
         cache, state = layer.cache, layer.cache.state
@@ -97,7 +96,7 @@ class RandomPages(Method, name="random-pages", baseline=True):
         page_ids, lens = state.pages
         return layer.attend(q, scale, page_ids=page_ids, page_size=self.page_size, seq_lens=lens)[0]
 
-    def _draw(self, layer: LayerCache, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _draw(self, layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         pages = -(-layer.max_len // self.page_size)
         scores = torch.rand(layer.seq_lens.shape[0], 1, pages, generator=generator)
         return ops.select_pages(

@@ -44,7 +44,7 @@ class StrideRetrieval(ClusteredRetrieval, name="stride-retrieval", baseline=True
 
     def similarity(self, layer: LayerCache, q: Tensor) -> Tensor:
         similarity = super().similarity(layer, q)  # -inf in the first step
-        open_tokens = layer.logical_lens - 1 - layer.index.first_open()
+        open_tokens = layer.logical_lens - 1 - layer.hosted.index.first_open()
         due = (similarity == -torch.inf) | (open_tokens >= self.stride)
         return torch.where(due, -torch.inf, 0.0)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvcomp import ops
-from kvcomp.cache.layer import LayerCache
+from kvcomp.cache.view import Layer
 from kvcomp.methods.baselines._shared_tokens import SharedTokens
 
 
@@ -31,6 +31,6 @@ class TidalDecode(SharedTokens, name="tidal-decode", baseline=True):
     def num_recent(self) -> int:
         return self.recent
 
-    def score(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> Tensor:
-        heads = layer.keys.shape[1]
-        return ops.page_scores(logits, lse, layer.seq_lens, 1, num_groups=heads, reduction="sum")
+    def score(self, layer: Layer, logits: Tensor, lse: Tensor) -> Tensor:
+        groups = layer.kv_heads
+        return ops.page_scores(logits, lse, layer.seq_lens, 1, num_groups=groups, reduction="sum")

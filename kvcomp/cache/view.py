@@ -1,0 +1,97 @@
+"""Layer: what a method that selects may ask of a layer whose memory it does not own.
+
+`LayerCache` offers all of it, and more. A method that keeps every token and only chooses which ones
+a step reads needs no more than this. So an engine with a block table of its own can run such a
+method: it offers a `Layer` for each attention layer, calls `method.start(cache)` for a new batch,
+`method.attend(layer, q, scale)` layer by layer, and `method.end_step(cache)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Layer(Protocol):
+    """One layer of a batch. B sequences, Hq query heads, Hkv KV heads, head size D.
+
+    Attributes:
+        cache: the batch that it belongs to.
+        position: its place among the layers that the method manages, from 0.
+        kv_heads: Hkv.
+        seq_lens: [B] int32, tokens of each row, the newest included.
+        max_len: an upper bound of them, known on the host.
+        capacity: slots, in which logits are laid out; at least `max_len`.
+        sinks: [Hq], learned logits of a token without a value in every softmax; None: no such.
+        shared_sets: set by the method; True if all KV heads mostly attend to the same few tokens.
+            A layer may order its memory by that, or ignore it.
+    """
+
+    shared_sets: bool
+
+    @property
+    def cache(self) -> Cache: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def seq_lens(self) -> Tensor: ...
+    @property
+    def max_len(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def sinks(self) -> Tensor | None: ...
+
+    def attend(
+        self,
+        q: Tensor,
+        scale: float,
+        *,
+        page_ids: Tensor | None = None,
+        page_size: int = 1,
+        seq_lens: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`ops.decode_attention` over this layer: q [B, Hq, D] -> out [B, Hq, D] and lse [B, Hq].
+
+        Args:
+            page_ids: [B, 1 or Hkv, K] int32, ascending, then -1: the pages to read, counted from
+                the start of each row; None: all tokens.
+            page_size: tokens in such a page.
+            seq_lens: [B] int32, tokens in those pages; None: `Layer.seq_lens`.
+            logits: [B, Hq, capacity], filled with the logits.
+        """
+        ...
+
+    def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
+        """`ops.attend_and_select` over this layer, for layers without `sinks`.
+
+        Returns:
+            out [B, Hq, D], lse [B, Hq], scores, selected_ids and selected_lens.
+        """
+        ...
+
+
+class Cache(Protocol):
+    """A batch of sequences.
+
+    Attributes:
+        layers: in model order.
+        state: the method's notes on this batch, by name.
+        steps: decode steps since `start`.
+    """
+
+    state: Any
+
+    @property
+    def layers(self) -> Sequence[Layer]: ...
+    @property
+    def steps(self) -> int: ...
+
+    def logits_for(self, layer: Layer, q: Tensor) -> Tensor:
+        """Room for the logits of a decode step: [B, Hq, layer.capacity]. Layers may share it."""
+        ...
