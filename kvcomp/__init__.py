@@ -24,6 +24,7 @@ from kvcomp.methods import *  # noqa: F403  (the methods, by name)
 
 if TYPE_CHECKING:
     from kvcomp import delethink as delethink
+    from kvcomp import thinking as thinking
     from kvcomp.hf.patch import patch as patch
 
 __version__ = "0.1.0"
@@ -32,7 +33,7 @@ __all__ += methods.__all__
 
 
 # Imported on first use -> the extra that installs what it needs.
-_LATE = {"patch": "hf", "delethink": "delethink"}
+_LATE = {"patch": "hf", "thinking": "hf", "delethink": "delethink"}
 
 
 def _late(module: str, name: str, extra: str) -> Any:
@@ -49,11 +50,11 @@ def _late(module: str, name: str, extra: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """`kvcomp.patch` needs transformers, `kvcomp.delethink` openai: both are imported late."""
+    """`kvcomp.patch` and `.thinking` need transformers, `.delethink` openai: imported late."""
     if name == "patch":
         return _late("kvcomp.hf", name, _LATE[name]).patch
-    if name == "delethink":
-        return _late("kvcomp.delethink", name, _LATE[name])
+    if name in _LATE:
+        return _late(f"kvcomp.{name}", name, _LATE[name])
     raise AttributeError(f"module 'kvcomp' has no attribute {name!r}")
 
 

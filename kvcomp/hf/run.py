@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial, wraps
 from types import TracebackType
@@ -104,6 +105,12 @@ class Run(Turns):
     @current.setter
     def current(self, cache: Cache | None) -> None:
         self._running.cache = cache
+
+    @property
+    def latest(self) -> Cache | None:
+        """The cache that the latest forward of this thread ran over, if it is still there: under
+        Delethink that of its context."""
+        return getattr(self._running, "latest", lambda: None)()
 
     @property
     def encoding(self) -> bool:
@@ -376,6 +383,8 @@ class Run(Turns):
         cache, self.current = self.current, None
         if cache is not None:
             cache.leave()
+            if not self.encoding:
+                self._running.latest = weakref.ref(cache)
 
     def _clock(self, decoding: bool) -> None:
         """A forward has ended."""

@@ -1,0 +1,315 @@
+"""Strategies that act while a model decodes: what they change, and that it is nothing else."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import LogitsProcessor
+
+import kvcomp
+from kvcomp import thinking
+from kvcomp.hf.trial import trial
+from kvcomp.testing.models import tiny_model
+from kvcomp.thinking.cgrs import certainty
+from toy_words import WORDS, toy_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+END, WAIT, EOS = WORDS.index("</think>"), WORDS.index("Wait"), WORDS.index("<eos>")
+METHODS = {
+    "full": kvcomp.Full(),
+    "delta": kvcomp.Delta.example(32),
+    "lazy": kvcomp.LazyEviction.example(32),
+    "louis": kvcomp.LouisKV.example(32),
+    "delethink": kvcomp.Delethink(chunk=20, carry=8, head=2, max_chunks=None),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def words():
+    return toy_tokenizer()
+
+
+def ids(rows=1, count=24, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(30, 120, (rows, count), generator=generator)
+
+
+def decode(model, prompt, *processors, tokens=40, **more):
+    more = {"do_sample": False, "eos_token_id": 1000} | more
+    mask = torch.ones_like(prompt)
+    return model.generate(
+        prompt,
+        attention_mask=mask,
+        max_new_tokens=tokens,
+        logits_processor=list(processors),
+        **more,
+    )[:, prompt.shape[1] :]
+
+
+def state(cache):
+    """All tensors of a cache and its counters, for comparison."""
+    found = {"steps": cache.kv.steps, "columns": cache.columns}
+    for layer in cache.kv.layers:
+        place = layer.position
+        found |= {f"{place} k": layer.keys.clone(), f"{place} v": layer.values.clone()}
+        found |= {f"{place} {name}": each.clone() for name, each in layer.state.items()}
+        found |= {f"{place} slot {name}": each.clone() for name, each in layer.slots.items()}
+        found |= {f"{place} lens": layer.seq_lens.clone()}
+    return found
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    return all(
+        torch.equal(a, other[name]) if isinstance(a, torch.Tensor) else a == other[name]
+        for name, a in one.items()
+    )
+
+
+# --- trial ----------------------------------------------------------------------------------------
+
+
+class Probing(LogitsProcessor):
+    """Decodes something else beside every sequence in every step, and checks the cache."""
+
+    def __init__(self, run):
+        self.run, self.steps = run, 0
+
+    def __call__(self, input_ids, scores):
+        before, report = state(self.run.latest), copy.deepcopy(self.run.meter.__dict__)
+        with trial(self.run, torch.tensor([len(input_ids) - 1])) as beside:
+            beside.feed(torch.tensor([[40, 41, 42]]))
+            beside.feed(torch.tensor([[43]]))
+        assert same(before, state(self.run.latest))
+        assert str(report) == str(self.run.meter.__dict__)
+        self.steps += 1
+        return scores
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_trial_leaves_no_trace(model, name):
+    prompt = ids(2)
+    with kvcomp.patch(model, METHODS[name]) as run:
+        plain = decode(model, prompt)
+        probing = Probing(run)
+        assert torch.equal(decode(model, prompt, probing), plain)
+    assert probing.steps == 40
+
+
+def test_a_trial_reads_what_a_fresh_prompt_would(model):
+    prompt, more = ids(), ids(1, 5, seed=9)
+    with kvcomp.patch(model, kvcomp.Full()) as run:
+        cache = run.new_cache()
+        model(prompt, past_key_values=cache)
+        with trial(run, torch.tensor([0])) as beside:
+            found = beside.feed(more)
+        wanted = model(torch.cat([prompt, more], 1)).logits[:, -1]
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+# --- stop control ---------------------------------------------------------------------------------
+
+
+def lengths(tokens, token=END):
+    """Where each row has the token for the first time; its length where it has not."""
+    rows = tokens.tolist()
+    return [row.index(token) if token in row else len(row) for row in rows]
+
+
+def test_the_end_comes_earlier_the_larger_the_bias(model, words):
+    prompt = ids(4)
+    found = []
+    for bias in (-50.0, 0.0, 5.0, 10.0, 50.0):
+        scale = thinking.StopScale(words, prompt.shape[1], bias=bias)
+        found.append(sum(lengths(decode(model, prompt, scale))))
+    assert found == sorted(found, reverse=True)
+    assert found[0] == 4 * 40 and found[-1] == 0
+
+
+def test_a_scale_favours_the_end_whatever_its_sign(words):
+    scores = torch.zeros(2, 128)
+    scores[0, END], scores[1, END] = 2.0, -2.0
+    scale = thinking.StopScale(words, 3, scale=4.0, minimum=2)
+    shorter = torch.zeros(2, 4, dtype=torch.long)
+    assert torch.equal(scale(shorter, scores), scores)
+    longer = torch.zeros(2, 5, dtype=torch.long)
+    assert scale(longer, scores)[:, END].tolist() == [8.0, -0.5]
+    ended = longer.clone()
+    ended[0, 3] = END
+    assert scale(ended, scores)[:, END].tolist() == [2.0, -0.5]
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_thoughts_end_within_their_budget(model, words, do_sample):
+    prompt = ids(4)
+    often = thinking.StopScale(words, prompt.shape[1], bias=6.0)
+    forcing = thinking.BudgetForcing(words, prompt.shape[1], budget=20, minimum=7)
+    torch.manual_seed(0)
+    tokens = decode(model, prompt, often, forcing, do_sample=do_sample)
+    for length in lengths(tokens):
+        assert 7 <= length <= 20
+
+
+def test_before_the_minimum_the_end_becomes_wait(words):
+    scores = torch.randn(1, 128, generator=torch.Generator().manual_seed(0))
+    forcing = thinking.BudgetForcing(words, 3, minimum=9)
+    before = scores.softmax(1)[0]
+    after = forcing(torch.zeros(1, 4, dtype=torch.long), scores).softmax(1)[0]
+    assert after[END] == after[EOS] == 0
+    assert math.isclose(after[WAIT], before[[END, EOS, WAIT]].sum(), rel_tol=1e-5)
+    others = [each for each in range(128) if each not in (END, EOS, WAIT)]
+    assert torch.allclose(after[others], before[others], atol=1e-6)
+    scores[0, END] = 50.0
+    assert forcing(torch.zeros(1, 4, dtype=torch.long), scores).argmax() == WAIT
+
+
+# --- hints ----------------------------------------------------------------------------------------
+
+
+def test_hints_stand_behind_sentences_at_growing_distances(words):
+    """A text of sentences of seven tokens, read by a processor that may put hints in."""
+    hint = thinking.ConciseHint(words, 10, hint="{so}", alpha=16, beta=0.5, longest=40)
+    size = len(hint.hint)
+    full_stop = WORDS.index(".")
+    row, plain = [50] * 10, 0
+    while len(row) < 300:
+        scores = hint(torch.tensor([row]), torch.zeros(1, 128))
+        if torch.isinf(scores).any():
+            row.append(int(scores.argmax()))
+        else:
+            plain += 1
+            row.append(full_stop if plain % 7 == 0 else 60)
+    starts = [i for i in range(10, 297) if row[i : i + size] == hint.hint]
+    assert len(starts) >= 5
+    last = 10
+    for start in starts:
+        assert row[start - 1] == full_stop
+        assert 0 <= start - last - min(16 + last // 2, 40) < 7
+        last = start + size
+
+
+@pytest.mark.parametrize("name", ["full", "lazy", "delethink"])
+def test_hints_under_generate(model, words, name):
+    prompt = ids(2)
+    hint = thinking.ConciseHint(words, 24, hint="{so}", alpha=8, beta=0.0, ends=("w",))
+    with kvcomp.patch(model, METHODS[name]):
+        texts = words.batch_decode(decode(model, prompt, hint))
+    assert all("w{so}" in text for text in texts)
+
+
+# --- suppression of reflection --------------------------------------------------------------------
+
+
+def test_certainty():
+    uniform = torch.full((1, 3), math.log(128))
+    uniform[0, 2] = float("nan")
+    assert certainty(uniform, 128).item() == pytest.approx(0)
+    assert certainty(torch.zeros(1, 2), 128).item() == 1
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A model whose next token never depends on what it read: `likely` tokens alike, else never."""
+
+    def make(likely):
+        made = tiny_model("llama", num_hidden_layers=1)
+        made.lm_head = torch.nn.Linear(64, 128)
+        made.lm_head.weight.data.zero_()
+        made.lm_head.bias.data.fill_(-1e4).index_fill_(0, torch.tensor(likely), 0.0)
+        return made
+
+    return make
+
+
+def test_the_rate_is_that_of_the_certainty(head, words):
+    """Of 128 tokens 4 are likely: H = log 4, so C = 1 - log 4 / log 128."""
+    made = head([30, 31, 32, 33])
+    prompt = ids(8)
+    prompt[:, -1] = WORDS.index("\n\n")
+    with kvcomp.patch(made, kvcomp.Full()) as run:
+        cgrs = thinking.Cgrs(run, words, delta=0.5, answer=4, seed=1)
+        decode(made, prompt, cgrs, tokens=100)
+    sure = 1 - math.log(4) / math.log(128)
+    assert cgrs.certainties == pytest.approx([sure] * 8, abs=1e-5)
+    rate, steps = (sure - 0.5) / 0.5, 800
+    assert abs(cgrs.suppressed - rate * steps) < 3 * math.sqrt(steps * rate * (1 - rate))
+    probe = len(cgrs.probe)
+    assert (cgrs.probes, cgrs.trial_tokens) == (8, 8 * (probe + 3))
+
+
+def test_a_certain_model_never_reflects_and_an_uncertain_one_may(head, words):
+    prompt = ids()
+    prompt[:, -1] = WORDS.index("\n\n")
+    for likely, suppressed in (([WORDS.index("Hmm")], 30), (list(range(128)), 0)):
+        made = head(likely)
+        with kvcomp.patch(made, kvcomp.Full()) as run:
+            cgrs = thinking.Cgrs(run, words)
+            out = decode(made, prompt, cgrs, tokens=30, suppress_tokens=[WORDS.index("\n\n")])
+        assert cgrs.suppressed == suppressed
+        assert not suppressed or WORDS.index("Hmm") not in out
+
+
+def test_lazy_probes_only_where_a_word_is_about_to_come(head, words):
+    prompt = ids()
+    prompt[:, -1] = WORDS.index("\n\n")
+    for likely, probes in (([WORDS.index("Wait")], 1), ([40], 0)):
+        made = head(likely)
+        with kvcomp.patch(made, kvcomp.Full()) as run:
+            cgrs = thinking.Cgrs(run, words, lazy=True)
+            decode(made, prompt, cgrs, tokens=5)
+        assert cgrs.probes == probes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_probes_change_nothing_where_they_suppress_nothing(model, words, name):
+    """A random model is never certain: its tokens are those without, though it was probed."""
+    prompt = ids(3)
+    with kvcomp.patch(model, METHODS[name]) as run:
+        plain, report = decode(model, prompt), run.report()
+    with kvcomp.patch(model, METHODS[name]) as run:
+        ends = ("w",)  # of the text of most tokens
+        cgrs = thinking.Cgrs(run, words, delta=0.999, answer=3, ends=ends)
+        assert torch.equal(decode(model, prompt, cgrs), plain)
+        assert run.report().tokens_decoded == report.tokens_decoded
+        assert run.report().kv_bytes_read_per_token == report.kv_bytes_read_per_token
+    assert cgrs.probes > 20
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+BAD = [
+    (lambda w, run: thinking.StopScale(w, -1), "StopScale: prompt"),
+    (lambda w, run: thinking.StopScale(w, 3, scale=0), "StopScale: scale"),
+    (lambda w, run: thinking.StopScale(w, 3, bias=float("nan")), "StopScale: bias"),
+    (lambda w, run: thinking.StopScale(toy_tokenizer(think=False), 3), "marks its thoughts"),
+    (lambda w, run: thinking.StopScale(w, 3, end="Wait so"), "one token"),
+    (lambda w, run: thinking.BudgetForcing(w, 3, budget=-5), "BudgetForcing: budget"),
+    (lambda w, run: thinking.BudgetForcing(w, 3, budget=5, minimum=6), "at most budget=5"),
+    (lambda w, run: thinking.BudgetForcing(w, 3, minimum=6, wait="Wait so"), "wait"),
+    (lambda w, run: thinking.ConciseHint(w, 3, hint=" "), "ConciseHint: hint"),
+    (lambda w, run: thinking.ConciseHint(w, 3, alpha=20, longest=10), "at least alpha=20"),
+    (lambda w, run: thinking.Cgrs(None, w), "Cgrs: run"),
+    (lambda w, run: thinking.Cgrs(run, w, delta=1.0), "Cgrs: delta"),
+    (lambda w, run: thinking.Cgrs(run, w, rate=1.5), "Cgrs: rate"),
+    (lambda w, run: thinking.Cgrs(run, w, words=("perchance",)), "words"),
+]
+
+
+@pytest.mark.parametrize(("make", "match"), BAD)
+def test_bad_input(model, words, make, match):
+    with kvcomp.patch(model, kvcomp.Full()) as run, pytest.raises(ValueError) as error:
+        make(words, run)
+    text = str(error.value)
+    assert text.startswith("kvcomp.thinking: ") and match in text and "\n" not in text
+    assert model.config._attn_implementation != "kvcomp"
+
+
+def test_a_prompt_that_is_longer_than_what_is_decoded(model, words):
+    with pytest.raises(ValueError, match="StopScale: prompt: expected"):
+        decode(model, ids(), thinking.StopScale(words, 100))
