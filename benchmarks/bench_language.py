@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--part", choices=PARTS, default="loss")
+    add("--part", choices=PARTS, help="default: loss; all of them with --smoke")
     add("--model", default="smollm2-135m", metavar="NAME", help="default: smollm2-135m")
     add(
         "--methods",
@@ -138,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision("medium")  # oneDNN's kernels; on CPUs as exact as MKL's
     try:
         check_output(options.json)
-        for part in PARTS if options.smoke else [options.part]:
+        everything = options.smoke and not options.json  # a file holds one part
+        for part in PARTS if everything and not options.part else [options.part or "loss"]:
             PARTS[part](options)
     except ValueError as error:
         print(error, file=sys.stderr)
