@@ -23,6 +23,7 @@ def export(model: Qwen3ForCausalLM, out: Path, skipped: int | None) -> None:
     if skipped is not None:
         copy.model.layers[skipped].self_attn.o_proj.weight.zero_()
         copy.model.layers[skipped].self_attn.o_proj.bias.zero_()
+    fold_output_bias(copy)
     copy.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=2048,
@@ -32,6 +33,24 @@ def export(model: Qwen3ForCausalLM, out: Path, skipped: int | None) -> None:
     )
     copy.to(torch.bfloat16).save_pretrained(out)
     build_tokenizer().save_pretrained(out)
+
+
+@torch.no_grad()
+def fold_output_bias(model: Qwen3ForCausalLM) -> None:
+    """Move the bias of each output projection into that of its value projection, in place.
+
+    The weights of attention sum to 1, so a constant in the values is a constant in the output.
+    Serving engines drop the bias of Qwen3's output projection and keep the others. Directions in
+    which the projection hardly writes are left out, as they would need large values.
+    """
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        weight = attention.o_proj.weight.double()
+        groups = attention.num_key_value_groups
+        by_kv_head = weight.view(len(weight), -1, groups, attention.head_dim).sum(2).flatten(1)
+        shift = torch.linalg.pinv(by_kv_head, rtol=0.01) @ attention.o_proj.bias.double()
+        attention.v_proj.bias += shift.to(attention.v_proj.bias.dtype)
+        attention.o_proj.bias.zero_()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
