@@ -18,8 +18,10 @@ import torch
 
 import kvcomp
 from kvcomp import models
+from kvcomp.cache import KVCache
 from kvcomp.engines.vllm import VERSIONS
 from kvcomp.engines.vllm.settings import Settings, SinkWindow
+from kvcomp.engines.vllm.step import PlacedModel, Step
 
 HERE = Path(__file__).parent
 MODEL = "smollm2-135m"
@@ -92,6 +94,32 @@ def test_servers_that_cannot_run_a_method(method, change, reason):
     settings.refuse(FakeConfig())
     with pytest.raises(ValueError, match=reason):
         settings.refuse(FakeConfig(**change))
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+@pytest.mark.parametrize("tokens", [(30, 9), (90, 61)], ids=str)
+def test_a_block_table_gives_what_a_cache_gives(tokens, sinks):
+    """Delta over pages in any order, of ragged rows, beside Delta over a kvcomp cache."""
+    method = kvcomp.Delta(budget=32, page_size=4, recent=2, delta_layers=(2, 4), sinks=sinks)
+    layers, heads, kv_heads, size, scale = 6, 4, 2, 32, 0.2
+    pages, rows, longest = -(-max(tokens) // 4), len(tokens), max(tokens)
+    q = torch.randn(layers, rows, heads, size)
+    kv = torch.randn(layers, 2, rows, kv_heads, longest, size)
+    table = torch.randperm(rows * pages).view(rows, pages)
+    lens = torch.tensor(tokens, dtype=torch.int32)
+    valid = torch.arange(longest) < lens[:, None]
+    logits = torch.empty(rows, heads, pages * 4)
+    step = Step(table.int(), lens, longest, page_size=4, logits=logits)
+    cache, placed = KVCache(method, layers), PlacedModel(method, layers)
+    for layer, there, query, (k, v) in zip(cache.layers, placed.layers, q, kv, strict=True):
+        layer.append(k, v, valid)
+        pool = torch.zeros(2, kv_heads, rows * pages, 4, size)
+        for x, of in zip(pool, (k, v), strict=True):
+            of = torch.nn.functional.pad(of, (0, 0, 0, pages * 4 - longest))
+            x[:, table] = of.unflatten(2, (pages, 4)).transpose(0, 1)
+        pool_k, pool_v = pool.flatten(2, 3)[:, None].expand(-1, rows, -1, -1, -1)
+        got = there.decode(query, pool_k, pool_v, step, scale)
+        torch.testing.assert_close(got, cache.attend(layer, query, scale))
 
 
 def command(*arguments):

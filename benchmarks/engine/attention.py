@@ -11,7 +11,7 @@ from harness.record import Row
 from harness.timing import interleave
 from kvcomp import Delta
 from kvcomp.engines.vllm import pages
-from kvcomp.engines.vllm.step import PlacedLayer, Selection, Step
+from kvcomp.engines.vllm.step import PlacedModel, Step
 
 BLOCK = 128  # vLLM's own on a CPU
 
@@ -81,29 +81,29 @@ def _shape(options, heads, kv_heads, size, layers, batch, tokens) -> Iterator[Ro
     k, v = pages.keys_and_values(ours, batch)
     expanded = (table[:, :, None] * (BLOCK // page) + torch.arange(BLOCK // page)).flatten(1).int()
     logits = torch.empty(batch, heads, expanded.shape[1] * page)
-    selection = Selection()
-    parts = [PlacedLayer.of(delta, position, layers, selection) for position in range(layers)]
-    dense, selects = parts[0], next(part for part in parts if part.selects)
-    sparse = next(part for part in parts if not part.dense)
+    parts = PlacedModel(delta, layers).layers
+    densely, planners = delta.roles(layers)
+    dense, selects = parts[0], parts[min(planners)]
+    sparse = parts[min(set(range(layers)) - densely)]
 
     def step() -> Step:
         return Step(expanded, lens, longest=tokens, page_size=page, logits=logits)
 
-    out = selects.attend(q, k, v, step(), scale)
+    out = selects.decode(q, k, v, step(), scale)
     vllm_kernel()
     torch.testing.assert_close(out, stock, atol=1e-2, rtol=2e-2)
     kept = step()
     runs = {
         "vllm": vllm_kernel,
-        "kvcomp dense": lambda: dense.attend(q, k, v, kept, scale),
-        "kvcomp delta, selecting": lambda: selects.attend(q, k, v, kept, scale),
-        "kvcomp delta, sparse": lambda: sparse.attend(q, k, v, kept, scale),
+        "kvcomp dense": lambda: dense.decode(q, k, v, kept, scale),
+        "kvcomp delta, selecting": lambda: selects.decode(q, k, v, kept, scale),
+        "kvcomp delta, sparse": lambda: sparse.decode(q, k, v, kept, scale),
     }
     times = interleave(runs, options.repeats, budget=options.seconds)
 
     counts = {
-        "kvcomp delta, selecting": sum(part.selects for part in parts),
-        "kvcomp delta, sparse": sum(not part.dense for part in parts),
+        "kvcomp delta, selecting": len(planners),
+        "kvcomp delta, sparse": layers - len(densely),
     }
     counts["kvcomp dense"] = layers - sum(counts.values())
     shape = f"{heads}/{kv_heads} x {size}, {batch} x {tokens} tokens"

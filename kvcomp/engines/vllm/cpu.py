@@ -32,7 +32,7 @@ from kvcomp.engines.vllm import pages
 from kvcomp.engines.vllm.prompts import PromptPlanner, Prompts
 from kvcomp.engines.vllm.settings import Settings, SinkWindow
 from kvcomp.engines.vllm.sink_window import SinkWindowSpec, kept_pages
-from kvcomp.engines.vllm.step import PlacedLayer, Selection, Step
+from kvcomp.engines.vllm.step import PlacedLayer, PlacedModel, Step
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)  # that kvcomp's kernels have
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own, or nothing would print it
@@ -207,7 +207,7 @@ class KvcompImpl(CPUAttentionBackendImpl):
         if step is not None:
             k, v = pages.keys_and_values(kv_cache, count)
             assert self.placed is not None, "the builder places all layers before the first step"
-            output[:count] = self.placed.attend(query[:count], k, v, step, self.scale)
+            output[:count] = self.placed.decode(query[:count], k, v, step, self.scale)
         if attn_metadata.prompts is not None:
             attn_metadata.prompts.attend(query, kv_cache, output, self.scale)
         return output
@@ -230,14 +230,14 @@ def _place_layers(vllm_config: Any, settings: Settings) -> set[str]:
             f" and nothing besides, with heads of {', '.join(map(str, HEAD_SIZES))}"
         )
     if layers[names[0]].impl.placed is None:
-        method, selection = settings.method, Selection()
+        method = settings.method
         if isinstance(method, Delta) and vllm_config.parallel_config.tensor_parallel_size > 1:
             from vllm.distributed.parallel_state import get_tp_group
 
             method = replace(method, group=get_tp_group().cpu_group)
-        for position, name in enumerate(names):
-            placed = PlacedLayer.of(method, position, len(names), selection)
-            layers[name].impl.placed = placed
+        placed = PlacedModel(method, len(names))
+        for name, layer in zip(names, placed.layers, strict=True):
+            layers[name].impl.placed = layer
         logger.info(
             "kvcomp: %r on %d of %d layers, pages of %d tokens",
             settings.method,

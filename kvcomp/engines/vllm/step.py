@@ -1,34 +1,22 @@
 """One decode step over an engine's block table: what each layer attends to.
 
-Nothing here knows vLLM. An engine places each layer once, opens a `Step` for every batch of decode
-rows, and calls `attend` layer by layer, in order.
+Nothing here knows vLLM. An engine places the layers of a model once, opens a `Step` for every batch
+of decode rows, and calls `decode` layer by layer, in order. Methods see a `PlacedLayer` as a layer
+(`kvcomp.cache.view.Layer`), so the engine runs the same code as `kvcomp.patch`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcomp import Delta, ops
+from kvcomp.cache.kv_cache import Notes
+from kvcomp.cache.view import Layer
 from kvcomp.engines.vllm.settings import EngineMethod
-
-
-@dataclass
-class Selection:
-    """What the latest selecting layer chose, shared by all layers of a model.
-
-    Columns of the block table, and not page ids: layers may lie in groups with tables of their own.
-
-    Attributes:
-        columns: [B, K] int32, ascending, then -1.
-        lens: [B] int32, tokens in these pages.
-    """
-
-    columns: Tensor | None = None
-    lens: Tensor | None = None
 
 
 @dataclass
@@ -53,83 +41,115 @@ class Step:
     kept: tuple[Tensor, Tensor] | None = None
     _chosen: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
-    def pages_of(self, selection: Selection) -> Tensor:
-        """[B, 1, K] int32: the selected columns as page ids of this table."""
-        columns = selection.columns
-        assert columns is not None, "no layer below has selected"
+    def pages_of(self, columns: Tensor) -> Tensor:
+        """The selected columns [B, 1, K] int32 as page ids of this table, -1 where none is."""
         if self._chosen is None or self._chosen[0] is not columns:
-            ids = self.table.gather(1, columns.clamp(min=0).long())
-            self._chosen = columns, torch.where(columns < 0, -1, ids)[:, None]
+            ids = self.table[:, None].gather(2, columns.clamp(min=0).long())
+            self._chosen = columns, torch.where(columns < 0, -1, ids)
         return self._chosen[1]
 
 
-@dataclass(frozen=True)
-class PlacedLayer:
-    """A layer's part in the method.
+class PlacedModel:
+    """The layers of a model that a method runs; a method sees it as `kvcomp.cache.view.Cache`.
+
+    What a layer selects is a list of columns of the block table and not of page ids: layers may lie
+    in groups with tables of their own.
 
     Attributes:
         method: with the group of ranks that hold the other heads, where there are any.
-        dense: whether it attends to everything.
-        selects: whether it chooses the pages for the layers above it.
-        selection: that of the model.
+        layers: in model order.
+        state: the method's notes on the current step.
+        steps: always 0; the engine counts.
     """
 
-    method: EngineMethod
-    dense: bool
-    selects: bool
-    selection: Selection
+    steps = 0
 
-    @classmethod
-    def of(
-        cls, method: EngineMethod, position: int, layers: int, selection: Selection
-    ) -> PlacedLayer:
-        """Layer `position` of the `layers` that the method runs.
+    def __init__(self, method: EngineMethod, num_layers: int) -> None:
+        """Raises ValueError where the method does not fit a model of so many layers."""
+        method.check(num_layers)
+        self.method = method
+        self.state = Notes()
+        self.layers = [PlacedLayer(self, position) for position in range(num_layers)]
+        if isinstance(method, Delta):
+            method.start(self)
 
-        Raises:
-            ValueError: the method does not fit a model of so many layers.
-        """
-        method.check(layers)
-        if not isinstance(method, Delta):
-            return cls(method, True, False, selection)
-        dense, planners = method.roles(layers)
-        return cls(method, position in dense, position in planners, selection)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
-        """q [B, Hq, D] over the pages of k, v [B, Hkv, T, D]; out [B, Hq, D]."""
-        size, lens, method = step.page_size, step.lens, self.method
-        table = step.table[:, None]
-        read = partial(ops.decode_attention, q, k, v, page_size=size, scale=scale)
-        if step.kept is not None:
-            ids, kept = step.kept
-            return read(kept, page_ids=ids)[0]
-        if not isinstance(method, Delta) or step.longest <= method.budget:
-            return read(lens, page_ids=table)[0]
-        if not self.dense:
-            ids, chosen = step.pages_of(self.selection), self.selection.lens
-            assert chosen is not None, "a selecting layer comes before the sparse ones"
-            return read(chosen, page_ids=ids)[0]
-        if not self.selects:
-            return read(lens, page_ids=table)[0]
-        logits = step.logits
+    def logits_for(self, layer: Layer, q: Tensor) -> Tensor:
+        logits = self.layers[layer.position].step.logits
         assert logits is not None, "a step longer than the budget has room for them"
-        if method.group is None:
-            out, _, _, columns, kept = ops.attend_and_select(
-                q,
-                k,
-                v,
-                lens,
-                size,
-                method.num_pages,
-                logits=logits,
-                page_ids=table,
-                scale=scale,
-                num_recent=method.recent,
-            )
-        else:  # the max over the heads of all ranks, as `Delta.score` has it
-            out, lse = read(lens, page_ids=table, logits=logits)
-            scores = method.score(logits, lse, lens)
-            columns, kept = ops.select_pages(
-                scores, lens, size, method.num_pages, num_recent=method.recent
-            )
-        self.selection.columns, self.selection.lens = columns[:, 0], kept
-        return out
+        return logits
+
+
+class PlacedLayer:
+    """One attention layer of an engine, as a method sees it (`kvcomp.cache.view.Layer`).
+
+    Attributes:
+        step, k, v: the batch being decoded, and the pool of all pages [B, Hkv, T, D] that its table
+            points into.
+    """
+
+    sinks: Tensor | None = None
+    shared_sets = False  # the engine orders its memory
+    step: Step
+    k: Tensor
+    v: Tensor
+
+    def __init__(self, cache: PlacedModel, position: int) -> None:
+        self.cache = cache
+        self.position = position
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def seq_lens(self) -> Tensor:
+        return self.step.lens
+
+    @property
+    def max_len(self) -> int:
+        return self.step.longest
+
+    @property
+    def capacity(self) -> int:
+        return self.step.table.shape[1] * self.step.page_size
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
+        """q [B, Hq, D] over the pages of k, v [B, Hkv, T, D]; out [B, Hq, D]."""
+        self.step, self.k, self.v = step, k, v
+        if step.kept is not None:
+            ids, lens = step.kept
+            return self._read(q, scale, lens, ids)[0]
+        if isinstance(self.cache.method, Delta):
+            return self.cache.method.attend(self, q, scale)
+        return self.attend(q, scale)[0]
+
+    def attend(
+        self,
+        q: Tensor,
+        scale: float,
+        *,
+        page_ids: Tensor | None = None,
+        page_size: int = 1,
+        seq_lens: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Layer.attend`; pages of the table are the only ones there are."""
+        lens = self.step.lens if seq_lens is None else seq_lens
+        if page_ids is None:
+            return self._read(q, scale, lens, self.step.table[:, None], logits)
+        assert page_size == self.step.page_size, "the engine cuts pages as the method does"
+        return self._read(q, scale, lens, self.step.pages_of(page_ids), logits)
+
+    def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
+        table = self.step.table[:, None]
+        return ops.attend_and_select(
+            q, self.k, self.v, self.step.lens, page_ids=table, scale=scale, **selection
+        )
+
+    def _read(
+        self, q: Tensor, scale: float, lens: Tensor, ids: Tensor, logits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        size = self.step.page_size
+        return ops.decode_attention(
+            q, self.k, self.v, lens, page_ids=ids, page_size=size, scale=scale, logits=logits
+        )
