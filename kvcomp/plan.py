@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kvcomp.checks import require
 from kvcomp.methods import Full, Method
 from kvcomp.methods.cost import Place, StepBytes
 
@@ -228,17 +229,12 @@ def plan(
         ("prompt", prompt, 0),
         ("generate", 1 if generate is None else generate, 1),
     ):
-        if value < least:
-            raise ValueError(f"kvcomp.plan: {name}: expected at least {least}, got {value}")
-    if prompt >= context:
-        raise ValueError(
-            f"kvcomp.plan: prompt: expected fewer tokens than context={context}, got {prompt}"
-        )
+        require(value >= least, f"kvcomp.plan: {name}", f"at least {least}", value)
+    expected = f"fewer tokens than context={context}"
+    require(prompt < context, "kvcomp.plan: prompt", expected, prompt)
     for name in ("bandwidth", "memory"):
-        if not 0 < getattr(device, name) < math.inf:
-            raise ValueError(
-                f"kvcomp.plan: device: expected a {name} above 0, got {getattr(device, name):g}"
-            )
+        value = getattr(device, name)
+        require(0 < value < math.inf, "kvcomp.plan: device", f"a {name} above 0", value)
     for method in methods:
         method.check(model.layers)
     dense = _Ledger(model, device, Full(), prompt)

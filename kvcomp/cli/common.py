@@ -13,6 +13,7 @@ import torch
 import typer
 
 from kvcomp import METHODS, Method, models
+from kvcomp.checks import require_one_of
 from kvcomp.cli.output import say_aside
 from kvcomp.models import convert
 
@@ -66,14 +67,13 @@ def pick_device(name: str | None) -> str:
 
 def pick_dtype(name: str | None) -> str | None:
     known = ("float32", "float16", "bfloat16")
-    if name is not None and name not in known:
-        raise ValueError(f"kvcomp: --dtype: expected one of {', '.join(known)}, got {name!r}")
+    if name is not None:
+        require_one_of(known, "kvcomp: --dtype", name)
     return name
 
 
 def pick_method(name: str) -> type[Method]:
-    if name not in METHODS:
-        raise ValueError(f"kvcomp: --method: expected one of {', '.join(METHODS)}, got {name!r}")
+    require_one_of(METHODS, "kvcomp: --method", name)
     return METHODS[name]
 
 

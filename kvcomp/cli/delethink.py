@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvcomp.checks import require
 from kvcomp.cli.common import load_tokenizer
 from kvcomp.cli.output import check_distinct, check_output, deliver, say, say_aside, write
 from kvcomp.cli.stopping import Stopped
@@ -90,8 +91,7 @@ def delethink(
     sampling = server.Sampling(temperature=temperature, top_p=top_p, seed=seed, extra=fields)
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"kvcomp: --url: expected http://... or https://..., got {url!r}")
-    if not timeout > 0:
-        raise ValueError(f"kvcomp: --timeout: expected seconds above 0, got {timeout:g}")
+    require(timeout > 0, "kvcomp: --timeout", "seconds above 0", timeout)
     check_distinct(problems=problems, log=log, out=out)
     check_output(log)
     check_output(out)

@@ -14,6 +14,7 @@ import typer
 
 from kvcomp import METHODS, Method
 from kvcomp import plan as work
+from kvcomp.checks import require
 from kvcomp.cli.common import (
     Carry,
     Chunk,
@@ -103,8 +104,8 @@ def plan(
     name = model_name(model)
     methods = build_methods(method or [], name, budget, settings or [], chunks, inner)
     for option, value in (("bandwidth", bandwidth), ("memory", memory), ("weights", weights)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"kvcomp: --{option}: expected a number above 0, got {value:g}")
+        if value is not None:
+            require(0 < value < math.inf, f"kvcomp: --{option}", "a number above 0", value)
 
     from transformers import AutoConfig
 

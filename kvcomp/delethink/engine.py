@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import openai
 
+from kvcomp.checks import require, require_one_of
 from kvcomp.delethink.problems import is_token_ids
 
 TOKENS = ("auto", "ids", "text")
@@ -60,24 +61,22 @@ class Sampling:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        def require(condition: bool, field: str, expected: str) -> None:
-            if not condition:
-                got = getattr(self, field)
-                raise ValueError(f"kvcomp.Sampling: {field}: expected {expected}, got {got!r}")
+        def check(condition: bool, field: str, expected: str) -> None:
+            require(condition, f"kvcomp.Sampling: {field}", expected, getattr(self, field))
 
-        require(
+        check(
             is_number(self.temperature) and 0 <= self.temperature < math.inf,
             "temperature",
             "at least 0",
         )
-        require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "more than 0, at most 1")
-        require(
+        check(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", "more than 0, at most 1")
+        check(
             self.top_k is None or (type(self.top_k) is int and self.top_k >= -1),
             "top_k",
             "-1, a number of tokens, or None",
         )
-        require(self.seed is None or type(self.seed) is int, "seed", "an integer, or None")
-        require(isinstance(self.extra, dict), "extra", "a dict of request fields")
+        check(self.seed is None or type(self.seed) is int, "seed", "an integer, or None")
+        check(isinstance(self.extra, dict), "extra", "a dict of request fields")
         for name in self.extra.keys() & RESERVED.keys():
             raise ValueError(f"kvcomp.Sampling: extra: {name!r} {RESERVED[name]}")
 
@@ -117,10 +116,7 @@ class Engine:
         tokens: str = "auto",
         eos: Collection[int] | None = None,
     ) -> None:
-        if tokens not in TOKENS:
-            raise ValueError(
-                f"kvcomp.delethink: tokens: expected one of {', '.join(TOKENS)}, got {tokens!r}"
-            )
+        require_one_of(TOKENS, "kvcomp.delethink: tokens", tokens)
         if tokens == "text" and tokenizer is None:
             raise ValueError("kvcomp.delethink: tokens='text' needs a tokenizer")
         self.client, self.model, self.sampling = client, model, sampling

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import openai
 
+from kvcomp.checks import require
 from kvcomp.delethink.engine import Engine, EngineError, Sampling
 from kvcomp.delethink.log import Log, Record, fingerprint
 from kvcomp.delethink.problems import Problem, prepare
@@ -105,8 +106,8 @@ async def trace(
 def _check(client: Any, method: Any, samples: int, concurrency: int) -> None:
     if not isinstance(client, openai.AsyncOpenAI):
         raise TypeError(f"kvcomp.delethink: client: expected an openai.AsyncOpenAI, got {client!r}")
-    if not isinstance(method, Delethink):
-        raise TypeError(f"kvcomp.delethink: method: expected a kvcomp.Delethink, got {method!r}")
+    fits, where = isinstance(method, Delethink), "kvcomp.delethink: method"
+    require(fits, where, "a kvcomp.Delethink", method, TypeError)
     if method.inner is not None or method.reset != "prefill":
         raise ValueError(
             "kvcomp.delethink: method: expected inner=None and reset='prefill', as a server attends"
@@ -118,8 +119,7 @@ def _check(client: Any, method: Any, samples: int, concurrency: int) -> None:
             " got None"
         )
     for name, value in (("samples", samples), ("concurrency", concurrency)):
-        if value < 1:
-            raise ValueError(f"kvcomp.delethink: {name}: expected at least 1, got {value}")
+        require(value >= 1, f"kvcomp.delethink: {name}", "at least 1", value)
 
 
 class _Key(NamedTuple):

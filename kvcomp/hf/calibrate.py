@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from kvcomp import ops
 from kvcomp.cache import KVCache, LayerCache
+from kvcomp.checks import require
 from kvcomp.hf.decode import answer_loss, decode_all
 from kvcomp.methods import Delta, LazyEviction, LouisKV, Method
 from kvcomp.methods.eviction import ObservingEviction
@@ -277,8 +278,7 @@ def calibrate_louis_kv(
     Raises:
         ValueError: a rate outside [0, 1], or answers too short to compare two steps.
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"kvcomp.LouisKV.calibrate: rate: expected 0 to 1, got {rate}")
+    require(0 <= rate <= 1, "kvcomp.LouisKV.calibrate: rate", "0 to 1", rate)
     recorder = SimilarityRecorder(fields.get("dense_layers", cls.dense_layers))
     decode_all(model, prompts, recorder, tokenizer=tokenizer, max_new_tokens=max_new_tokens)
     seen = torch.cat(

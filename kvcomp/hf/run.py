@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvcomp.cache import Meter, Report
+from kvcomp.checks import require
 from kvcomp.hf import attention
 from kvcomp.hf.cache import SKIPS, Cache, Layer
 from kvcomp.hf.checkpoints import without_cache, without_checkpoints
@@ -63,14 +64,10 @@ class Run(Turns):
                 "kvcomp.patch: model: expected a transformers model that can generate, got"
                 f" {type(model).__name__}"
             )
-        if not isinstance(method, Method):
-            raise TypeError(
-                f"kvcomp.patch: method: expected a kvcomp method such as Delta(), got {method!r}"
-            )
-        if not isinstance(linear_rows, bool):
-            raise TypeError(
-                f"kvcomp.patch: linear_rows: expected True or False, got {linear_rows!r}"
-            )
+        expected = "a kvcomp method such as Delta()"
+        require(isinstance(method, Method), "kvcomp.patch: method", expected, method, TypeError)
+        flag = isinstance(linear_rows, bool)
+        require(flag, "kvcomp.patch: linear_rows", "True or False", linear_rows, TypeError)
         refuse(model)
         self.model: Any = model  # of two types, PreTrainedModel and GenerationMixin
         self.method = method

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcomp.cache import Report, StaticKVCache, StaticMeter
+from kvcomp.checks import is_whole, require
 from kvcomp.hf.cache import Cache, Layer
 from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.run import BROKEN, Run
@@ -52,10 +53,9 @@ class StaticRun(Run):
         *,
         linear_rows: bool = True,
     ) -> None:
-        if not isinstance(max_tokens, int) or isinstance(max_tokens, bool):
-            raise TypeError(f"kvcomp.patch: max_tokens: expected a number, got {max_tokens!r}")
-        if max_tokens < 1:
-            raise ValueError(f"kvcomp.patch: max_tokens: expected at least 1, got {max_tokens}")
+        where = "kvcomp.patch: max_tokens"
+        require(is_whole(max_tokens), where, "a number", max_tokens, TypeError)
+        require(max_tokens >= 1, where, "at least 1", max_tokens)
         self.max_tokens = max_tokens
         self._own: StaticCache | None = None  # of `generate`
         self._decoding = False  # whether the forward that runs is a decode step

@@ -8,7 +8,7 @@ overrides only the hooks it needs; what it remembers about a batch lives in the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import Field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
+from kvcomp.checks import require, require_one_of
 from kvcomp.methods.cost import Place, StepBytes
 from kvcomp.methods.fields import check_types
 
@@ -63,11 +64,12 @@ class Method:
         """
         check_types(self)
 
-    def _require(self, condition: bool, field: str, expected: str, got: object) -> None:
-        if not condition:
-            raise ValueError(
-                f"kvcomp.{type(self).__name__}: {field}: expected {expected}, got {got}"
-            )
+    def _require(self, condition: bool, field: str, expected: str) -> None:
+        """Raise ValueError, with the value of the field, unless `condition` holds."""
+        require(condition, f"kvcomp.{type(self).__name__}: {field}", expected, getattr(self, field))
+
+    def _require_one_of(self, known: Iterable[str], field: str) -> None:
+        require_one_of(known, f"kvcomp.{type(self).__name__}: {field}", getattr(self, field))
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

@@ -33,15 +33,14 @@ class ClusteredRetrieval(Retrieval):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(-1 <= self.tau <= 2, "tau", "a number from -1 to 2", self.tau)
-        self._require(self.cluster_size >= 1, "cluster_size", "at least 1 token", self.cluster_size)
+        self._require(-1 <= self.tau <= 2, "tau", "a number from -1 to 2")
+        self._require(self.cluster_size >= 1, "cluster_size", "at least 1 token")
         self._require(
             self.window >= self.cluster_size,
             "window",
             f"at least cluster_size={self.cluster_size} tokens",
-            self.window,
         )
-        self._require(self.iterations >= 1, "iterations", "at least 1", self.iterations)
+        self._require(self.iterations >= 1, "iterations", "at least 1")
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

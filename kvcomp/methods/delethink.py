@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvcomp.checks import require
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
 
@@ -71,31 +72,25 @@ class Delethink(Method, name="delethink"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-
-        def require(condition: bool, field: str, expected: str) -> None:
-            if not condition:
-                raise ValueError(
-                    f"kvcomp.Delethink: {field}: expected {expected}, got {getattr(self, field)!r}"
-                )
-
-        require(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}")
-        require(self.reset in RESETS, "reset", f"one of {', '.join(RESETS)}")
-        require(self.carry >= 1, "carry", "at least 1 token")
-        require(self.chunk > self.carry, "chunk", f"more than carry={self.carry} tokens")
-        require(
+        self._require_one_of(VARIANTS, "variant")
+        self._require_one_of(RESETS, "reset")
+        self._require(self.carry >= 1, "carry", "at least 1 token")
+        self._require(self.chunk > self.carry, "chunk", f"more than carry={self.carry} tokens")
+        self._require(
             self.max_chunks is None or self.max_chunks >= 1, "max_chunks", "at least 1, or None"
         )
-        require(self.piece >= 1, "piece", "at least 1 token")
+        self._require(self.piece >= 1, "piece", "at least 1 token")
         if self.variant == "paper":
-            require(0 <= self.head < self.chunk, "head", f"fewer than chunk={self.chunk} tokens")
+            expected = f"fewer than chunk={self.chunk} tokens"
+            self._require(0 <= self.head < self.chunk, "head", expected)
         else:
-            require(
+            self._require(
                 0 <= self.head < self.carry,
                 "head",
                 f"fewer than carry={self.carry} tokens, which it counts towards in 'exact_bound'",
             )
         inner = self.inner
-        require(
+        self._require(
             inner is None or (isinstance(inner, Method) and not isinstance(inner, Delethink)),
             "inner",
             "another method, or None",
@@ -110,8 +105,7 @@ class Delethink(Method, name="delethink"):
     def example(cls, budget: int | None = None) -> Self:
         """Chunks of three quarters of `budget`, which leaves a quarter to the prompt."""
         chunk = (128 if budget is None else budget) * 3 // 4
-        if chunk < 2:
-            raise ValueError(f"kvcomp.Delethink: budget: expected at least 3 tokens, got {budget}")
+        require(chunk >= 2, "kvcomp.Delethink: budget", "at least 3 tokens", budget)
         carry = chunk // 2
         return cls(chunk=chunk, carry=carry, head=carry // 4, max_chunks=None)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvcomp import ops
 from kvcomp.cache.view import Cache, Layer
+from kvcomp.checks import require
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
 from kvcomp.methods.fields import short_name
@@ -63,28 +64,23 @@ class Delta(Method, name="delta"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.page_size < 1 or self.recent < 1 or self.warmup < 0:
-            raise ValueError(
-                "kvcomp.Delta: expected page_size >= 1, recent >= 1 and warmup >= 0, got"
-                f" {self.page_size}, {self.recent} and {self.warmup}"
-            )
-        if self.group is not None and not isinstance(self.group, dist.ProcessGroup):
-            raise TypeError(
-                "kvcomp.Delta: group: expected a torch.distributed process group or None, got"
-                f" {self.group!r}"
-            )
-        if self.budget % self.page_size:
-            raise ValueError(
-                f"kvcomp.Delta: budget: expected a multiple of page_size={self.page_size},"
-                f" got {self.budget}"
-            )
-        self._require(self.sinks >= 0, "sinks", "at least 0 pages", self.sinks)
-        if self.num_pages < self.recent + self.sinks:
-            forced = "(recent + sinks)" if self.sinks else "recent"
-            raise ValueError(
-                f"kvcomp.Delta: budget: expected at least {forced} * page_size ="
-                f" {(self.recent + self.sinks) * self.page_size} tokens, got {self.budget}"
-            )
+        self._require(self.page_size >= 1, "page_size", "at least 1 token")
+        self._require(self.recent >= 1, "recent", "at least 1 page")
+        self._require(self.warmup >= 0, "warmup", "at least 0 layers")
+        require(
+            self.group is None or isinstance(self.group, dist.ProcessGroup),
+            "kvcomp.Delta: group",
+            "a torch.distributed process group or None",
+            self.group,
+            TypeError,
+        )
+        whole = self.budget % self.page_size == 0
+        self._require(whole, "budget", f"a multiple of page_size={self.page_size}")
+        self._require(self.sinks >= 0, "sinks", "at least 0 pages")
+        forced = "(recent + sinks)" if self.sinks else "recent"
+        least = (self.recent + self.sinks) * self.page_size
+        expected = f"at least {forced} * page_size = {least} tokens"
+        self._require(self.budget >= least, "budget", expected)
 
     @property
     def num_pages(self) -> int:
@@ -125,11 +121,8 @@ class Delta(Method, name="delta"):
                 f"kvcomp.Delta: warmup={self.warmup} needs more layers than the {num_layers} of"
                 " this model"
             )
-        if outside:
-            raise ValueError(
-                f"kvcomp.Delta: delta_layers: expected layers from warmup={self.warmup} up to"
-                f" {num_layers - 1}, got {self.delta_layers}"
-            )
+        expected = f"layers from warmup={self.warmup} up to {num_layers - 1}"
+        self._require(not outside, "delta_layers", expected)
         if self.delta_layers is not None and self.warmup not in self.delta_layers:
             raise ValueError(
                 f"kvcomp.Delta: delta_layers: the first must follow the {self.warmup} warm-up"

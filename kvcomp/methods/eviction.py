@@ -51,16 +51,13 @@ class Eviction(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = f"kvcomp.{type(self).__name__}"
-        if self.unit not in UNITS:
-            raise ValueError(f"{name}: unit: expected one of {', '.join(UNITS)}, got {self.unit!r}")
-        if self.window < 1:
-            raise ValueError(f"{name}: window: expected at least 1 step, got {self.window}")
-        if self.budget <= self.num_recent:
-            raise ValueError(
-                f"{name}: budget: expected more than the {self.num_recent} newest tokens, which"
-                f" always stay, got {self.budget}"
-            )
+        self._require_one_of(UNITS, "unit")
+        self._require(self.window >= 1, "window", "at least 1 step")
+        self._require(
+            self.budget > self.num_recent,
+            "budget",
+            f"more than the {self.num_recent} newest tokens, which always stay",
+        )
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
@@ -205,11 +202,7 @@ class RecurrenceEviction(ObservingEviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.threshold < 1:
-            raise ValueError(
-                f"kvcomp.{type(self).__name__}: alpha: expected a probability between 0 and 1,"
-                f" got {self.alpha}"
-            )
+        self._require(0 < self.threshold < 1, "alpha", "a probability between 0 and 1")
 
     @property
     def threshold(self) -> float:

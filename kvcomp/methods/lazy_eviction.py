@@ -62,13 +62,10 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.h1 not in FORMS:
-            raise ValueError(
-                f"kvcomp.LazyEviction: h1: expected one of {', '.join(FORMS)}, got {self.h1!r}"
-            )
+        self._require_one_of(FORMS, "h1")
         most = self.budget - self.window
         expected = f"0 to budget - window = {most}"
-        self._require(0 <= self.sinks <= most, "sinks", expected, self.sinks)
+        self._require(0 <= self.sinks <= most, "sinks", expected)
 
     @classmethod
     def published(cls, model: Any, task: str, **fields: Any) -> Self:

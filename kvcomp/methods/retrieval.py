@@ -78,28 +78,25 @@ class Retrieval(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.sinks >= 0, "sinks", "at least 0", self.sinks)
-        self._require(self.local >= 1, "local", "at least 1 token", self.local)
+        self._require(self.sinks >= 0, "sinks", "at least 0")
+        self._require(self.local >= 1, "local", "at least 1 token")
         shortest, longest = self.segment
-        self._require(1 <= shortest <= longest, "segment", "1 <= shortest <= longest", self.segment)
-        self._require(self.dense_layers >= 0, "dense_layers", "at least 0", self.dense_layers)
+        self._require(1 <= shortest <= longest, "segment", "1 <= shortest <= longest")
+        self._require(self.dense_layers >= 0, "dense_layers", "at least 0")
         self._require(
             0 <= self.num_newest <= self.local,
             "newest",
             f"0 to local={self.local} tokens",
-            self.newest,
         )
         self._require(
             self.budget >= self.sinks + self.local,
             "budget",
             f"at least sinks + local = {self.sinks + self.local} tokens",
-            self.budget,
         )
         self._require(
             self.host_limit is None or self.host_limit >= 0,
             "host_limit",
             "at least 0 bytes, or None",
-            self.host_limit,
         )
 
     @classmethod
@@ -209,7 +206,6 @@ class Retrieval(Method):
             self.dense_layers < num_layers,
             "dense_layers",
             f"fewer than the {num_layers} layers of this model",
-            self.dense_layers,
         )
 
     def start(self, cache: KVCache) -> None:

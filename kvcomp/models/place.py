@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from kvcomp import reasoner
+from kvcomp.checks import require_one_of
 from kvcomp.models.catalog import MODELS, Artifact
 
 
@@ -25,8 +26,7 @@ def known(name: str) -> Artifact:
     Raises:
         ValueError: there is none.
     """
-    if name not in MODELS:
-        raise ValueError(f"kvcomp.models: name: expected one of {', '.join(MODELS)}, got {name!r}")
+    require_one_of(MODELS, "kvcomp.models: name", name)
     return MODELS[name]
 
 

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvcomp.checks import require
+
 HELD_OUT, TRAINING = 1, 2  # first word of every seed: keeps evaluation and training apart
 
 NAMES = [c + v for c in "bdfghklmnprstvwz" for v in "aeio"]  # 64 node names
@@ -139,12 +141,11 @@ def make_problem(
     be reached; the facts of the others are distractors. The walk's period is at least half of the
     states (node, sum) that can be reached, so nearly all facts of reachable nodes come up.
     """
-    if live is not None and not 2 <= live <= nodes:
-        raise ValueError(f"kvcomp.reasoner: live: expected 2 to nodes={nodes}, got {live}")
-    if not 2 <= nodes <= len(NAMES):
-        raise ValueError(f"kvcomp.reasoner: nodes: expected 2 to {len(NAMES)}, got {nodes}")
-    if steps < 1:
-        raise ValueError(f"kvcomp.reasoner: steps: expected at least 1, got {steps}")
+    if live is not None:
+        require(2 <= live <= nodes, "kvcomp.reasoner: live", f"2 to nodes={nodes}", live)
+    most = len(NAMES)
+    require(2 <= nodes <= most, "kvcomp.reasoner: nodes", f"2 to {most}", nodes)
+    require(steps >= 1, "kvcomp.reasoner: steps", "at least 1", steps)
     rng = np.random.default_rng([HELD_OUT, nodes, seed])
     names = [NAMES[i] for i in rng.permutation(len(NAMES))[:nodes]]
     while True:

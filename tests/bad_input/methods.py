@@ -35,7 +35,7 @@ def making(make):
 ROWS = [
     Bad(making(lambda: Delta(budget=100)), "multiple of page_size"),
     Bad(making(lambda: Delta(budget=64)), "recent \\* page_size"),
-    Bad(making(lambda: Delta(page_size=0)), "page_size >= 1"),
+    Bad(making(lambda: Delta(page_size=0)), "page_size: expected at least 1 token, got 0"),
     Bad(making(lambda: KVCache(Delta(delta_layers=(2, 30)), 28)), "up to 27"),
     Bad(making(lambda: KVCache(Delta(delta_layers=(1, 14)), 28)), "from warmup=2"),
     Bad(making(lambda: KVCache(Delta(delta_layers=(5, 14)), 28)), "directly"),
@@ -185,8 +185,8 @@ ROWS = [
         making(lambda: Delethink(**SHORT | {"inner": LouisKV(), "reset": "rotate"})),
         "LouisKV drops some, or keeps them elsewhere",
     ),
-    Bad(making(lambda: Delta(recent=0)), "recent >= 1.*got 16, 0 and 2"),
-    Bad(making(lambda: Delta(warmup=-1)), "warmup >= 0, got 16, 8 and -1"),
+    Bad(making(lambda: Delta(recent=0)), "recent: expected at least 1 page, got 0"),
+    Bad(making(lambda: Delta(warmup=-1)), "warmup: expected at least 0 layers, got -1"),
     Bad(making(lambda: Delta(budget=-16)), "budget: expected at least recent . page_size"),
     Bad(making(lambda: Delta.example(4)), "budget: expected at least recent . page_size = 8"),
     Bad(
@@ -209,7 +209,7 @@ ROWS = [
     Bad(making(lambda: RKV(trade_off=1.5)), "trade_off: expected 0 to 1, got 1.5"),
     Bad(making(lambda: RKV(similar=-2.0)), "similar: expected a cosine, -1 to 1, got -2.0"),
     Bad(making(lambda: TidalDecode(dense_layers=-1)), "dense_layers: expected at least 0, got -1"),
-    Bad(making(lambda: RandomPages(page_size=0)), "budget: expected a multiple of page_size=0"),
+    Bad(making(lambda: RandomPages(page_size=0)), "page_size: expected at least 1 token, got 0"),
     Bad(
         making(lambda: Delethink.example(2)), "Delethink: budget: expected at least 3 tokens, got 2"
     ),

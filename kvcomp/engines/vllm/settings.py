@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvcomp import Delta, Full
+from kvcomp.checks import is_count, require
 from kvcomp.methods.fields import check_types
 
 
@@ -33,11 +34,9 @@ class SinkWindow:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not 0 <= self.sinks < self.budget:
-            raise ValueError(
-                f"kvcomp.SinkWindow: sinks: expected 0 to budget - 1 = {self.budget - 1}, got"
-                f" {self.sinks}"
-            )
+        most = self.budget - 1
+        expected = f"0 to budget - 1 = {most}"
+        require(0 <= self.sinks <= most, "kvcomp.SinkWindow: sinks", expected, self.sinks)
 
     def check(self, num_layers: int) -> None:
         """It fits any number of layers."""
@@ -102,8 +101,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         size = self.page_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{_WHERE}: page_size: expected a number of tokens, got {size!r}")
+        require(is_count(size, 1), f"{_WHERE}: page_size", "a number of tokens", size)
 
     def refuse(self, vllm_config: Any) -> None:
         """Raise ValueError, with the reason, for a server that cannot run the method."""

@@ -31,7 +31,7 @@ class PagedRetrieval(Retrieval):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.page_size >= 1, "page_size", "at least 1 token", self.page_size)
+        self._require(self.page_size >= 1, "page_size", "at least 1 token")
         object.__setattr__(self, "segment", (self.page_size, self.page_size))
 
     @classmethod

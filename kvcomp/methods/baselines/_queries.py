@@ -29,11 +29,7 @@ class LastQueries(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.recent < 1:
-            raise ValueError(
-                f"kvcomp.{type(self).__name__}: recent: expected at least 1 token, got"
-                f" {self.recent}"
-            )
+        self._require(self.recent >= 1, "recent", "at least 1 token")
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

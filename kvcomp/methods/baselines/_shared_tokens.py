@@ -33,13 +33,9 @@ class SharedTokens(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        layers = self.dense_layers
-        self._require(layers >= 0, "dense_layers", "at least 0", layers)
-        if not 1 <= self.num_recent <= self.budget:
-            raise ValueError(
-                f"kvcomp.{type(self).__name__}: recent: expected 1 to budget={self.budget} tokens,"
-                f" got {self.num_recent}"
-            )
+        self._require(self.dense_layers >= 0, "dense_layers", "at least 0")
+        fits = 1 <= self.num_recent <= self.budget
+        self._require(fits, "recent", f"1 to budget={self.budget} tokens")
 
     @property
     def num_recent(self) -> int:
@@ -59,12 +55,12 @@ class SharedTokens(Method):
 
     def check(self, num_layers: int) -> None:
         plan = self.plan(num_layers)
-        if not plan or plan[0] != self.dense_layers or plan[-1] >= num_layers:
-            raise ValueError(
-                f"kvcomp.{type(self).__name__}: selecting: expected layers from"
-                f" dense_layers={self.dense_layers}, which must select, up to {num_layers - 1},"
-                f" got {plan}"
-            )
+        first = self.dense_layers
+        self._require(
+            bool(plan) and plan[0] == first and plan[-1] < num_layers,
+            "selecting",
+            f"layers from dense_layers={first}, which must select, up to {num_layers - 1}",
+        )
 
     @property
     def dense_up_to(self) -> float:

@@ -32,16 +32,10 @@ class SinkEviction(Eviction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sinks < self.budget:
-            raise ValueError(
-                f"kvcomp.{type(self).__name__}: sinks: expected 0 to budget - 1 ="
-                f" {self.budget - 1}, got {self.sinks}"
-            )
-        if self.keep_prompt:
-            raise ValueError(
-                f"kvcomp.{type(self).__name__}: keep_prompt: expected False, as only the sinks of"
-                " a prompt can be moved; got True"
-            )
+        most = self.budget - 1
+        self._require(0 <= self.sinks <= most, "sinks", f"0 to budget - 1 = {most}")
+        expected = "False, as only the sinks of a prompt can be moved"
+        self._require(not self.keep_prompt, "keep_prompt", expected)
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

@@ -42,8 +42,8 @@ class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.output_window >= 1, "output_window", "at least 1", self.output_window)
-        self._require(self.output_cluster >= 1, "output_cluster", "at least 1", self.output_cluster)
+        self._require(self.output_window >= 1, "output_window", "at least 1")
+        self._require(self.output_cluster >= 1, "output_cluster", "at least 1")
         object.__setattr__(self, "segment", (self.output_window, self.output_window))
 
     @classmethod

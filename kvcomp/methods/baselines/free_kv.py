@@ -30,7 +30,7 @@ class FreeKV(PagedRetrieval, name="free-kv", baseline=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(-1 <= self.tau <= 2, "tau", "a number from -1 to 2", self.tau)
+        self._require(-1 <= self.tau <= 2, "tau", "a number from -1 to 2")
 
     def similarity(self, layer: LayerCache, q: Tensor) -> Tensor:
         layer.state["similarity"] = ops.query_similarity(q, layer.state["query"])

@@ -32,7 +32,7 @@ class H2O(ObservingEviction, name="h2o", baseline=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.num_recent >= 0, "recent", "at least 0 tokens, or None", self.recent)
+        self._require(self.num_recent >= 0, "recent", "at least 0 tokens, or None")
 
     @property
     def num_recent(self) -> int:

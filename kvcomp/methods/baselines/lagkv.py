@@ -39,13 +39,11 @@ class LagKV(Eviction, name="lagkv", baseline=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.partition >= 1, "partition", "at least 1 token", self.partition)
-        self._require(self.sinks >= 0, "sinks", "at least 0 tokens", self.sinks)
-        if self.budget < self.sinks + self.num_recent:
-            raise ValueError(
-                "kvcomp.LagKV: budget: expected at least sinks + 2 * partition - 1 ="
-                f" {self.sinks + self.num_recent}, got {self.budget}"
-            )
+        self._require(self.partition >= 1, "partition", "at least 1 token")
+        self._require(self.sinks >= 0, "sinks", "at least 0 tokens")
+        least = self.sinks + self.num_recent
+        expected = f"at least sinks + 2 * partition - 1 = {least}"
+        self._require(self.budget >= least, "budget", expected)
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

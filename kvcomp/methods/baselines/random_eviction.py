@@ -34,7 +34,7 @@ class RandomEviction(Eviction, name="random-eviction", baseline=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.recent >= 0, "recent", "at least 0 tokens", self.recent)
+        self._require(self.recent >= 0, "recent", "at least 0 tokens")
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:

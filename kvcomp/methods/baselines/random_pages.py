@@ -42,16 +42,10 @@ class RandomPages(Method, name="random-pages", baseline=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.page_size < 1 or self.budget % self.page_size:
-            raise ValueError(
-                f"kvcomp.RandomPages: budget: expected a multiple of page_size={self.page_size},"
-                f" got {self.budget}"
-            )
-        if not 1 <= self.recent <= self.budget // self.page_size:
-            raise ValueError(
-                f"kvcomp.RandomPages: recent: expected 1 to {self.budget // self.page_size} pages,"
-                f" got {self.recent}"
-            )
+        self._require(self.page_size >= 1, "page_size", "at least 1 token")
+        pages, rest = divmod(self.budget, self.page_size)
+        self._require(not rest, "budget", f"a multiple of page_size={self.page_size}")
+        self._require(1 <= self.recent <= pages, "recent", f"1 to {pages} pages")
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
@@ -59,11 +53,8 @@ class RandomPages(Method, name="random-pages", baseline=True):
         return cls(budget=128 if budget is None else budget, page_size=4, recent=2)
 
     def check(self, num_layers: int) -> None:
-        if any(not 0 <= x < num_layers for x in self.dense_layers):
-            raise ValueError(
-                f"kvcomp.RandomPages: dense_layers: expected layers in 0..{num_layers - 1},"
-                f" got {self.dense_layers}"
-            )
+        inside = all(0 <= x < num_layers for x in self.dense_layers)
+        self._require(inside, "dense_layers", f"layers in 0..{num_layers - 1}")
 
     @property
     def dense_up_to(self) -> float:

@@ -34,9 +34,9 @@ class RKV(LastQueries, name="r-kv", baseline=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.kernel >= 1, "kernel", "at least 1 token", self.kernel)
-        self._require(0 <= self.trade_off <= 1, "trade_off", "0 to 1", self.trade_off)
-        self._require(-1 <= self.similar <= 1, "similar", "a cosine, -1 to 1", self.similar)
+        self._require(self.kernel >= 1, "kernel", "at least 1 token")
+        self._require(0 <= self.trade_off <= 1, "trade_off", "0 to 1")
+        self._require(-1 <= self.similar <= 1, "similar", "a cosine, -1 to 1")
 
     def score(self, layer: LayerCache) -> Tensor:
         importance = self.importance(layer, self.kernel)

@@ -28,7 +28,7 @@ class SnapKV(LastQueries, name="snapkv", baseline=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.kernel >= 1, "kernel", "at least 1 token", self.kernel)
+        self._require(self.kernel >= 1, "kernel", "at least 1 token")
 
     def score(self, layer: LayerCache) -> Tensor:
         return self.importance(layer, self.kernel)

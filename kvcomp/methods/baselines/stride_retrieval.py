@@ -32,7 +32,7 @@ class StrideRetrieval(ClusteredRetrieval, name="stride-retrieval", baseline=True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.stride >= 1, "stride", "at least 1 step", self.stride)
+        self._require(self.stride >= 1, "stride", "at least 1 step")
         object.__setattr__(self, "segment", (self.stride, self.stride))
 
     @classmethod
