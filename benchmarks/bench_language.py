@@ -4,10 +4,12 @@
     python benchmarks/bench_language.py --smoke                        # for CI
 
 loss (the default) reads windows of real text token by token behind a prompt of an eighth, under
-every method at equal bytes, and compares the predictions with those of dense attention. premises
-looks for what the papers take for granted in the dense attention of the same windows. The model is
-a short name that `kvcomp get` knows, a folder or a hub name; the texts come with Python. A run that
-was interrupted goes on with the same command.
+every method at equal bytes, and compares the predictions with those of dense attention. answers
+asks for facts inside such a text, and counts the answers that dense attention gives and the method
+still does. free lets every method write on by itself, and counts the tokens until its text departs
+from dense attention's. premises looks for what the papers take for granted in the dense attention
+of the windows. The model is a short name that `kvcomp get` knows, a folder or a hub name; the texts
+come with Python. A run that was interrupted goes on with the same command.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,13 +29,16 @@ from kvcomp.cli.common import load, pick_device, pick_dtype
 from kvcomp.cli.output import check_output
 from kvcomp.progress import stderr_console
 from kvcomp.reading import checksums, windows
-from language import loss, premises
+from language import answers, free, loss, premises
+from language.questions import kinds
 from language.stack import stackable
-from language.store import Store
+from language.store import Row, Store
 
 DEFAULTS = [name for name in METHODS if name != "delethink"]
 SMOKE = {"model": "reasoner", "tokens": 64, "windows": 2, "batch": 2, "budgets": ["3/4"]}
 SMOKE |= {"methods": ["full", "delta", "lazy-eviction", "louis-kv"], "dtype": "float32"}
+SMOKE |= {"questions": 1, "kinds": ["pass-key", "late 0"]}
+SMOKE_PARTS = {"answers": {"tokens": 256}}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,7 +57,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--budgets", nargs="+", default=["1/4", "3/8", "1/2"], metavar="SHARE")
     add("--tokens", type=int, default=2048, help="of a window; an eighth is the prompt")
-    add("--windows", type=int, default=16)
+    add("--windows", type=int, default=16, help="of loss and premises; prompts of free")
+    add("--questions", type=int, default=8, metavar="N", help="of each kind in answers")
+    add("--kinds", nargs="+", choices=kinds(10_000), metavar="KIND", help="default: all that fit")
     add("--batch", type=int, default=16, metavar="N", help="windows at once")
     add("--stack", type=int, default=8, metavar="N", help="methods that read them together")
     add("--device", metavar="NAME", help="default: the GPU where there is one")
@@ -64,12 +72,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run_loss(options: argparse.Namespace) -> None:
-    model, tokenizer = load(options.model, pick_device(options.device), pick_dtype(options.dtype))
-    study = loss.LossStudy(model, tokenizer, options)
+    def line(row: Row, context_bytes: int) -> str:
+        return loss.line(loss.summaries([row])[0], context_bytes)
+
+    study = loss.LossStudy(*_loaded(options), options)
+    _run_cells(study, line, options)
+    print("\nover all windows, with 95 % intervals")
+    for summary in loss.summaries(study.store.rows):
+        print(loss.line(summary, study.lineup.room.context_bytes))
+
+
+def run_answers(options: argparse.Namespace) -> None:
+    _run_cells(study := answers.Answers(*_loaded(options), options), answers.line, options)
+    print("\nanswered, of those that dense attention answers, with 95 % intervals")
+    for row in study.store.rows:
+        print(answers.line(row, study.lineup.room.context_bytes))
+
+
+def run_free(options: argparse.Namespace) -> None:
+    _run_cells(study := free.FreeRunning(*_loaded(options), options), free.line, options)
+    print("\nmeans over the prompts, with 95 % intervals")
+    for row in study.store.rows:
+        print(free.line(row, study.lineup.room.context_bytes))
+
+
+def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
+    return load(options.model, pick_device(options.device), pick_dtype(options.dtype))
+
+
+def _run_cells(
+    study: loss.LossStudy | answers.Answers | free.FreeRunning,
+    line: Callable[[Row, int], str],
+    options: argparse.Namespace,
+) -> None:
     print(header(study.store.facts))
-    cells = study.cells()
-    print(f"{len(cells)} cells, {len(study.store.rows)} of them done", flush=True)
-    bytes_there = study.room.context_bytes
+    print(f"{len(study.store.rows)} cells are done", flush=True)
     with _progress() as bar:
         task = bar.add_task("dense", total=None)
 
@@ -78,16 +115,13 @@ def run_loss(options: argparse.Namespace) -> None:
             return lambda: bar.advance(task)
 
         for count, row in enumerate(study.run(ticks), 1):
-            print(loss.line(loss.summaries([row])[0], bytes_there), flush=True)
+            print(line(row, study.lineup.room.context_bytes), flush=True)
             if count == options.cells:
                 break
-    print("\nover all windows, with 95 % intervals")
-    for summary in loss.summaries(study.store.rows):
-        print(loss.line(summary, bytes_there))
 
 
 def run_premises(options: argparse.Namespace) -> None:
-    model, tokenizer = load(options.model, pick_device(options.device), pick_dtype(options.dtype))
+    model, tokenizer = _loaded(options)
     if not stackable(model):
         raise ValueError("kvcomp.language: premises are of models with full attention everywhere")
     chosen = windows(tokenizer, options.windows, options.tokens)
@@ -125,7 +159,7 @@ def _progress() -> Progress:
     )
 
 
-PARTS = {"loss": run_loss, "premises": run_premises}
+PARTS = {"loss": run_loss, "answers": run_answers, "free": run_free, "premises": run_premises}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,7 +174,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_output(options.json)
         everything = options.smoke and not options.json  # a file holds one part
         for part in PARTS if everything and not options.part else [options.part or "loss"]:
-            PARTS[part](options)
+            more = SMOKE_PARTS.get(part, {}) if options.smoke else {}
+            PARTS[part](argparse.Namespace(**{**vars(options), **more}))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

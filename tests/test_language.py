@@ -11,10 +11,11 @@ pytest.importorskip("rich")
 
 import bench_language
 
-from kvcomp import Full, LazyEviction, LouisKV, StreamingLLM
+from kvcomp import Full, LazyEviction, LouisKV, StreamingLLM, patch
 from kvcomp.cli.common import load
 from kvcomp.reading import read, windows
-from language.questions import KINDS, Writer
+from language import answers, free
+from language.questions import Question, Writer, kinds
 from language.stack import Stack
 
 SMALL = ["--model", "reasoner", "--tokens", "64", "--windows", "2", "--batch", "2"]
@@ -50,7 +51,7 @@ def test_together_is_alone(reasoner):
             assert getattr(report, name) == getattr(alone, name), (method, name)
 
 
-@pytest.mark.parametrize("part", ["loss", "premises"])
+@pytest.mark.parametrize("part", ["loss", "free", "premises"])
 def test_a_run_goes_on_where_it_stopped(part, tmp_path, capsys):
     file = tmp_path / "rows.json"
     args = ["--part", part, *SMALL, "--budgets", "3/4", "--json", str(file)]
@@ -59,7 +60,7 @@ def test_a_run_goes_on_where_it_stopped(part, tmp_path, capsys):
     first = json.loads(file.read_text())["rows"]
     assert bench_language.main(args) == 0
     rows = json.loads(file.read_text())["rows"]
-    assert len(first) == 1 and len(rows) == 2 and rows[0] == first[0]
+    assert len(rows) == 2 and rows[: len(first)] == first
     said = capsys.readouterr().out
     assert bench_language.main(args) == 0  # nothing is left, and the tables are the same
     again = capsys.readouterr().out
@@ -69,16 +70,62 @@ def test_a_run_goes_on_where_it_stopped(part, tmp_path, capsys):
     assert "was begun with other settings" in capsys.readouterr().err
 
 
-def test_questions_end_with_their_answer(reasoner):
-    writer = Writer(reasoner[1])
-    for kind in KINDS:
-        for place in range(2):
-            question = writer.write(kind, place, 2, 1600)
-            assert len(question.ids) == 1600 and 0 < question.answer < 50
-            answer = question.ids[-question.answer :]
-            earlier = question.ids[: -question.answer]
-            starts = range(len(earlier) - len(answer))
-            assert any(earlier[i : i + len(answer)] == answer for i in starts), kind
+class Letters:
+    """A tokenizer that knows every character."""
+
+    def __call__(self, text, **kwargs):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.mark.parametrize("kind", kinds(1600))
+def test_questions_end_with_their_answer(kind):
+    for place in range(2):
+        question = Writer(Letters()).write(kind, place, 2, 1600)
+        assert len(question.ids) == 1600
+        text = "".join(map(chr, question.ids))
+        answer = text[-question.answer :]
+        assert re.fullmatch(r" \d{5}", answer) and answer in text[:-6]
+        if kind.startswith("late"):
+            seen = text.rindex(f"The pass key is{answer}.\n\n") + len("The pass key is 12345.\n\n")
+            asked = text.rindex("\n\nThe pass key is")
+            assert asked - seen == int(kind.split()[1])
+
+
+def test_an_answer_counts_when_all_its_tokens_are_best(reasoner):
+    model, tokenizer = reasoner
+    ids = torch.tensor([windows(tokenizer, 1, 32)[0].ids])
+    [(written, _)] = free.written(model, [Full()], ids, 4, lambda: None)
+    right = (*ids[0].tolist(), *written[0].tolist())
+    wrong = (*right[:-3], (right[-3] + 1) % model.config.vocab_size, *right[-2:])
+    study = object.__new__(answers.Answers)
+    study.model = model
+    for sequence, expected in ((right, True), (wrong, False)):
+        with torch.no_grad():
+            hidden = model.get_decoder()(torch.tensor([sequence])).last_hidden_state[:, :-1]
+        assert study._right(hidden, [Question("pass-key", sequence, 4, 0.5)]) == [expected]
+
+
+def test_writing_together_is_generate(reasoner):
+    model, tokenizer = reasoner
+    prompts = torch.tensor([window.ids for window in windows(tokenizer, 2, 16)])
+    methods = [Full(), StreamingLLM(budget=20)]
+    found = free.written(model, methods, prompts, 24, lambda: None)
+    for method, (ids, report) in zip(methods, found, strict=True):
+        with patch(model, method) as run:
+            expected = model.generate(
+                prompts, max_new_tokens=24, do_sample=False, eos_token_id=None
+            )
+        assert torch.equal(ids, expected[:, 16:]), method
+        assert report.kv_bytes_peak == run.report().kv_bytes_peak
+
+
+def test_figures_of_a_text_that_departs_and_loops():
+    dense = torch.arange(20)[None]
+    departed = dense.clone()
+    departed[0, 7] = 0
+    assert free.figures(departed, dense)["same"] == [7]
+    assert free.figures(dense, dense) == {"same": [20], "repeated": [0.0]}
+    assert free.repeated([1, 2] * 10) == pytest.approx(1 - 2 / 13)
 
 
 def test_methods_that_are_none_are_named(capsys):

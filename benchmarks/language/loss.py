@@ -4,75 +4,17 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, get_type_hints
-
-from torch import Tensor
+from typing import Any
 
 from accuracy.intervals import bootstrap
-from accuracy.sizes import Room, keeps_all
 from harness.record import meta
-from kvcomp import METHODS, Method
-from kvcomp.cache import Report
-from kvcomp.cli.generate import parse
-from kvcomp.hf.shape import shape_of
-from kvcomp.methods.cost import Place
-from kvcomp.reading import Dense, checksums, read, windows
-from language.sizes import sized
-from language.stack import Stack, stackable
+from kvcomp import Method
+from kvcomp.reading import Dense, checksums, windows
+from language.lineup import Contender, Lineup, measured, together
 from language.store import Row, Store
 
 PROMPT_SHARE = 8  # of a window: so that a quarter of its bytes can hold the prompt, and more
 KEY = ("method", "bound", "first")
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A method by its name, or a variant of it: `name:field=value,field=value`."""
-
-    label: str
-
-    @property
-    def name(self) -> str:
-        return self.label.partition(":")[0]
-
-    def fields(self) -> dict[str, Any]:
-        """What the variant sets.
-
-        Raises:
-            ValueError: no such method, field or value.
-        """
-        if self.name not in METHODS:
-            raise ValueError(
-                f"kvcomp.language: --methods: expected {', '.join(METHODS)}, got {self.name!r}"
-            )
-        hints = get_type_hints(METHODS[self.name])
-        found = {}
-        for setting in filter(None, self.label.partition(":")[2].split(",")):
-            field, _, text = setting.partition("=")
-            if field not in hints:
-                raise ValueError(f"kvcomp.language: --methods: {self.name} has no field {field!r}")
-            found[field] = parse(setting, hints[field], text.replace("+", ","))
-        return found
-
-
-def room_of(model: Any, name: str, tokens: int, prompt: int) -> Room:
-    """The longest context of a window."""
-    shape = shape_of(model.config, dtype=str(model.dtype).removeprefix("torch."))
-    parts = (shape.layers, shape.heads, shape.kv_heads, shape.head_dim, shape.itemsize)
-    return Room(name, Place(tokens - 1, prompt, *parts), model.dtype, model.device)
-
-
-def together(
-    model: Any, methods: list[Method], ids: Tensor, prompt: int, tick: Callable[[], None]
-) -> list[tuple[Tensor, Report]]:
-    """`read` for several methods, in one pass where the model allows it."""
-    if not stackable(model):
-        return [read(model, method, ids, prompt, tick) for method in methods]
-    stack = Stack(model, methods)
-    hidden = stack.read(ids, prompt, tick)
-    return list(zip(hidden, stack.reports(), strict=True))
 
 
 class LossStudy:
@@ -85,10 +27,8 @@ class LossStudy:
     def __init__(self, model: Any, tokenizer: Any, options: Namespace) -> None:
         self.model, self.options = model, options
         self.prompt = options.tokens // PROMPT_SHARE
-        self.contenders = [Contender(label) for label in options.methods]
-        self.own = {each.label: each.fields() for each in self.contenders}
+        self.lineup = Lineup(model, options, options.tokens, self.prompt)
         self.windows = windows(tokenizer, options.windows, options.tokens)
-        self.room = room_of(model, options.model, options.tokens, self.prompt)
         settings = {
             "model": options.model,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -100,29 +40,23 @@ class LossStudy:
         facts = meta(
             "language-loss",
             model.device.type,
-            context_bytes=self.room.context_bytes,
-            token_bytes=self.room.token_bytes,
+            context_bytes=self.lineup.room.context_bytes,
+            token_bytes=self.lineup.room.token_bytes,
         )
         self.store = Store(options.json, KEY, settings, facts)
 
     def cells(self) -> list[tuple[Contender, str, int]]:
         batches = range(0, len(self.windows), self.options.batch)
-        bounds = self.options.budgets
-        return [
-            (each, "1" if each.name == "full" else bound, first)
-            for first in batches
-            for bound in bounds
-            for each in self.contenders
-            if each.name != "full" or bound == bounds[0]
-        ]
+        return [(*cell, first) for first in batches for cell in self.lineup.cells()]
 
     def run(self, bar: Callable[[str, int], Callable[[], None]]) -> Iterator[Row]:
         """The cells that are not there yet, each written as soon as it is done."""
         done = self.store.done()
         left = [cell for cell in self.cells() if (cell[0].label, *cell[1:]) not in done]
         ready: list[tuple[Row, Method]] = []
-        for cell in left:
-            row, method = self.begin(*cell)
+        for each, bound, first in left:
+            row, method = self.lineup.begin(each, bound)
+            row["first"] = first
             if method is None:
                 self.store.add(row)
                 yield row
@@ -136,22 +70,6 @@ class LossStudy:
             for begin in range(0, len(here), self.options.stack):
                 pairs = here[begin : begin + self.options.stack]
                 yield from self._read(pairs, first, dense, bar)
-
-    def begin(self, each: Contender, bound: str, first: int) -> tuple[Row, Method | None]:
-        """What is known of a cell before it is read."""
-        row: Row = {
-            "method": each.label,
-            "baseline": METHODS[each.name].baseline,
-            "bound": bound,
-            "first": first,
-        }
-        limit = int(Fraction(bound) * self.room.context_bytes)
-        try:
-            method = sized(each.name, limit, self.room, self.own[each.label])
-        except ValueError as error:
-            return row | {"reason": str(error).partition("\n")[0]}, None
-        facts = {"parameters": str(method), "bound_bytes": limit, "keeps_all": keeps_all(method)}
-        return row | facts, method
 
     def _read(
         self,
@@ -168,12 +86,7 @@ class LossStudy:
         figures = dense.compare([hidden for hidden, _ in results], rows)
         for (row, _), (_, report), found in zip(pairs, results, figures, strict=True):
             row = row | {
-                "peak_bytes": (report.kv_bytes_peak + report.tracking_bytes_peak) // len(ids),
-                "tracking_bytes": report.tracking_bytes_peak // len(ids),
-                "host_bytes": report.host_bytes_peak // len(ids),
-                "attended": report.tokens_attended / report.tokens_attended_dense,
-                "link_bytes": report.link_bytes_fetched / max(report.tokens_decoded, 1),
-                "retrieval_rate": report.retrieval_rate,
+                **measured(report, len(ids)),
                 "windows": [
                     {"text": window.text, "first": window.first, **each}
                     for window, each in zip(self.windows[rows], found, strict=True)

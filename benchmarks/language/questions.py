@@ -3,7 +3,7 @@
 pass-key: one number, at a depth that goes from the start to the end with the questions.
 key-value: eight numbers of eight things; one is asked for.
 variables: a number is given to a variable, which is given to another, and so on; the last is asked.
-late: as pass-key, asked once behind it, and again so many tokens later.
+late N: as pass-key, asked once behind it, and again N tokens later.
 
 A question is right when every token of the answer is the model's best, with those before it given;
 greedy decoding would then say it.
@@ -20,7 +20,7 @@ from kvcomp.reading import TEXTS
 
 THINGS = ("apple", "river", "castle", "garden", "window", "candle", "bridge", "forest")
 HOPS = 2
-LATE = 400  # tokens between the two questions of `late`
+LATE = (0, 500, 2000)  # tokens between the two questions of `late`
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Question:
     """A context of a given length that ends with the answer.
 
     Attributes:
-        kind: of KINDS.
+        kind: of `kinds`.
         ids: tokens; the last `answer` of them are the answer.
         depth: where the fact is, 0 to 1.
     """
@@ -58,7 +58,7 @@ class Writer:
         if kind == "pass-key":
             facts = {depth: f"The pass key is {number}. Remember it: {number} is the pass key."}
             asked = "The pass key is"
-        elif kind == "late":
+        elif kind.startswith("late"):
             facts = {depth * 0.3: f"The pass key is {number}. Remember it."}
             asked = "The pass key is"
         elif kind == "key-value":
@@ -90,15 +90,16 @@ class Writer:
     ) -> Question:
         answer = self.encode(f" {number}")
         parts = {where: self.encode(f"\n\n{fact}\n\n") for where, fact in facts.items()}
-        if kind == "late":  # attended once, then not for a while
-            seen = self.encode(f"\n\n{asked} {number}.\n\n")
-            parts[min(0.9, max(0.05, 1 - LATE / tokens))] = seen
         end = self.encode(f"\n\n{asked}") + answer
         room = tokens - len(end) - sum(map(len, parts.values()))
+        if kind.startswith("late"):  # attended once, then not for a while
+            seen = self.encode(f"\n\n{asked} {number}.\n\n")
+            room -= len(seen)
+            parts[1 - int(kind.split()[1]) / room] = seen
         start = (place * 7919) % (len(self.filler) - room)
         filler, ids, used = self.filler[start : start + room], [], 0
         for where in sorted(parts):
-            until = int(where * room)
+            until = round(where * room)
             ids += filler[used:until] + parts[where]
             used = until
         ids += filler[used:] + end
@@ -106,4 +107,7 @@ class Writer:
         return Question(kind, tuple(ids), len(answer), depth)
 
 
-KINDS = ("pass-key", "key-value", "variables", "late")
+def kinds(tokens: int) -> tuple[str, ...]:
+    """Those for contexts of so many tokens: `late` only where it fits behind the prompt."""
+    late = (f"late {gap}" for gap in LATE if gap <= tokens * 0.6)
+    return ("pass-key", "key-value", "variables", *late)

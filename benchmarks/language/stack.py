@@ -7,7 +7,8 @@ this must repeat; `kvcomp.reading.read` is the plain way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,22 +46,51 @@ class Stack:
         Returns:
             hidden states [B, tokens - prompt - 1, width] of each method.
         """
-        decoder, hidden = self.model.get_decoder(), []
+        hidden = []
+        with self._running():
+            self._prompt(ids[:, :prompt])
+            for place in range(prompt, ids.shape[1] - 1):
+                token = ids[:, place : place + 1].repeat(len(self.caches), 1)
+                hidden.append(self._step(token, place))
+                tick()
+        return list(torch.stack(hidden, 1).chunk(len(self.caches)))
+
+    @torch.no_grad()
+    def write(self, prompts: Tensor, count: int, tick: Callable[[], None]) -> list[Tensor]:
+        """Decode greedily behind prompts [B, tokens].
+
+        Returns:
+            ids [B, count] of each method.
+        """
+        head, width = self.model.get_output_embeddings(), prompts.shape[1]
+        with self._running():
+            first = self._prompt(prompts)
+            tokens = [head(first).argmax(-1, keepdim=True).repeat(len(self.caches), 1)]
+            for place in range(width, width + count - 1):
+                tokens.append(head(self._step(tokens[-1], place)).argmax(-1, keepdim=True))
+                tick()
+        return list(torch.cat(tokens, 1).chunk(len(self.caches)))
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
         before = self.model.config._attn_implementation
         _running.append(self)
         self.model.set_attn_implementation(NAME)
         try:
-            decoder(ids[:, :prompt], use_cache=False)
-            for place in range(prompt, ids.shape[1] - 1):
-                token = ids[:, place : place + 1].repeat(len(self.caches), 1)
-                at = torch.full((1, 1), place, device=ids.device)
-                out = decoder(token, position_ids=at, use_cache=False)
-                hidden.append(out.last_hidden_state[:, 0])
-                tick()
+            yield
         finally:
             self.model.set_attn_implementation(before)
             _running.remove(self)
-        return list(torch.stack(hidden, 1).chunk(len(self.caches)))
+
+    def _prompt(self, ids: Tensor) -> Tensor:
+        """Its last hidden states [B, width], the same for all methods."""
+        return self.model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -1]
+
+    def _step(self, tokens: Tensor, place: int) -> Tensor:
+        """tokens [methods * B, 1] -> hidden states [methods * B, width]."""
+        at = torch.full((1, 1), place, device=tokens.device)
+        out = self.model.get_decoder()(tokens, position_ids=at, use_cache=False)
+        return out.last_hidden_state[:, 0]
 
     def reports(self, seconds: float = 0.0) -> list[Report]:
         return [
