@@ -534,10 +534,31 @@ def test_what_a_loop_of_ones_own_refuses(llama):
             with pytest.raises(ValueError, match="max_chunks=3 chunks are full, with 27 tokens"):
                 llama(output[:, -1:], past_key_values=cache)
         assert cache.get_seq_length() == 14 + 26
-        for change in ("batch_select_indices", "batch_repeat_interleave", "reorder_cache"):
-            with pytest.raises(ValueError, match="delethink cannot reorder"):
-                getattr(cache, change)(torch.tensor([1, 0]))
     generate(llama, batch, 5)
+
+
+@pytest.mark.parametrize("reset", ["prefill", "streaming", "rotate"])
+@pytest.mark.parametrize("inner", [None, kvcomp.LazyEviction.example(16)], ids=["dense", "lazy"])
+def test_rows_leave_and_fork_in_the_middle_of_a_chunk(llama, reset, inner):
+    """What stays goes on as if it had always been alone, and so do both copies of a row."""
+    if inner is not None and reset == "rotate":
+        pytest.skip("it needs all keys in place")
+    batch, output = ragged(9, 14, 11), some_output(3, 40)
+    method = Delethink(**SHORT, reset=reset, piece=2, inner=inner)
+    with kvcomp.patch(llama, method) as run:
+        want = dictate(llama, run, batch, output)
+        for when in (0, 5, 12, 13, 20):
+            rows = torch.tensor([2, 0, 2])
+            cache = run.new_cache()
+            with torch.no_grad():
+                llama(**batch, past_key_values=cache)
+                for step in range(39):
+                    if step == when:
+                        cache.batch_select_indices(rows)
+                    token = output[:, step : step + 1]
+                    token = token if step < when else token[rows]
+                    got = llama(token, past_key_values=cache).logits
+            assert_close(got, want[rows, -1:])
 
 
 @pytest.mark.parametrize("failing", [1, 2, 4])

@@ -125,10 +125,21 @@ class ChunkedCache(TransformersCache):
         self._begin()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        raise ValueError("kvcomp: delethink cannot reorder, repeat or drop the rows of a batch")
+        """Reorder, repeat or drop rows, in this context and in the next one that is under way."""
+        self.settle()
+        self.context.batch_select_indices(indices)
+        if self._next is not None:
+            self._next.cache.batch_select_indices(indices)
+        for name in ("_prompt", "_output"):
+            if known(self, name):
+                ids = getattr(self, name)
+                setattr(self, name, ids[indices.to(ids.device)])
+        if self._mask is not None:
+            self._mask = self._mask[indices.to(self._mask.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(0))
+        rows = torch.arange(self.context.rows)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

@@ -110,6 +110,16 @@ class Run(Turns):
         return getattr(self._running, "latest", lambda: None)()
 
     @property
+    def trying(self) -> bool:
+        """Whether the forward that runs in this thread belongs to a trial, whose tokens are thrown
+        away."""
+        return getattr(self._running, "trying", False)
+
+    @trying.setter
+    def trying(self, value: bool) -> None:
+        self._running.trying = value
+
+    @property
     def encoding(self) -> bool:
         """Whether the forward that runs in this thread fills a cache and decodes nothing."""
         return False
@@ -380,7 +390,7 @@ class Run(Turns):
         cache, self.current = self.current, None
         if cache is not None:
             cache.leave()
-            if not self.encoding:
+            if not self.encoding and not self.trying:
                 self._running.latest = weakref.ref(cache)
 
     def _clock(self, decoding: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -70,17 +69,17 @@ def trial(run: Run, rows: Tensor, cache: Cache | None = None) -> Iterator[Trial]
         meter.clear()
         meter.update(counts)
         run.__dict__.update(times)
-        run._running.latest = weakref.ref(cache)
 
 
 @contextmanager
 def _beside(run: Run) -> Iterator[None]:
-    """Under Delethink, a forward over a context itself."""
-    if not isinstance(run, ChunkedRun):
-        yield
-        return
-    run._thread.encoding = True
+    """A forward that is no step of any sequence; under Delethink, one over a context itself."""
+    run.trying = True
+    if isinstance(run, ChunkedRun):
+        run._thread.encoding = True
     try:
         yield
     finally:
-        run._thread.encoding = False
+        run.trying = False
+        if isinstance(run, ChunkedRun):
+            run._thread.encoding = False

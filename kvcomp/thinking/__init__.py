@@ -5,9 +5,36 @@ Others drive the model themselves, and take the run that `kvcomp.patch` returns.
 says what each changes, costs and needs.
 """
 
+from kvcomp.thinking.ask import Ask
 from kvcomp.thinking.cgrs import Cgrs
 from kvcomp.thinking.concise_hint import ConciseHint
+from kvcomp.thinking.dser import dser
+from kvcomp.thinking.pdr import pdr, sr
+from kvcomp.thinking.rows import Row, Rows, Sampling
+from kvcomp.thinking.short_m import short_m_at_k
 from kvcomp.thinking.stopping import BudgetForcing, StopScale
+from kvcomp.thinking.trajectory import LatentTrajectory, latent_trajectory
+from kvcomp.thinking.votes import Reply, Result, boxed, vote
 from kvcomp.thinking.words import end_of_thinking
 
-__all__ = ["BudgetForcing", "Cgrs", "ConciseHint", "StopScale", "end_of_thinking"]
+__all__ = [
+    "Ask",
+    "BudgetForcing",
+    "Cgrs",
+    "ConciseHint",
+    "LatentTrajectory",
+    "Reply",
+    "Result",
+    "Row",
+    "Rows",
+    "Sampling",
+    "StopScale",
+    "boxed",
+    "dser",
+    "end_of_thinking",
+    "latent_trajectory",
+    "pdr",
+    "short_m_at_k",
+    "sr",
+    "vote",
+]

@@ -275,13 +275,6 @@ RUN = [
     Bad(forward(SHORT, attention_mask=mask(WIDTH)), "expected 22 columns .21 seen, 1 new., got"),
     Bad(forward(SHORT, attention_mask=mask(WIDTH + 1, WIDTH)), "a row cannot skip a step"),
     *(
-        Bad(
-            within(SHORT, lambda m, run, cache, name=name: getattr(cache, name)(torch.tensor([1]))),
-            "delethink cannot reorder, repeat or drop",
-        )
-        for name in ("batch_select_indices", "batch_repeat_interleave", "reorder_cache")
-    ),
-    *(
         bad
         for method in SPARSE.values()
         for bad in (
