@@ -47,11 +47,14 @@ struct TileRows {
     const std::int64_t step_k = p.stride_k_t * size, step_v = p.stride_v_t * size;
     count = 0;
     const auto add = [&](int position_, std::int64_t slot, int length) {
-      for (int i = 0; i < length; ++i, ++count) {
-        position[count] = position_ + i;
-        k[count] = k_base + (slot + i) * step_k;
-        v[count] = v_base + (slot + i) * step_v;
+      const char *next_k = k_base + slot * step_k, *next_v = v_base + slot * step_v;
+      const int begin = count;  // and pointers in registers: lists are written, nothing is read
+      for (int i = 0; i < length; ++i, next_k += step_k, next_v += step_v) {
+        position[begin + i] = position_ + i;
+        k[begin + i] = next_k;
+        v[begin + i] = next_v;
       }
+      count = begin + length;
     };
     if (!p.page_ids) {
       add(first, first, end - first);
