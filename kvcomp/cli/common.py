@@ -85,14 +85,17 @@ def chunk_options(chunk: int | None, carry: int | None) -> dict[str, int | None]
 def load(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
     """Model and tokenizer from a folder, a GGUF file, the hub or a short name: the bundled
     "reasoner", or a model that `kvcomp get` has fetched."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from kvcomp.hf.auto import auto_class
 
     source = find(name, "model")
     if (file := convert.gguf_file(source)) is not None:
         model, tokenizer = _from_gguf(file, name, dtype)
         return model.to(device).eval(), tokenizer
     tokenizer = load_tokenizer(name, "model")
-    model = pretrained(AutoModelForCausalLM, "model", name, dtype=dtype or "auto")
+    kind = auto_class(pretrained(AutoConfig, "model", name))
+    model = pretrained(kind, "model", name, dtype=dtype or "auto")
     return model.to(device).eval(), tokenizer
 
 

@@ -116,6 +116,7 @@ class ChunkedRun(Run):
         if self.encoding:  # a context, filled by `_encode`
             return cache, given
         self._check_cache(cache)
+        given = self.wrapper.with_ids(given)
         ids = given.get("input_ids")
         self._thread.count = 0 if ids is None else ids.shape[1]
         given = cache.enter(given, self._encode)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from kvcomp.hf.attention import NAME
 from kvcomp.hf.cache import Cache
-from kvcomp.hf.decoder import values_of
+from kvcomp.hf.decoder import decoder_of, values_of
 from kvcomp.methods import Method
 from kvcomp.ops import HEAD_SIZES
 
@@ -21,7 +21,10 @@ def refuse(model: PreTrainedModel) -> None:
     reasons = {
         "is patched already, or shares its config with a model that is; undo() the other run"
         " first": config._attn_implementation == NAME,
-        "is multimodal; only text models are supported": config is not model.config,
+        "is multimodal, and its text part is no model that transformers could put another"
+        " attention into": decoder_of(model).config is not config,
+        "has a `generate` of its own; patch its text model instead (model.language_model), and"
+        " generate with that": config is not model.config and not _inherits(model),
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "requires its own cache class": not generative._supports_default_dynamic_cache(),
         "says nothing of its layers (num_hidden_layers)": not hasattr(config, "num_hidden_layers"),
@@ -40,6 +43,11 @@ def refuse(model: PreTrainedModel) -> None:
         raise ValueError(
             f"kvcomp.patch: {name} has heads of size {unknown}; supported are {HEAD_SIZES}"
         )
+
+
+def _inherits(model: Any) -> bool:
+    """Whether a model decodes with transformers' own `generate`."""
+    return type(model).generate is GenerationMixin.generate
 
 
 def unwrapped(model: Any) -> Any:

@@ -34,6 +34,7 @@ from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.refusals import refuse, refuse_prefixes, unwrapped
 from kvcomp.hf.rotation import key_rotation
 from kvcomp.hf.turns import Turns
+from kvcomp.hf.wrapper import Wrapper
 from kvcomp.methods import Method
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Run(Turns):
         self.method = method
         self.config = model.config.get_text_config(decoder=True)
         self.decoder = decoder_of(model)
+        self.wrapper = Wrapper(model, self.decoder)
         self.inner_name = self.config._attn_implementation
         self.inv_freq = key_rotation(model) if method.moves_keys else None
         first = Cache(self.config, method, None, self.inv_freq)
@@ -173,7 +175,7 @@ class Run(Turns):
     def _apply(self) -> None:
         attention.register()
         model, config, decoder = self.model, self.config, self.decoder
-        for module in attention_modules(model):
+        for module in attention_modules(decoder):
             module.__dict__["_kvcomp_run"] = self
             self._undo.append(partial(module.__dict__.pop, "_kvcomp_run"))
         attention.RUNS[id(config)] = self
@@ -181,6 +183,8 @@ class Run(Turns):
         self._set_attention(attention.NAME)
         self._undo.append(lambda: self._set_attention(self.inner_name))
         self._replace(decoder, "forward", self._around(decoder.forward))
+        for module in self.wrapper.modules:
+            self._replace(module, "forward", self.wrapper.watched(module.forward, self._gate))
         self._replace(model, "_prepare_cache_for_generation", self._prepare_cache)
         prepare = model.prepare_inputs_for_generation
         ours = wraps(prepare)(partial(self._prepare_inputs, prepare))
@@ -203,7 +207,8 @@ class Run(Turns):
         self._undo.append(take_back)
 
     def _set_attention(self, name: str) -> None:
-        self.model.set_attn_implementation(name)
+        part: Any = self.decoder if self.wrapper.modules else self.model  # towers keep their own
+        part.set_attn_implementation(name)
         if self.config._attn_implementation != name:
             raise ValueError(
                 f"kvcomp.patch: {type(self.model).__name__} does not take its attention from"
@@ -303,13 +308,13 @@ class Run(Turns):
             cache = given["past_key_values"] = self.new_cache()
         self.current = None
         if cache is not None:
-            cache, given = self._enter(cache, given)
+            cache, given = self._enter(cache, self.wrapper.decode(given))
             if cache.broken:
                 raise ValueError(f"kvcomp: past_key_values: {BROKEN}")
             tokens: Any = given.get("input_ids")
             tokens = given.get("inputs_embeds") if tokens is None else tokens
             mask = given.get("attention_mask")
-            self._read(cache, given.get("input_ids"))
+            self._read(cache, self.wrapper.ids_of(given))
             cache.padding = self._new_padding(cache, mask, tokens.shape[1])
             cache.masks = [mask]
             cache.entered = True
@@ -370,6 +375,8 @@ class Run(Turns):
                 )
         if len({kv.columns for kv in self.current.kv.layers}) > 1:
             raise ValueError(f"kvcomp: {name} {SKIPS}")
+        if not self.encoding:
+            self.wrapper.check(self.current.masks)
 
     def _after_forward(self, output: Any) -> Any:
         """Measure the time; the caller gets the output."""
@@ -404,7 +411,10 @@ class Run(Turns):
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
         """The mask function of `attention.NAME`: that of the implementation that the user had."""
-        made = ALL_MASK_ATTENTION_FUNCTIONS[self.inner_name](*args, **kwargs)
+        make = partial(ALL_MASK_ATTENTION_FUNCTIONS[self.inner_name], *args, **kwargs)
+        if self.wrapper.running:
+            return self.wrapper.makes(make, kwargs["q_length"])
+        made = make()
         if self.current is not None:
             self.current.masks.append(made)
         return made

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from kvcomp.hf.auto import auto_class
 from kvcomp.hf.cache import WINDOW, Cache, Layer
 from kvcomp.hf.refusals import refuse
 from kvcomp.methods import Method
@@ -50,7 +51,7 @@ def shape_of(
     kind = pick_dtype(dtype or getattr(text, "dtype", None))
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+            model = auto_class(config).from_config(config, dtype=kind)
     except Exception as error:  # whatever a model's code makes of a config that is not for it
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"kvcomp.plan: cannot build {name}: {reason}") from error

@@ -21,6 +21,7 @@ from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.run import BROKEN, Run
 from kvcomp.hf.static_cache import StaticCache
 from kvcomp.hf.text import first_difference
+from kvcomp.hf.wrapper import one_of
 from kvcomp.methods import Method
 
 COMPILED = ("_compiled_call", "_last_compile_config")  # what a model keeps of its compiled steps
@@ -192,7 +193,7 @@ class StaticRun(Run):
                 " which compiling the model alone leaves out; use run.compile()"
             )
         cache: Any = given.get("past_key_values")
-        mask = given.get("attention_mask")
+        mask = one_of(given.get("attention_mask"))
         self._check_attention()
         self._check_cache(cache)
         cache.padding = mask[:, -1:].bool() if isinstance(mask, Tensor) else None
@@ -205,9 +206,6 @@ class StaticRun(Run):
 
     def _before_forward(self, given: dict) -> dict:
         self._decoding, self._inside = False, True
-        if isinstance(mask := given.get("attention_mask"), dict):
-            # One for each kind of layer, prepared by `mask`
-            given = given | {"attention_mask": next(iter(mask.values()))}
         return super()._before_forward(given)
 
     def _read(self, cache: StaticCache, ids: Tensor | None) -> None:
@@ -268,9 +266,11 @@ class StaticRun(Run):
 
     def mask(self, *args: Any, q_length: int, attention_mask: Any = None, **kwargs: Any) -> Any:
         """None for decode steps: the cache knows which tokens there are."""
-        if not self._inside:  # `generate` prepares masks ahead; the forward makes its own
+        if (
+            not self._inside and not self.wrapper.running
+        ):  # `generate` prepares masks ahead; the forward makes its own
             return attention_mask if q_length > 1 else None
-        if self.current is None:  # there is no cache
+        if self.current is None:  # there is no cache, or a wrapper makes it
             return super().mask(*args, q_length=q_length, attention_mask=attention_mask, **kwargs)
         if q_length == 1 or self.current.kv.seen > q_length:
             return None

@@ -1,0 +1,145 @@
+"""A tiny random model of any type that transformers has, made from its config class alone.
+
+`shrunken` asks the class for the sizes it knows by name, in sub-configs too, and gives them small
+values; `PARTICULAR` has what a type needs beyond that.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+FULL = "full_attention"
+LAYERS, WINDOW, VOCABULARY = 4, 16, 128
+
+# names that configs give to a size -> the size here; other names keep their defaults
+SIZES: dict[tuple[str, ...], Any] = {
+    ("vocab_size", "text_vocab_size", "vocab_size_per_layer_input"): VOCABULARY,
+    ("hidden_size", "d_model", "n_embd", "embed_dim", "model_dim", "embedding_size"): 128,
+    ("word_embed_proj_dim", "rnn_hidden_size", "lru_width", "output_hidden_size"): 128,
+    ("intermediate_size", "ffn_dim", "n_inner", "dim_ff", "ffn_hidden_size"): 96,
+    ("encoder_ffn_dim", "decoder_ffn_dim", "intermediate_size_mlp", "shared_intermediate_size"): 96,
+    ("num_hidden_layers", "n_layer", "num_layers", "n_layers"): LAYERS,
+    ("encoder_layers", "decoder_layers"): LAYERS,
+    ("num_attention_heads", "n_head", "num_heads", "n_heads"): 4,
+    ("encoder_attention_heads", "decoder_attention_heads"): 4,
+    ("num_key_value_heads", "num_global_key_value_heads", "n_head_kv"): 2,
+    ("head_dim", "dim_head", "attention_head_dim"): 32,
+    ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"): 512,
+    ("sliding_window", "attention_window_size", "window_size"): WINDOW,
+    ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"): 4,
+    ("num_experts_per_tok", "moe_topk", "top_k_experts"): 2,
+    ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"): 32,
+    ("moe_shared_expert_intermediate_size",): 32,
+    ("first_k_dense_replace", "num_shared_experts", "n_shared_experts"): 1,
+    ("n_group", "topk_group", "moe_num_shared_experts"): 1,
+    ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"): 16,
+    ("global_head_dim",): 64,
+    ("share_expert_dim", "num_sliding_attention_heads"): (32, 4),
+    ("v_head_dim", "index_head_dim"): 32,
+    ("linear_num_key_heads",): 2,
+    ("linear_num_value_heads",): 4,
+    ("linear_key_head_dim", "linear_value_head_dim"): 16,
+    ("mamba_n_heads", "mamba_num_heads"): 8,
+    ("mamba_d_state", "state_size", "ssm_state_size", "mamba_d_head", "mamba_head_dim"): 16,
+    ("mamba_n_groups", "n_groups", "mamba_ngroups"): 2,
+    ("hidden_size_per_layer_input", "altup_lauf_size", "laurel_rank"): 16,
+    ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout"): 0.0,
+    ("tie_word_embeddings",): False,
+    ("query_pre_attn_scalar",): 32,
+    ("attention_multiplier",): 0.2,
+    ("pad_token_id", "bos_token_id", "eos_token_id"): (0, 1, 2),
+    # towers for images and sounds, which text never enters
+    ("depth", "num_blocks"): 1,
+    ("image_size", "image_resolution"): 32,
+    ("patch_size",): 16,
+    ("out_hidden_size", "projection_dim", "proj_dim", "text_hidden_size"): 128,
+}
+BY_NAME = {
+    name: value[place] if isinstance(value, tuple) else value
+    for names, value in SIZES.items()
+    for place, name in enumerate(names)
+}
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+BY_DEFAULT_NONE = {"num_key_value_heads", "head_dim", "pad_token_id"}
+
+PARTICULAR: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [4, 6, 6]}},
+    "qwen2_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [4, 6, 6]}},
+    "glm4v_text": {"rope_parameters": {**ROPE, "mrope_section": [4, 6, 6]}},
+    "glm4v_moe_text": {
+        "rope_parameters": {**ROPE, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
+    },
+    "step3p5": {
+        "num_hidden_layers": 5,
+        "sliding_window": WINDOW,
+        "layer_types": [FULL, "sliding_attention", FULL, FULL, FULL],
+        "mlp_layer_types": ["dense", "dense", "sparse", "sparse", "sparse"],
+    },
+}
+
+
+MOST = 8_000_000  # parameters; a type with more has a size that `SIZES` does not know
+
+
+def shrunken(default: Any, **more: Any) -> Any:
+    """A config like `default`, of its class, with the sizes of `SIZES`. What is None stays None,
+    such as a window that a type does not have."""
+    given: dict[str, Any] = {}
+    for name, value in vars(default).items():
+        if isinstance(value, PretrainedConfig):
+            given[name] = shrunken(value)
+        elif name in BY_NAME and (value is not None or name in BY_DEFAULT_NONE):
+            given[name] = BY_NAME[name]
+    given |= layers_of(default)
+    if isinstance(text := given.get("text_config"), PretrainedConfig):
+        for name in given.keys() & {"hidden_size", "vocab_size"}:
+            given[name] = getattr(text, name)
+    return type(default)(**given | PARTICULAR.get(default.model_type, {}) | more)
+
+
+def layers_of(default: Any) -> dict[str, Any]:
+    """Layers of every kind, and four with full attention, so that methods have something to do."""
+    kinds = getattr(default, "layer_types", None)
+    if not isinstance(kinds, list) or FULL not in kinds:
+        return {}
+    others = sorted(set(kinds) - {FULL})
+    chosen = [FULL, *others, FULL, FULL, FULL]
+    given: dict[str, Any] = {"num_hidden_layers": len(chosen), "layer_types": chosen}
+    for name, value in vars(default).items():
+        if isinstance(value, list) and len(value) == len(kinds) and name not in given:
+            given[name] = value[-len(chosen) :]
+    return given
+
+
+def tiny_config(kind: str, **more: Any) -> Any:
+    """A config of the type, which a few thousand parameters fill."""
+    return shrunken(CONFIG_MAPPING[kind](), **more)
+
+
+def tiny(build: Any, kind: str, seed: int = 0, **more: Any) -> PreTrainedModel:
+    """`build` is an Auto class. The model is in float32, its 1-D weights away from 0 and 1, and
+    the others are so wide that every token depends on what came before."""
+    config = tiny_config(kind, **more)
+    with torch.device("meta"):
+        count = sum(x.numel() for x in build.from_config(deepcopy(config)).parameters())
+    assert count < MOST, f"{kind} has {count} parameters: a size is missing in SIZES"
+    torch.manual_seed(seed)
+    model = build.from_config(config).eval()
+    scatter(model)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def scatter(model: PreTrainedModel) -> None:
+    """Weights at random."""
+    with torch.no_grad():
+        for x in model.parameters():
+            noise = torch.randn_like(x)
+            x.copy_(noise * 1.6 / x.shape[-1] ** 0.5 if x.ndim > 1 else x + 0.2 * noise)
