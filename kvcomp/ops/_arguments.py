@@ -1,7 +1,8 @@
-"""Arguments of another type than the schema says, and the one error that names them.
+"""The error for arguments whose type differs from the schema.
 
-Ops look at nothing before they run. Only a call that has failed is gone through here, argument by
-argument: what the extension, the dispatcher or Python said first is of no use to the caller.
+An op checks no types before it runs. If a call fails, this module goes through its arguments one by
+one and names the wrong one, because the first message of the extension, the dispatcher or Python
+does not help the caller.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def expect(op: str, name: str, kind: str, value: Any) -> None:
 
 
 def default_scale(q: Any) -> float:
-    """1 / sqrt(D) of q [..., D]; of what is no such tensor the op will say so."""
+    """1 / sqrt(D) for q [..., D]. For anything else 1.0; the op then raises its own error."""
     return q.shape[-1] ** -0.5 if _is_tensor(q) and q.ndim and q.shape[-1] else 1.0
 
 
@@ -84,7 +85,7 @@ KINDS = {  # of a schema -> whether a value is of it, and what to call it
 
 
 def _said(value: Any) -> str:
-    """The value where it is short, else its type."""
+    """The value if it is short, otherwise its type."""
     if value is None or isinstance(value, (str, Real)):
         return repr(value)
     kind = type(value)

@@ -30,7 +30,7 @@ BACKENDS = {"cpu": _C.Backend.cpu, "cuda": _C.Backend.cuda}
 
 @dataclass
 class Op:
-    """One op: its schema and all of its implementations, called with the schema's arguments."""
+    """One op with its schema and implementations. Each takes the schema's arguments."""
 
     name: str
     schema: str
@@ -41,7 +41,7 @@ class Op:
     bound: dict[str, str] = field(default_factory=dict)  # device type -> implementation
 
     def impl(self, name: str) -> Callable:
-        """The implementation called `name`; KeyError with the reason where there is none."""
+        """The implementation called `name`. Raises KeyError with the reason if there is none."""
         if name not in self.impls:
             why = self.missing.get(name, f"known: {', '.join(self.impls)}")
             raise KeyError(f"kvcomp.{self.name} has no implementation {name!r} here: {why}")
@@ -64,10 +64,10 @@ def bind(
         schema: argument list and returns, mutation included, without the name.
         reference: the specification, in plain PyTorch without dtype casts.
         fake: shapes and dtypes of the outputs.
-        native: from the extension and a backend number to a function of the schema's arguments.
-            Without one the op is its reference, and only the types and the devices of arguments
-            are checked; shapes and values are up to the public function.
-        backends: those that exist in the sources, "cpu" and "cuda"; with `native`, "cpu".
+        native: takes the extension and a backend number and returns a function of the schema's
+            arguments. Without it the op runs its reference and checks only types and devices; the
+            public function must then check shapes and values.
+        backends: the backends that have sources, "cpu" and "cuda"; with `native`, "cpu".
         triton: whether ``kvcomp.ops.triton.<name>`` exists.
     """
     op = Op(name, f"{name}{schema}", reference, native)
@@ -103,12 +103,12 @@ def bind(
 
 
 def add_emulated(load: Callable[[], ModuleType]) -> None:
-    """Give each op that has CUDA code the implementation "cuda-host": that code, emulated on a CPU.
+    """Add the implementation "cuda-host", CUDA code emulated on a CPU, to each op that has any.
 
-    It is for tests, which build the module, and is never bound.
+    Only tests use it and build the module for it. It is never bound to the dispatcher.
 
     Args:
-        load: imports the module; called when such an implementation is called first.
+        load: imports the module, at the first call of such an implementation.
     """
 
     def emulated(native: Native) -> Callable:
@@ -130,12 +130,12 @@ def _why_no_cuda() -> str | None:
 
 
 def _shortcut(dispatched: Callable, op: Op) -> Callable:
-    """`dispatched`, past the dispatcher where it would only cost time.
+    """A function that calls `dispatched`, or skips the dispatcher where it has nothing to do.
 
-    That is a plain call in eager mode: nobody compiles or traces, no mode watches (fake tensors),
-    no gradient is wanted. It saves about half of a small call. The price: torch.profiler, which
-    listens to the dispatcher, does not see it. Arguments of a wrong type are looked for where a
-    call has failed, which costs the others nothing.
+    It has nothing to do in a plain eager call: no compilation or tracing, no active mode (such as
+    fake tensors) and no gradient. Skipping it saves about half the time of a small call. In return,
+    torch.profiler does not see the call, because it listens to the dispatcher. Argument types are
+    checked only after a call has failed, so correct calls do not pay for that.
     """
     on_cpu, on_cuda = op.impls[op.bound["cpu"]], op.impls[op.bound["cuda"]]
     # Found once: each look-up by dotted name would cost a call some 20 ns.
@@ -166,7 +166,7 @@ def _shortcut(dispatched: Callable, op: Op) -> Callable:
 
 
 def raw_stream(tensor: torch.Tensor) -> int:
-    """The current CUDA stream of the tensor's device as an integer; 0 for a tensor elsewhere."""
+    """The current CUDA stream of the tensor's device as an integer; 0 if it is not on a GPU."""
     return _torch.raw_stream(tensor.device) if tensor.is_cuda else 0
 
 
@@ -179,7 +179,7 @@ def _checked(check: Callable, run: Callable) -> Callable:
 
 
 def _lazy(load: Callable[[], Callable]) -> Callable:
-    """What `load` returns, loaded at the first call."""
+    """A stand-in for the function that `load` returns. It loads it at the first call."""
     loaded = cache(load)
     return lambda *args: loaded()(*args)
 
@@ -206,7 +206,7 @@ def _float32_fallback(reference: Callable, fake: Callable, schema: str) -> Calla
 
 
 def _within_range(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Finite values of `value` as far as `dtype` reaches: rounded to it, they stay finite."""
+    """Finite values clamped to the range of `dtype`, so that rounding to it keeps them finite."""
     if dtype != torch.float16:
         return value
     limit = torch.finfo(dtype).max

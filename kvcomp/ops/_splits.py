@@ -1,4 +1,4 @@
-"""Splits: into how many parts a GPU kernel cuts the tokens of one sequence and head."""
+"""The number of parts into which a GPU kernel splits the tokens of one sequence and head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_SPLITS = 128
 
 @cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Of the GPU; where there is none, as under an interpreter, 132 as on Hopper."""
+    """Multiprocessors of the GPU. Without a GPU, as under an interpreter: 132, as on Hopper."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -20,7 +20,7 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @lru_cache(maxsize=4096)
 def plan_splits(programs: int, chunks: int, slots: int) -> tuple[int, int]:
-    """How many splits, and of how many tokens, from shapes alone.
+    """The number of splits and the tokens in each, computed from shapes alone.
 
     Picks the split count with the least waves x (tokens of a split + a fixed cost), so that the
     last wave is not nearly empty.

@@ -1,4 +1,4 @@
-"""Arguments of an op in a wider floating dtype: what its reference is computed in."""
+"""Arguments of an op converted to a wider floating dtype, in which its reference computes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def in_float32(args: Iterable) -> list:
-    """The arguments with 16-bit tensors, also those in lists, in fp32."""
+    """The arguments with all 16-bit tensors, including tensors in lists, converted to fp32."""
     return [_widened(a, HALF, torch.float32) for a in args]
 
 
 def in_float64(args: Iterable) -> list:
-    """The arguments with all floating tensors in fp64: the reference on them is the truth."""
+    """The arguments with all floating tensors in fp64. The reference on them counts as exact."""
     return [_widened(a, (*HALF, torch.float32), torch.float64) for a in args]
 
 

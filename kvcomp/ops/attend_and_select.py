@@ -35,19 +35,20 @@ def attend_and_select(
     num_recent: int = 1,
     num_sink: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`decode_attention`, `page_scores` of its logits and `select_pages` by these scores, at once.
+    """`decode_attention`, `page_scores` of its logits and `select_pages` by these scores in one op.
 
-    What a layer does that selects for the layers above it. In CUDA it is two launches (four beyond
-    2048 pages), with nothing in between that the host would have to wait for.
+    A layer that selects pages for the layers above it needs all three. In CUDA this takes two
+    launches (four beyond 2048 pages), and the host does not wait between them.
 
     Args:
-        q, k, v, seq_lens, page_ids, scale: as for `decode_attention`. With `page_ids` a page is a
-            place in that list, a column of a block table; a -1 before a row's end has no score.
-        page_size: tokens in a page, of `page_ids` too.
+        q, k, v, seq_lens, page_ids, scale: as for `decode_attention`. With `page_ids` the selected
+            ids are positions in that list (columns of a block table), and an entry of -1 before a
+            row's end gets no score.
+        page_size: tokens in a page, also in a page of `page_ids`.
         num_pages: K, pages in a set.
         logits: [B, Hq, N] fp32, or fp16 except on the CPU, N >= T (dense) or K' * page_size (K'
-            listed pages): receives the scaled logits, as from `decode_attention`.
-        num_groups, reduction: as for `page_scores`; there is a set for each group.
+            listed pages): output, the scaled logits as from `decode_attention`.
+        num_groups, reduction: as for `page_scores`. Each group gets its own set.
         num_recent, num_sink: as for `select_pages`.
 
     Returns:
@@ -56,7 +57,7 @@ def attend_and_select(
         int32, the tokens in a row's set.
 
     Raises:
-        TypeError, ValueError: as the three ops.
+        TypeError, ValueError: in the same cases as the three ops.
     """
     use_max = is_max("attend_and_select", reduction)
     if scale is None:
@@ -66,7 +67,7 @@ def attend_and_select(
 
 
 def in_turn(attend: Callable, score: Callable, select: Callable) -> Callable:
-    """The op from an implementation of each of the three."""
+    """The op built from an implementation of each of the three."""
 
     def run(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
         num_groups, use_max, num_recent, num_sink = rest

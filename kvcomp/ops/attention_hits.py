@@ -1,4 +1,4 @@
-"""attention_hits: which tokens a decode step found important, one bit each."""
+"""attention_hits: mark the tokens that a decode step found important, one bit per token."""
 
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ def attention_hits(
 ) -> None:
     """Mark the tokens whose probability reaches `threshold` under any head of a unit.
 
-    The test is `logit >= lse + log(threshold)`: the probabilities are never formed. A unit is a
-    group of Hq / U heads that keep one set of tokens: U = 1 (all heads), Hkv or Hq.
+    The test is `logit >= lse + log(threshold)`, so no probability is computed. A unit is a group of
+    Hq / U heads that keep one set of tokens; U is 1 (all heads), Hkv or Hq.
 
     Args:
         logits: [B, Hq, N] fp32, or fp16 except on the CPU, scaled logits from `decode_attention`;
             rows may be strided.
-        lse: [B, Hq] fp32; -inf (nothing attended) marks nothing.
+        lse: [B, Hq] fp32. With -inf (nothing attended) no token is marked.
         seq_lens: [B] int32, valid tokens of each row, at most N.
-        hits: [B, U, W] int32, written whole: token i is bit i % 32 of word i // 32; 0 past the end
-            of a row. W * 32 >= N; B may be strided.
+        hits: [B, U, W] int32, output, W * 32 >= N. Bit i % 32 of word i // 32 stands for token i;
+            bits past the end of a row are 0. B may be strided.
         threshold: probability in (0, 1); LazyEviction's alpha (arXiv 2506.15969).
-        row: hits are [B, R, U, W], the bits of R steps, and hits[:, row] is written: a number, or
-            [1] int64 on the device, as a graph needs it that writes another row at each replay.
+        row: with it, hits is [B, R, U, W], the bits of R steps, and only hits[:, row] is written.
+            Either a number, or [1] int64 on the device for a graph that writes another row at each
+            replay.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout; a threshold outside (0, 1).
@@ -55,7 +56,7 @@ def attention_hits(
 
 
 def _row(hits: Tensor, row: int | Tensor) -> Tensor:
-    """Where the bits of a step go: hits[:, row], or new memory where the device knows the row."""
+    """The output for one step: hits[:, row], or new memory if only the device knows the row."""
     expect("attention_hits", "hits", "Tensor", hits)
     if isinstance(row, Tensor):
         if row.shape != (1,) or row.dtype != torch.int64:

@@ -1,4 +1,4 @@
-"""compact_kv: take tokens out of a cache in place."""
+"""compact_kv: remove tokens from a cache in place."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from kvcomp.ops._registry import bind, raw_stream
 def compact_kv(
     k: Tensor, v: Tensor, state: list[Tensor], victims: Tensor, seq_lens: Tensor
 ) -> None:
-    """Fill the holes that victims leave with the last surviving tokens of the row.
+    """Remove the victims of each row by moving its last surviving tokens into their slots.
 
-    A row of m tokens that loses c has m - c afterwards: the i-th victim below slot m - c receives
-    the i-th survivor at or above it. That is at most c row copies per head, no second buffer, and
-    nothing else moves. What lies at m - c and above is unspecified afterwards.
+    A row of m tokens that loses c has m - c afterwards. The i-th survivor at or above slot m - c
+    moves to the i-th victim below it. This copies at most c rows per head, needs no second buffer
+    and moves nothing else. The contents of slots m - c and above are unspecified afterwards.
 
     Args:
-        k, v: [B, H, T, D] of any one dtype, changed in place; strided over B, H and T.
-        state: tensors [B, U, T'] of 4-byte elements that follow their tokens, T' >= seq_lens;
-            strided over B and U. At most 8, or none.
-        victims: [B, U, V] int32 slots, ascending, then -1; U is 1 (all heads alike) or H. The units
-            of a row lose equally many.
+        k, v: [B, H, T, D] of the same dtype, any dtype, changed in place; strided over B, H and T.
+        state: at most 8 tensors [B, U, T'] of 4-byte elements, T' >= seq_lens, strided over B and
+            U. Their elements move with the tokens.
+        victims: [B, U, V] int32 slots, ascending, then -1; U is 1 (all heads alike) or H. All units
+            of a row must lose the same number of tokens.
         seq_lens: [B] int32, tokens in each row before.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also victims out of
-            range or order, or unequal counts in a row. Nothing has been changed then.
+            range or order, or unequal counts in a row. Nothing is changed in that case.
     """
     _op(k, v, state, victims, seq_lens)
 

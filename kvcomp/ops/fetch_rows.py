@@ -1,4 +1,4 @@
-"""fetch_rows: from the host pool, what a selection wants and the slots have not."""
+"""fetch_rows: copy the selected rows that the slots lack from the host pool."""
 
 from __future__ import annotations
 
@@ -23,34 +23,35 @@ def fetch_rows(
     *,
     num_sinks: int = 0,
 ) -> Tensor:
-    """Exchange what a row's slots hold: sinks, local rows and the wanted ones stay or come.
+    """Exchange the contents of each sequence's slots: afterwards they hold the sinks, the local
+    rows and the wanted rows.
 
     slot_rows says which pool row each slot of [0, seq_lens) holds. A slot is kept if its row is
-    below num_sinks, at or above first_local, or wanted. The wanted rows that no slot holds are
-    copied from the pool, in ascending order into the lowest free slots and then behind the last
-    one; free slots that remain are filled with the last survivors, as `compact_kv` does. seq_lens
-    and slot_rows follow; slots given up become 0 in slot_rows.
+    below num_sinks, at or above first_local, or wanted. Wanted rows that no slot holds are copied
+    from the pool in ascending order, first into the lowest free slots, then behind the last slot.
+    Free slots that remain are filled with the last survivors, as in `compact_kv`. seq_lens and
+    slot_rows are updated; released slots become 0 in slot_rows.
 
     Args:
-        k, v: [B, H, T, D] of one dtype: fp32, fp16 or bf16; any strides but that of D, which is a
-            multiple of 16 and at most 512; changed in place.
+        k, v: [B, H, T, D] of the same dtype: fp32, fp16 or bf16; any strides on B, H and T, D
+            contiguous, a multiple of 16 and at most 512; changed in place.
         slot_rows: [B, H, T'] int32, contiguous in the last dimension, distinct over a head's valid
             slots; changed in place.
-        seq_lens: [B] int32, changed in place; all heads of a row must end up equally long.
+        seq_lens: [B] int32, changed in place; all heads of a row must end with the same length.
         rows: [B, H, K] int32, contiguous: the wanted rows, num_sinks <= row < first_local,
             ascending, then -1.
         first_local: [B] int32, at most the pool's rows.
-        active: [B] int32: rows where it is 0 are left alone.
-        pool: blocks [B, H, R, 2, D] of k's dtype in host memory, as `store_segments` has them.
-        num_sinks: rows [0, num_sinks) always stay.
+        active: [B] int32, 0 for sequences to leave unchanged.
+        pool: blocks [B, H, R, 2, D] of k's dtype in host memory, as for `store_segments`.
+        num_sinks: pool rows [0, num_sinks) always stay.
 
     Returns:
         fetched [B, H] int32: rows copied from the pool.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also rows out of
-            range or order, heads that would differ in length, or too few slots. Nothing has been
-            changed then.
+            range or order, heads that would differ in length, or too few slots. Nothing is changed
+            in that case.
     """
     return _op(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks)
 

@@ -1,4 +1,4 @@
-"""kmeans: keys of every head, clustered in windows."""
+"""kmeans: cluster the keys of each head, window by window."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def kmeans(
     window: int = 8192,
     iterations: int = 10,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Spherical k-means of each head's keys, `window` tokens at a time, deterministic.
+    """Deterministic spherical k-means of each head's keys, `window` tokens at a time.
 
-    A row's tokens [first, last) are cut into windows, each clustered by itself: m tokens into
-    k = max(1, round(m / cluster_size)) clusters. In a window the keys are centred (their mean is
-    subtracted, as keys share a large common part); the first centres are tokens floor(i m / k), i
-    < k; in each iteration a token joins the centre with the largest inner product, ties to the
-    first, and a centre becomes the normalised mean of its tokens, or stays where it has none. What
-    is returned is the last assignment and the plain mean of its uncentred keys.
+    A row's tokens [first, last) are cut into windows, and each window is clustered by itself: m
+    tokens give k = max(1, round(m / cluster_size)) clusters. The mean key of the window is
+    subtracted first, because keys share a large common part. The initial centres are tokens
+    floor(i m / k) for i < k. In each iteration a token joins the centre with the largest inner
+    product, ties to the first, and each centre becomes the normalised mean of its tokens; a centre
+    without tokens stays. The op returns the last assignment and the plain means of the uncentred
+    keys.
 
     Args:
         keys: [B, H, N, D]; fp32, fp16 or bf16; any strides on B, H and N, D contiguous, a multiple
@@ -38,15 +39,15 @@ def kmeans(
         iterations: assignments, at least 1.
 
     Returns:
-        labels [B, H, N] int32: cluster of each token in [first, last), counted over the windows of
-        the row; -1 elsewhere. centroids [B, H, K, D] of keys' dtype and sizes [B, H, K] int32, K =
-        `num_clusters(N, ...)`; clusters that are empty, or that a shorter row has not, are 0.
+        labels [B, H, N] int32: the cluster of each token in [first, last), counted over all windows
+        of the row; -1 for other tokens. centroids [B, H, K, D] of keys' dtype and sizes [B, H, K]
+        int32 with K = `num_clusters(N, ...)`; both are 0 for empty and unused clusters.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout; numbers below 1; on the CPU
-            also ranges that do not fit.
+            also invalid ranges.
 
-    Source: RetroInfer's recipe (arXiv 2505.02922, section 4) as taken up for LouisKV.
+    Source: RetroInfer (arXiv 2505.02922, section 4), whose recipe LouisKV uses.
     """
     return _op(keys, first, last, cluster_size, window, iterations)
 

@@ -1,4 +1,4 @@
-"""linear_rows: a linear layer for the few rows of a decode step."""
+"""linear_rows: a linear layer for the few input rows of a decode step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MAX_ROWS = 8
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b for at most 8 rows of x, summed in fp32, over the weights as they lie in memory.
+    """x W^T + b for at most 8 rows of x, summed in fp32.
 
-    With so few rows a linear layer is bound by the reading of its weights. They are read once for
-    all rows and are neither packed nor copied. A row's result has the same bits whatever the other
-    rows are, and whatever the number of threads.
+    With so few rows the time of a linear layer is the time to read its weights. They are read once
+    for all rows, in their own layout, neither packed nor copied. The result of a row has the same
+    bits for any other rows and any number of threads.
 
     Args:
         x: [..., in], fp32, fp16 or bf16, `in` contiguous; at most 8 rows.

@@ -14,12 +14,13 @@ from kvcomp.ops._registry import bind, raw_stream
 def merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The attention over the union of two disjoint token sets, from their (out, lse).
+    """Attention over the union of two disjoint token sets, computed from their (out, lse).
 
-    Exact and associative; (0, -inf) is neutral, so rows that attended to nothing merge cleanly.
+    The operation is exact and associative. (0, -inf) is its neutral element, so a row that attended
+    to nothing changes nothing.
 
     Args:
-        out_a, out_b: [B, Hq, D], fp32, fp16 or bf16, the same dtype.
+        out_a, out_b: [B, Hq, D], all of the same dtype: fp32, fp16 or bf16.
         lse_a, lse_b: [B, Hq] fp32, natural log.
 
     Returns:

@@ -1,4 +1,4 @@
-"""page_scores: how much attention each page of a sequence receives."""
+"""page_scores: the attention that each page of a sequence receives."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def page_scores(
     num_groups: int = 1,
     reduction: str = "max",
 ) -> Tensor:
-    """Sum over a page's tokens of the probability, reduced over the heads of a group.
+    """The attention probabilities of a page's tokens, reduced over the heads of a group and summed.
 
-    "max" is DELTA's score (arXiv 2510.09883, section 3): the max over heads sits inside the sum
-    over tokens. "sum" is the probability mass of the page. `num_groups` 1 scores one set for all
-    heads, Hkv one set per KV head.
+    "max" takes the largest probability of each token over the heads, then sums over the tokens:
+    DELTA's score (arXiv 2510.09883, section 3). "sum" gives the probability mass of the page. Use
+    `num_groups` 1 for one page set for all heads, and Hkv for one set per KV head.
 
     Args:
         logits: [B, Hq, N] fp32, or fp16 except on the CPU, scaled logits from `decode_attention`;
@@ -38,7 +38,7 @@ def page_scores(
         reduction: "max" or "sum" over the heads of a group.
 
     Returns:
-        scores [B, num_groups, P] fp32 with P = ceil(N / page_size); pages past the end are 0.
+        scores [B, num_groups, P] fp32 with P = ceil(N / page_size), 0 for pages past the end.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout, an unknown reduction.
@@ -48,7 +48,7 @@ def page_scores(
 
 
 def is_max(op: str, reduction: str) -> bool:
-    """Whether `reduction` is "max"; ValueError where it is not "sum" either."""
+    """Whether `reduction` is "max". Raises ValueError if it is neither "max" nor "sum"."""
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(
             f"kvcomp.{op}: argument 'reduction': expected one of {REDUCTIONS}, got {reduction!r}"

@@ -1,4 +1,4 @@
-"""query_similarity: how far a step's queries have turned since the step before."""
+"""query_similarity: the cosine between the queries of a step and of the step before."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kvcomp.ops._registry import bind, raw_stream
 
 
 def query_similarity(q: Tensor, previous: Tensor) -> Tensor:
-    """The mean over the heads of cos(previous, q); then `previous` becomes `q`.
+    """The mean over heads of cos(previous, q). Afterwards `previous` holds `q`.
 
-    A head that is 0 in either counts as 0. A row whose previous queries are all 0 has none yet: its
-    similarity is -inf, below any threshold.
+    A head whose query is 0 in either step counts as 0. If all previous queries of a row are 0, it
+    has not had a step yet, and its similarity is -inf, below any threshold.
 
     Args:
         q: [B, Hq, D]; fp32, fp16 or bf16; strided over B and Hq, D contiguous, a multiple of 16 and
@@ -28,7 +28,7 @@ def query_similarity(q: Tensor, previous: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout.
 
-    Source: LouisKV (arXiv 2510.11292), the trigger of retrieval.
+    Source: LouisKV (arXiv 2510.11292), its retrieval trigger.
     """
     return _op(q, previous)
 

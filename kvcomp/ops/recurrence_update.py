@@ -1,4 +1,4 @@
-"""recurrence_update: when each token was last important, and its longest silence so far."""
+"""recurrence_update: the last hit of each token and its longest interval between hits."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ def recurrence_update(
     born: Tensor,
     first_step: int,
 ) -> None:
-    """Replay the hits of up to 32 steps, in order, into last-hit step and longest interval.
+    """Update each token's last hit and longest interval with the hits of up to 32 steps, in order.
 
-    A token hit at step t has `longest = max(longest, t - last_hit)` and then `last_hit = t`, as
-    LazyEviction tracks them (arXiv 2506.15969). A token born at step s begins with
-    `last_hit = s - 1` and `longest = 0`. A row's tokens lie in the order of their birth, one a
-    step up to the last step of `hits`; those beyond that many (a prompt) count as born at the
-    first.
+    For a token hit at step t, `longest = max(longest, t - last_hit)` and then `last_hit = t`, as in
+    LazyEviction (arXiv 2506.15969). A token that arrives at step s starts with `last_hit = s - 1`
+    and `longest = 0`. The tokens of a row are in the order of their arrival, one per step up to the
+    last step of `hits`. Further new tokens (a prompt) count as arrived at the first step.
 
     Args:
         hits: [B, R, U, W] int32 bits of R <= 32 steps, from `attention_hits`; strided over B, R.
-        last_hit: [B, U, N] int32, updated; slots past the end of a row are left alone.
-        longest: [B, U, N] int32, updated; the longest interval between two hits.
+        last_hit: [B, U, N] int32, updated in place; slots past the end of a row are not touched.
+        longest: [B, U, N] int32, updated in place: the longest interval between two hits.
         seq_lens: [B] int32, tokens in each row after the last of the steps, at most N.
-        born: [B] int32, how many of the last slots of a row are new since the last replay.
-        first_step: number of the step of `hits[:, 0]`, at least 0.
+        born: [B] int32, the number of last slots of a row that are new since the last update.
+        first_step: the step number of `hits[:, 0]`, at least 0.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout; more than 32 steps.

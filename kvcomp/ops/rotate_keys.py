@@ -1,4 +1,4 @@
-"""rotate_keys: move cached keys to other positions."""
+"""rotate_keys: rotate cached keys to other positions."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def rotate_keys(k: Tensor, shift: Tensor, inv_freq: Tensor) -> None:
-    """Re-base keys that carry their rotary embedding by a common shift of each row, in place.
+    """Shift the positions of keys that carry a rotary embedding, in place, by one shift per row.
 
-    A key rotated for position p becomes one rotated for p + shift. Elements i and i + R / 2 of a
-    key form a pair (the layout of Llama, Qwen and most others); elements from R on carry no
-    rotation and are left alone. Rounds to the dtype of `k` each time, so rotate an untouched copy
-    anew rather than the same keys step after step.
+    A key rotated for position p becomes a key rotated for p + shift. Elements i and i + R / 2 of a
+    key form a pair, as in Llama, Qwen and most other models. Elements from R on have no rotation
+    and do not change. The result is rounded to the dtype of `k`, so start from an original copy of
+    the keys instead of rotating the same keys in every step.
 
     Args:
         k: [B, H, T, D], changed in place; strided over B, H and T.
         shift: [B] integer positions, of either sign.
-        inv_freq: [R / 2] fp32, radians per position, R <= D; the model's own.
+        inv_freq: [R / 2] fp32, the model's frequencies in radians per position, R <= D.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout.

@@ -1,4 +1,4 @@
-"""segment_boundaries: where a sequence is cut, and when what is resident must be chosen anew."""
+"""segment_boundaries: when a segment of the output ends, and when a row must select again."""
 
 from __future__ import annotations
 
@@ -24,35 +24,36 @@ def segment_boundaries(
     longest: int,
     local: int,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the rule that cuts a sequence into segments and lets older ones go.
+    """One step of the rule that cuts a sequence into segments and releases the older ones.
 
-    A row's tokens are numbered; unit u of head h holds tokens [starts[u], starts[u + 1]). The
-    tokens from starts[num_units] up to the newest, which is not counted, form the open segment; all
-    from starts[num_indexed] on are local. For each row, in this order:
+    The tokens of a row are numbered from 0, and unit u of head h holds tokens [starts[u],
+    starts[u + 1]). The open segment starts at starts[num_units] and ends before the newest token.
+    All tokens from starts[num_indexed] on are local. For each row, in this order:
 
-    * the open segment, if it has tokens, is closed where similarity < cut_below and it has at
-      least `shortest`, or where it has `longest`: num_units grows by one, and the next segment
-      starts with the newest token;
-    * the row is triggered where similarity < retrieve_below, or where `local + longest` tokens are
-      local. Then the oldest closed units stop being local, one by one while more than `local`
-      tokens are: num_indexed grows.
+    * An open segment with tokens is closed if similarity < cut_below and it has at least `shortest`
+      tokens, or if it has `longest` tokens. num_units grows by one, and the next segment starts
+      with the newest token.
+    * The row is triggered if similarity < retrieve_below, or if `local + longest` tokens are local.
+      While more than `local` tokens are local, the oldest closed unit then stops being local:
+      num_indexed grows.
 
     Args:
-        similarity: [B] fp32; NaN is below nothing.
-        lengths: [B] int32, tokens of each row, the newest among them.
-        starts: [B, H, U + 1] int32, contiguous in the last dimension; a closed segment's end is
-            written for all heads. What is read is head 0's.
+        similarity: [B] fp32; NaN is below no threshold.
+        lengths: [B] int32, tokens of each row, the newest included.
+        starts: [B, H, U + 1] int32, contiguous in the last dimension; the op reads head 0 and
+            writes the end of a closed segment for all heads.
         num_units, num_indexed: [B] int32, num_indexed <= num_units < U; changed in place.
         cut_below, retrieve_below: thresholds on the similarity.
         shortest, longest: tokens of a segment, 1 <= shortest <= longest.
         local: tokens that stay local.
 
     Returns:
-        closed [B] int32: tokens of the segment that was closed, or 0; triggered [B] int32: 1 or 0.
+        closed [B] int32: the tokens of the segment that was closed, or 0; triggered [B] int32: 1 or
+        0.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also counts that do
-            not fit, among them a row that has no unit left.
+        TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also invalid counts,
+            such as a row without a free unit.
     """
     return _op(
         similarity,

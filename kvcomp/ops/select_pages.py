@@ -1,4 +1,4 @@
-"""select_pages: the best pages of each sequence, with forced recent and sink pages."""
+"""select_pages: select the best pages of each sequence; recent and sink pages always count."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ def select_pages(
     num_recent: int = 1,
     num_sink: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The `num_pages` best pages of a row by score, ascending, ready for `decode_attention`.
+    """Select the `num_pages` best pages of each row by score, in ascending order, in the form that
+    `decode_attention` takes.
 
-    A row has ceil(seq_lens / page_size) pages. Its last `num_recent` (the partial one counts) and
-    first `num_sink` are always selected and are part of `num_pages`; the others compete by score,
-    ties to the older page, NaN last. A row with no more than `num_pages` pages keeps them all, and
-    the rest of its list is -1.
+    A row has ceil(seq_lens / page_size) pages. The last `num_recent` pages (a partial page counts)
+    and the first `num_sink` pages are always selected and count towards `num_pages`. The others
+    compete by score; the older page wins ties, and NaN ranks last. A row with at most `num_pages`
+    pages keeps them all, and the rest of its list is -1.
 
     Args:
         scores: [B, H, P] fp32, H = 1 (one set for all heads) or Hkv.
         seq_lens: [B] int32 tokens in each row, at most P * page_size.
         page_size: tokens in a page.
         num_pages: K, pages in the set.
-        num_recent: at least 1, so that the partial page is always there and listed last.
-        num_sink: first pages always kept; num_recent + num_sink <= num_pages.
+        num_recent: at least 1, so that the partial page is always listed, and last.
+        num_sink: first pages that are always selected; num_recent + num_sink <= num_pages.
 
     Returns:
-        page_ids [B, H, K] int32 and selected_lens [B] int32: the tokens in a row's set, to pass to
-        `decode_attention` as its `seq_lens`.
+        page_ids [B, H, K] int32 and selected_lens [B] int32, the tokens in a row's set. Pass it to
+        `decode_attention` as `seq_lens`.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or layout; counts that do not fit.
+        TypeError, ValueError: wrong dtype, shape, device or layout; or invalid counts.
     """
     return _op(scores, seq_lens, page_size, num_pages, num_recent, num_sink)
 

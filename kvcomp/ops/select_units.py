@@ -1,4 +1,4 @@
-"""select_units: the best units of tokens that fit a budget."""
+"""select_units: select the best units of tokens within a budget."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from kvcomp.ops._registry import bind, raw_stream
 def select_units(
     scores: Tensor, starts: Tensor, num_indexed: Tensor, active: Tensor, budget: int
 ) -> Tensor:
-    """The tokens of the best units, `budget` in all; the unit that crosses it gives its first ones.
+    """List the tokens of the best units, `budget` tokens in total.
 
-    Units are of any size: unit u holds rows [starts[u], starts[u + 1]). They are taken by falling
-    score, the earlier one first among equals, NaN last.
+    Units may have any size: unit u holds rows [starts[u], starts[u + 1]). They are taken in the
+    order of falling score, the earlier unit first at equal scores, NaN last. The unit that exceeds
+    the budget contributes its first tokens.
 
     Args:
         scores: [B, H, U] fp32, contiguous in the last dimension.
         starts: [B, H, U + 1] int32, ascending, contiguous in the last dimension.
-        num_indexed: [B] int32, at most U: later units take no part.
+        num_indexed: [B] int32, at most U; later units are ignored.
         active: [B] int32, 0 for rows to leave out.
-        budget: K, tokens.
+        budget: K, the number of tokens.
 
     Returns:
         rows [B, H, K] int32, ascending, then -1; all -1 in a row that is not active.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout; a budget below 1; on the CPU
-            also counts that do not fit, and starts that descend or are negative.
+            also invalid counts, and starts that descend or are negative.
 
-    Source: LouisKV (arXiv 2510.11292), the budgeted selection.
+    Source: LouisKV (arXiv 2510.11292), its selection within a budget.
     """
     return _op(scores, starts, num_indexed, active, budget)
 

@@ -1,4 +1,4 @@
-"""select_victims: the tokens that leave a cache, by score, the newest ones protected."""
+"""select_victims: select the tokens to evict by score; the newest tokens are protected."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ def select_victims(
     *,
     num_recent: int = 0,
 ) -> Tensor:
-    """The `seq_lens - kept_lens` lowest-scored tokens of every row and unit.
+    """Select the `seq_lens - kept_lens` tokens with the lowest scores in each row and unit.
 
-    Ties go against the older token, so that equal scores degrade to a sliding window; NaN counts as
-    the lowest score. Where slots lie does not matter: a permutation of the slots permutes the
-    victims.
+    At equal scores the older token is evicted, so that equal scores give a sliding window. NaN
+    counts as the lowest score. The order of the slots does not matter: permuting the slots permutes
+    the victims.
 
     Args:
-        scores: [B, U, N] fp32, higher is kept; rows may be strided. U units, each with its own set.
+        scores: [B, U, N] fp32, high scores stay; rows may be strided. Each of the U units has its
+            own set.
         positions: [B, U, N] int32, distinct within a unit's valid slots; rows may be strided.
         seq_lens: [B] int32, valid tokens of each row, at most N.
-        kept_lens: [B] int32, tokens that stay; a row that is no longer loses none.
-        num_victims: V, room for the victims of the row that loses most.
-        num_recent: newest tokens by position that stay whatever their score; at most kept_lens
-            where a row loses any.
+        kept_lens: [B] int32, tokens that stay; a row with no more tokens than that loses none.
+        num_victims: V, at least the number of tokens that any row loses.
+        num_recent: newest tokens by position, which stay whatever their score; at most kept_lens in
+            a row that loses any.
 
     Returns:
-        victims [B, U, V] int32: slots, ascending, then -1.
+        victims [B, U, V] int32: slots in ascending order, then -1.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or layout; counts that do not fit.
+        TypeError, ValueError: wrong dtype, shape, device or layout; or invalid counts.
     """
     return _op(scores, positions, seq_lens, kept_lens, num_victims, num_recent)
 

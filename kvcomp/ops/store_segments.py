@@ -1,4 +1,4 @@
-"""store_segments: closed segments, written through to the host and into the index."""
+"""store_segments: write closed segments to the host pool and their mean keys to the index."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ def store_segments(
     pool: list[Tensor],
     centroids: Tensor,
 ) -> None:
-    """Copy the newest unit's tokens to the pool, and write its mean key.
+    """Copy the tokens of each sequence's newest unit to the pool and compute its mean key.
 
-    In a row with closed > 0 the newest unit u = num_units - 1 holds pool rows
-    [starts[u], starts[u + 1]), `closed` of them. Its tokens are in some slots of [0, seq_lens);
-    each is copied to its pool row, and centroids[u] becomes the mean of their keys.
+    If closed > 0, the newest unit u = num_units - 1 consists of the `closed` pool rows [starts[u],
+    starts[u + 1]). Its tokens are in some of the slots [0, seq_lens). Each token is copied to its
+    pool row, and centroids[u] becomes the mean of their keys.
 
     Args:
-        k, v: [B, H, T, D] of one dtype: fp32, fp16 or bf16; any strides but that of D, which is a
-            multiple of 16 and at most 512.
+        k, v: [B, H, T, D] of the same dtype: fp32, fp16 or bf16; any strides on B, H and T, D
+            contiguous, a multiple of 16 and at most 512.
         slot_rows: [B, H, T'] int32, the pool row of each slot, T' >= seq_lens; contiguous in the
             last dimension.
         seq_lens: [B] int32.
         starts: [B, H, U + 1] int32, contiguous in the last dimension.
         num_units: [B] int32, at most U.
-        closed: [B] int32, 0 where nothing is to be done.
-        pool: blocks [B, H, R, 2, D] of k's dtype in host memory, contiguous, pinned where k is on a
-            GPU: together rows 0, 1, ..., K and V of a row side by side; changed in place.
-            1 to 32 blocks.
+        closed: [B] int32, 0 for sequences to skip.
+        pool: 1 to 32 blocks [B, H, R, 2, D] of k's dtype in host memory, contiguous, pinned if k is
+            on a GPU; changed in place. Together they hold rows 0, 1, ..., each K and then V.
         centroids: [B, H, U, D] of k's dtype, contiguous in the last two; changed in place.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also rows that the
-            pool or the slots have not. Nothing has been changed then.
+        TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also rows that
+            the pool or the slots do not have. Nothing is changed in that case.
     """
     _op(k, v, slot_rows, seq_lens, starts, num_units, closed, pool, centroids)
 

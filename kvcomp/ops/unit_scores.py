@@ -1,4 +1,4 @@
-"""unit_scores: what each unit of tokens is worth to a step's queries, by its centroid."""
+"""unit_scores: score each unit of tokens by its centroid for the queries of a step."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def unit_scores(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Softmax over a head's units of scale * <q, centroid>, averaged over the group.
+    """The softmax of scale * <q, centroid> over a head's units, averaged over the group's queries.
 
-    Units that are empty (starts[u] == starts[u + 1]) or not indexed (u >= num_indexed) take no part
-    and score 0, as does every unit of a row that is not active.
+    Units that are empty (starts[u] == starts[u + 1]) or not indexed (u >= num_indexed) are left out
+    of the softmax and score 0. So does every unit of an inactive row.
 
     Args:
         q: [B, Hq, D]; fp32, fp16 or bf16; strided over B and Hq, D contiguous, a multiple of 16 and
@@ -36,13 +36,13 @@ def unit_scores(
         scale: 1 / sqrt(D) by default.
 
     Returns:
-        scores [B, Hkv, U] fp32; those of an active row and head sum to 1.
+        scores [B, Hkv, U] fp32; the scores of an active row and head sum to 1.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also counts that do
-            not fit.
+        TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also invalid
+            counts.
 
-    Source: LouisKV (arXiv 2510.11292), the group-consistent selection.
+    Source: LouisKV (arXiv 2510.11292), its selection shared by a group of query heads.
     """
     if scale is None:
         scale = default_scale(q)
