@@ -19,6 +19,7 @@ class Policy(Protocol):
     not the other way round; `kvcomp.methods.Method` says what each hook is for."""
 
     croppable: ClassVar[bool]
+    in_step: ClassVar[bool]
     one_way: ClassVar[str]
 
     @property
@@ -28,6 +29,10 @@ class Policy(Protocol):
     def prefill(self, layer: LayerCache, q: Tensor) -> None: ...
     def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]: ...
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor: ...
+    def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor: ...
+    def accept(self, layer: LayerCache, index: int) -> None: ...
+    def end_verify(self, cache: KVCache) -> None: ...
+    def room(self, cache: KVCache) -> float: ...
     def end_step(self, cache: KVCache) -> None: ...
     def between_steps(self, cache: KVCache) -> None: ...
     def prompts(self, cache: KVCache) -> list[Tensor] | None: ...
@@ -102,7 +107,14 @@ class KVCache:
     def logits_for(self, layer: Layer, q: Tensor) -> Tensor:
         """Room for the logits of a decode step, [B, Hq, capacity] fp32, or fp16 beside 16-bit K and
         V on a GPU; all layers share it."""
-        shape = (*q.shape[:2], layer.capacity)
+        return self._room_for_logits(q, (*q.shape[:2], layer.capacity))
+
+    def staged_logits_for(self, layer: LayerCache, q: Tensor) -> Tensor:
+        """The same for drafts, q [B, Hq, m, D]: [B, m, Hq, capacity]."""
+        batch, heads, drafts, _ = q.shape
+        return self._room_for_logits(q, (batch, drafts, heads, layer.capacity))
+
+    def _room_for_logits(self, q: Tensor, shape: tuple[int, ...]) -> Tensor:
         have = self._logits
         if have is None or have.shape != shape or have.device != q.device:
             have = self._logits = q.new_empty(shape, dtype=logits_dtype(q))
@@ -138,11 +150,73 @@ class KVCache:
         """One decode step of one layer: q [B, Hq, D] -> out [B, Hq, D]."""
         out = self.method.attend(layer, q, scale)
         if layer.position == len(self.layers) - 1:
-            self.steps += 1
-            self.meter.stepped(self)
-            self.method.end_step(self)
-            self.method.between_steps(self)
+            self._end_step()
         return out
+
+    def _end_step(self, rows: int | None = None) -> None:
+        """A decode step is over; `rows` of them took part in it, None: all."""
+        self.steps += 1
+        self.meter.stepped(self, rows)
+        self.method.end_step(self)
+        self.method.between_steps(self)
+
+    def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        """The drafts staged in `layer` attend: q [B, Hq, m, D] -> out [B, m, Hq, D]."""
+        return self.method.verify(layer, q, scale)
+
+    @property
+    def staged(self) -> int:
+        """Drafts of each row that wait for `commit` or `discard`."""
+        return self.layers[0].staged
+
+    @property
+    def room(self) -> float:
+        """Tokens, the one that was sampled last included, that one `commit` may accept."""
+        return self.method.room(self)
+
+    def commit(self, counts: int | Tensor) -> None:
+        """The first drafts of each row were decode steps, and the others have never been.
+
+        Args:
+            counts: of each row, a number or [B] integers, at most `staged`.
+
+        Raises:
+            ValueError: more than are staged or than there is `room` for, or rows that differ under
+                a method whose rows must stay in step (`Method.in_step`). Nothing has changed.
+        """
+        if not self.staged:
+            raise ValueError("kvcomp: commit: nothing is staged")
+        given = counts.tolist() if isinstance(counts, Tensor) else [counts]
+        most, least = max(given), min(given)
+        if not 0 <= least <= most <= self.staged or most > max(self.room, 1):
+            raise ValueError(
+                f"kvcomp: commit: expected 0 to {self.staged} of the staged tokens, and room for"
+                f" them ({self.room}), got {given}"
+            )
+        if most > least and self.method.in_step:
+            raise ValueError(
+                f"kvcomp: commit: {type(self.method).__name__} counts steps for all rows together;"
+                f" expected one number for all, got {given}"
+            )
+        self.meter.drafted(self, given)
+        for index in range(most):
+            valid = None
+            if isinstance(counts, Tensor) and index >= least:
+                valid = counts.to(self.layers[0].seq_lens.device) > index
+            for layer in self.layers:
+                layer.accept(index, valid)
+                self.method.accept(layer, index)
+            self._end_step(sum(count > index for count in given) if valid is not None else None)
+        self.discard()
+        if most > least:
+            for layer in self.layers:
+                layer.level()
+
+    def discard(self) -> None:
+        """The staged tokens have never been."""
+        for layer in self.layers:
+            layer.unstage()
+        self.method.end_verify(self)
 
     def crop(self, count: int) -> None:
         """Take back the last `count` tokens exactly; ValueError where the method cannot."""

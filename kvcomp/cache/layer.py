@@ -17,7 +17,7 @@ from torch import Tensor
 from kvcomp import ops
 from kvcomp.cache.arrivals import Arrivals
 from kvcomp.cache.later import forget, known, later
-from kvcomp.cache.slab import Slab
+from kvcomp.cache.staged import Staged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvcomp.cache.kv_cache import KVCache
 
 
-class LayerCache(Slab):
+class LayerCache(Staged):
     """The tokens of one layer, in a `Slab` that is allocated at the first `append`.
 
     Attributes:
@@ -116,8 +116,7 @@ class LayerCache(Slab):
         """
         self._check(k, v, valid)
         k, v = k.detach(), v.detach()
-        if self._copies > 1:
-            k, v = (x.repeat_interleave(self._copies, 1) for x in (k, v))
+        k, v = self._repeated(k), self._repeated(v)
         valid = None if valid is None else valid.to(k.device)
         batch, _, count, _ = k.shape
         if not self.filled:
@@ -126,12 +125,7 @@ class LayerCache(Slab):
             self.token_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
             self.slot_bytes = self.token_bytes
         self._reserve(k, self.max_len + count)
-        if valid is None and self._uniform:
-            self._k[:, :, self.max_len : self.max_len + count] = k
-            self._v[:, :, self.max_len : self.max_len + count] = v
-            self.added = count
-        else:
-            self.added = self._scatter(k, v, valid)
+        self.added = self._place(k, v, valid)
         self.seq_lens += self.added
         self.logical_lens += self.added
         self.first = not self.columns
@@ -155,21 +149,8 @@ class LayerCache(Slab):
             out [B, Hq, D] and lse [B, Hq], sinks included.
         """
         lens = self.seq_lens if seq_lens is None else seq_lens
-        self.cache.meter.attended(self.position, lens)
-        out, lse = ops.decode_attention(
-            q,
-            self.keys,
-            self.values,
-            lens,
-            page_ids=page_ids,
-            page_size=page_size,
-            scale=scale,
-            logits=logits,
-        )
-        if self.sinks is None:
-            return out, lse
-        sinks = self.sinks.detach().float().expand_as(lse).contiguous()
-        return ops.merge_states(out, lse, torch.zeros_like(out), sinks)
+        pages = {"page_ids": page_ids, "page_size": page_size}
+        return self.attend_over(q, scale, self.keys, self.values, lens, logits=logits, **pages)
 
     def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
         """`attend_and_select` over this layer, counted; `selection` is passed on. It knows nothing
@@ -363,6 +344,10 @@ class LayerCache(Slab):
             self.logical_lens -= removed
         return removed
 
+    def level(self) -> None:
+        """Rows have got different numbers of tokens: find the longest anew."""
+        self._recount(self.max_len)
+
     def _recount(self, most: int) -> None:
         """Rows have new lengths, at most `most`: find the longest where that stalls nothing."""
         if self.seq_lens.is_cuda:
@@ -370,6 +355,15 @@ class LayerCache(Slab):
         else:
             lens = self.seq_lens.tolist()
             self.max_len, self._uniform = max(lens), max(lens) == min(lens)
+
+    def _place(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor | int:
+        """Write tokens behind those of each row; returns how many a row received."""
+        if valid is not None or not self._uniform:
+            return self._scatter(k, v, valid)
+        count = k.shape[2]
+        self._k[:, :, self.max_len : self.max_len + count] = k
+        self._v[:, :, self.max_len : self.max_len + count] = v
+        return count
 
     def _scatter(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor | int:
         """Write each row's valid tokens behind its last one; returns how many a row received."""

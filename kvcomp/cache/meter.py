@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,9 +22,13 @@ class Meter:
     """Figures over all caches that share it; they outlive the caches.
 
     Attributes:
-        tokens_decoded: rows times decode steps.
+        tokens_decoded: rows times decode steps, accepted drafts among them.
+        queries: that attended, all rows; more than `tokens_decoded` where drafts were rejected.
         dense_tokens: int64 scalar, tokens a layer that keeps and reads all would have read.
-        read_tokens: per managed layer, tokens read by attention.
+        read_tokens: per managed layer, tokens read by attention; once for drafts that share it.
+        attended_tokens: per managed layer, tokens that the queries attended to.
+        verifications: forwards over drafts; drafted_tokens, accepted_tokens: drafts in them and
+            those of them that stayed, all rows, without the token that was known before.
         peak_bytes: most bytes of K and V slots in use by one cache (rows times the longest row).
         peak_note_bytes: most bytes that methods remember about the slots in use and the rows.
         allocated_bytes: the slabs of the latest cache, spare capacity included.
@@ -47,6 +53,9 @@ class Meter:
         self.tokens_decoded = 0
         self.dense_tokens = torch.zeros((), dtype=torch.int64)
         self.read_tokens: list[Count] = [0] * num_layers
+        self.attended_tokens: list[Count] = [0] * num_layers
+        self.queries = 0
+        self.verifications = self.drafted_tokens = self.accepted_tokens = 0
         self.token_bytes = [0] * num_layers
         self.slot_bytes = [0] * num_layers
         self.peak_bytes = self.peak_note_bytes = 0
@@ -72,12 +81,41 @@ class Meter:
 
     def attended(self, position: int, lens: Tensor) -> None:
         """Attention of layer `position` reads lens [B] tokens."""
-        _add(self.read_tokens, position, _total(lens))
+        total = _total(lens)
+        _add(self.read_tokens, position, total)
+        _add(self.attended_tokens, position, total)
+        self.queries += lens.numel() if position == 0 else 0
 
-    def stepped(self, cache: KVCache) -> None:
-        """`cache` has finished a decode step, and nothing has left it since."""
+    def verified(self, position: int, lens: Tensor, drafts: int) -> None:
+        """Attention of layer `position` reads lens [B] tokens once, for that many drafts, which are
+        the last of them; each attends to itself and what comes before it."""
+        total, rows = _total(lens), lens.numel()
+        _add(self.read_tokens, position, total)
+        _add(self.attended_tokens, position, total * drafts - rows * drafts * (drafts - 1) // 2)
+        self.queries += rows * drafts if position == 0 else 0
+
+    def drafted(self, cache: KVCache, counts: list[int]) -> None:
+        """Of the staged tokens of `cache`, so many stay in each row; one number: in all."""
+        rows = len(cache.layers[0].seq_lens)
+        counts = counts * rows if len(counts) == 1 else counts
+        self.verifications += 1
+        self.drafted_tokens += rows * (cache.staged - 1)
+        self.accepted_tokens += sum(max(count - 1, 0) for count in counts)
+
+    @contextmanager
+    def trying(self, position: int) -> Iterator[None]:
+        """Layer `position` only tries what it cuts and selects; what that reads and copies counts."""
+        kept = self.retrievals[position], self.segments.clone()
+        try:
+            yield
+        finally:
+            self.retrievals[position], self.segments = kept
+
+    def stepped(self, cache: KVCache, rows: int | None = None) -> None:
+        """`cache` has finished a decode step of so many rows, None: all, and nothing has left it
+        since."""
         seen = cache.layers[0].logical_lens + cache.folded
-        self.tokens_decoded += seen.shape[0]
+        self.tokens_decoded += seen.shape[0] if rows is None else rows
         self.dense_tokens = self.dense_tokens.to(seen.device) + seen.sum()
         self.steps += 1
         self.sum_len += sum(layer.max_len for layer in cache.layers)

@@ -19,10 +19,12 @@ class Report:
     Attributes:
         method: name and parameters of the method.
         tokens_decoded: tokens of decode steps in all rows, including those after a row's end. A
-            row's first token comes from the prefill. Tokens that assisted decoding checks several
-            at a time are not decode steps and not counted.
+            row's first token comes from the prefill.
+        verifications: forwards over drafts of further tokens; tokens_drafted, tokens_accepted: those
+            drafts, and those of them that stayed, over all rows. An accepted one is decoded.
         decode_seconds: wall time from the end of each prefill to the last decode step after it.
-        tokens_attended: tokens that a layer attended to per decoded token, on average.
+        tokens_attended: tokens that a layer attended to per query, on average: of a decoded token or
+            of a draft.
         tokens_attended_dense: the same with dense attention.
         kv_bytes_kept, kv_bytes_dense: bytes of K and V held now, and by a cache that keeps all.
         kv_bytes_peak: most bytes of K and V slots in use at once (rows times the longest row).
@@ -30,7 +32,8 @@ class Report:
         kv_bytes_allocated: bytes of the slabs now, including spare capacity.
         logits_bytes_allocated: the buffer for the logits of a step, shared by all layers; 0 if the
             method does not use logits.
-        kv_bytes_read: bytes of K and V that all decode steps read.
+        kv_bytes_read: bytes of K and V that all decode steps read; drafts that share a read count
+            once.
         kept_mean, kept_peak: tokens in the longest row of a layer, over decode steps.
         evictions: how often tokens were evicted from a layer.
         tokens_evicted: tokens evicted, over all rows and layers.
@@ -55,6 +58,9 @@ class Report:
 
     method: str
     tokens_decoded: int = 0
+    verifications: int = 0
+    tokens_drafted: int = 0
+    tokens_accepted: int = 0
     decode_seconds: float = 0.0
     tokens_attended: float = 0.0
     tokens_attended_dense: float = 0.0
@@ -91,6 +97,7 @@ class Report:
     def of(cls, method: Policy, meter: Meter, seconds: float, layers: bool) -> Report:
         """Read a meter; this waits for the device."""
         read = [int(tokens) for tokens in meter.read_tokens]
+        attended = [int(tokens) for tokens in meter.attended_tokens]
         kept, seen = meter.kept_tokens, meter.seen_tokens
         decoded = max(meter.tokens_decoded, 1)
         evicted = [int(tokens) for tokens in meter.evicted_tokens]
@@ -103,8 +110,11 @@ class Report:
         return cls(
             method=str(method),
             tokens_decoded=meter.tokens_decoded,
+            verifications=meter.verifications,
+            tokens_drafted=meter.drafted_tokens,
+            tokens_accepted=meter.accepted_tokens,
             decode_seconds=seconds,
-            tokens_attended=sum(read) / len(read) / decoded,
+            tokens_attended=sum(attended) / len(attended) / max(meter.queries, 1),
             tokens_attended_dense=int(meter.dense_tokens) / decoded,
             kv_bytes_kept=sum(n * b for n, b in zip(kept, meter.slot_bytes, strict=False)),
             kv_bytes_dense=sum(n * b for n, b in zip(seen, meter.token_bytes, strict=False)),
@@ -135,16 +145,17 @@ class Report:
             layers=[
                 {
                     "position": position,
-                    "tokens_attended": tokens / decoded,
+                    "tokens_attended": each / max(meter.queries, 1),
                     "kv_bytes_read": tokens * size,
                     "kept_tokens": tokens_kept,
                     "evicted_tokens": tokens_evicted,
                     "retrieval_rate": times / decoded,
                     "link_bytes_fetched": link,
                 }
-                for position, (tokens, size, tokens_kept, tokens_evicted, times, link) in enumerate(
-                    rows
-                )
+                for position, (
+                    (tokens, size, tokens_kept, tokens_evicted, times, link),
+                    each,
+                ) in enumerate(zip(rows, attended, strict=True))
             ]
             if layers
             else [],
@@ -208,6 +219,10 @@ class Report:
             f"  linear    {self.linear_rows_layers} layers go through linear_rows,"
             f" {self.other_linear_layers} keep their own way"
         )
+        checked = (
+            f"  drafts    {self.tokens_accepted} of {self.tokens_drafted} accepted, in"
+            f" {self.verifications} forwards over several tokens"
+        )
         return "\n".join(
             [
                 self.method,
@@ -220,6 +235,7 @@ class Report:
                 f" peak {mebibytes(self.kv_bytes_peak)},"
                 f" allocated {mebibytes(self.kv_bytes_allocated)}",
                 f"  KV read   {mebibytes(self.kv_bytes_read_per_token)} per token",
+                *([checked] if self.verifications else []),
                 *([linear] if self.linear_rows_layers else []),
                 *([evicted] if self.evictions else []),
                 *([retrieved] if self.retrievals else []),

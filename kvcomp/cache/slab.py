@@ -84,6 +84,10 @@ class Slab:
         self._k, self._v = (x.repeat_interleave(self._copies, 1) for x in (self._k, self._v))
         self.slot_bytes = self.token_bytes * self._copies
 
+    def _repeated(self, x: Tensor) -> Tensor:
+        """New tokens [B, Hkv, n, D] as the slab keeps them."""
+        return x.repeat_interleave(self._copies, 1) if self._copies > 1 else x
+
     def track(self, name: str, units: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """Add `slots[name]` [B, units, capacity] of zeros."""
         batch, _, capacity, _ = self._k.shape

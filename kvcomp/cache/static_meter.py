@@ -46,13 +46,13 @@ class StaticMeter(Meter):
     def attended(self, position: int, lens: Tensor) -> None:
         self._reads[position] = lens
 
-    def stepped(self, cache: KVCache) -> None:
+    def stepped(self, cache: KVCache, rows: int | None = None) -> None:
         """One small reduction for the whole step; all layers keep equally many tokens."""
         kept, seen = cache.layers[0].seq_lens, cache.layers[0].logical_lens
         one = torch.ones_like(seen)
         reads = [self._reads[position] for position in range(len(cache.layers))]
-        rows = torch.stack([one, seen, *reads]).sum(1)  # int64
-        self.counts.add_(torch.cat([one[:1].long(), kept.max()[None].long(), rows]))
+        sums = torch.stack([one, seen, *reads]).sum(1)  # int64
+        self.counts.add_(torch.cat([one[:1].long(), kept.max()[None].long(), sums]))
         self._reads.clear()
 
     def evicting(self, layer: LayerCache, kept_lens: Tensor) -> None:
@@ -82,8 +82,10 @@ class StaticMeter(Meter):
         self.steps += steps
         self.sum_len += longest * len(reads)
         self.tokens_decoded += rows
+        self.queries += rows
         self.dense_tokens += dense
         self.read_tokens = [a + b for a, b in zip(self.read_tokens, reads, strict=True)]
+        self.attended_tokens = list(self.read_tokens)  # no drafts here
         if self._held is not None:
             self._look(*self._held)
         self.peak_len, self.peak_bytes, self.peak_note_bytes = self.peaks.tolist()

@@ -2,7 +2,8 @@
 
 The first forward of a sequence goes to the implementation that the user had, on the very tensors
 it would have seen. A decode step goes to the method. In between (a second turn, a prompt in
-chunks, the checks of assisted decoding) the new tokens attend to what the cache keeps.
+chunks) the new tokens attend to what the cache keeps. Drafts (assisted decoding, `Cache.stage`) go
+to the method too, several steps at a time.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def _managed(
     """Attention over a layer of ours, in which the new tokens already are: out [B, n, Hq, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kv.sinks = kwargs.get("s_aux")
+    if kv.staged:
+        return _verify(kv, query, scale)
     if query.shape[2] == 1 and not kv.first and not run.encoding:
         return _decode(kv, query[:, :, 0], scale)[:, None]
     if kv.first:
@@ -118,6 +121,11 @@ def _prefill(kv: LayerCache, query: Tensor, scale: float) -> None:
 @outlasting
 def _decode(kv: LayerCache, query: Tensor, scale: float) -> Tensor:
     return kv.cache.attend(kv, query, scale)
+
+
+@outlasting
+def _verify(kv: LayerCache, query: Tensor, scale: float) -> Tensor:
+    return kv.cache.verify(kv, query, scale)
 
 
 @outlasting

@@ -84,9 +84,11 @@ class Layer(CacheLayerMixin):
         self._keep(*fresh)
         if not torch.compiler.is_compiling():
             below = self.kv.cache.layers[max(self.kv.position - 1, 0)]
-            if below.columns != self.kv.columns:  # before a method looks at all of them
+            if (
+                below.seen_and_staged != self.kv.seen_and_staged
+            ):  # before a method looks at all of them
                 raise ValueError(f"kvcomp: {SKIPS}")
-            if self.window is not None and self.kv.columns > self.window:
+            if self.window is not None and self.kv.seen_and_staged > self.window:
                 raise ValueError(
                     f"kvcomp: the model's window of {self.window} tokens is full, from where on its"
                     " layers would no longer attend to all"
@@ -96,7 +98,10 @@ class Layer(CacheLayerMixin):
 
     @outlasting
     def _keep(self, key: Tensor, value: Tensor) -> None:
-        self.kv.append(key, value, self.owner.padding)
+        if self.owner.staging:
+            self.kv.stage(key, value)
+        else:
+            self.kv.append(key, value, self.owner.padding)
 
     @property
     def keys(self) -> Tensor:
@@ -130,7 +135,7 @@ class Layer(CacheLayerMixin):
 
     @outlasting
     def crop(self, tokens: int) -> None:
-        """Take back the last `-tokens` tokens, padding included.
+        """Take back the last `-tokens` tokens, padding included: staged ones, or exactly.
 
         transformers before 5.15 means a new length by a positive number, and so does this cache
         there.
@@ -144,9 +149,13 @@ class Layer(CacheLayerMixin):
             raise ValueError(
                 f"kvcomp: crop: expected minus the number of tokens to take back, got {tokens}"
             )
-        count = -tokens if tokens <= 0 else max(self.kv.columns - tokens, 0)
+        there = self.kv.seen_and_staged
+        count = -tokens if tokens <= 0 else max(there - tokens, 0)
         if self.kv.position == 0:  # the cache crops all of its layers at once
-            self.kv.cache.crop(count)
+            if self.kv.staged:
+                self.owner.accept(self.kv.staged - count)
+            elif count:
+                self.kv.cache.crop(count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -158,6 +167,7 @@ class Layer(CacheLayerMixin):
 
     @outlasting
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.owner.require_settled()
         self.kv.select(indices)
         if self.kv.position == 0:
             self.owner.text.select(indices)
@@ -213,6 +223,8 @@ class Cache(TransformersCache):
         self.masks: list[Any] = []  # attention masks given to that forward and made in it
         self.entered = False  # whether a forward of the patched model runs over it
         self.broken = False  # whether one has failed half-way
+        self.staging = False  # whether the next forward's tokens, or the running one's, are drafts
+        self.drafts: Tensor | None = None  # [B, m] ids of those that are staged
         self.text = Text()
         super().__init__(layers=layers)
 
@@ -248,8 +260,86 @@ class Cache(TransformersCache):
     def reset(self) -> None:
         super().reset()
         self.kv.reset()
-        self.broken = False
+        self.broken = self.staging = False
+        self.drafts = None
         self.text = Text()
+
+    @property
+    def room(self) -> float:
+        """Tokens that may be accepted at once, see `KVCache.room`."""
+        return self.kv.room
+
+    def stage(self) -> None:
+        """The tokens of the next forward are drafts. Each attends as its decode step would, and
+        none is seen by later forwards before `commit`. The first is the token sampled last.
+
+            cache.stage()
+            logits = model(torch.cat([last, drafts], 1), past_key_values=cache).logits
+            cache.commit(1 + accepted)
+
+        Raises:
+            ValueError: the method, or a layer that it does not manage, knows no drafts.
+        """
+        if (reason := self.kv.method.drafts_refused) is not None:
+            raise ValueError(
+                f"kvcomp: {type(self.kv.method).__name__} cannot check several tokens at once:"
+                f" {reason}"
+            )
+        if not self.rows:
+            raise ValueError("kvcomp: stage: expected a cache that has seen the prompt")
+        self.staging = True
+        if not self.all_managed:
+            self.activate_past_recording()
+
+    @outlasting
+    def commit(self, counts: int | Tensor) -> None:
+        """The first `counts` staged tokens of each row are true, as if they had been decoded one by
+        one; the others have never been.
+
+        Args:
+            counts: a number, or [B] integers where rows differ.
+
+        Raises:
+            ValueError: see `KVCache.commit`; rows that differ in a model with layers whose cache is
+                transformers'. Nothing has changed.
+        """
+        if not self.all_managed and isinstance(counts, Tensor):
+            if len(set(counts.tolist())) > 1:
+                raise ValueError(
+                    "kvcomp: commit: layers of this model have a cache of transformers', where rows"
+                    f" cannot differ; got {counts.tolist()}"
+                )
+            counts = int(counts[0])
+        staged = self.kv.staged
+        self.accept(counts)
+        for layer in () if self.all_managed else self.layers:
+            if not isinstance(layer, Layer):
+                layer.crop(counts - staged)
+
+    def discard(self) -> None:
+        """The staged tokens have never been."""
+        self.commit(0)
+
+    def require_settled(self) -> None:
+        """Raise ValueError where staged tokens wait."""
+        if self.kv.staged:
+            raise ValueError("kvcomp: staged tokens wait for commit() or discard()")
+
+    def accept(self, counts: int | Tensor) -> None:
+        """`commit` in the layers of ours."""
+        first, ids = self.columns, self.drafts
+        self.kv.commit(counts)
+        self.drafts = None
+        if self.columns > first:
+            self.text.add(None if ids is None else ids[:, : self.columns - first], first)
+
+    def read(self, ids: Tensor | None) -> None:
+        """Tokens [B, n] come in; None: embeddings."""
+        self.require_settled()
+        if self.staging:
+            self.drafts = ids
+        else:
+            self.text.add(ids, self.columns)
 
     def begin_anew(self) -> None:
         """The sequences come in again from their start, the output too, as one prompt."""
@@ -259,7 +349,7 @@ class Cache(TransformersCache):
 
     def leave(self) -> None:
         """The forward over it is over."""
-        self.entered, self.padding = False, None
+        self.entered, self.padding, self.staging = False, None, False
         self.masks.clear()
         for layer in self.layers:
             if isinstance(layer, Layer):

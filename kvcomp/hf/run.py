@@ -373,7 +373,7 @@ class Run(Turns):
                     " stored K and V, and its attention was not kvcomp's: the model computes it"
                     " itself, or the layer was set to another implementation"
                 )
-        if len({kv.columns for kv in self.current.kv.layers}) > 1:
+        if len({kv.seen_and_staged for kv in self.current.kv.layers}) > 1:
             raise ValueError(f"kvcomp: {name} {SKIPS}")
         if not self.encoding:
             self.wrapper.check(self.current.masks)

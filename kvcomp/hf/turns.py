@@ -139,4 +139,4 @@ class Turns:
 
     def _read(self, cache: Any, ids: Tensor | None) -> None:
         """Note the text [B, n] that comes in; None: embeddings."""
-        cache.text.add(ids, cache.columns)
+        cache.read(ids)

@@ -34,6 +34,8 @@ class Method:
         baseline: True for methods that exist for comparison.
         croppable: the last tokens can be taken back exactly.
         one_way: the reason why not, where they cannot.
+        in_step: steps are counted for all rows together, so that all rows must accept equally many
+            drafts.
         forks: the same sequences may be in two caches at once.
         static: a decode step does the same work at all lengths, decided on the device alone, up to
             `between_steps`; `layer.max_len` is then the capacity of a static cache.
@@ -45,6 +47,7 @@ class Method:
     baseline: ClassVar[bool] = False
     croppable: ClassVar[bool] = True
     one_way: ClassVar[str] = "it does not keep all that they have changed"
+    in_step: ClassVar[bool] = False
     forks: ClassVar[bool] = True
     static: ClassVar[bool] = False
 
@@ -145,6 +148,32 @@ class Method:
         """One decode step of a layer: q [B, Hq, D] -> out [B, Hq, D]. The new K and V are in."""
         return layer.attend(q, scale)[0]
 
+    def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        """The drafts staged in `layer` attend, each as a decode step at its place would: q [B, Hq,
+        m, D] -> out [B, m, Hq, D]. What the method wants to know about them it leaves in
+        `layer.drafts`; nothing else may change."""
+        return layer.attend_staged(q, scale)[0]
+
+    def accept(self, layer: LayerCache, index: int) -> None:
+        """Draft `index` has become the newest token of `layer`: remember what `attend` would have
+        remembered of its step. `end_step` and `between_steps` follow as always."""
+
+    def end_verify(self, cache: KVCache) -> None:
+        """No drafts are staged any more."""
+
+    def room(self, cache: KVCache) -> float:
+        """Tokens that may be accepted at once: for how many steps from here on a step finds what it
+        would find with all of them ahead of it."""
+        return math.inf
+
+    @property
+    def drafts_refused(self) -> str | None:
+        """The reason why drafts cannot be verified under this method; None: they can."""
+        attends, verifies = (definer(type(self), name) for name in ("attend", "verify"))
+        if issubclass(verifies, attends):
+            return None
+        return "it does not say how several tokens attend at once"
+
     @property
     def dense_up_to(self) -> float:
         """Tokens of a row up to which a decode step attends to all of them."""
@@ -184,3 +213,8 @@ class Method:
         """
         whole = at.seen * at.layers * at.token_bytes
         return StepBytes(read=whole, held=whole)
+
+
+def definer(cls: type, name: str) -> type:
+    """The class that an attribute comes from."""
+    return next(base for base in cls.__mro__ if name in base.__dict__)

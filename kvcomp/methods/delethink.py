@@ -114,6 +114,10 @@ class Delethink(Method, name="delethink"):
         return _DENSE if self.inner is None else self.inner
 
     @property
+    def drafts_refused(self) -> str | None:
+        return self.attention.drafts_refused
+
+    @property
     def moves_keys(self) -> bool:
         return self.reset == "rotate" or self.attention.moves_keys
 

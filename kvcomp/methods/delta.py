@@ -27,6 +27,8 @@ from kvcomp.methods.fields import short_name
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from kvcomp.cache.layer import LayerCache
+
 # Delta layers as published, warm-up layers being 0 and 1. The 7B and 1.5B sets are those of the
 # released scripts, the 14B set the paper's; none was published for other models.
 PUBLISHED = {
@@ -34,6 +36,7 @@ PUBLISHED = {
     "DeepSeek-R1-Distill-Qwen-7B": (2, 14, 22),
     "DeepSeek-R1-Distill-Qwen-14B": (2, 6, 42),
 }
+SELECTS = ("query", "step")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Delta(Method, name="delta"):
         delta_layers: D, the layers that select; None: the layer after the warm-up, and those at 1/2
             and 4/5 of the depth, like the published sets.
         sinks: first pages, always in the set; 0 in the paper.
+        select: how drafts that are checked together select. "query": each by itself, as its decode
+            step would. "step": the first one for all of them, which is one selection less for each
+            and lags behind by as many tokens as are accepted. Not in the paper.
         group: torch.distributed group whose ranks hold the other heads of the same layers (tensor
             parallelism); probabilities are then reduced over it.
     """
@@ -58,6 +64,7 @@ class Delta(Method, name="delta"):
     warmup: int = 2  # W0
     delta_layers: tuple[int, ...] | None = None  # D
     sinks: int = 0
+    select: str = field(default="query", repr=False)
     group: Any = field(default=None, repr=False, compare=False)
 
     static: ClassVar[bool] = True
@@ -76,6 +83,7 @@ class Delta(Method, name="delta"):
         )
         whole = self.budget % self.page_size == 0
         self._require(whole, "budget", f"a multiple of page_size={self.page_size}")
+        self._require(self.select in SELECTS, "select", f"one of {', '.join(SELECTS)}")
         self._require(self.sinks >= 0, "sinks", "at least 0 pages")
         forced = "(recent + sinks)" if self.sinks else "recent"
         least = (self.recent + self.sinks) * self.page_size
@@ -196,7 +204,60 @@ class Delta(Method, name="delta"):
         state.pages = ops.select_pages(scores, layer.seq_lens, self.page_size, **chosen)
         return out
 
+    def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        state = layer.cache.state
+        if layer.max_len + layer.staged <= self.budget:
+            return super().verify(layer, q, scale)
+        if layer.position not in state.dense:
+            return self._verify_sparse(layer, q, scale)
+        if layer.position not in state.planners:
+            return super().verify(layer, q, scale)
+        logits = layer.cache.staged_logits_for(layer, q)
+        out, lse = layer.attend_staged(q, scale, logits=logits)
+        choosing = layer.staged if self.select == "query" else 1
+        lens = layer.staged_lens()[:, :choosing].flatten().contiguous()
+        scores = self.score(
+            logits[:, :choosing, :, : layer.max_len + layer.staged].flatten(0, 1),
+            lse[:, :choosing].flatten(0, 1).contiguous(),
+            lens,
+        )
+        sets = ops.select_pages(
+            scores,
+            lens,
+            self.page_size,
+            num_pages=self.num_pages,
+            num_recent=self.recent,
+            num_sink=self.sinks,
+        )
+        state.pages = [x.unflatten(0, (-1, choosing)) for x in sets]  # [B, m, ...]
+        return out
+
+    def _verify_sparse(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        page_ids, lens = (x.to(q.device) for x in layer.cache.state.pages)
+        if self.select == "query":
+            return layer.attend_apart(q, scale, page_ids, lens, page_size=self.page_size)
+        page_ids, lens = self._with_drafts(layer, page_ids[:, 0], lens[:, 0])
+        paged = {"page_ids": page_ids, "page_size": self.page_size, "seq_lens": lens}
+        return layer.attend_staged(q, scale, **paged)[0]
+
+    def _with_drafts(self, layer: LayerCache, ids: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
+        """The pages [B, 1, K] that the first draft has chosen, and those of the others behind
+        them."""
+        more = layer.staged - 1
+        pages = -(-more // self.page_size)
+        used = (-(-lens // self.page_size)).long()[:, None]  # of `ids`, the last the first draft's
+        step = torch.arange(1, pages + 1, device=ids.device)
+        last = (layer.seq_lens[:, None] + step * self.page_size).clamp(
+            max=layer.max_len + layer.staged - 1
+        )
+        wide = torch.nn.functional.pad(ids[:, 0], (0, pages))
+        wide.scatter_(1, used - 1 + step, (last // self.page_size).int())
+        return wide[:, None], lens + more
+
     def end_step(self, cache: Cache) -> None:
+        cache.state.pages = None
+
+    def end_verify(self, cache: Cache) -> None:
         cache.state.pages = None
 
     def score(self, logits: Tensor, lse: Tensor, seq_lens: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvcomp import ops
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
-from kvcomp.methods.base import Method
+from kvcomp.methods.base import Method, definer
 from kvcomp.methods.cost import Place, StepBytes
 from kvcomp.ops.recurrence_update import MAX_STEPS
 
@@ -48,6 +48,7 @@ class Eviction(Method):
 
     croppable: ClassVar[bool] = False
     one_way: ClassVar[str] = "it has evicted others for them"
+    in_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,6 +130,16 @@ class Eviction(Method):
             return (layer.state["prompt_lens"] + self.num_recent).clamp(min=self.budget)
         return torch.full_like(layer.seq_lens, self.budget)
 
+    def room(self, cache: KVCache) -> float:
+        """Up to the next eviction, which comes behind the last one accepted."""
+        return self.window - cache.steps % self.window
+
+    @property
+    def drafts_refused(self) -> str | None:
+        if self.window == 1:
+            return "it evicts at every step (window=1), so that each token sees another cache"
+        return super().drafts_refused
+
     def between_steps(self, cache: KVCache) -> None:
         cache.state.decoding = True
         for layer, filled in zip(cache.layers, cache.state.filled, strict=True):
@@ -174,14 +185,44 @@ class ObservingEviction(Eviction):
         self.observe(layer, logits, lse)
         return out
 
+    def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        logits = layer.cache.staged_logits_for(layer, q)
+        out, lse = layer.attend_staged(q, scale, logits=logits)
+        lens = layer.staged_lens()
+        notes = self.measure(layer, logits.flatten(0, 1), lse.flatten(0, 1), lens.flatten())
+        layer.drafts["notes"] = notes.unflatten(0, lens.shape)
+        return out
+
+    def accept(self, layer: LayerCache, index: int) -> None:
+        self.record(layer, layer.drafts["notes"][:, index])
+
+    @property
+    def drafts_refused(self) -> str | None:
+        if not issubclass(definer(type(self), "measure"), definer(type(self), "observe")):
+            return "it does not say what it observes of a draft (measure, record)"
+        return super().drafts_refused
+
     def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
         """A decode step attended: logits [B, Hq, capacity] (valid up to seq_lens), lse [B, Hq]."""
+        self.record(layer, self.measure(layer, logits, lse, layer.seq_lens))
+
+    def measure(self, layer: LayerCache, logits: Tensor, lse: Tensor, lens: Tensor) -> Tensor:
+        """What is to be remembered of queries, [R, ...]: changes nothing.
+
+        Args:
+            logits: [R, Hq, capacity], valid up to lens [R]: of one step, R = B, or of drafts.
+            lse: [R, Hq].
+        """
         raise NotImplementedError
 
-    def probabilities(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> Tensor:
-        """[B, U, max_len]: the sum over a unit's heads; 0 past the end of a row."""
-        logits, units = logits[:, :, : layer.max_len], self.num_units(layer)
-        return ops.page_scores(logits, lse, layer.seq_lens, 1, num_groups=units, reduction="sum")
+    def record(self, layer: LayerCache, note: Tensor) -> None:
+        """Remember the note [B, ...] on a step whose token is the newest."""
+        raise NotImplementedError
+
+    def probabilities(self, layer: LayerCache, logits: Tensor, lse: Tensor, lens: Tensor) -> Tensor:
+        """[R, U, tokens]: the sum over a unit's heads; 0 past the end of a row."""
+        logits, units = logits[:, :, : layer.max_len + layer.staged], self.num_units(layer)
+        return ops.page_scores(logits, lse, lens, 1, num_groups=units, reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -230,6 +271,15 @@ class RecurrenceEviction(ObservingEviction):
     def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
         hits, ring = self._hits(layer), layer.cache.state.ring
         ops.attention_hits(logits, lse, layer.seq_lens, hits, self.threshold, row=ring.row)
+
+    def measure(self, layer: LayerCache, logits: Tensor, lse: Tensor, lens: Tensor) -> Tensor:
+        """[R, U, words] bits of hits."""
+        bits = lens.new_empty(len(lens), self.num_units(layer), -(-layer.capacity // 32))
+        ops.attention_hits(logits, lse, lens, bits, self.threshold)
+        return bits
+
+    def record(self, layer: LayerCache, note: Tensor) -> None:
+        self._hits(layer)[:, layer.cache.state.ring.row] = note
 
     def end_step(self, cache: KVCache) -> None:
         cache.state.ring.advance()

@@ -74,6 +74,7 @@ class Retrieval(Method):
 
     croppable: ClassVar[bool] = False
     one_way: ClassVar[str] = "segments that are closed stay closed"
+    in_step: ClassVar[bool] = True
     forks: ClassVar[bool] = False  # or the prompt would be in host memory twice
 
     def __post_init__(self) -> None:
@@ -256,14 +257,47 @@ class Retrieval(Method):
         return k, v, layer.logical_lens
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        self._prepare(layer, q, scale, audit=self.audit)
+        out = layer.attend(q, scale)[0]
+        self.look_ahead(layer, q, scale)
+        return out
+
+    def look_ahead(self, layer: LayerCache, q: Tensor, scale: float) -> None:
+        """A step has attended: what may be done for the next one."""
+
+    def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        """A draft whose query turns selects before it attends. So the drafts are tried one by one,
+        on what is put back afterwards, and those accepted select once more."""
+        if not layer.is_hosted:
+            return super().verify(layer, q, scale)
+        layer.drafts["queries"] = q.detach().transpose(1, 2)
+        state, outs = layer.cache.state, []
+        lacked_sinks = state.lacks_sinks
+        with layer.trying(), layer.cache.meter.trying(layer.position):
+            for index in range(layer.staged):
+                layer.accept(index, None)
+                self._prepare(layer, q[:, :, index], scale)
+                outs.append(layer.attend(q[:, :, index], scale)[0])
+                self.look_ahead(layer, q[:, :, index], scale)
+        state.lacks_sinks = lacked_sinks
+        return torch.stack(outs, 1)
+
+    def accept(self, layer: LayerCache, index: int) -> None:
         if layer.is_hosted:
-            layer.settle()
-            if layer.cache.state.lacks_sinks:
-                self._store_sinks(layer)
-            triggered = self._retrieve(layer, q, scale)
-            if self.audit:
-                watch(layer, q, scale, self.budget, self.sinks, triggered)
-        return layer.attend(q, scale)[0]
+            q = layer.drafts["queries"][:, index]
+            self._prepare(layer, q, layer.scale, audit=self.audit)
+            self.look_ahead(layer, q, layer.scale)
+
+    def _prepare(self, layer: LayerCache, q: Tensor, scale: float, *, audit: bool = False) -> None:
+        """Have on the device what a step is to attend to."""
+        if not layer.is_hosted:
+            return
+        layer.settle()
+        if layer.cache.state.lacks_sinks:
+            self._store_sinks(layer)
+        triggered = self._retrieve(layer, q, scale)
+        if audit:
+            watch(layer, q, scale, self.budget, self.sinks, triggered)
 
     def rewind(self, cache: KVCache, columns: int) -> int:
         """Back to the first prompt at most, which stays in the pool as it was clustered."""

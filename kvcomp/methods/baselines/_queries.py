@@ -54,9 +54,19 @@ class LastQueries(Eviction):
         layer.state["queries"] = q.gather(2, index)  # [B, Hq, recent, D]
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
-        queries = torch.cat([layer.state["queries"], q.detach()[:, :, None]], 2)
-        layer.state["queries"] = queries[:, :, -self.recent :]
+        self._remember(layer, q.detach())
         return super().attend(layer, q, scale)
+
+    def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        layer.drafts["queries"] = q.detach().transpose(1, 2)
+        return super().verify(layer, q, scale)
+
+    def accept(self, layer: LayerCache, index: int) -> None:
+        self._remember(layer, layer.drafts["queries"][:, index])
+
+    def _remember(self, layer: LayerCache, q: Tensor) -> None:
+        queries = torch.cat([layer.state["queries"], q[:, :, None]], 2)
+        layer.state["queries"] = queries[:, :, -self.recent :]
 
     def importance(self, layer: LayerCache, kernel: int) -> Tensor:
         """[B, U, max_len]: probabilities among the tokens older than the newest `recent`."""

@@ -15,6 +15,8 @@ from kvcomp.methods.cost import Place, StepBytes
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from kvcomp.cache.layer import LayerCache
+
 
 @dataclass(frozen=True)
 class SharedTokens(Method):
@@ -82,8 +84,9 @@ class SharedTokens(Method):
         cache.state.selecting = frozenset(self.plan(len(cache.layers)))
         cache.state.tokens = None  # (token ids [B, 1 or Hkv, K], lens [B]) of this step
 
-    def score(self, layer: Layer, logits: Tensor, lse: Tensor) -> Tensor:
-        """What each token is worth: [B, 1 or Hkv, n] fp32."""
+    def score(self, layer: Layer, logits: Tensor, lse: Tensor, lens: Tensor) -> Tensor:
+        """What each token is worth to queries that see lens [R] of them: [R, 1 or Hkv, n] fp32,
+        from logits [R, Hq, n] and lse [R, Hq]."""
         raise NotImplementedError
 
     def attend(self, layer: Layer, q: Tensor, scale: float) -> Tensor:
@@ -95,8 +98,24 @@ class SharedTokens(Method):
             return layer.attend(q, scale, page_ids=ids, page_size=1, seq_lens=lens)[0]
         logits = layer.cache.logits_for(layer, q)
         out, lse = layer.attend(q, scale, logits=logits)
-        scores = self.score(layer, logits[:, :, : layer.max_len], lse)
-        state.tokens = ops.select_pages(
-            scores, layer.seq_lens, 1, self.budget, num_recent=self.num_recent
-        )
+        state.tokens = self._chosen(layer, logits[:, :, : layer.max_len], lse, layer.seq_lens)
+        return out
+
+    def _chosen(
+        self, layer: Layer, logits: Tensor, lse: Tensor, lens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        scores = self.score(layer, logits, lse, lens)
+        return ops.select_pages(scores, lens, 1, self.budget, num_recent=self.num_recent)
+
+    def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        state, tokens = layer.cache.state, layer.max_len + layer.staged
+        if tokens <= self.budget or layer.position < self.dense_layers:
+            return super().verify(layer, q, scale)
+        if layer.position not in state.selecting:
+            return layer.attend_apart(q, scale, *state.tokens, page_size=1)
+        logits = layer.cache.staged_logits_for(layer, q)
+        out, lse = layer.attend_staged(q, scale, logits=logits)
+        lens = layer.staged_lens()
+        each = logits[..., :tokens].flatten(0, 1), lse.flatten(0, 1), lens.flatten()
+        state.tokens = tuple(x.unflatten(0, lens.shape) for x in self._chosen(layer, *each))
         return out

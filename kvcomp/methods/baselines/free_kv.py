@@ -40,9 +40,7 @@ class FreeKV(PagedRetrieval, name="free-kv", baseline=True):
     def retrieve_below(self) -> float:
         return self.tau
 
-    def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
-        out = super().attend(layer, q, scale)
-        if layer.is_hosted:  # for the next step
+    def look_ahead(self, layer: LayerCache, q: Tensor, scale: float) -> None:
+        if layer.is_hosted:
             ahead = layer.state["similarity"] >= self.tau
             self.select(layer, q, scale, ahead.int())
-        return out

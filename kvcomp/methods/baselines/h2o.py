@@ -47,8 +47,11 @@ class H2O(ObservingEviction, name="h2o", baseline=True):
             heads = alike.total(probs, 2).unflatten(1, (total.shape[1], -1))
             total[..., : layer.max_len] += alike.total(heads, 2)
 
-    def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
-        layer.slots["total"][..., : layer.max_len] += self.probabilities(layer, logits, lse)
+    def measure(self, layer: LayerCache, logits: Tensor, lse: Tensor, lens: Tensor) -> Tensor:
+        return self.probabilities(layer, logits, lse, lens)
+
+    def record(self, layer: LayerCache, note: Tensor) -> None:
+        layer.slots["total"][..., : layer.max_len] += note[..., : layer.max_len]
 
     def score(self, layer: LayerCache) -> Tensor:
         return layer.slots["total"][..., : layer.max_len]

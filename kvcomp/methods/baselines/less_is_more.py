@@ -30,9 +30,9 @@ class LessIsMore(SharedTokens, name="less-is-more", baseline=True):
     def num_recent(self) -> int:
         return max(1, self.budget // 4) if self.recent is None else self.recent
 
-    def score(self, layer: Layer, logits: Tensor, lse: Tensor) -> Tensor:
+    def score(self, layer: Layer, logits: Tensor, lse: Tensor, lens: Tensor) -> Tensor:
         slot = torch.arange(logits.shape[-1], device=logits.device)
-        logits = logits.masked_fill(slot >= layer.seq_lens[:, None, None], -torch.inf)
+        logits = logits.masked_fill(slot >= lens[:, None, None], -torch.inf)
         order = logits.argsort(dim=-1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(-1, order, slot.expand_as(order).contiguous())
         return -rank.amin(1, keepdim=True).float()

@@ -8,7 +8,7 @@ budget and dense layers, so that a difference in accuracy is the score's own mer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from kvcomp.methods.cost import Place, StepBytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from kvcomp.cache.layer import LayerCache
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class RandomPages(Method, name="random-pages", baseline=True):
     recent: int = 8
     dense_layers: tuple[int, ...] = (0, 1, 2)
     seed: int = 0
+
+    in_step: ClassVar[bool] = True  # one generator draws for all rows
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,24 +79,58 @@ class RandomPages(Method, name="random-pages", baseline=True):
         cache.state.generator = torch.Generator().manual_seed(self.seed)
         cache.state.pages = None
         cache.state.step = -1
+        cache.state.ahead = None  # pages of the drafts, by draft
         for layer in cache.layers:
             layer.shared_sets = layer.position not in self.dense_layers
 
     def attend(self, layer: Layer, q: Tensor, scale: float) -> Tensor:
         if layer.position in self.dense_layers or layer.max_len <= self.budget:
             return layer.attend(q, scale)[0]
-        cache, state = layer.cache, layer.cache.state
-        if state.step != cache.steps:
-            state.step, state.pages = cache.steps, self._draw(layer, state.generator)
-        page_ids, lens = state.pages
+        self._draw_once(layer)
+        page_ids, lens = layer.cache.state.pages
         return layer.attend(q, scale, page_ids=page_ids, page_size=self.page_size, seq_lens=lens)[0]
 
-    def _draw(self, layer: Layer, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        pages = -(-layer.max_len // self.page_size)
-        scores = torch.rand(layer.seq_lens.shape[0], 1, pages, generator=generator)
+    def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
+        tokens, state = layer.max_len + layer.staged, layer.cache.state
+        if layer.position in self.dense_layers or tokens <= self.budget:
+            return super().verify(layer, q, scale)
+        if state.ahead is None:
+            generator = torch.Generator().set_state(state.generator.get_state())
+            draws = [
+                self._draw(lens, layer.max_len + index + 1, generator)
+                for index, lens in enumerate(layer.staged_lens().unbind(1))
+            ]
+            width = max(ids.shape[2] for ids, _ in draws)
+            padded = [torch.nn.functional.pad(ids, (0, width - ids.shape[2])) for ids, _ in draws]
+            state.ahead = torch.stack(padded, 1), torch.stack([lens for _, lens in draws], 1)
+        return layer.attend_apart(q, scale, *state.ahead, page_size=self.page_size)
+
+    def accept(self, layer: LayerCache, index: int) -> None:
+        if layer.position not in self.dense_layers:
+            self._draw_once(layer)
+
+    def end_verify(self, cache: Cache) -> None:
+        cache.state.ahead = None
+
+    def _draw_once(self, layer: Layer) -> None:
+        """In the first sparse layer of a step that leaves something out."""
+        cache, state = layer.cache, layer.cache.state
+        if layer.max_len > self.budget and state.step != cache.steps:
+            state.step = cache.steps
+            state.pages = self._draw(layer.seq_lens, layer.max_len, state.generator)
+
+    def _draw(
+        self, lens: Tensor, longest: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """No draw changes the generator where nothing is left out."""
+        pages = -(-longest // self.page_size)
+        if longest <= self.budget:
+            scores = torch.zeros(len(lens), 1, pages)
+        else:
+            scores = torch.rand(len(lens), 1, pages, generator=generator)
         return ops.select_pages(
-            scores.to(layer.seq_lens.device),
-            layer.seq_lens,
+            scores.to(lens.device),
+            lens.contiguous(),
             self.page_size,
             self.budget // self.page_size,
             num_recent=self.recent,

@@ -31,6 +31,6 @@ class TidalDecode(SharedTokens, name="tidal-decode", baseline=True):
     def num_recent(self) -> int:
         return self.recent
 
-    def score(self, layer: Layer, logits: Tensor, lse: Tensor) -> Tensor:
+    def score(self, layer: Layer, logits: Tensor, lse: Tensor, lens: Tensor) -> Tensor:
         groups = layer.kv_heads
-        return ops.page_scores(logits, lse, layer.seq_lens, 1, num_groups=groups, reduction="sum")
+        return ops.page_scores(logits, lse, lens, 1, num_groups=groups, reduction="sum")

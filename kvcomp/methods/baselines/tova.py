@@ -28,8 +28,13 @@ class TOVA(ObservingEviction, name="tova", baseline=True):
 
     def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
         if (layer.cache.steps + 1) % self.window == 0:  # only an eviction asks for it
-            latest = self.probabilities(layer, logits, lse)
-            layer.slots["latest"][..., : layer.max_len] = latest
+            super().observe(layer, logits, lse)
+
+    def measure(self, layer: LayerCache, logits: Tensor, lse: Tensor, lens: Tensor) -> Tensor:
+        return self.probabilities(layer, logits, lse, lens)
+
+    def record(self, layer: LayerCache, note: Tensor) -> None:
+        layer.slots["latest"][..., : layer.max_len] = note[..., : layer.max_len]
 
     def score(self, layer: LayerCache) -> Tensor:
         return layer.slots["latest"][..., : layer.max_len]

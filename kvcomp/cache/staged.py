@@ -1,0 +1,213 @@
+"""Staged: drafts of the next tokens of a layer, attended to and not yet counted.
+
+The K and V of m tokens of which nobody knows yet whether they will stay are written into the slots
+behind `seq_lens`, where the next append overwrites them. Nothing else changes, so there is nothing
+to take back: `accept` appends those that stay one by one, as decode steps would, and `unstage`
+forgets the others. Methods that evict or retrieve can be speculated over in this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvcomp import ops
+from kvcomp.cache.arrivals import Arrivals
+from kvcomp.cache.slab import Slab
+
+if TYPE_CHECKING:
+    from kvcomp.cache.hosted import Hosted
+    from kvcomp.cache.kv_cache import KVCache
+
+
+class Staged(Slab):
+    """The part of a layer that holds drafts.
+
+    Attributes:
+        staged: drafts of each row that wait for `accept` and `unstage`; the first is the token that
+            was sampled last, which is true.
+        drafts: what the method notes about them, [B, m, ...] each.
+    """
+
+    if TYPE_CHECKING:
+        position: int
+        columns: int
+        seq_lens: Tensor
+        sinks: Tensor | None
+        is_hosted: bool
+        hosted: Hosted
+
+        @property
+        def cache(self) -> KVCache: ...
+        def settle(self) -> None: ...
+        def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None: ...
+        def _place(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor | int: ...
+
+    def reset(self) -> None:
+        super().reset()
+        self.unstage()
+
+    def stage(self, k: Tensor, v: Tensor) -> None:
+        """Put drafts behind the tokens of every row: k, v [B, Hkv, m, D].
+
+        Raises:
+            ValueError: no tokens before them, other shapes than theirs, or drafts already.
+        """
+        if not self.allocated or self.staged:
+            what = "drafts wait already" if self.staged else "the layer has no tokens yet"
+            raise ValueError(f"kvcomp: stage: {what}")
+        self._check(k, v, None)
+        self._drafted = k.detach(), v.detach()
+        self.staged = k.shape[2]
+        k, v = self._repeated(k.detach()), self._repeated(v.detach())
+        self._reserve(k[:, :, :1], self.max_len + self.staged)
+        self._place(k, v)
+
+    def accept(self, index: int, valid: Tensor | None) -> None:
+        """Draft `index` stays, in rows where valid [B] says so; None: in all."""
+        k, v = (x[:, :, index : index + 1] for x in self._drafted)
+        self.append(k, v, None if valid is None else valid[:, None])
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Within it, `accept` and whatever a method does work on copies of what is on the device;
+        then all is as before. Rows of the pool in host memory that no unit holds may differ."""
+        owners = [self, self.hosted.index] if self.is_hosted else [self]
+        self.settle()
+        kept = [dict(owner.__dict__) for owner in owners]
+        try:
+            for owner in owners:
+                owner.__dict__.update(
+                    {name: _copied(value) for name, value in owner.__dict__.items()}
+                )
+            yield
+        finally:
+            for owner, before in zip(owners, kept, strict=True):
+                owner.__dict__.clear()
+                owner.__dict__.update(before)
+
+    def unstage(self) -> None:
+        """Forget the drafts."""
+        self.staged = 0
+        self._drafted: tuple[Tensor, ...] = ()
+        self.drafts: dict[str, Tensor] = {}
+
+    @property
+    def seen_and_staged(self) -> int:
+        """Columns, those of the drafts included."""
+        return self.columns + self.staged
+
+    def staged_lens(self) -> Tensor:
+        """[B, m] int32: tokens that each draft sees, itself the last."""
+        own = torch.arange(1, self.staged + 1, dtype=torch.int32, device=self.seq_lens.device)
+        return self.seq_lens[:, None] + own
+
+    def attend_staged(
+        self,
+        q: Tensor,
+        scale: float,
+        *,
+        page_ids: Tensor | None = None,
+        page_size: int = 1,
+        seq_lens: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The drafts attend to the tokens before them and to each other, in one read.
+
+        Args:
+            q: [B, Hq, m, D].
+            page_ids, page_size, seq_lens, logits: as in `ops.append_attention`.
+
+        Returns:
+            out [B, m, Hq, D] and lse [B, m, Hq], sinks included. A draft gets what a decode step
+            would have given it.
+        """
+        end = self.max_len + self.staged
+        lens = self.seq_lens + self.staged if seq_lens is None else seq_lens
+        self.cache.meter.verified(self.position, lens, self.staged)
+        out, lse = ops.append_attention(
+            q.transpose(1, 2),
+            self._k[:, :, :end],
+            self._v[:, :, :end],
+            lens,
+            page_ids=page_ids,
+            page_size=page_size,
+            scale=scale,
+            logits=logits,
+        )
+        if self.sinks is None:
+            return out, lse
+        sinks = self.sinks.detach().float().expand_as(lse).flatten(0, 1).contiguous()
+        flat = out.flatten(0, 1)
+        merged, sum_ = ops.merge_states(flat, lse.flatten(0, 1), torch.zeros_like(flat), sinks)
+        return merged.view_as(out), sum_.view_as(lse)
+
+    def attend_apart(
+        self, q: Tensor, scale: float, page_ids: Tensor, lens: Tensor, *, page_size: int
+    ) -> Tensor:
+        """Each draft attends to pages of its own.
+
+        Args:
+            q: [B, Hq, m, D].
+            page_ids: [B, m, 1 or Hkv, K] int32.
+            lens: [B, m] int32, tokens in them.
+
+        Returns:
+            [B, m, Hq, D].
+        """
+        outs = []
+        for index in range(self.staged):
+            end = self.max_len + index + 1
+            out, _ = self.attend_over(
+                q[:, :, index],
+                scale,
+                self._k[:, :, :end],
+                self._v[:, :, :end],
+                lens[:, index].contiguous(),
+                page_ids=page_ids[:, index].contiguous(),
+                page_size=page_size,
+            )
+            outs.append(out)
+        return torch.stack(outs, 1)
+
+    def attend_over(
+        self,
+        q: Tensor,
+        scale: float,
+        keys: Tensor,
+        values: Tensor,
+        lens: Tensor,
+        *,
+        page_ids: Tensor | None = None,
+        page_size: int = 1,
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`decode_attention` over a part of this layer, counted; out [B, Hq, D], lse [B, Hq]."""
+        self.cache.meter.attended(self.position, lens)
+        out, lse = ops.decode_attention(
+            q,
+            keys,
+            values,
+            lens,
+            page_ids=page_ids,
+            page_size=page_size,
+            scale=scale,
+            logits=logits,
+        )
+        if self.sinks is None:
+            return out, lse
+        sinks = self.sinks.detach().float().expand_as(lse).contiguous()
+        return ops.merge_states(out, lse, torch.zeros_like(out), sinks)
+
+
+def _copied(value: Any) -> Any:
+    """Tensors anew, with the strides that they have; the rest as far as it changes in place."""
+    if isinstance(value, Tensor):
+        return value.clone(memory_format=torch.preserve_format)
+    if isinstance(value, dict):
+        return {name: _copied(each) for name, each in value.items()}
+    return value.joined(Arrivals()) if isinstance(value, Arrivals) else value
