@@ -104,7 +104,7 @@ class Meter:
 
     @contextmanager
     def trying(self, position: int) -> Iterator[None]:
-        """Layer `position` only tries what it cuts and selects; what that reads and copies counts."""
+        """Layer `position` tries what it cuts and selects; what that reads and copies counts."""
         kept = self.retrievals[position], self.segments.clone()
         try:
             yield

@@ -20,11 +20,12 @@ class Report:
         method: name and parameters of the method.
         tokens_decoded: tokens of decode steps in all rows, including those after a row's end. A
             row's first token comes from the prefill.
-        verifications: forwards over drafts of further tokens; tokens_drafted, tokens_accepted: those
-            drafts, and those of them that stayed, over all rows. An accepted one is decoded.
+        verifications: forwards over drafts of further tokens.
+        tokens_drafted, tokens_accepted: those drafts, and those of them that stayed, over all rows;
+            an accepted one is decoded.
         decode_seconds: wall time from the end of each prefill to the last decode step after it.
-        tokens_attended: tokens that a layer attended to per query, on average: of a decoded token or
-            of a draft.
+        tokens_attended: tokens that a layer attended to per query of a decoded token or a draft, on
+            average.
         tokens_attended_dense: the same with dense attention.
         kv_bytes_kept, kv_bytes_dense: bytes of K and V held now, and by a cache that keeps all.
         kv_bytes_peak: most bytes of K and V slots in use at once (rows times the longest row).
