@@ -149,8 +149,16 @@ class LayerCache(Staged):
             out [B, Hq, D] and lse [B, Hq], sinks included.
         """
         lens = self.seq_lens if seq_lens is None else seq_lens
-        pages = {"page_ids": page_ids, "page_size": page_size}
-        return self.attend_over(q, scale, self.keys, self.values, lens, logits=logits, **pages)
+        return self.attend_over(
+            q,
+            scale,
+            self.keys,
+            self.values,
+            lens,
+            page_ids=page_ids,
+            page_size=page_size,
+            logits=logits,
+        )
 
     def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
         """`attend_and_select` over this layer, counted; `selection` is passed on. It knows nothing

@@ -33,14 +33,19 @@ class Staged(Slab):
         drafts: what the method notes about them, [B, m, ...] each.
     """
 
+    staged: int
+    drafts: dict[str, Tensor]
+    _drafted: tuple[Tensor, ...]  # K and V
+
     if TYPE_CHECKING:
         position: int
         columns: int
         seq_lens: Tensor
         sinks: Tensor | None
-        is_hosted: bool
         hosted: Hosted
 
+        @property
+        def is_hosted(self) -> bool: ...
         @property
         def cache(self) -> KVCache: ...
         def settle(self) -> None: ...
@@ -93,8 +98,7 @@ class Staged(Slab):
     def unstage(self) -> None:
         """Forget the drafts."""
         self.staged = 0
-        self._drafted: tuple[Tensor, ...] = ()
-        self.drafts: dict[str, Tensor] = {}
+        self._drafted, self.drafts = (), {}
 
     @property
     def seen_and_staged(self) -> int:

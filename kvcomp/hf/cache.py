@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from copy import deepcopy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -303,18 +303,20 @@ class Cache(TransformersCache):
             ValueError: see `KVCache.commit`; rows that differ in a model with layers whose cache is
                 transformers'. Nothing has changed.
         """
-        if not self.all_managed and isinstance(counts, Tensor):
-            if len(set(counts.tolist())) > 1:
-                raise ValueError(
-                    "kvcomp: commit: layers of this model have a cache of transformers', where rows"
-                    f" cannot differ; got {counts.tolist()}"
-                )
-            counts = int(counts[0])
-        staged = self.kv.staged
-        self.accept(counts)
-        for layer in () if self.all_managed else self.layers:
+        if self.all_managed:
+            return self.accept(counts)
+        given = set(counts.tolist() if isinstance(counts, Tensor) else [counts])
+        if len(given) > 1:
+            raise ValueError(
+                "kvcomp: commit: layers of this model have a cache of transformers', where rows"
+                f" cannot differ; got {counts}"
+            )
+        count, staged = given.pop(), self.kv.staged
+        self.accept(count)
+        for layer in self.layers:
             if not isinstance(layer, Layer):
-                layer.crop(counts - staged)
+                cast("Any", layer).crop(count - staged)
+        return None
 
     def discard(self) -> None:
         """The staged tokens have never been."""

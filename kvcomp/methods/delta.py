@@ -237,8 +237,9 @@ class Delta(Method, name="delta"):
         if self.select == "query":
             return layer.attend_apart(q, scale, page_ids, lens, page_size=self.page_size)
         page_ids, lens = self._with_drafts(layer, page_ids[:, 0], lens[:, 0])
-        paged = {"page_ids": page_ids, "page_size": self.page_size, "seq_lens": lens}
-        return layer.attend_staged(q, scale, **paged)[0]
+        return layer.attend_staged(
+            q, scale, page_ids=page_ids, page_size=self.page_size, seq_lens=lens
+        )[0]
 
     def _with_drafts(self, layer: LayerCache, ids: Tensor, lens: Tensor) -> tuple[Tensor, Tensor]:
         """The pages [B, 1, K] that the first draft has chosen, and those of the others behind
