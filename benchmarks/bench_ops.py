@@ -34,6 +34,8 @@ How to read a row:
   adds logits and hit bits, `tracked, all` adds a 32nd of a replay of 32 steps. `+4.1% (min +3.8%)
   over the baseline` relates medians (and minima) to `decode`. `evict` is one whole
   `LazyEviction.evict`; `decode 2x` beside it means that it takes half as long as one `decode`.
+* `eight_bits` is attention over K and V in eight bits, `cpu 8`, against the same kernel over the
+  same tokens in 16, `cpu 16`; behind `of` is the ratio that the bytes allow.
 * `fetch_rows`: `refetch` brings all wanted rows, `torch-delta` only the missing ones; `missing`
   says how many of K those are. On a GPU it counts the bytes over the link, beside one large copy
   from pinned memory and `copies`, which asks row by row. In `select_units`, `topk` treats every
@@ -63,6 +65,7 @@ from kvcomp.probe import bandwidth_probe
 from ops import (
     append_attention,
     attention,
+    codes,
     eviction,
     fetching,
     lazy_eviction,
@@ -86,6 +89,9 @@ BENCHMARKS = {
     "second_turn": append_attention.bench_second_turn,
     "merge_states": attention.bench_merge_states,
     "linear_rows": linear.bench_linear_rows,
+    "quantize_rows": codes.bench_quantize_rows,
+    "hadamard": codes.bench_hadamard,
+    "eight_bits": codes.bench_eight_bits,
     "page_scores": pages.bench_page_scores,
     "select_pages": pages.bench_select_pages,
     "attend_and_select": pages.bench_attend_and_select,

@@ -13,6 +13,7 @@ const char* name(DType dtype) {
     case DType::f16: return "float16";
     case DType::bf16: return "bfloat16";
     case DType::f64: return "float64";
+    case DType::i8: return "int8";
     case DType::i32: return "int32";
     case DType::i64: return "int64";
     case DType::u8: return "uint8";
@@ -63,6 +64,7 @@ std::optional<DType> dtype_of(DlDataType type) {
     case kFloat << 8 | 16: return DType::f16;
     case kBfloat << 8 | 16: return DType::bf16;
     case kFloat << 8 | 64: return DType::f64;
+    case kInt << 8 | 8: return DType::i8;
     case kInt << 8 | 32: return DType::i32;
     case kInt << 8 | 64: return DType::i64;
     case kUInt << 8 | 8: return DType::u8;
@@ -77,7 +79,7 @@ std::optional<DType> dtype_of(DlDataType type) {
 struct Torch {
   PyTypeObject* tensor_type;
   decltype(DlExchangeApi::borrow) borrow = nullptr;  // null where torch has no exchange API
-  std::array<std::pair<PyObject*, DType>, 8> dtypes;
+  std::array<std::pair<PyObject*, DType>, 9> dtypes;
   PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* stride = PyUnicode_InternFromString("stride");

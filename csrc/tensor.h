@@ -29,7 +29,7 @@ namespace kvcomp {
 
 namespace py = pybind11;
 
-enum class DType : std::uint8_t { f32, f16, bf16, f64, i32, i64, u8, boolean };
+enum class DType : std::uint8_t { f32, f16, bf16, f64, i8, i32, i64, u8, boolean };
 
 const char* name(DType dtype);  // as torch calls it
 

@@ -44,12 +44,15 @@ def _tiny_calls(device: str) -> dict[str, Callable]:
     marks = torch.zeros(1, 1, 8, dtype=torch.int32, device=device)
     slots = torch.arange(8, dtype=torch.int32, device=device).view(1, 1, 8)
     starts = torch.arange(9, dtype=torch.int32, device=device).view(1, 1, 9)
+    codes, words = k.to(torch.int8), marks[..., :1]
     previous, pool = torch.randn_like(q), [torch.randn(1, 1, 8, 2, 32, pin_memory=device == "cuda")]
     return {
         "decode_attention": lambda: ops.decode_attention(q, k, k, one),
         "append_attention": lambda: ops.append_attention(q[None], k, k, one),
         "linear_rows": lambda: ops.linear_rows(q, q[0]),
         "merge_states": lambda: ops.merge_states(q, lse, q, lse),
+        "quantize_rows": lambda: ops.quantize_rows(k, k, codes, codes, words),
+        "hadamard": lambda: ops.hadamard(q),
         "page_scores": lambda: ops.page_scores(scores, lse, eight, 4),
         "select_pages": lambda: ops.select_pages(scores, eight, 1, 4),
         "attend_and_select": lambda: ops.attend_and_select(q, k, k, one, 1, 1, logits=lse[None]),

@@ -22,6 +22,7 @@
 
 #include "attention_state.h"
 #include "attention_tile.h"
+#include "kvcomp/head_sizes.h"
 
 namespace kvcomp::cpu {
 namespace {
@@ -51,7 +52,11 @@ class Kernel {
       : m_(params),
         p_(params.attention),
         rows_(simd::rows()),
-        typed_(typed(rows_, p_.dtype)),
+        typed_(typed(rows_, p_.q_dtype)),
+        coded_(p_.kv_dtype == ScalarType::i8),
+        qk_(coded_ ? rows_.codes.qk : typed_.qk),
+        pv_(coded_ ? rows_.codes.pv : typed_.pv),
+        store_(coded_ ? typed_.narrow : typed_.store),
         layout_(p_),
         group_(p_.num_heads / p_.num_kv_heads),
         state_rows_(layout_.heads_together * std::min(group_ * m_.num_queries, kMostRows)) {
@@ -243,11 +248,15 @@ class Kernel {
   }
 
   void prepare_q(const Walk& walk, float* prepared) const {
-    const int size = size_of(p_.dtype);
+    const int size = size_of(p_.q_dtype);
     const char* q = static_cast<const char*>(p_.q) + walk.batch * p_.stride_q_b * size;
     for_each_row(walk, [&](int index, Row row) {
-      typed_.prepare_q(q + (row.query * m_.stride_q_m + row.head * p_.stride_q_h) * size,
-                       p_.head_dim, prepared + std::size_t(index) * p_.head_dim);
+      const char* from = q + (row.query * m_.stride_q_m + row.head * p_.stride_q_h) * size;
+      float* into = prepared + std::size_t(index) * p_.head_dim;
+      if (!coded_) return typed_.prepare_q(from, p_.head_dim, into);
+      float wide[std::end(kHeadSizes)[-1]];
+      typed_.widen(from, p_.head_dim, wide);
+      rows_.codes.prepare_q(wide, p_.head_dim, into);
     });
   }
 
@@ -262,22 +271,31 @@ class Kernel {
   void attend_tile(const TileRows& rows, const TileRows& next, const Walk& walk, int head,
                    const State& state, const Scratch& scratch) const {
     if (rows.count == 0) return;
+    float k_scale[kTile], v_scale[kTile];
+    if (coded_) rows_.codes.split_words(rows.words, rows.count, k_scale, v_scale);
     // Rows of q behind the first few find the tile in L1, and what is next on its way.
     const auto *fetch_k = layout_.scattered ? next.k : rows.v,
                *fetch_v = layout_.scattered ? next.v : next.k;
     for (int first = 0; first < walk.rows; first += kRows) {
       const int count = std::min(walk.rows - first, kRows), at = head * walk.rows + first;
       const std::size_t offset = std::size_t(at) * p_.head_dim;
-      typed_.qk(scratch.q + offset, count, p_.head_dim, rows.k, rows.count,
-                first == 0 ? fetch_k : nullptr, p_.scale, scratch.logits);
+      qk_(scratch.q + offset, count, p_.head_dim, rows.k, rows.count,
+          first == 0 ? fetch_k : nullptr, p_.scale, scratch.logits);
+      for (int row = 0; coded_ && row < count; ++row) {
+        const float* q = scratch.q + offset + std::size_t(row) * p_.head_dim;
+        rows_.codes.multiply(scratch.logits + row * kTile, k_scale, q[p_.head_dim - 1], rows.count);
+      }
       for (int row = 0; row < count; ++row) {
         finish_logits(rows, walk.batch, row_of(walk, head, first + row),
                       scratch.logits + row * kTile);
       }
       rows_.softmax(scratch.logits, count, rows.count, state.max + at, state.sum + at,
                     scratch.rescale);
-      typed_.pv(scratch.logits, count, p_.head_dim, rows.v, rows.count,
-                first == 0 ? fetch_v : nullptr, scratch.rescale, state.acc + offset);
+      for (int row = 0; coded_ && row < count; ++row) {
+        rows_.codes.multiply(scratch.logits + row * kTile, v_scale, 1.0f, rows.count);
+      }
+      pv_(scratch.logits, count, p_.head_dim, rows.v, rows.count, first == 0 ? fetch_v : nullptr,
+          scratch.rescale, state.acc + offset);
     }
   }
 
@@ -330,8 +348,8 @@ class Kernel {
     for_each_row(walk, [&](int index, Row row) {
       const std::int64_t at = out_row(walk.batch, row);
       const float sum = state.sum[index];
-      typed_.store(state.acc + std::size_t(index) * p_.head_dim, sum == 0.0f ? 0.0f : 1.0f / sum,
-                   p_.head_dim, static_cast<char*>(p_.out) + at * p_.head_dim * size_of(p_.dtype));
+      store_(state.acc + std::size_t(index) * p_.head_dim, sum == 0.0f ? 0.0f : 1.0f / sum,
+             p_.head_dim, static_cast<char*>(p_.out) + at * p_.head_dim * size_of(p_.q_dtype));
       p_.lse[at] = sum == 0.0f ? -kInfinity : state.max[index] + std::log(sum);
     });
   }
@@ -339,7 +357,7 @@ class Kernel {
   // All heads of a query that has nothing to attend to.
   void store_nothing(int batch, int query) const {
     const std::int64_t at = out_row(batch, {query, 0});
-    const std::int64_t bytes = std::int64_t{p_.head_dim} * size_of(p_.dtype);
+    const std::int64_t bytes = std::int64_t{p_.head_dim} * size_of(p_.q_dtype);
     std::fill_n(static_cast<char*>(p_.out) + at * bytes, p_.num_heads * bytes, 0);
     std::fill_n(p_.lse + at, p_.num_heads, -kInfinity);
   }
@@ -347,7 +365,11 @@ class Kernel {
   const AppendAttentionParams& m_;
   const DecodeAttentionParams& p_;
   const simd::Rows& rows_;
-  const simd::TypedRows& typed_;
+  const simd::TypedRows& typed_;  // of q and out
+  const bool coded_;              // K and V are codes
+  decltype(simd::TypedRows::qk) qk_;
+  decltype(simd::TypedRows::pv) pv_;
+  decltype(simd::TypedRows::store) store_;
   // Memory delivers rows in sequence best when K and V are fetched by turns, 8 to 16 KiB each, and
   // each while the other is in work; scattered rows take longer and are fetched a tile ahead.
   const Layout layout_;

@@ -20,8 +20,9 @@ struct Layout {
 
   explicit Layout(const DecodeAttentionParams& p)
       : heads_together(p.stride_k_h < p.stride_k_t && p.num_kv_heads > 1 ? p.num_kv_heads : 1),
-        scattered(p.stride_k_t != p.head_dim ||
-                  (p.page_ids && std::int64_t{p.page_size} * p.head_dim * size_of(p.dtype) < 2048)),
+        scattered(
+            p.stride_k_t != p.head_dim ||
+            (p.page_ids && std::int64_t{p.page_size} * p.head_dim * size_of(p.kv_dtype) < 2048)),
         tile_size(std::clamp(elements() / p.head_dim / 16 * 16, 16, kTile)),
         span_size((heads_together > 1 ? 256 : 512) / tile_size * tile_size) {}
 
@@ -35,16 +36,19 @@ struct TileRows {
   int count;  // tokens attended; holes are left out
   int position[kTile];
   const void *k[kTile], *v[kTile];
+  std::uint32_t words[kTile];  // of codes
 
   // Tokens [first, end) of a sequence; end - first <= tile_size.
   void gather(const DecodeAttentionParams& p, int batch, int head, int first, int end,
               int tile_size) {
-    const int size = size_of(p.dtype);
+    const int size = size_of(p.kv_dtype);
     const char* k_base =
         static_cast<const char*>(p.k) + (batch * p.stride_k_b + head * p.stride_k_h) * size;
     const char* v_base =
         static_cast<const char*>(p.v) + (batch * p.stride_v_b + head * p.stride_v_h) * size;
     const std::int64_t step_k = p.stride_k_t * size, step_v = p.stride_v_t * size;
+    const std::uint32_t* words_base =
+        p.words ? p.words + batch * p.stride_words_b + head * p.stride_words_h : nullptr;
     count = 0;
     const auto add = [&](int position_, std::int64_t slot, int length) {
       const char *next_k = k_base + slot * step_k, *next_v = v_base + slot * step_v;
@@ -54,6 +58,7 @@ struct TileRows {
         k[begin + i] = next_k;
         v[begin + i] = next_v;
       }
+      if (words_base) std::copy_n(words_base + slot, length, words + begin);
       count = begin + length;
     };
     if (!p.page_ids) {

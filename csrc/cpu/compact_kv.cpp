@@ -23,10 +23,10 @@ void compact_head(const CompactKvParams& p, int batch, int head) {
     std::memcpy(k + hole * p.stride_k_t, k + survivor * p.stride_k_t, bytes);
     std::memcpy(v + hole * p.stride_v_t, v + survivor * p.stride_v_t, bytes);
   });
-  if (head != unit) return;  // the state of a shared unit moves with the first head
   for (int i = 0; i < p.num_state; ++i) {
+    if (head >= p.state_units[i]) continue;  // what heads share moves with the first one
     char* row =
-        static_cast<char*>(p.state[i]) + batch * p.stride_state_b[i] + unit * p.stride_state_u[i];
+        static_cast<char*>(p.state[i]) + batch * p.stride_state_b[i] + head * p.stride_state_u[i];
     auto* state = reinterpret_cast<std::int32_t*>(row);
     for_each_move(victims, end, length,
                   [state](int hole, int survivor) { state[hole] = state[survivor]; });

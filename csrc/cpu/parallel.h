@@ -47,11 +47,20 @@ inline const simd::TypedRows& typed(const simd::Rows& rows, ScalarType dtype) {
   switch (dtype) {
     case ScalarType::f32: return rows.f32;
     case ScalarType::f16: return rows.f16;
-    case ScalarType::bf16: break;
+    case ScalarType::bf16:
+    case ScalarType::i8: break;
   }
   return rows.bf16;
 }
 
-inline int size_of(ScalarType dtype) { return dtype == ScalarType::f32 ? 4 : 2; }
+inline int size_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::f32: return 4;
+    case ScalarType::i8: return 1;
+    case ScalarType::f16:
+    case ScalarType::bf16: break;
+  }
+  return 2;
+}
 
 }  // namespace kvcomp::cpu

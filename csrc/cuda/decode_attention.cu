@@ -10,7 +10,7 @@ void decode_attention(const DecodeAttentionParams& params, int device, std::uint
 
 int decode_attention_blocks(ScalarType dtype, int head_dim, int device) {
   DecodeAttentionParams params{};
-  params.dtype = dtype;
+  params.q_dtype = params.kv_dtype = dtype;
   params.head_dim = head_dim;
   params.num_heads = params.num_kv_heads = params.num_splits = 1;
   int blocks = 0;

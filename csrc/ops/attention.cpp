@@ -52,11 +52,12 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
   const TensorView v = at.tensor("v", given.v), seq_lens = at.tensor("seq_lens", given.seq_lens);
   const std::optional<TensorView> page_ids = at.optional("page_ids", given.page_ids);
   const std::optional<TensorView> logits = at.optional("logits", given.logits);
+  const std::optional<TensorView> words = at.optional("words", given.words);
 
   at.device(backend, {&q, &k, &v, &seq_lens, page_ids ? &*page_ids : &q, logits ? &*logits : &q});
   at.dtype(q, {DType::f32, DType::f16, DType::bf16});
-  at.same_dtype(k, q);
-  at.same_dtype(v, q);
+  words ? at.dtype(k, {DType::i8}) : at.same_dtype(k, q);
+  at.same_dtype(v, k);
   at.dtype(seq_lens, {DType::i32});
   for (const TensorView* view : {&q, &k, &v, &seq_lens}) at.last_contiguous(*view);
 
@@ -69,6 +70,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
   at.shape(k, {B, Hkv, T, D});
   at.shape(v, {B, Hkv, T, D});
   at.shape(seq_lens, {B});
+  if (words) check_words(at, backend, *words, k, {B, Hkv, T});
   if (B.size < 1) at.fail("q", "at least one sequence", B.size);
   if (Hkv.size < 1 || Hq.size < 1 || Hq.size % Hkv.size != 0) {
     at.fail("q", "Hq a multiple of Hkv=" + std::to_string(Hkv.size), Hq.size);
@@ -134,10 +136,12 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
 
   const int head = several ? 2 : 1;  // the dimension
   const DecodeAttentionParams params{
-      .dtype = at.scalar_type(q),
+      .q_dtype = at.scalar_type(q),
+      .kv_dtype = words ? ScalarType::i8 : at.scalar_type(q),
       .q = q.data,
       .k = k.data,
       .v = v.data,
+      .words = words ? words->as<std::uint32_t>() : nullptr,
       .seq_lens = seq_lens.as<std::int32_t>(),
       .page_ids = page_ids ? page_ids->as<std::int32_t>() : nullptr,
       .out = out.data,
@@ -155,6 +159,8 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
       .stride_v_b = v.strides[0],
       .stride_v_h = v.strides[1],
       .stride_v_t = v.strides[2],
+      .stride_words_b = words ? words->strides[0] : 0,
+      .stride_words_h = words ? words->strides[1] : 0,
       .stride_ids_b = page_ids ? page_ids->strides[0] : 0,
       .stride_ids_h = page_ids && page_ids->shape[1] > 1 ? page_ids->strides[1] : 0,
       .stride_logits_b = logits ? logits->strides[0] : 0,

@@ -21,6 +21,7 @@ struct AttentionArguments {
   double scale;
   py::handle partial_out, partial_lse;
   std::int64_t split_size;
+  py::handle words;
 };
 
 // Checked, values too where they can be read. Without q_lens and tail, which are up to the caller.

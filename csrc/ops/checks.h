@@ -57,6 +57,18 @@ inline void check_inner_contiguous(const Boundary& at, const TensorView& view) {
               std::to_string(view.shape[last]));
 }
 
+// The scales of codes k: [B, H, T] int32. No GPU kernel takes codes yet.
+inline void check_words(const Boundary& at, Backend backend, const TensorView& words,
+                        const TensorView& k, std::initializer_list<Size> shape) {
+  at.device(backend, {&k, &words});
+  if (backend == Backend::cuda || k.device.is_cuda) {
+    at.fail(words.name, "None on a GPU, whose kernels take no K and V in eight bits", "a tensor");
+  }
+  at.dtype(words, {DType::i32});
+  at.last_contiguous(words);
+  at.shape(words, shape);
+}
+
 // Sizes that int32 arithmetic in the kernels stands.
 inline void check_size(const Boundary& at, const TensorView& view, const char* what,
                        std::int64_t size) {

@@ -61,7 +61,7 @@ void compact_kv(Backend backend, py::handle k_, py::handle v_, py::handle state_
   const TensorView victims = at.tensor("victims", victims_);
   const TensorView seq_lens = at.tensor("seq_lens", seq_lens_);
   at.device(backend, {&k, &v, &victims, &seq_lens});
-  at.dtype(k, {DType::f32, DType::f16, DType::bf16});
+  at.dtype(k, {DType::f32, DType::f16, DType::bf16, DType::i8});
   at.same_dtype(v, k);
   at.dtype(victims, {DType::i32});
   at.dtype(seq_lens, {DType::i32});
@@ -81,7 +81,7 @@ void compact_kv(Backend backend, py::handle k_, py::handle v_, py::handle state_
   }
   check_size(at, k, "tokens", T.size);
   check_size(at, victims, "victims", V.size);
-  const std::int64_t size = k.dtype == DType::f32 ? 4 : 2;
+  const std::int64_t size = k.dtype == DType::f32 ? 4 : k.dtype == DType::i8 ? 1 : 2;
   check_size(at, k, "bytes of a row", D.size * size);
 
   CompactKvParams params{
@@ -98,6 +98,7 @@ void compact_kv(Backend backend, py::handle k_, py::handle v_, py::handle state_
       .stride_v_t = v.strides[2] * size,
       .stride_state_b = {},
       .stride_state_u = {},
+      .state_units = {},
       .batch = static_cast<std::int32_t>(B.size),
       .num_heads = static_cast<std::int32_t>(H.size),
       .num_units = static_cast<std::int32_t>(U.size),
@@ -120,7 +121,9 @@ void compact_kv(Backend backend, py::handle k_, py::handle v_, py::handle state_
     at.device(backend, {&k, &state[i]});
     at.dtype(state[i], {DType::i32, DType::f32});
     at.last_contiguous(state[i]);
-    at.shape(state[i], {B, U, kAny});
+    Dim units{"U", state[i].ndim > 1 && state[i].shape[1] == H.size ? H.size : U.size};
+    at.shape(state[i], {B, units, kAny});
+    params.state_units[i] = static_cast<std::int32_t>(units.size);
     params.state[i] = state[i].data;
     params.stride_state_b[i] = state[i].strides[0] * 4;
     params.stride_state_u[i] = state[i].strides[1] * 4;

@@ -17,7 +17,7 @@ DecodeAttentionParams decode_attention_params(const Boundary& at, Backend backen
                                               py::handle out, py::handle lse,
                                               std::int64_t page_size, double scale,
                                               py::handle partial_out, py::handle partial_lse,
-                                              std::int64_t split_size);
+                                              std::int64_t split_size, py::handle words);
 
 PageScoresParams page_scores_params(const Boundary& at, Backend backend, const TensorView& logits,
                                     const TensorView& lse, const TensorView& seq_lens,

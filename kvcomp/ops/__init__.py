@@ -12,10 +12,12 @@ from kvcomp.ops.attention_hits import attention_hits
 from kvcomp.ops.compact_kv import compact_kv
 from kvcomp.ops.decode_attention import decode_attention
 from kvcomp.ops.fetch_rows import fetch_rows
+from kvcomp.ops.hadamard import hadamard
 from kvcomp.ops.kmeans import kmeans
 from kvcomp.ops.linear_rows import linear_rows
 from kvcomp.ops.merge_states import merge_states
 from kvcomp.ops.page_scores import page_scores
+from kvcomp.ops.quantize_rows import quantize_rows
 from kvcomp.ops.query_similarity import query_similarity
 from kvcomp.ops.recurrence_update import recurrence_update
 from kvcomp.ops.rotate_keys import rotate_keys
@@ -37,10 +39,12 @@ __all__ = [
     "compact_kv",
     "decode_attention",
     "fetch_rows",
+    "hadamard",
     "kmeans",
     "linear_rows",
     "merge_states",
     "page_scores",
+    "quantize_rows",
     "query_similarity",
     "recurrence_update",
     "rotate_keys",

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcomp import _C
 from kvcomp.ops._arguments import default_scale
 from kvcomp.ops._registry import bind, raw_stream
-from kvcomp.ops.decode_attention import attended, listed, logits_of, partials
+from kvcomp.ops.decode_attention import attended, decoded, listed, logits_of, partials
 
 MOST_QUERIES = 64  # bits of a mask
 
@@ -28,6 +28,7 @@ def append_attention(
     page_size: int = 1,
     scale: float | None = None,
     logits: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last m tokens of each sequence: a second turn, a piece of a prompt, the
     drafts that speculative decoding checks. K and V are read once for all of them.
@@ -43,7 +44,8 @@ def append_attention(
 
     Args:
         q: [B, m, Hq, D], 1 <= m <= 64; fp32, fp16 or bf16; D one of `HEAD_SIZES`.
-        k, v: [B, Hkv, T, D] of q's dtype, any strides on B, Hkv and T, D contiguous.
+        k, v: [B, Hkv, T, D] of q's dtype, or int8 with `words`; any strides on B, Hkv and T, D
+            contiguous.
         seq_lens: [B] int32, tokens attended, the new ones included.
         q_lens: [B] int32, how many of its m queries a row has, in front; it has as many new
             tokens. The queries behind give 0 and -inf. None: all m.
@@ -56,6 +58,7 @@ def append_attention(
         logits: optional output [B, m, Hq, N], N >= T (dense) or K * page_size (paged), of fp32 or,
             except on the CPU, fp16: receives the scaled logits of each attended position; others
             are left alone or set to -inf. See `decode_attention`.
+        words: [B, Hkv, T] int32, scales of int8 k and v, as for `decode_attention`.
 
     Returns:
         out [B, m, Hq, D] of q's dtype, and lse [B, m, Hq] fp32, the natural log of the sum of exp.
@@ -71,11 +74,12 @@ def append_attention(
     """
     if scale is None:
         scale = default_scale(q)
-    return _op(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits)
+    return _op(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, words)
 
 
-def reference(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits):
+def reference(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, words=None):
     count = q.shape[1]
+    q, k, v = decoded(q, k, v, words)
     k, v, valid = listed(k, v, seq_lens, page_ids, page_size)
     seen = visible(seq_lens, q_lens, tail, count, k.shape[2])
     allowed = seen[:, :, None] & valid[:, None]  # [B, m, 1 or Hkv, N]
@@ -95,20 +99,20 @@ def visible(seq_lens, q_lens, tail, count, positions):
     return ((new < 0) | of_new) & (query < lens[:, None, None])
 
 
-def fake(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits):
+def fake(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, words=None):
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
-    def run(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits):
+    def run(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, words=None):
         inputs = q, k, v, seq_lens, q_lens, tail, page_ids
         out, lse = fake(*inputs, page_size, scale, logits)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:
             partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
-        outputs = logits, out, lse, page_size, scale, partial_out, partial_lse, size
+        outputs = logits, out, lse, page_size, scale, partial_out, partial_lse, size, words
         extension.append_attention(backend, *inputs, *outputs, raw_stream(q))
         return out, lse
 
@@ -118,7 +122,8 @@ def native(extension: ModuleType, backend: int) -> Callable:
 _op = bind(
     "append_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? q_lens, Tensor? tail,"
-    " Tensor? page_ids, int page_size, float scale, Tensor(a!)? logits) -> (Tensor, Tensor)",
+    " Tensor? page_ids, int page_size, float scale, Tensor(a!)? logits, Tensor? words=None)"
+    " -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
     native=native,

@@ -34,6 +34,7 @@ def attend_and_select(
     reduction: str = "max",
     num_recent: int = 1,
     num_sink: int = 0,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`decode_attention`, `page_scores` of its logits and `select_pages` by these scores in one op.
 
@@ -41,8 +42,8 @@ def attend_and_select(
     launches (four beyond 2048 pages), and the host does not wait between them.
 
     Args:
-        q, k, v, seq_lens, page_ids, scale: as for `decode_attention`. With `page_ids` the selected
-            ids are positions in that list (columns of a block table), and an entry of -1 before a
+        q, k, v, seq_lens, page_ids, scale, words: as for `decode_attention`. With `page_ids` the
+            selected ids are positions in that list (columns of a block table), and an entry of -1 before a
             row's end gets no score.
         page_size: tokens in a page, also in a page of `page_ids`.
         num_pages: K, pages in a set.
@@ -62,7 +63,7 @@ def attend_and_select(
     use_max = is_max("attend_and_select", reduction)
     if scale is None:
         scale = default_scale(q)
-    rest = num_groups, use_max, num_recent, num_sink
+    rest = num_groups, use_max, num_recent, num_sink, words
     return _op(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
 
 
@@ -70,8 +71,8 @@ def in_turn(attend: Callable, score: Callable, select: Callable) -> Callable:
     """The op built from an implementation of each of the three."""
 
     def run(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
-        num_groups, use_max, num_recent, num_sink = rest
-        out, lse = attend(q, k, v, seq_lens, page_ids, page_size, scale, logits)
+        num_groups, use_max, num_recent, num_sink, *words = rest
+        out, lse = attend(q, k, v, seq_lens, page_ids, page_size, scale, logits, *words)
         positions = k.size(2) if page_ids is None else page_ids.size(2) * page_size
         written = logits.narrow(2, 0, positions)
         scores = score(written, lse, seq_lens, page_size, num_groups, use_max)
@@ -105,8 +106,8 @@ def native(extension: ModuleType, backend: int) -> Callable:
             partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
             arrived = seq_lens.new_empty(lse.shape, dtype=torch.int32)
         extension.attend_and_select(
-            *(backend, q, k, v, seq_lens, page_ids, logits, *outputs, page_size, scale, *rest),
-            *(partial_out, partial_lse, size, arrived, raw_stream(q)),
+            *(backend, q, k, v, seq_lens, page_ids, logits, *outputs, page_size, scale, *rest[:4]),
+            *(partial_out, partial_lse, size, arrived, *(rest[4:] or [None]), raw_stream(q)),
         )
         return outputs
 
@@ -117,7 +118,7 @@ _op = bind(
     "attend_and_select",
     "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? page_ids, int page_size,"
     " int num_pages, float scale, Tensor(a!) logits, int num_groups, bool use_max, int num_recent,"
-    " int num_sink) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int num_sink, Tensor? words=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference,
     fake=fake,
     native=native,

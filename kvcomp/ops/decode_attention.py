@@ -13,6 +13,7 @@ from kvcomp import _C
 from kvcomp.ops._arguments import default_scale
 from kvcomp.ops._registry import bind, raw_stream
 from kvcomp.ops._splits import MIN_SPLIT, num_multiprocessors, plan_splits
+from kvcomp.ops.quantize_rows import dequantized
 
 HEADS_PER_BLOCK = 8  # of the CUDA kernel, see decode_attention.cuh
 
@@ -27,6 +28,7 @@ def decode_attention(
     page_size: int = 1,
     scale: float | None = None,
     logits: Tensor | None = None,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per sequence: softmax(scale * q k^T) v, grouped-query heads.
 
@@ -41,7 +43,8 @@ def decode_attention(
 
     Args:
         q: [B, Hq, D]; fp32, fp16 or bf16; D one of `HEAD_SIZES`.
-        k, v: [B, Hkv, T, D] of q's dtype, any strides on B, Hkv and T, D contiguous.
+        k, v: [B, Hkv, T, D] of q's dtype, or int8 with `words`; any strides on B, Hkv and T, D
+            contiguous.
         seq_lens: [B] int32, tokens attended, at most T (dense) or K * page_size (paged).
         page_ids: [B, 1, K] (one set for all heads) or [B, Hkv, K], int32.
         page_size: tokens in a page: 1, 16, 32 or 64; any positive size works.
@@ -51,6 +54,9 @@ def decode_attention(
             positions are left alone or set to -inf. In fp16 a logit below 2^k errs by at most
             2^(k - 12), and so, relatively, does the probability made of it (0.4 % at 16); finite
             ones beyond 65504 become that. `out` and `lse` are the same with either.
+        words: [B, Hkv, T] int32, the scales of K and V in eight bits, k and v int8 then, as
+            `quantize_rows` makes them. q takes part as integers of 14 bits and a sign, times the
+            power of two that its largest element asks for: see `in_integers`. On a CPU so far.
 
     Returns:
         out [B, Hq, D] of q's dtype, and lse [B, Hq] fp32, the natural log of the sum of exp.
@@ -62,7 +68,7 @@ def decode_attention(
     """
     if scale is None:
         scale = default_scale(q)
-    return _op(q, k, v, seq_lens, page_ids, page_size, scale, logits)
+    return _op(q, k, v, seq_lens, page_ids, page_size, scale, logits, words)
 
 
 def logits_dtype(q: Tensor) -> torch.dtype:
@@ -71,13 +77,30 @@ def logits_dtype(q: Tensor) -> torch.dtype:
     return torch.float16 if q.is_cuda and q.dtype != torch.float32 else torch.float32
 
 
-def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits):
+def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None):
+    q, k, v = decoded(q, k, v, words)
     k, v, valid = listed(k, v, seq_lens, page_ids, page_size)
     x = logits_of(q[:, None], k, scale).masked_fill(~valid[:, None, :, None], -torch.inf)
     out, lse = attended(x, v)
     if logits is not None:
         logits[..., : x.shape[-1]] = x.flatten(1, 3)
     return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def decoded(q, k, v, words):
+    """q as it meets codes, and the rows that codes k, v stand for; all as they are without them."""
+    if words is None:
+        return q, k, v
+    return in_integers(q), *dequantized(k, v, words, q.dtype)
+
+
+def in_integers(q):
+    """Rows of q rounded to multiples of 2^-14 of the power of two above their largest element; NaN
+    where one is not finite."""
+    top = q.abs().amax(-1, keepdim=True)
+    above = torch.frexp(top.nan_to_num(posinf=0.0).clamp(min=2.0**-101)).exponent
+    step = torch.ldexp(torch.ones_like(top), above - 14)
+    return ((q / step).round() * step).masked_fill(~top.isfinite(), torch.nan)
 
 
 def listed(k, v, seq_lens, page_ids, page_size):
@@ -111,7 +134,7 @@ def attended(x, v):
     return out.flatten(2, 3), lse.flatten(2, 3)
 
 
-def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits):
+def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None):
     out = torch.empty_like(q) if q.is_contiguous() else q.new_empty(q.shape)
     return out, q.new_empty(q.size(0), q.size(1), dtype=torch.float32)
 
@@ -119,7 +142,7 @@ def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits):
 def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
-    def run(q, k, v, seq_lens, page_ids, page_size, scale, logits):
+    def run(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None):
         out, lse = fake(q, k, v, seq_lens, page_ids, page_size, scale, logits)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:
@@ -139,6 +162,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
             partial_out,
             partial_lse,
             size,
+            words,
             raw_stream(q),
         )
         return out, lse
@@ -181,7 +205,7 @@ def blocks_per_multiprocessor(device: torch.device, dtype: torch.dtype, head_dim
 _op = bind(
     "decode_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? page_ids, int page_size, float scale,"
-    " Tensor(a!)? logits) -> (Tensor, Tensor)",
+    " Tensor(a!)? logits, Tensor? words=None) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
     native=native,

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from kvcomp.selftest.attention_cases import attention_cases
 from kvcomp.selftest.case import Case
+from kvcomp.selftest.code_cases import code_cases
 from kvcomp.selftest.eviction_cases import eviction_cases
 from kvcomp.selftest.linear_cases import linear_cases
 from kvcomp.selftest.retrieval_cases import retrieval_cases
 
 CASES: list[Case] = sorted(
-    [*attention_cases(), *eviction_cases(), *linear_cases(), *retrieval_cases()],
+    [
+        *attention_cases(),
+        *code_cases(),
+        *eviction_cases(),
+        *linear_cases(),
+        *retrieval_cases(),
+    ],
     key=lambda case: case.op,
 )

@@ -67,6 +67,24 @@ def linear_rows(**changes):
     return Call(ops.linear_rows, **args | changes)
 
 
+def quantize_rows(turn=False, **changes):
+    args = {"k": torch.randn(B, HKV, 3, D), "v": torch.randn(B, HKV, 3, D)}
+    args |= {name: torch.zeros(B, HKV, 3, D, dtype=torch.int8) for name in ("k_codes", "v_codes")}
+    args |= {"words": torch.zeros(B, HKV, 3, dtype=torch.int32), **changes}
+    return Call(ops.quantize_rows, *args.values(), turn=turn)
+
+
+def hadamard(**changes):
+    return Call(ops.hadamard, **{"x": torch.randn(B, HQ, D), **changes})
+
+
+def codes(**changes):
+    """A good call of decode_attention over K and V in eight bits."""
+    args = {name: torch.zeros(B, HKV, T, D, dtype=torch.int8) for name in ("k", "v")}
+    words = torch.zeros(B, HKV, T, dtype=torch.int32)
+    return decode_attention(**args | {"words": words} | changes)
+
+
 def merge_states(**changes):
     args = {"out_a": torch.randn(B, HQ, D), "lse_a": torch.randn(B, HQ)}
     args |= {"out_b": torch.randn(B, HQ, D), "lse_b": torch.randn(B, HQ), **changes}

@@ -26,6 +26,7 @@ struct Dot {
   static Vec half_query(const Query* q) { return load(q); }
   static Vec half_row(const T* k) { return load(k); }
   static Vec half_add(Vec q, Vec k, Vec sum) { return fma(q, k, sum); }
+  static Vec finish(Vec sum) { return sum; }
 };
 
 // kBytes of a row, from byte `at` on, into L2: into L1 they would only displace the tile in work.
@@ -83,6 +84,7 @@ void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count
         }
       }
     }
+    UNROLL for (int r = 0; r < kLanes; ++r) sums[r] = D::finish(sums[r]);
     float block[kLanes];
     store(block, reduce(sums) * broadcast(scale));
     UNROLL for (int h = 0; h < H; ++h) {

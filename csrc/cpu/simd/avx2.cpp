@@ -143,6 +143,26 @@ inline void store(Bfloat16* p, Vec v) {
   store_bits(p, _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
 }
 
+// Codes, and the integers that they are multiplied with; lanes of a sum hold int32 until to_floats.
+using Ints16 = __m256i;
+inline __m128i load_8_codes(const Code* p) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+}
+inline Vec load(const Code* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load_8_codes(p)))};
+}
+inline Ints16 load_codes(const Code* p) { return _mm256_cvtepi8_epi16(load_bits(p)); }
+inline Ints16 load_half_codes(const Code* p) { return _mm256_cvtepi8_epi16(load_8_codes(p)); }
+inline Ints16 load_ints(const std::int16_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+inline Ints16 load_half_ints(const std::int16_t* p) { return _mm256_zextsi128_si256(load_bits(p)); }
+inline Vec add_products(Ints16 a, Ints16 b, Vec sum) {
+  const __m256i products = _mm256_madd_epi16(a, b);
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(sum.x), products))};
+}
+inline Vec to_floats(Vec ints) { return {_mm256_cvtepi32_ps(_mm256_castps_si256(ints.x))}; }
+
 template <class T>
 inline Pair load_pair(const T* p) {
   return {load(p), load(p + kLanes)};

@@ -117,6 +117,22 @@ inline void store(Bfloat16* p, Vec v) {
   store_bits(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(v), 16)));
 }
 
+// Codes, and the integers that they are multiplied with; lanes of a sum hold int32 until to_floats.
+using Ints16 = __m512i;
+inline __m128i load_16_codes(const Code* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+}
+inline Vec load(const Code* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_16_codes(p)))};
+}
+inline Ints16 load_codes(const Code* p) { return _mm512_cvtepi8_epi16(load_bits(p)); }
+inline Ints16 load_half_codes(const Code* p) {
+  return _mm512_zextsi256_si512(_mm256_cvtepi8_epi16(load_16_codes(p)));
+}
+inline Ints16 load_ints(const std::int16_t* p) { return _mm512_loadu_si512(p); }
+inline Ints16 load_half_ints(const std::int16_t* p) { return _mm512_zextsi256_si512(load_bits(p)); }
+inline Vec to_floats(Vec ints) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(ints.x))}; }
+
 template <class T>
 inline Pair load_pair(const T* p) {
   return {load(p), load(p + kLanes)};

@@ -1,4 +1,4 @@
-// AVX-512 with the bf16 dot product: exact products of q and k in pairs, added in fp32.
+// AVX-512 with dot products of pairs: of bf16, exact and added in fp32, and of integers.
 #include <immintrin.h>
 
 #include <cstdint>
@@ -11,6 +11,10 @@ namespace kvcomp::simd {
 namespace {
 
 #include "avx512.inl"
+
+inline Vec add_products(Ints16 a, Ints16 b, Vec sum) {
+  return {_mm512_castsi512_ps(_mm512_dpwssd_epi32(_mm512_castps_si512(sum.x), a, b))};
+}
 
 template <class T>
 struct Dot;
@@ -32,6 +36,7 @@ struct Dot<Bfloat16> {
   static __m512i half_row(const Bfloat16* k) { return _mm512_zextsi256_si512(load_bits(k)); }
   static __m512i half_query(const Query* q) { return half_row(q); }
   static Vec half_add(__m512i q, __m512i k, Vec sum) { return add(q, k, sum); }
+  static Vec finish(Vec sum) { return sum; }
 };
 
 #include "rows.inl"

@@ -27,6 +27,15 @@ struct Half {
 struct Bfloat16 {
   std::uint16_t bits;
 };
+// An element of a row in eight bits, see QuantizeRowsParams.
+struct Code {
+  std::int8_t value;
+};
+
+// Queries that meet codes are integers of so many bits and a sign, times a power of two; a row
+// below 2^kLeastExponent counts as one of that size.
+inline constexpr int kQueryBits = 14;
+inline constexpr int kLeastExponent = -100;
 
 // Row t of a tile starts at rows[t]: every layout of K and V, paged or not, comes down to this.
 // Lists have as many pointers as the longest tile, a multiple of 16; past its own count a tile
@@ -73,11 +82,42 @@ struct TypedRows {
   // element of y is the same bits whatever num_rows, count and its place among them are.
   void (*linear)(const float* prepared_x, int num_rows, const void* weight, std::int64_t stride,
                  int width, std::int64_t count, const void* bias, void* y, std::int64_t stride_y);
+
+  // A row to floats and back, times `factor`, in the order of its elements.
+  void (*widen)(const void* row, int head_dim, float* out);
+  void (*narrow)(const float* row, float factor, int head_dim, void* out);
+};
+
+// Loops over rows of codes.
+struct CodeRows {
+  // q [D] -> prepared [D floats of space]: integers for qk, and behind them, as the last float,
+  // what one of them is worth; NaN where an element is not finite.
+  void (*prepare_q)(const float* q, int head_dim, float* prepared);
+
+  // As those of TypedRows, of codes without their scales; acc is in the order of elements.
+  void (*qk)(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, int count,
+             RowPointers fetch, float scale, float* logits);
+  void (*pv)(const float* probs, int num_heads, int head_dim, RowPointers rows, int count,
+             RowPointers fetch, const float* rescale, float* acc);
+
+  // The scales of K and V in words, count <= kTile.
+  void (*split_words)(const std::uint32_t* words, int count, float* k_scale, float* v_scale);
+
+  // x[t] *= factors[t] * factor, t < count.
+  void (*multiply)(float* x, const float* factors, float factor, int count);
+
+  // row [D] -> codes [D]; returns the fp16 scale with which they were made, NaN where an element is
+  // not finite or the scale would not be.
+  std::uint16_t (*quantize)(const float* row, int head_dim, std::int8_t* codes);
+
+  // row [D] times the Walsh-Hadamard matrix over sqrt(D), D a power of two; its own inverse.
+  void (*turn)(float* row, int head_dim);
 };
 
 struct Rows {
   const char* isa;
   TypedRows f32, f16, bf16;
+  CodeRows codes;
 
   // One step of the online softmax, per head: logits [num_heads, kTile] become exp(logit - max),
   // max and sum advance, rescale = exp(old max - new max) corrects what was accumulated before.

@@ -11,7 +11,10 @@
 //                   the marked lanes, return how many
 //   memory          load(p) and store(p, Vec) of each element type; load_first(float*, n) with
 //                   zeros after n; load_pair(p) and store_pair(p, Pair) of 2 * kLanes elements in
-//                   whatever order is cheapest
+//                   whatever order is cheapest, for codes their own
+//   Ints16          2 * kLanes int16: load_codes and load_ints, load_half_codes and load_half_ints
+//                   (kLanes of them, then zeros), add_products(a, b, sum): sums of pairs, added to
+//                   lanes of int32; to_floats(Vec of those)
 //   kSums           sums that pv holds at once, a power of two: enough to hide an fma's latency
 //   kTall           centres that nearest holds at once, a divisor of kCentreBlock
 //   UNROLL          before a loop whose arrays must end up in registers
@@ -42,6 +45,7 @@ inline Vec exp(Vec x) {
 
 #include "attention.inl"
 #include "clustering.inl"
+#include "codes.inl"
 #include "linear.inl"
 #include "logits.inl"
 #include "selection.inl"
@@ -75,8 +79,12 @@ void rotate(void* row_, int half, const float* cos, const float* sin) {
 
 template <class T>
 constexpr TypedRows typed_rows() {
-  return {&prepare_q<T>, &qk<T>,     &pv<T>,       &store_row<T>, &blend<T>,
-          &nearest<T>,   &rotate<T>, &products<T>, &linear<T>};
+  return {&prepare_q<T>, &qk<T>,       &pv<T>,     &store_row<T>, &blend<T>,     &nearest<T>,
+          &rotate<T>,    &products<T>, &linear<T>, &widen_row<T>, &narrow_row<T>};
+}
+
+constexpr CodeRows code_rows() {
+  return {&prepare_query, &qk<Code>, &pv<Code>, &split_words, &multiply, &quantize, &turn};
 }
 
 constexpr Rows make_rows(const char* isa) {
@@ -84,6 +92,7 @@ constexpr Rows make_rows(const char* isa) {
           typed_rows<float>(),
           typed_rows<Half>(),
           typed_rows<Bfloat16>(),
+          code_rows(),
           &softmax,
           &accumulate,
           &token_scores,

@@ -151,6 +151,8 @@ inline Half narrow(float x, Half) {
   return {static_cast<std::uint16_t>(half | sign)};
 }
 
+inline float widen(Code x) { return x.value; }
+
 template <class T>
 inline Vec load(const T* p) {
   return lanes([&](int i) { return widen(p[i]); });
@@ -167,6 +169,35 @@ template <class T>
 inline void store_pair(T* p, Pair v) {
   store(p, v.a);
   store(p + kLanes, v.b);
+}
+
+// Codes, and the integers that they are multiplied with; lanes of a sum hold int32 until to_floats.
+struct Ints16 {
+  std::int16_t x[2 * kLanes];
+};
+inline Ints16 load_some_ints(const std::int16_t* p, int count) {
+  Ints16 ints{};
+  for (int i = 0; i < count; ++i) ints.x[i] = p[i];
+  return ints;
+}
+inline Ints16 load_some_codes(const Code* p, int count) {
+  Ints16 ints{};
+  for (int i = 0; i < count; ++i) ints.x[i] = p[i].value;
+  return ints;
+}
+inline Ints16 load_codes(const Code* p) { return load_some_codes(p, 2 * kLanes); }
+inline Ints16 load_half_codes(const Code* p) { return load_some_codes(p, kLanes); }
+inline Ints16 load_ints(const std::int16_t* p) { return load_some_ints(p, 2 * kLanes); }
+inline Ints16 load_half_ints(const std::int16_t* p) { return load_some_ints(p, kLanes); }
+inline Vec add_products(Ints16 a, Ints16 b, Vec sum) {
+  return lanes([&](int i) {
+    const int products = a.x[2 * i] * b.x[2 * i] + a.x[2 * i + 1] * b.x[2 * i + 1];
+    return float_of(bits_of(sum.x[i]) + static_cast<std::uint32_t>(products));
+  });
+}
+inline Vec to_floats(Vec ints) {
+  return lanes(
+      [&](int i) { return static_cast<float>(static_cast<std::int32_t>(bits_of(ints.x[i]))); });
 }
 
 #include "rows.inl"

@@ -27,7 +27,8 @@ const Rows& choose() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
        &avx512_rows},
-      {"avx512bf16", __builtin_cpu_supports("avx512bf16") != 0, &avx512bf16_rows},
+      {"avx512bf16", __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"),
+       &avx512bf16_rows},
 #endif
   };
   const char* cap = std::getenv("KVCOMP_ISA");

@@ -65,15 +65,15 @@ __global__ void __launch_bounds__(CompactKvTile::kThreads)
       moves[thread] = make_int2(hole >= 0 && hole < kept ? hole : mover, mover);
     }
     __syncthreads();
-    // The state of a unit moves once, with its first head: at most one value per thread, on its way
-    // while the rows are copied.
+    // State that heads share moves once, with the first one: at most one value per thread, on its
+    // way while the rows are copied.
     int32_t *state = nullptr, value = 0;
-    if (head < p.num_units && thread < num_moves * p.num_state) {
-      const int which = thread / num_moves;
+    const int which = thread / num_moves;
+    if (which < p.num_state && head < p.state_units[which]) {
       const int2 move = moves[thread % num_moves];
       auto* row = reinterpret_cast<int32_t*>(static_cast<char*>(p.state[which]) +
                                              sequence * p.stride_state_b[which] +
-                                             unit * p.stride_state_u[which]);
+                                             head * p.stride_state_u[which]);
       value = row[move.y];
       state = row + move.x;
     }
@@ -116,7 +116,8 @@ void launch_compact_kv(const CompactKvParams& p, const Launch& launch) {
       p.stride_k_b | p.stride_k_h | p.stride_k_t | p.stride_v_b | p.stride_v_h | p.stride_v_t;
   const auto kernel = bits % 16 == 0  ? compact_kv_kernel<uint4>
                       : bits % 4 == 0 ? compact_kv_kernel<uint32_t>
-                                      : compact_kv_kernel<uint16_t>;
+                      : bits % 2 == 0 ? compact_kv_kernel<uint16_t>
+                                      : compact_kv_kernel<uint8_t>;
   const int rows = p.num_heads * p.batch;
   const int slices = (p.num_victims + Tile::kMoves - 1) / Tile::kMoves;
   const int most = (Tile::kManyBlocks + rows - 1) / rows;

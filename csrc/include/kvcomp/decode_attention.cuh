@@ -109,10 +109,11 @@ void launch_merge_splits(const DecodeAttentionParams& p, int rows, const Launch&
 template <typename Start>
 void with_types(const DecodeAttentionParams& p, const Start& start) {
   with_head_size(p.head_dim, [&](auto head_dim) {
-    switch (p.dtype) {
+    switch (p.kv_dtype) {
       case ScalarType::f32: return start(float{}, head_dim);
       case ScalarType::f16: return start(__half{}, head_dim);
       case ScalarType::bf16: return start(__nv_bfloat16{}, head_dim);
+      case ScalarType::i8: break;  // the boundary has refused them
     }
   });
 }

@@ -43,6 +43,7 @@ __device__ inline void store_as(ScalarType dtype, float value, void* out, int64_
     case ScalarType::f32: return from_float(value, static_cast<float*>(out)[at]);
     case ScalarType::f16: return from_float(value, static_cast<__half*>(out)[at]);
     case ScalarType::bf16: return from_float(value, static_cast<__nv_bfloat16*>(out)[at]);
+    case ScalarType::i8: break;
   }
 }
 
@@ -65,7 +66,7 @@ __device__ inline void merge_head(const DecodeAttentionParams& p, int64_t row) {
     }
     const float value = merge.sum == 0 ? 0.0f : out / merge.sum;
     if (first + static_cast<int>(threadIdx.x) < p.head_dim) {
-      store_as(p.dtype, value, p.out, row * p.head_dim + column);
+      store_as(p.q_dtype, value, p.out, row * p.head_dim + column);
     }
   }
   if (threadIdx.x == 0) p.lse[row] = merge.lse();

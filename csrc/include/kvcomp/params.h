@@ -8,13 +8,15 @@
 
 namespace kvcomp {
 
-enum class ScalarType : int32_t { f32, f16, bf16 };
+enum class ScalarType : int32_t { f32, f16, bf16, i8 };  // i8: codes, see QuantizeRowsParams
 
 struct DecodeAttentionParams {
-  ScalarType dtype;         // of q, k, v and out
+  ScalarType q_dtype;       // of q and out
+  ScalarType kv_dtype;      // of k and v: q_dtype or i8
   const void* q;            // [B, Hq, D]
   const void* k;            // [B, Hkv, T, D]
   const void* v;            // [B, Hkv, T, D]
+  const uint32_t* words;    // [B, Hkv, T] scales of codes; nullptr: no codes
   const int32_t* seq_lens;  // [B] tokens attended
   const int32_t* page_ids;  // [B, 1 or Hkv, K], -1 skips; nullptr: dense
   void* out;                // [B, Hq, D], contiguous
@@ -27,6 +29,7 @@ struct DecodeAttentionParams {
   int64_t stride_q_b, stride_q_h;
   int64_t stride_k_b, stride_k_h, stride_k_t;
   int64_t stride_v_b, stride_v_h, stride_v_t;
+  int64_t stride_words_b, stride_words_h;
   int64_t stride_ids_b, stride_ids_h;  // stride_ids_h is 0 for a set shared by all heads
   int64_t stride_logits_b, stride_logits_h;
   int32_t batch, num_heads, num_kv_heads, head_dim;
@@ -35,6 +38,32 @@ struct DecodeAttentionParams {
   int32_t page_size;
   int32_t num_splits, split_size;  // S, and positions of each
   float scale;
+};
+
+// K and V of new tokens in eight bits. A row is codes in [-127, 127] times its scale; a word holds
+// the fp16 scale of a token's K in its low half, that of V in its high half.
+struct QuantizeRowsParams {
+  ScalarType dtype;  // of k and v
+  const void* k;     // [B, H, T, D]
+  const void* v;     // [B, H, T, D]
+  int8_t* k_codes;   // [B, H, T, D]
+  int8_t* v_codes;   // [B, H, T, D]
+  uint32_t* words;   // [B, H, T], last dimension contiguous
+  int64_t stride_k_b, stride_k_h, stride_k_t;
+  int64_t stride_v_b, stride_v_h, stride_v_t;
+  int64_t stride_k_codes_b, stride_k_codes_h, stride_k_codes_t;
+  int64_t stride_v_codes_b, stride_v_codes_h, stride_v_codes_t;
+  int64_t stride_words_b, stride_words_h;
+  int32_t batch, num_heads, num_tokens, head_dim;
+  bool turn;  // K by a Hadamard matrix
+};
+
+struct HadamardParams {
+  ScalarType dtype;  // of x and out
+  const void* x;     // [N, D], contiguous
+  void* out;         // [N, D], contiguous
+  int64_t num_rows;
+  int32_t head_dim;  // a power of two
 };
 
 // The newest m tokens of each sequence, which are in K and V already.
@@ -152,12 +181,13 @@ struct CompactKvParams {
 
   void* k;                                     // [B, H, T, D]
   void* v;                                     // [B, H, T, D]
-  void* state[kMaxState];                      // num_state tensors [B, U, T'] of 4-byte elements
+  void* state[kMaxState];                      // num_state tensors [B, U', T'] of 4-byte elements
   const int32_t* victims;                      // [B, U, V], contiguous; ascending, then -1
   const int32_t* seq_lens;                     // [B] before
   int64_t stride_k_b, stride_k_h, stride_k_t;  // in bytes, as all strides here
   int64_t stride_v_b, stride_v_h, stride_v_t;
   int64_t stride_state_b[kMaxState], stride_state_u[kMaxState];
+  int32_t state_units[kMaxState];       // U' of each, U or H
   int32_t batch, num_heads, num_units;  // U is 1 or H
   int32_t num_slots;                    // the least of T and all T'
   int32_t num_victims;                  // V

@@ -206,7 +206,13 @@ def launch(
     page_size: int,
     scale: float,
     logits: Tensor | None,
+    words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if words is not None:
+        raise ValueError(
+            "kvcomp.decode_attention: argument 'words': expected None for Triton, whose kernels"
+            " take no K and V in eight bits, got a tensor"
+        )
     batch, num_heads, head_dim = q.shape
     num_kv_heads, num_slots = k.shape[1:3]
     group = num_heads // num_kv_heads

@@ -1,0 +1,106 @@
+"""Cases of K and V in eight bits: made, and attended to in the shapes of the other cases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvcomp.ops import OPS
+from kvcomp.selftest.attention_cases import attention_cases
+from kvcomp.selftest.case import HALF_AND_FULL, Case, generator_for, kv_cache, on
+
+NO_CODES = ("cuda", "cuda-host", "triton")  # who does not take them
+CODED = {  # op -> the cases of it that are taken with codes, too
+    "decode_attention": (
+        "one-token",
+        "odd-ragged",
+        "empty-row",
+        "group7-token-major",
+        "slab",
+        "dim96",
+        "dim256",
+        "long-row",
+        "logits",
+        "tokens-per-head",
+        "tokens-shared",
+        "pages16-per-head",
+        "pages32-holes",
+        "pages64-logits",
+    ),
+    "append_attention": ("odd-ragged", "tree", "ragged-queries", "most", "over-spans", "wide"),
+    "attend_and_select": ("one-page", "splits", "tokens", "table"),
+}
+
+
+def _coded(case: Case) -> Case:
+    def make(dtype, device):
+        q, k, v, *rest = case.make(dtype, "cpu")
+        return on(device, q, *(coded := codes_of(k, v))[:2], *rest, coded[2])
+
+    return replace(case, name=f"{case.name}-codes", make=make, refused_by=NO_CODES)
+
+
+def codes_of(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes in the layout of k and v [B, Hkv, T, D], and words."""
+    codes = [torch.empty_strided(x.shape, x.stride(), dtype=torch.int8) for x in (k, v)]
+    words = torch.empty(k.shape[:3], dtype=torch.int32)
+    OPS["quantize_rows"].reference(k, v, *codes, words, False)
+    return *codes, words
+
+
+def _special(k: Tensor) -> None:
+    """Rows of zeros, NaN, infinities, and numbers whose scales are subnormal, 0 or too large."""
+    k[0, 0, 0] = 0
+    k[0, 0, 1, 3], k[0, 0, 2, 5] = torch.nan, -torch.inf
+    k[0, 0, 3] *= 1e-6
+    k[0, 0, 4] *= 1e-4
+    k[0, 0, 5] *= torch.finfo(k.dtype).max / k[0, 0, 5].abs().max() / 2
+
+
+def _quantize_rows_cases() -> list[Case]:
+    def build(name, batch, heads, slots, dim, layout="head", turn=False, special=False):
+        def make(dtype, device):
+            k, v = (
+                kv_cache((batch, heads, slots, dim), dtype, generator_for(name, i), layout)
+                for i in range(2)
+            )
+            if special:
+                _special(k)
+                _special(v.flip(2))
+            codes = [torch.empty_strided(x.shape, x.stride(), dtype=torch.int8) for x in (k, v)]
+            words = torch.empty(batch, heads, slots + 2, dtype=torch.int32)[..., :slots]
+            return on(device, k, v, *codes, words, turn)
+
+        return Case("quantize_rows", name, make, HALF_AND_FULL, (2, 3, 4))
+
+    return [
+        build("one-row", 1, 1, 1, 16),
+        build("special", 2, 3, 70, 80, special=True),
+        build("turned", 2, 2, 67, 128, "slab", turn=True),
+        build("turned-special", 1, 2, 9, 64, "token", turn=True, special=True),
+        build("wide", 1, 1, 130, 512, "crooked", turn=True),
+        build("none", 2, 2, 0, 64),
+    ]
+
+
+def _hadamard_cases() -> list[Case]:
+    def build(name, *shape):
+        def make(dtype, device):
+            return on(device, (torch.randn(shape, generator=generator_for(name)) * 3).to(dtype))
+
+        return Case("hadamard", name, make, HALF_AND_FULL)
+
+    return [
+        build("one-row", 16),
+        build("queries", 2, 9, 128),
+        build("several", 2, 3, 4, 64),
+        build("wide", 70, 512),
+        build("none", 0, 32),
+    ]
+
+
+def code_cases() -> list[Case]:
+    coded = [_coded(x) for x in attention_cases() if x.name in CODED.get(x.op, ())]
+    return [*coded, *_hadamard_cases(), *_quantize_rows_cases()]
