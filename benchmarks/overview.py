@@ -1,6 +1,6 @@
 """One picture of what the methods save: the time of a token, memory, and what it costs in accuracy.
 
-Drawn by `reproduce.py --plots`, from two of the stored results.
+Drawn by `reproduce.py --plots`, from some of the stored results.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from accuracy.summary import Summary, summarize
 from drawing import COLORS, by, legend, plt
+from language import charts as language
 
 METHODS = ("delethink", "delta", "lazy-eviction", "louis-kv")  # coloured as in the study's charts
 LINES = {**dict(zip(METHODS, COLORS, strict=False)), "full": "#666666", "hf dynamic": "#111111"}
@@ -25,7 +25,11 @@ def overview(stored: Path) -> Figure:
     study = _rows(stored / "accuracy" / "study.json")
     _time(time, _rows(stored / "decode" / "steps.json"))
     _memory(memory, study)
-    _accuracy(accuracy, study)
+    loss = [
+        row for file in sorted((stored / "language").glob("loss-*.json")) for row in _rows(file)
+    ]
+    accuracy.set_title("nats per token above dense attention (SmolLM2)", loc="left")
+    language.over_bytes(accuracy, loss, LINES)
     legend(figure)
     return figure
 
@@ -57,24 +61,6 @@ def _memory(axis: Axes, rows: list[dict]) -> None:
             axis.plot(tokens, [b / 2**20 for b in held], style, lw=2, color=LINES[row["method"]])
     axis.set_ylim(bottom=0)
     axis.set_xlabel(f"tokens decoded; bound: {middle} of all")
-
-
-def _accuracy(axis: Axes, rows: list[dict]) -> None:
-    axis.set_title("% of the steps right (the reasoner)", loc="left")
-    lines: dict[str, list[Summary]] = {}
-    for summary in summarize(rows):
-        if summary.reason is None and not (summary.keeps_all and summary.baseline):
-            lines.setdefault(summary.method, []).append(summary)
-    label: str | None = "baselines"
-    for name, points in lines.items():
-        points = sorted(points, key=lambda s: s.attended)
-        x, y = [100 * s.attended for s in points], [100 * s.score.mean for s in points]
-        if name in METHODS:
-            axis.plot(x, y, "-o", ms=5, lw=2, color=LINES[name], zorder=3)
-        elif name != "full":
-            axis.plot(x, y, lw=0.9, color="#BBBBBB", label=label)
-            label = None
-    axis.set_xlabel("tokens attended, % of dense attention")
 
 
 def _rows(file: Path) -> list[dict]:

@@ -27,6 +27,7 @@ from decode import charts as decode
 from delethink import charts as delethink
 from drawing import COLORS, STYLE, by, legend, plt, short, title
 from families import charts as families
+from language import charts as language
 
 OURS = ("cpu", "cuda", "triton")
 PLAIN = re.compile(r"n=\d+$")  # a shape of decode_attention without a variant
@@ -303,6 +304,7 @@ CHARTS = {
     "decode": (decode.times, decode.parts),
     "delethink": (delethink.accuracy, delethink.growth, delethink.carries, delethink.stalls),
     "families": (families.by_bytes, families.by_window),
+    "language-loss": (language.by_method,),
     "long-run": (long_run,),
     "memory": (memory,),
     "ops": (bandwidth, speedup, variants, overhead),

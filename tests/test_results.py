@@ -125,6 +125,34 @@ def test_the_study(reproduce):
     assert (pinned.bound, pinned.steps.mean) == ("1/4", 1)
 
 
+@pytest.mark.parametrize(
+    "name, corner", [("half", "| at half of the bytes |"), ("quarter", "| at a quarter |")]
+)
+def test_the_loss_on_real_text(reproduce, name, corner):
+    from language.loss import summaries
+
+    facts = json.loads((STORED / f"language/loss-{name}.json").read_text())["meta"]
+    found = {s["method"]: s for s in summaries(rows_of(f"language/loss-{name}"))}
+    assert abs(found.pop("full", {"d_nll": 0})["d_nll"]) < 1e-6
+    shown = table(RESULTS, corner)
+    assert {label.partition(",")[0] for label in shown} == {n.partition(",")[0] for n in found}
+    for label, cells in shown.items():
+        method, _, keeps = label.partition(", which keeps ")
+        got = found[method]
+        low, high, held = *got["d_nll_interval"], got["peak_bytes"] / facts["context_bytes"]
+        least, most = (100 * bound for bound in got["top1_interval"])
+        limit = 1 if got["keeps_all"] else {"half": 1 / 2, "quarter": 1 / 4}[name]
+        over = ", over the bound" if held > limit else ""
+        assert bool(keeps) == got["keeps_all"]
+        assert cells == [
+            f"{got['d_nll']:+.3f} [{low:.3f}, {high:.3f}]",
+            f"{got['d_nll reference']:+.3f}, {got['d_nll source']:+.3f}",
+            f"{got['kl']:.3f}, {got['kl99']:.2f}",
+            f"{100 * got['top1']:.1f} % [{least:.1f}, {most:.1f}]",
+            f"{100 * held:.{0 if keeps else 1}f} %{over}",
+        ]
+
+
 # --- how they were made ---------------------------------------------------------------------------
 
 
@@ -154,7 +182,7 @@ def test_the_index_lists_every_stored_result(reproduce):
 
 
 def test_charts_are_drawn_anew(reproduce, tmp_path, monkeypatch, capsys):
-    names = ("families/lag", "accuracy/study", "decode/steps")
+    names = ("families/lag", "accuracy/study", "decode/steps", "language/loss-quarter")
     for name in names:
         (tmp_path / name).parent.mkdir()
         (tmp_path / f"{name}.json").write_bytes((STORED / f"{name}.json").read_bytes())

@@ -157,4 +157,7 @@ def _rehearsed(method: Method, room: Room) -> int:
     for q, k in islice(cycle(steps), int(place.seen) - place.prompt):
         layer.append(k, k)
         cache.attend(layer, q, scale)
-    return cache.meter.peak_bytes + cache.meter.peak_note_bytes
+    kept = cache.meter.peak_bytes
+    if isinstance(method, Retrieval):  # where queries do not turn, more tokens stay local than here
+        kept = max(kept, min(method.most_resident, int(place.seen)) * place.token_bytes)
+    return kept + cache.meter.peak_note_bytes
