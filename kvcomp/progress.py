@@ -1,10 +1,11 @@
-"""The console of progress bars: standard error, whatever becomes of it."""
+"""Progress bars on standard error, whatever becomes of it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
@@ -35,3 +36,31 @@ class _Lenient:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+Tell = Callable[[int, bool], None]  # new tokens, and whether something is complete
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, shown: bool, what: str) -> Iterator[Tell]:
+    """A bar over `total` things, named `what`."""
+    if not shown:
+        yield lambda tokens, ended: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[tokens]:,} tokens"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=stderr_console()) as bar:
+        task = bar.add_task("", total=total, tokens=0)
+
+        def tell(tokens: int, ended: bool) -> None:
+            known = bar.tasks[0].fields["tokens"]
+            bar.update(task, advance=int(ended), tokens=known + tokens)
+
+        yield tell

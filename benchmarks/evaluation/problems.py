@@ -65,7 +65,7 @@ def encode(problems: Iterable[Problem], tokenizer: Any) -> list[list[int]]:
     Raises:
         ValueError: messages without a chat template, or a prompt that is none.
     """
-    from kvcomp.delethink.problems import prepare  # here, as it needs openai
+    from kvcomp.problems import prepare
 
     return [found.ids for found in prepare([problem.line() for problem in problems], tokenizer)]
 
@@ -91,7 +91,7 @@ def load(
         ValueError: a file or line that cannot be used; it says which line and field.
         ImportError: a checker needs a library that is not installed.
     """
-    from kvcomp.delethink.problems import read_lines  # here, as it needs openai
+    from kvcomp.problems import read_lines
 
     problems: dict[str, Problem] = {}
     for number, line in read_lines(path)[:count]:

@@ -8,7 +8,7 @@ pip install 'kvcomp[delethink]'.
 
 from kvcomp.delethink.engine import EngineError, Sampling
 from kvcomp.delethink.loop import trace
-from kvcomp.delethink.problems import read_problems
 from kvcomp.delethink.results import Run, Trace, TraceError
+from kvcomp.problems import read_problems
 
 __all__ = ["EngineError", "Run", "Sampling", "Trace", "TraceError", "read_problems", "trace"]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import openai
 
 from kvcomp.checks import require, require_one_of
-from kvcomp.delethink.problems import is_token_ids
+from kvcomp.problems import is_token_ids
 
 TOKENS = ("auto", "ids", "text")
 ONE_PROBLEM = (400, 413, 422, 500)  # HTTP statuses that may concern one problem and no other

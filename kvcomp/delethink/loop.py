@@ -14,10 +14,10 @@ import openai
 from kvcomp.checks import require
 from kvcomp.delethink.engine import Engine, EngineError, Sampling
 from kvcomp.delethink.log import Log, Record, fingerprint
-from kvcomp.delethink.problems import Problem, prepare
-from kvcomp.delethink.progress import Tell, progress_bar
 from kvcomp.delethink.results import Run, Trace, TraceError
 from kvcomp.methods.delethink import Chunk, Delethink
+from kvcomp.problems import Problem, prepare
+from kvcomp.progress import Tell, progress_bar
 
 
 async def trace(
@@ -94,7 +94,7 @@ async def trace(
             **{name: getattr(method, name) for name in ("chunk", "carry", "head", "variant")},
             **dataclasses.asdict(sampling),
         }
-        settings = book.begin(settings, engine.reason)
+        settings = book.begin(settings, reason=engine.reason)
         keys = [_Key(p, s) for p in todo for s in range(samples)]
         loop = _Loop(engine, method, book, keys, settings)
         if begun is not None and loop.has_work():
@@ -180,7 +180,7 @@ class _Loop:
 
     async def run(self, concurrency: int, progress: bool) -> Run:
         free = asyncio.Semaphore(concurrency)
-        with progress_bar(len(self.keys), progress) as tell:
+        with progress_bar(len(self.keys), progress, "traces") as tell:
             work = zip(self.keys, self.done, strict=True)
             tasks = [asyncio.create_task(self.follow(*each, free, tell)) for each in work]
             try:

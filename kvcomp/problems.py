@@ -1,4 +1,4 @@
-"""Problems: an id, and a prompt as token ids."""
+"""Problems: an id, and a prompt as token ids; JSONL files of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Problem(NamedTuple):
 
 
 def read_problems(file: str | Path) -> list[dict[str, Any]]:
-    """Read a JSONL file of problems, one object per line; see `trace` for their keys.
+    """Read a JSONL file of problems, one object per line; see `prepare` for their keys.
 
     Raises:
         ValueError: the file cannot be read, or a line is no JSON object.
@@ -29,7 +29,7 @@ def read_lines(file: str | Path) -> list[tuple[int, dict[str, Any]]]:
     try:
         lines = Path(file).read_text(encoding="utf-8").split("\n")  # not at U+2028 in a text
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"kvcomp.delethink: cannot read problems: {error}") from error
+        raise ValueError(f"kvcomp: cannot read problems: {error}") from error
     problems = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -37,15 +37,19 @@ def read_lines(file: str | Path) -> list[tuple[int, dict[str, Any]]]:
         try:
             problem = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"kvcomp.delethink: {file}, line {number}: {error}") from error
+            raise ValueError(f"kvcomp: {file}, line {number}: {error}") from error
         if not isinstance(problem, dict):
-            raise ValueError(f"kvcomp.delethink: {file}, line {number}: expected an object")
+            raise ValueError(f"kvcomp: {file}, line {number}: expected an object")
         problems.append((number, problem))
     return problems
 
 
 def prepare(problems: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Problem]:
     """Check `problems` and encode their prompts.
+
+    Args:
+        problems: mappings with an "id", and a "prompt" (text), "messages" (for the tokenizer's chat
+            template) or "ids" (token ids).
 
     Raises:
         ValueError: a problem without an id or a usable prompt, two with one id, or no problem.
@@ -59,10 +63,10 @@ def prepare(problems: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Probl
             _wrong(f"number {place}: id", "a string or a number", name)
         name = str(name)
         if name in found:
-            raise ValueError(f"kvcomp.delethink: problems: the id {name!r} occurs twice")
+            raise ValueError(f"kvcomp: problems: the id {name!r} occurs twice")
         found[name] = Problem(name, _encode(name, problem, tokenizer))
     if not found:
-        raise ValueError("kvcomp.delethink: problems: expected at least one, got none")
+        raise ValueError("kvcomp: problems: expected at least one, got none")
     return list(found.values())
 
 
@@ -72,9 +76,7 @@ def _encode(name: str, problem: Mapping[str, Any], tokenizer: Any) -> list[int]:
         _wrong(repr(name), f"one of {', '.join(PROMPTS)}", kinds or None)
     kind, value = kinds[0], problem[kinds[0]]
     if kind != "ids" and tokenizer is None:
-        raise ValueError(
-            f"kvcomp.delethink: tokenizer: expected one, as problem {name!r} is text, got None"
-        )
+        raise ValueError(f"kvcomp: tokenizer: expected one, as problem {name!r} is text, got None")
     if kind == "prompt":
         if not is_text(value) or not value:
             _wrong(f"{name!r}: prompt", "some text", value)
@@ -82,8 +84,7 @@ def _encode(name: str, problem: Mapping[str, Any], tokenizer: Any) -> list[int]:
     if kind == "messages":
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(
-                f"kvcomp.delethink: problem {name!r}: messages: expected a tokenizer with a chat"
-                " template"
+                f"kvcomp: problem {name!r}: messages: expected a tokenizer with a chat template"
             )
         if not is_messages(value):
             _wrong(f"{name!r}: messages", "a list of objects with a role and a content", value)
@@ -91,7 +92,7 @@ def _encode(name: str, problem: Mapping[str, Any], tokenizer: Any) -> list[int]:
             text = tokenizer.apply_chat_template(value, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the model's, which may raise any
             raise ValueError(
-                f"kvcomp.delethink: problem {name!r}: messages: refused by the chat template:"
+                f"kvcomp: problem {name!r}: messages: refused by the chat template:"
                 f" {' '.join(str(error).split())}"
             ) from error
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -121,6 +122,4 @@ def is_token_ids(value: Any) -> bool:
 
 
 def _wrong(where: str, expected: str, got: Any) -> None:
-    raise ValueError(
-        f"kvcomp.delethink: problem {where}: expected {expected}, got {str(got)[:80]!r}"
-    )
+    raise ValueError(f"kvcomp: problem {where}: expected {expected}, got {str(got)[:80]!r}")
