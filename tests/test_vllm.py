@@ -20,6 +20,7 @@ import kvcomp
 from kvcomp import models
 from kvcomp.cache import KVCache
 from kvcomp.engines.vllm import VERSIONS
+from kvcomp.engines.vllm.lazy import LazyLayer, LazyStep, last_eviction
 from kvcomp.engines.vllm.settings import Settings, SinkWindow
 from kvcomp.engines.vllm.step import PlacedModel, Step
 
@@ -50,7 +51,7 @@ def test_settings():
     [
         ("delta", "expected"),
         ({"budget": 64}, "expected"),
-        ({"method": "louis-kv"}, "method: expected one of full, delta, sink-window"),
+        ({"method": "louis-kv"}, "method: expected one of full, delta, lazy-eviction, sink-window"),
         ({"method": "delta", "pages": 3}, "delta has no field pages"),
         ({"method": "delta", "group": None}, "delta has no field group"),
         ({"method": "delta", "budget": 100}, "multiple of page_size"),
@@ -58,6 +59,9 @@ def test_settings():
         ({"method": "full", "page_size": 0}, "page_size: expected a number of tokens"),
         ({"method": "full", "page_size": True}, "page_size: expected a number of tokens"),
         ({"method": "sink-window", "budget": 8, "sinks": 8}, "sinks: expected 0 to"),
+        ({"method": "lazy-eviction", "budget": 40, "window": 16}, "budget: expected a multiple of"),
+        ({"method": "lazy-eviction", "window": 100}, "window: expected a multiple of page_size=16"),
+        ({"method": "lazy-eviction", "unit": "layer"}, "unit: expected kv_head"),
     ],
 )
 def test_settings_that_cannot_be(given, reason):
@@ -87,6 +91,7 @@ class FakeConfig:
         ("full", {"cache_dtype": "fp8_e4m3"}, "kv_cache_dtype=fp8_e4m3"),
         ("full", {"block_size": 40}, "page_size=16, which does not divide"),
         ("sink-window", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+        ("lazy-eviction", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
     ],
 )
 def test_servers_that_cannot_run_a_method(method, change, reason):
@@ -120,6 +125,55 @@ def test_a_block_table_gives_what_a_cache_gives(tokens, sinks):
         pool_k, pool_v = pool.flatten(2, 3)[:, None].expand(-1, rows, -1, -1, -1)
         got = there.decode(query, pool_k, pool_v, step, scale)
         torch.testing.assert_close(got, cache.attend(layer, query, scale))
+
+
+LAZY = {"method": "lazy-eviction", "budget": 256, "window": 64, "alpha": 0.01}
+
+
+def test_a_block_table_loses_what_a_cache_loses():
+    """LazyEviction over pages in any order, beside a kvcomp cache per row; the freed are junk."""
+    method = kvcomp.LazyEviction(budget=16, window=8, alpha=0.08, sinks=1)
+    layers, heads, kv_heads, size, page, block, scale = 2, 4, 2, 32, 4, 8, 0.4
+    prompts, steps, most = (8, 32), 45, 20  # pages of a row
+    table = torch.randperm(len(prompts) * most).view(len(prompts), most).int()
+    pool = torch.full((layers, 2, kv_heads, len(prompts) * most * page, size), torch.nan)
+    placed = PlacedModel(method, layers, LazyLayer)
+    caches = [KVCache(method, layers) for _ in prompts]
+    logits = torch.empty(len(prompts), heads, most * page)
+
+    def slot(row, position):
+        return int(table[row, position // page]) * page + position % page
+
+    def write(layer, row, first, kv):
+        for offset in range(kv.shape[2]):
+            pool[layer, :, :, slot(row, first + offset)] = kv[:, :, offset]
+
+    for row, (cache, prompt) in enumerate(zip(caches, prompts, strict=True)):
+        for index, layer in enumerate(cache.layers):
+            kv = torch.randn(2, kv_heads, prompt, size)
+            write(index, row, 0, kv)
+            layer.append(*kv[:, None])
+            cache.prefill(layer, torch.randn(1, heads, prompt, size), scale)
+    for step in range(steps):
+        lens = torch.tensor([prompt + step + 1 for prompt in prompts], dtype=torch.int32)
+        plan = LazyStep.plan(method, table, lens, list(prompts), page, logits)
+        assert max(plan.held) <= max(method.budget, 0 if step >= 8 else max(prompts)) + 8
+        for index in range(layers):
+            q, kv = torch.randn(2, heads, size), torch.randn(2, 2, kv_heads, 1, size)
+            expected = []
+            for row, cache in enumerate(caches):
+                write(index, row, prompts[row] + step, kv[row])
+                cache.layers[index].append(*kv[row][:, None])
+                expected.append(cache.attend(cache.layers[index], q[row : row + 1], scale))
+            k, v = pool[index][:, None].expand(-1, 2, -1, -1, -1)
+            got = placed.layers[index].decode(q, k, v, plan, scale)
+            torch.testing.assert_close(got, torch.cat(expected))
+        for row, prompt in enumerate(prompts):
+            first = -(-method.budget // block)
+            end = last_eviction(prompt + step + 1, prompt, method) // block
+            for position in range(first * block, end * block):
+                pool[:, :, :, slot(row, position)] = torch.nan
+    assert all(cache.layers[0].max_len <= 24 for cache in caches)
 
 
 def command(*arguments):
@@ -293,21 +347,41 @@ def test_blocks_leave_a_running_request(model, prompts):
 
 
 @in_engine
+def test_lazy_eviction_is_that_under_transformers(model, prompts):
+    """Prompts of whole windows, as a request is cut where its length is one. The pool has room for
+    what stays, and not for all tokens."""
+    asked = [prompts[2][start : start + 320] for start in range(0, 600, 100)]
+    method = Settings.read(LAZY).method
+    expected = under_transformers(model, asked[:2], method, tokens=400)
+    options = {"enable_prefix_caching": False, "tokens": 400, "num_gpu_blocks_override": 26}
+    calls = [list(range(6)), [1]]
+    found, done = engine(model, asked, LAZY, calls, **options)
+    assert found is not None, done.stderr[-2000:]
+    together, alone = found["calls"]
+    assert alone["tokens"][0] == together["tokens"][1]
+    assert together["tokens"][:2] == expected
+    assert found["preemptions"] == 0
+    stock, _ = engine(model, asked, None, calls, **options)
+    assert stock["preemptions"] > 0
+
+
+@in_engine
 def test_workers_leave_out_just_what_the_scheduler_frees():
-    from kvcomp.engines.vllm.sink_window import gap, kept_pages
+    from kvcomp.engines.vllm.blocks import gap
+    from kvcomp.engines.vllm.sink_window import kept_pages
 
     method, page, block = SinkWindow(budget=40, sinks=8), 16, 32
     table = torch.arange(100, 108, dtype=torch.int32)[None]
     ids, tokens = kept_pages(table, torch.tensor([100], dtype=torch.int32), page, block, method)
     assert ids.tolist() == [[[100, 101, 104, 105, 106]]] and tokens.tolist() == [100 - 2 * page]
-    assert gap(99, method.sinks, method.budget - method.sinks, block) == (1, 2)  # pages 102 and 103
+    assert gap(method, 99, 0, block) == (1, 2)  # pages 102 and 103
 
 
 @in_engine
 @pytest.mark.parametrize(
     ("wanted", "reason"),
     [
-        ({"method": "h2o"}, "method: expected one of full, delta, sink-window"),
+        ({"method": "h2o"}, "method: expected one of full, delta, lazy-eviction, sink-window"),
         (DELTA | {"page_size": 24, "budget": 240}, "page_size=24, which does not divide"),
         (DELTA | {"warmup": 40}, "warmup=40 needs more layers than the 30"),
     ],

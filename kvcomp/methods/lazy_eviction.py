@@ -114,8 +114,12 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
         """[B, U, max_len]: still within its interval, plus recurs often."""
         interval = layer.slots["longest"][..., : layer.max_len]
         silence = layer.cache.steps - layer.slots["last_hit"][..., : layer.max_len]
+        return self.worth(silence, interval, layer.positions(interval.shape[1]))
+
+    def worth(self, silence: Tensor, interval: Tensor, positions: Tensor) -> Tensor:
+        """The score of tokens [B, U, N], in fp32: +inf for sinks."""
         scores = (self.within(silence, interval) + self.recurs(interval)).float()
-        return scores.masked_fill(layer.positions(scores.shape[1]) < self.sinks, float("inf"))
+        return scores.masked_fill(positions < self.sinks, float("inf"))
 
     def within(self, silence: Tensor, interval: Tensor) -> Tensor:
         """H1: falls as the silence outgrows the interval; about 0 for what was never hit."""

@@ -12,7 +12,9 @@ Without the `kvcomp` key vLLM gets its own classes back, so installing kvcomp ch
     pages.py        a layer's cache as K and V
     prompts.py      prompts and pieces of prompts, through vLLM's own kernel
     cpu.py          the backend for CPUs
-    sink_window.py  blocks that leave a running request
+    sink_window.py  the first and the newest tokens of a request
+    lazy.py         LazyEviction, whose layers move what stays
+    blocks.py       blocks that leave a running request
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ def register() -> None:
         return
     register_backend(AttentionBackendEnum.CPU_ATTN, NAME)
 
-    from kvcomp.engines.vllm import sink_window
+    from kvcomp.engines.vllm import blocks
 
-    sink_window.register()
+    blocks.register()
 
 
 def check_version() -> None:

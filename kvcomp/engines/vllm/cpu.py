@@ -27,11 +27,13 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from kvcomp import Delta
+from kvcomp import Delta, LazyEviction
 from kvcomp.engines.vllm import pages
+from kvcomp.engines.vllm.blocks import leaving
+from kvcomp.engines.vllm.lazy import LazyLayer, LazyStep, PromptLengths
 from kvcomp.engines.vllm.prompts import PromptPlanner, Prompts
 from kvcomp.engines.vllm.settings import Settings, SinkWindow
-from kvcomp.engines.vllm.sink_window import SinkWindowSpec, kept_pages
+from kvcomp.engines.vllm.sink_window import kept_pages
 from kvcomp.engines.vllm.step import PlacedLayer, PlacedModel, Step
 
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)  # that kvcomp's kernels have
@@ -70,10 +72,10 @@ class KvcompCPUBackend(CPUAttentionBackend):
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         settings = asked()
-        method = settings and settings.method
-        if isinstance(method, SinkWindow) and method.free and type(spec) is FullAttentionSpec:
-            return SinkWindowSpec.of(spec, method)
-        return spec
+        if settings is None or not settings.frees or type(spec) is not FullAttentionSpec:
+            return spec
+        assert isinstance(settings.method, SinkWindow | LazyEviction)
+        return leaving(spec, settings.method)
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
@@ -114,6 +116,7 @@ class KvcompBuilder(CPUAttentionMetadataBuilder):
         self.engine_block = vllm_config.cache_config.block_size
         self.planner = PromptPlanner(self.num_heads, self.num_kv_heads, self.head_dim, self.dtype)
         self.logits: Tensor | None = None
+        self.prompts = PromptLengths()
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -129,6 +132,7 @@ class KvcompBuilder(CPUAttentionMetadataBuilder):
         if decodes:
             metadata.step = self._step(metadata, decodes)
         if prompts:
+            self.prompts.note(metadata.block_table[decodes:, 0], metadata.seq_lens[decodes:])
             metadata.prompts = self.planner.plan(
                 metadata, decodes, decode_tokens, prompt_tokens, self.block_size
             )
@@ -138,6 +142,10 @@ class KvcompBuilder(CPUAttentionMetadataBuilder):
         size, lens = self.block_size, metadata.seq_lens[:count]
         longest = int(lens.max())
         table = metadata.block_table[:count, : -(-longest // size)]
+        if isinstance(self.method, LazyEviction):
+            prompts = self.prompts.of(table[:, 0], lens)
+            logits = self._logits_for(count, table.shape[1] * size)
+            return LazyStep.plan(self.method, table, lens, prompts, size, logits)
         step = Step(table=table, lens=lens, longest=longest, page_size=size)
         if isinstance(self.method, SinkWindow):
             step.kept = kept_pages(table, lens, size, self.engine_block, self.method)
@@ -235,7 +243,8 @@ def _place_layers(vllm_config: Any, settings: Settings) -> set[str]:
             from vllm.distributed.parallel_state import get_tp_group
 
             method = replace(method, group=get_tp_group().cpu_group)
-        placed = PlacedModel(method, len(names))
+        kind = LazyLayer if isinstance(method, LazyEviction) else PlacedLayer
+        placed = PlacedModel(method, len(names), kind)
         for name, layer in zip(names, placed.layers, strict=True):
             layers[name].impl.placed = layer
         logger.info(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from kvcomp import Delta, Full
+from kvcomp import Delta, Full, LazyEviction
 from kvcomp.checks import is_count, require
 from kvcomp.methods.fields import check_types
 
@@ -42,10 +42,11 @@ class SinkWindow:
         """It fits any number of layers."""
 
 
-EngineMethod = Full | Delta | SinkWindow
+EngineMethod = Full | Delta | LazyEviction | SinkWindow
 METHODS: dict[str, type[EngineMethod]] = {
     "full": Full,
     "delta": Delta,
+    "lazy-eviction": LazyEviction,
     "sink-window": SinkWindow,
 }
 
@@ -55,7 +56,7 @@ class Settings:
     """A method, and how the engine cuts its cache into pages.
 
     Attributes:
-        method: Full, Delta or SinkWindow.
+        method: Full, Delta, LazyEviction or SinkWindow.
         page_size: tokens in a page of the block table that the backend gets; it divides the
             engine's blocks.
     """
@@ -102,6 +103,15 @@ class Settings:
     def __post_init__(self) -> None:
         size = self.page_size
         require(is_count(size, 1), f"{_WHERE}: page_size", "a number of tokens", size)
+        if isinstance(self.method, LazyEviction):
+            _check_lazy(self.method, size)
+
+    @property
+    def frees(self) -> bool:
+        """Whether blocks go back to the pool while their request runs."""
+        if isinstance(self.method, SinkWindow):
+            return self.method.free
+        return isinstance(self.method, LazyEviction)
 
     def refuse(self, vllm_config: Any) -> None:
         """Raise ValueError, with the reason, for a server that cannot run the method."""
@@ -120,16 +130,22 @@ class Settings:
             f"page_size={self.page_size}, which does not divide the blocks of {block} tokens": (
                 block is not None and block % self.page_size != 0
             ),
-            "prefix caching with sink-window, whose blocks leave a request while it runs; start"
-            " with --no-enable-prefix-caching": (
-                isinstance(self.method, SinkWindow)
-                and self.method.free
-                and bool(cache.enable_prefix_caching)
-            ),
+            "prefix caching, as blocks leave a request while it runs; start with"
+            " --no-enable-prefix-caching": self.frees and bool(cache.enable_prefix_caching),
         }
         for reason, applies in reasons.items():
             if applies:
                 raise ValueError(f"{_WHERE}: cannot run {self.method!r} with {reason}")
+
+
+def _check_lazy(method: LazyEviction, page: int) -> None:
+    """Raise ValueError for what pages of an engine cannot do."""
+    where = f"{_WHERE}: lazy-eviction"
+    require(method.unit == "kv_head", f"{where}: unit", "kv_head", method.unit)
+    require(not method.keep_prompt, f"{where}: keep_prompt", "False", method.keep_prompt)
+    for name in ("budget", "window"):
+        value = getattr(method, name)
+        require(value % page == 0, f"{where}: {name}", f"a multiple of page_size={page}", value)
 
 
 _WHERE = "kvcomp.engines.vllm"

@@ -49,36 +49,6 @@ class Step:
         return self._chosen[1]
 
 
-class PlacedModel:
-    """The layers of a model that a method runs; a method sees it as `kvcomp.cache.view.Cache`.
-
-    What a layer selects is a list of columns of the block table and not of page ids: layers may lie
-    in groups with tables of their own.
-
-    Attributes:
-        method: with the group of ranks that hold the other heads, where there are any.
-        layers: in model order.
-        state: the method's notes on the current step.
-        steps: always 0; the engine counts.
-    """
-
-    steps = 0
-
-    def __init__(self, method: EngineMethod, num_layers: int) -> None:
-        """Raises ValueError where the method does not fit a model of so many layers."""
-        method.check(num_layers)
-        self.method = method
-        self.state = Notes()
-        self.layers = [PlacedLayer(self, position) for position in range(num_layers)]
-        if isinstance(method, Delta):
-            method.start(self)
-
-    def logits_for(self, layer: Layer, q: Tensor) -> Tensor:
-        logits = self.layers[layer.position].step.logits
-        assert logits is not None, "a step longer than the budget has room for them"
-        return logits
-
-
 class PlacedLayer:
     """One attention layer of an engine, as a method sees it (`kvcomp.cache.view.Layer`).
 
@@ -153,3 +123,38 @@ class PlacedLayer:
         return ops.decode_attention(
             q, self.k, self.v, lens, page_ids=ids, page_size=size, scale=scale, logits=logits
         )
+
+
+class PlacedModel:
+    """The layers of a model that a method runs; a method sees it as `kvcomp.cache.view.Cache`.
+
+    What a layer selects is a list of columns of the block table and not of page ids: layers may lie
+    in groups with tables of their own.
+
+    Attributes:
+        method: with the group of ranks that hold the other heads, where there are any.
+        layers: in model order.
+        state: the method's notes on the current step.
+        steps: always 0; the engine counts.
+    """
+
+    steps = 0
+
+    def __init__(
+        self,
+        method: EngineMethod,
+        num_layers: int,
+        layer_class: type[PlacedLayer] = PlacedLayer,
+    ) -> None:
+        """Raises ValueError where the method does not fit a model of so many layers."""
+        method.check(num_layers)
+        self.method = method
+        self.state = Notes()
+        self.layers = [layer_class(self, position) for position in range(num_layers)]
+        if isinstance(method, Delta):
+            method.start(self)
+
+    def logits_for(self, layer: Layer, q: Tensor) -> Tensor:
+        logits = self.layers[layer.position].step.logits
+        assert logits is not None, "a step longer than the budget has room for them"
+        return logits
