@@ -1,4 +1,4 @@
-"""The methods, one file each: import line here, and it is in METHODS."""
+"""The methods, one file each. Importing a method here adds it to METHODS."""
 
 from kvcomp.methods.base import METHODS, Method
 from kvcomp.methods.baselines.arkvale import ArkVale

@@ -1,4 +1,4 @@
-"""How much of the attention mass a retrieved set covers, against the best set of its size."""
+"""The share of attention that a retrieved set covers, relative to the best set of its size."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from kvcomp.cache.layer import LayerCache
 
 
 def recall(layer: LayerCache, q: Tensor, scale: float, budget: int, sinks: int) -> Tensor:
-    """The share of the best `budget` tokens' probability that the resident ones of a row have.
+    """The probability of a row's resident tokens divided by that of its best `budget` tokens.
 
-    Sinks and local tokens, which are resident anyway, are left out of both. Reads all keys from the
-    pool: for studies.
+    Sinks and local tokens are left out of both, because they are always resident. This reads all
+    keys from the pool and is meant for studies.
 
     Returns:
-        [B] fp32, the mean over KV heads; 1 where there is nothing to retrieve.
+        [B] fp32, the mean over KV heads; 1 if there is nothing to retrieve.
     """
     positions = layer.positions(layer.keys.shape[1])
     shares = []
@@ -37,7 +37,7 @@ def recall(layer: LayerCache, q: Tensor, scale: float, budget: int, sinks: int) 
 def watch(
     layer: LayerCache, q: Tensor, scale: float, budget: int, sinks: int, triggered: Tensor
 ) -> None:
-    """Meter, in rows triggered [B], the recall of this step and that of the step before."""
+    """Meter the recall of this step and of the step before, in rows where triggered [B] is 1."""
     now, before = recall(layer, q, scale, budget, sinks), layer.state.get("recall")
     if before is not None:
         layer.cache.meter.audited(before[triggered > 0], now[triggered > 0])

@@ -1,8 +1,8 @@
 """Method: the hooks that decide what a decode step attends to and what the cache keeps.
 
 A method is a dataclass whose fields are the paper's hyper-parameters, in tokens or pages. It
-overrides only the hooks it needs; what it remembers about a batch lives in the cache
-(`cache.state`, `layer.state`), so one method object serves any number of caches.
+overrides only the hooks it needs. Its notes about a batch are kept in the cache (`cache.state`,
+`layer.state`), so one method object serves any number of caches.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ METHODS: dict[str, type[Method]] = {}
 
 
 class Method:
-    """Dense attention over all tokens; subclasses override what differs.
+    """Dense attention over all tokens. Subclasses override the hooks in which they differ.
 
     Class attributes:
         name: name of the method on the command line and in tables.
         baseline: True for methods that exist for comparison.
-        croppable: the last tokens can be taken back exactly.
-        one_way: the reason why not, where they cannot.
-        in_step: steps are counted for all rows together, so that all rows must accept equally many
-            drafts.
-        forks: the same sequences may be in two caches at once.
-        static: a decode step does the same work at all lengths, decided on the device alone, up to
-            `between_steps`; `layer.max_len` is then the capacity of a static cache.
+        croppable: whether the last tokens can be taken back exactly.
+        one_way: the reason if they cannot.
+        in_step: whether all rows must accept the same number of drafts, because the method counts
+            steps for all rows together.
+        forks: whether the same sequences may be in two caches at once.
+        static: whether a decode step, except for `between_steps`, does the same work at all lengths
+            and decides on the device alone; in a static cache `layer.max_len` is the capacity.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]  # subclasses are dataclasses
@@ -60,10 +60,10 @@ class Method:
             METHODS[name] = cls
 
     def __post_init__(self) -> None:
-        """Of a dataclass, which adds what else it expects of its fields.
+        """Check the types of the fields. Subclasses add checks of the values.
 
         Raises:
-            TypeError: a field of another type than its annotation.
+            TypeError: the type of a field differs from its annotation.
         """
         check_types(self)
 
@@ -95,8 +95,8 @@ class Method:
 
     @classmethod
     def calibrate(cls, model: Any, prompts: list, **options: Any) -> Self:
-        """An instance whose model-dependent fields are measured, by decoding your own prompts with
-        dense attention. Do not use the prompts of your test.
+        """An instance with the model-dependent fields measured on your own prompts, which are
+        decoded with dense attention. Do not use the prompts of your test.
 
             Delta.calibrate(model, prompts, num_delta=3, max_new_tokens=1024, every=64)
             LazyEviction.calibrate(model, prompts, max_new_tokens=1024, alphas=(1e-4, 1e-3))
@@ -105,7 +105,7 @@ class Method:
         Args:
             model: a Hugging Face causal LM.
             prompts: texts (with `tokenizer=`) or lists of token ids.
-            options: as above, each explained in `kvcomp.hf.calibrate`; all others are fields of the
+            options: as above, explained in `kvcomp.hf.calibrate`; all others are fields of the
                 result.
 
         Raises:
@@ -114,7 +114,7 @@ class Method:
         """
         return Method._calibrate(cls, model, prompts, **options)
 
-    # What `calibrate` calls. It decodes, and so belongs above this room: `kvcomp` puts it here.
+    # The function behind `calibrate`. It decodes, so it lives in kvcomp.hf; `kvcomp` sets it here.
     _calibrate: ClassVar[Callable[..., Any]]
 
     @property
@@ -124,20 +124,20 @@ class Method:
 
     @property
     def attention(self) -> Method:
-        """Whose hooks run within a context: this method's, but for one that makes contexts."""
+        """The method whose hooks run within a context: itself, unless it makes the contexts."""
         return self
 
     def check(self, num_layers: int) -> None:
         """Raise ValueError if the parameters do not fit a model of `num_layers` layers."""
 
     def start(self, cache: KVCache) -> None:
-        """New sequences, or a reset."""
+        """Called for new sequences and after a reset."""
 
     def prefill(self, layer: LayerCache, q: Tensor) -> None:
-        """The prompt is in `layer`; q [B, Hq, n, D] are its queries."""
+        """Called when a prompt is in `layer`; q [B, Hq, n, D] are its queries."""
 
     def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
-        """K and V that several new tokens, already in `layer`, attend to, themselves the last.
+        """The K and V that several new tokens attend to. They are in `layer` already and come last.
 
         Returns:
             k, v [B, H, n, D] and lens [B] int32: row b is valid up to lens[b].
@@ -145,25 +145,25 @@ class Method:
         return layer.keys, layer.values, layer.seq_lens
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
-        """One decode step of a layer: q [B, Hq, D] -> out [B, Hq, D]. The new K and V are in."""
+        """One decode step of a layer that has the new K and V: q [B, Hq, D] -> out [B, Hq, D]."""
         return layer.attend(q, scale)[0]
 
     def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
-        """The drafts staged in `layer` attend, each as a decode step at its place would: q [B, Hq,
-        m, D] -> out [B, m, Hq, D]. What the method wants to know about them it leaves in
+        """The drafts staged in `layer` attend: q [B, Hq, m, D] -> out [B, m, Hq, D]. Each attends
+        as a decode step at its position would. The method may leave notes about them in
         `layer.drafts`; nothing else may change."""
         return layer.attend_staged(q, scale)[0]
 
     def accept(self, layer: LayerCache, index: int) -> None:
-        """Draft `index` has become the newest token of `layer`: remember what `attend` would have
-        remembered of its step. `end_step` and `between_steps` follow as always."""
+        """Draft `index` has become the newest token of `layer`. Store the notes that `attend` would
+        have stored in its step. `end_step` and `between_steps` are called afterwards, as always."""
 
     def end_verify(self, cache: KVCache) -> None:
-        """No drafts are staged any more."""
+        """Called when no drafts are staged any more."""
 
     def room(self, cache: KVCache) -> float:
-        """Tokens that may be accepted at once: for how many steps from here on a step finds what it
-        would find with all of them ahead of it."""
+        """The number of tokens that may be accepted at once, up to which the cache is the same as
+        after single decode steps."""
         return math.inf
 
     @property
@@ -176,29 +176,28 @@ class Method:
 
     @property
     def dense_up_to(self) -> float:
-        """Tokens of a row up to which a decode step attends to all of them."""
+        """The number of tokens up to which a decode step attends to the whole row."""
         return math.inf
 
     def end_step(self, cache: KVCache) -> None:
-        """After the last layer of a decode step, as a part of it."""
+        """Called after the last layer of a decode step, as a part of the step."""
 
     def between_steps(self, cache: KVCache) -> None:
-        """After a decode step, beside the graph where steps are one: what the host decides by
-        counting them (`cache.steps`)."""
+        """Called after a decode step, and outside its graph if it is one, for decisions that the
+        host makes by counting steps (`cache.steps`)."""
 
     def prompts(self, cache: KVCache) -> list[Tensor] | None:
-        """By layer, [B] tokens of the prompts, for methods to which prompt and output differ, and
-        once there is some output. Where a model encodes all of it anew, this is
-        `cache.state.prompts` when it comes in; None: what comes in is the prompt."""
+        """For each layer the number of prompt tokens [B]. Methods that treat prompt and output
+        differently return it once there is output. When a model encodes the whole text again,
+        `cache.state.prompts` has this value; None means that all incoming tokens are prompt."""
         return None
 
     def rewind(self, cache: KVCache, columns: int) -> int:
-        """Forget all but the first `columns` columns, exactly, as if no others had ever come.
+        """Forget all but the first `columns` columns exactly, as if no others had been added.
 
         Returns:
-            the number of columns that stay: fewer if the method cannot go back to exactly there, 0
-                if
-            it must start again.
+            the number of columns that stay: fewer if the method cannot go back to exactly that
+            point, 0 if it must start again.
         """
         if not self.croppable:
             cache.reset()
@@ -208,8 +207,8 @@ class Method:
         return columns
 
     def step_bytes(self, at: Place) -> StepBytes:
-        """Bytes that a decode step of one sequence moves and holds, by formula, for `kvcomp plan`.
-        By default everything is read and kept.
+        """The bytes that a decode step of one sequence moves and holds, computed by a formula for
+        `kvcomp plan`. By default everything is read and kept.
         """
         whole = at.seen * at.layers * at.token_bytes
         return StepBytes(read=whole, held=whole)

@@ -1,4 +1,4 @@
-"""Retrieval in clusters of the prompt and segments of the output, however often it happens."""
+"""Retrieval of clusters of the prompt and segments of the output, at any frequency."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClusteredRetrieval(Retrieval):
-    """Clusters the prompt's keys per KV head, and cuts the output where the queries turn.
+    """Clusters the prompt's keys per KV head and ends a segment of the output when queries turn.
 
     Attributes:
-        tau: similarity of a step's queries to the previous ones, below which a segment ends.
+        tau: a segment ends when a step's queries are less similar to the previous ones than this.
         cluster_size: mean number of tokens in a cluster of the prompt.
         window: tokens of the prompt that are clustered together.
         iterations: iterations of the clustering.

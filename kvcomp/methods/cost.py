@@ -1,6 +1,6 @@
-"""What one decode step moves and holds, by formula: what `Method.step_bytes` is asked and answers.
+"""The argument and the result of `Method.step_bytes`: bytes that one decode step moves and holds.
 
-Bytes of one sequence, in all of the layers that a method manages.
+All bytes are for one sequence, summed over the layers that a method manages.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Place:
 
     @property
     def token_bytes(self) -> int:
-        """K and V of one token in one layer."""
+        """Bytes of K and V of one token in one layer."""
         return 2 * self.kv_heads * self.head_dim * self.itemsize
 
     @property
     def logit_bytes(self) -> int:
-        """The logits of one token in one layer, for every query head, written and read: in 16 bits
-        beside 16-bit K and V, as on a GPU (a CPU keeps fp32)."""
+        """Bytes to write and read the logits of one token in one layer, for all query heads. They
+        have 16 bits with 16-bit K and V, as on a GPU (a CPU keeps fp32)."""
         return 2 * self.itemsize * self.heads
 
 
@@ -46,9 +46,9 @@ class StepBytes:
 
     Attributes:
         read: K and V that attention reads in a step, averaged over the steps nearby.
-        held: most K and V on the device, including digests of those that are not.
-        scoring: moved in a step in order to select: logits, digests, page tables.
-        link: K and V from host memory in a step, if no selected token is resident yet.
+        held: most K and V on the device, and digests of the K and V in host memory.
+        scoring: bytes moved in a step to select tokens: logits, digests, page tables.
+        link: K and V that come from host memory in a step if no selected token is resident yet.
         host: K and V in host memory.
         encoded: tokens (not bytes) encoded again per decoded token.
     """

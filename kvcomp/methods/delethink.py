@@ -1,12 +1,13 @@
-"""Delethink (arXiv 2510.06557): think in chunks, and throw the context away between them.
+"""Delethink (arXiv 2510.06557): think in chunks and drop the context between them.
 
-The first chunk answers the prompt q with up to C tokens. The next context is q, the first h tokens
-of the output, which often hold the plan, and the last ones, the carry; it goes on in the middle of
-the same turn, and nothing tells the model that anything is missing. So do all that follow. The
-output is what was newly generated, so that the carry is in it once.
+The first chunk answers the prompt q with up to C tokens. The next context consists of q, the first
+h tokens of the output, which often hold the plan, and the last tokens of the output, the carry. It
+continues in the middle of the same turn, and nothing tells the model that text is missing. All
+later chunks do the same. The output contains newly generated tokens only, so the carry appears in
+it once.
 
-Context and KV are bounded by |q| + C whatever the length of the thinking; the price is one prefill
-of the carry for each C - m tokens.
+Context and KV are bounded by |q| + C for thoughts of any length. This costs one prefill of the
+carry for every C - m tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ SAMPLES = 16  # of a chunk, for its mean
 
 
 class Chunk(NamedTuple):
-    """One context: the prompt, output[:head] and output[carried:start]. In it output[start:stop]
-    is generated."""
+    """One context: the prompt, output[:head] and output[carried:start]. It generates
+    output[start:stop]."""
 
     head: int
     carried: int
@@ -103,7 +104,7 @@ class Delethink(Method, name="delethink"):
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
-        """Chunks of three quarters of `budget`, which leaves a quarter to the prompt."""
+        """Chunks of three quarters of `budget`; the prompt has the other quarter."""
         chunk = (128 if budget is None else budget) * 3 // 4
         require(chunk >= 2, "kvcomp.Delethink: budget", "at least 3 tokens", budget)
         carry = chunk // 2
@@ -123,26 +124,26 @@ class Delethink(Method, name="delethink"):
 
     @property
     def tail(self) -> int:
-        """m_t, last tokens of the output in a new context."""
+        """m_t, the number of last output tokens in a new context."""
         return self.carry - self.head if self.variant == "exact_bound" else self.carry
 
     @property
     def budget(self) -> int | None:
-        """Tokens that all chunks generate together, C + (I - 1)(C - m); None: no end."""
+        """Tokens that all chunks generate together, C + (I - 1)(C - m); None: no limit."""
         if self.max_chunks is None:
             return None
         return self.chunk + (self.max_chunks - 1) * (self.chunk - self.carry)
 
     @property
     def most_thought(self) -> int:
-        """Tokens of the output in a context, at most."""
+        """The largest number of output tokens in a context."""
         return self.chunk + (self.head if self.variant == "paper" else 0)
 
     def check(self, num_layers: int) -> None:
         self.attention.check(num_layers)
 
     def step_bytes(self, at: Place) -> StepBytes:
-        """Within the first chunk as it stands; from its end on, the mean over a later chunk."""
+        """Bytes at that point of the first chunk; after it, the mean over a later chunk."""
         if at.seen - at.prompt < self.chunk:
             return self.attention.step_bytes(at)
         fresh, most = self.chunk - self.carry, at.prompt + self.most_thought
@@ -165,10 +166,10 @@ class Delethink(Method, name="delethink"):
         )
 
     def chunk_at(self, index: int) -> Chunk | None:
-        """Chunk `index`, from 0; None behind the last one.
+        """Chunk `index`, counted from 0; None after the last one.
 
-        The carry are the last tokens of the output, and not of the last response, which is shorter
-        than the carry where m > C / 2.
+        The carry is taken from the whole output and not from the last response, which is shorter
+        than the carry if m > C / 2.
         """
         if self.max_chunks is not None and index >= self.max_chunks:
             return None

@@ -1,11 +1,12 @@
 """DELTA: dynamic layer-aware sparse attention (arXiv 2510.09883).
 
-A few layers read the whole cache; the others read the pages that the nearest such layer below them
+A few layers read the whole cache. The others read the pages that the nearest such layer below them
 found important. The rule: (1) warm-up layers attend densely; (2) a delta layer attends densely and
-scores each page by the sum over its tokens of the max over all query heads of the probability; (3)
-the newest L pages and the best K - L others form one set for all heads; (4) the layers up to the
-next delta layer attend to that set; (5) every step selects again. Reduces attention reads, up to
-(layers / dense layers) times; does not reduce memory, since the whole KV stays.
+scores each page: it takes the largest probability of each token over all query heads and sums over
+the page; (3) the newest L pages and the best K - L others form one set for all heads; (4) the
+layers up to the next delta layer attend to that set; (5) every step selects again. This reduces
+attention reads by up to (layers / dense layers) times. It does not reduce memory, because the whole
+KV stays.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
     from kvcomp.cache.layer import LayerCache
 
-# Delta layers as published, warm-up layers being 0 and 1. The 7B and 1.5B sets are those of the
-# released scripts, the 14B set the paper's; none was published for other models.
+# Published delta layers, with layers 0 and 1 as warm-up. The 7B and 1.5B sets come from the
+# released scripts and the 14B set from the paper. None was published for other models.
 PUBLISHED = {
     "DeepSeek-R1-Distill-Qwen-1.5B": (2, 14, 22),
     "DeepSeek-R1-Distill-Qwen-7B": (2, 14, 22),
@@ -41,7 +42,7 @@ SELECTS = ("query", "step")
 
 @dataclass(frozen=True)
 class Delta(Method, name="delta"):
-    """Layer-aware sparse attention. Layers are counted among those that the method manages.
+    """Layer-aware sparse attention. Layer numbers count the layers that the method manages.
 
     Attributes:
         budget: k = K * P, tokens that a sparse layer attends to, recent pages included.
@@ -97,7 +98,8 @@ class Delta(Method, name="delta"):
 
     @classmethod
     def published(cls, model: Any, **fields: Any) -> Self:
-        """The published delta layers of a model, itself or by name ("DeepSeek-R1-Distill-Qwen-7B").
+        """An instance with the published delta layers of a model, given as such or by name
+        ("DeepSeek-R1-Distill-Qwen-7B").
 
         Raises:
             ValueError: no set was published for that model; `calibrate` finds one.
@@ -112,8 +114,8 @@ class Delta(Method, name="delta"):
 
     @classmethod
     def for_model(cls, model: Any, **fields: Any) -> Self:
-        """The published delta layers of a model, itself or by name, where there are some, else
-        those of the same depths; TypeError where `model` is neither."""
+        """An instance with the published delta layers of a model, given as such or by name, or with
+        layers at the same depths if none were published. Raises TypeError for other arguments."""
         return cls(**{"delta_layers": PUBLISHED.get(short_name(cls, model)), **fields})
 
     @classmethod
@@ -148,7 +150,7 @@ class Delta(Method, name="delta"):
         return tuple(places)
 
     def roles(self, num_layers: int) -> tuple[frozenset[int], frozenset[int]]:
-        """The layers that attend densely, and those of them that select pages."""
+        """The layers that attend densely, and the layers among them that select pages."""
         delta_layers = self.plan(num_layers)
         dense = frozenset((*range(self.warmup), *delta_layers))
         # A delta layer selects if a sparse one comes next.
@@ -262,7 +264,7 @@ class Delta(Method, name="delta"):
         cache.state.pages = None
 
     def score(self, logits: Tensor, lse: Tensor, seq_lens: Tensor) -> Tensor:
-        """Page scores [B, 1, pages]; over all ranks of `group` where heads are split."""
+        """Page scores [B, 1, pages], reduced over all ranks of `group` if there is one."""
         if self.group is None:
             return ops.page_scores(logits, lse, seq_lens, self.page_size)
         tokens = ops.page_scores(logits, lse, seq_lens, 1)  # the max over this rank's heads

@@ -1,9 +1,9 @@
-"""What all eviction methods share: when tokens leave, how many, and which must stay.
+"""The base of all eviction methods: when tokens leave, how many leave, and which must stay.
 
-A method says what a token is worth (`score`). Every `window` steps the tokens worth least leave, in
-place, until `budget` are left, so that a layer keeps at most budget + window. Keys stay rotated for
-their true positions. A *unit* is the heads that keep one set of tokens together; all units of a row
-keep equally many.
+A method scores tokens (`score`). Every `window` steps the tokens with the lowest scores are removed
+in place until `budget` are left, so a layer keeps at most budget + window tokens. Keys stay rotated
+for their true positions. A *unit* is a group of heads that keep the same set of tokens; all units
+of a row keep the same number.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ EXAMPLE_BUDGET, EXAMPLE_WINDOW, EXAMPLE_ALPHA = 128, 16, 0.2
 
 @dataclass(frozen=True)
 class Eviction(Method):
-    """Evicts by `score`, which subclasses define.
+    """Evicts the tokens with the lowest `score`, which subclasses define.
 
     Attributes:
         budget: B, tokens that a unit keeps after an eviction.
         window: W, decode steps between evictions; 1 evicts at every step.
         unit: heads that share a set of tokens: each "kv_head"; each "query_head", for which K and V
             are stored once per query head (Hq / Hkv times the bytes); or the whole "layer".
-        keep_prompt: never evict the first prompt, however long; the budget is then at least the
-            prompt and the newest tokens that must stay.
+        keep_prompt: never evict the first prompt, however long it is; the budget is then at least
+            the prompt plus the newest tokens that must stay.
     """
 
     budget: int = 1024  # B
@@ -62,7 +62,7 @@ class Eviction(Method):
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
-        """At most `budget` tokens at any time, the window among them."""
+        """At most `budget` tokens at any time, including the window."""
         budget = EXAMPLE_BUDGET if budget is None else budget
         window = min(EXAMPLE_WINDOW, budget // 4)
         return cls(budget=budget - window, window=window)
@@ -73,11 +73,11 @@ class Eviction(Method):
         return 0
 
     def score(self, layer: LayerCache) -> Tensor:
-        """What each kept token is worth: [B, U, max_len] fp32, +inf for what must stay."""
+        """The score of each kept token: [B, U, max_len] fp32, +inf for tokens that must stay."""
         raise NotImplementedError
 
     def num_units(self, layer: LayerCache) -> int:
-        """U: 1, or the heads of the slab."""
+        """U, which is 1 or the number of heads in the slab."""
         return 1 if self.unit == "layer" else layer.keys.shape[1]
 
     def start(self, cache: KVCache) -> None:
@@ -121,7 +121,7 @@ class Eviction(Method):
         return StepBytes(read=attended * row_bytes, held=most * row_bytes)
 
     def _copies(self, at: Place) -> int:
-        """Of K and V, for sets of tokens per query head."""
+        """Copies of K and V per KV head; more than 1 if each query head keeps its own tokens."""
         return at.heads // at.kv_heads if self.unit == "query_head" else 1
 
     def kept_lens(self, layer: LayerCache) -> Tensor:
@@ -131,7 +131,7 @@ class Eviction(Method):
         return torch.full_like(layer.seq_lens, self.budget)
 
     def room(self, cache: KVCache) -> float:
-        """Up to the next eviction, which comes behind the last one accepted."""
+        """The number of tokens up to the next eviction, which follows the last accepted one."""
         return self.window - cache.steps % self.window
 
     @property
@@ -172,7 +172,7 @@ class Eviction(Method):
 
 @dataclass(frozen=True)
 class ObservingEviction(Eviction):
-    """Evicts by what attention said: `observe` sees the logits of every decode step."""
+    """Evicts by attention: `observe` gets the logits of every decode step."""
 
     def step_bytes(self, at: Place) -> StepBytes:
         step = super().step_bytes(at)
@@ -203,38 +203,39 @@ class ObservingEviction(Eviction):
         return super().drafts_refused
 
     def observe(self, layer: LayerCache, logits: Tensor, lse: Tensor) -> None:
-        """A decode step attended: logits [B, Hq, capacity] (valid up to seq_lens), lse [B, Hq]."""
+        """Called after a layer has attended: logits [B, Hq, capacity], valid up to seq_lens, and
+        lse [B, Hq]."""
         self.record(layer, self.measure(layer, logits, lse, layer.seq_lens))
 
     def measure(self, layer: LayerCache, logits: Tensor, lse: Tensor, lens: Tensor) -> Tensor:
-        """What is to be remembered of queries, [R, ...]: changes nothing.
+        """The note [R, ...] on R queries. This changes nothing.
 
         Args:
-            logits: [R, Hq, capacity], valid up to lens [R]: of one step, R = B, or of drafts.
+            logits: [R, Hq, capacity], valid up to lens [R], for one step (R = B) or for drafts.
             lse: [R, Hq].
         """
         raise NotImplementedError
 
     def record(self, layer: LayerCache, note: Tensor) -> None:
-        """Remember the note [B, ...] on a step whose token is the newest."""
+        """Store the note [B, ...] on the step of the newest token."""
         raise NotImplementedError
 
     def probabilities(self, layer: LayerCache, logits: Tensor, lse: Tensor, lens: Tensor) -> Tensor:
-        """[R, U, tokens]: the sum over a unit's heads; 0 past the end of a row."""
+        """[R, U, tokens]: probabilities summed over a unit's heads; 0 past the end of a row."""
         logits, units = logits[:, :, : layer.max_len + layer.staged], self.num_units(layer)
         return ops.page_scores(logits, lse, lens, 1, num_groups=units, reduction="sum")
 
 
 @dataclass(frozen=True)
 class RecurrenceEviction(ObservingEviction):
-    """Evicts by when tokens were hit: keeps `slots["last_hit"]` and `slots["longest"]`.
+    """Evicts by the times of hits, which it keeps in `slots["last_hit"]` and `slots["longest"]`.
 
-    A token is hit when its probability reaches alpha under any head of the unit. A step leaves one
-    bit a token; every 32 steps, and before an eviction, the bits are replayed into int32 steps.
+    A token is hit when its probability reaches alpha under any head of the unit. A step records one
+    bit per token. Every 32 steps, and before an eviction, these bits update the int32 notes.
 
     Attributes:
-        alpha: probability at which a token counts as hit; None: 1 / budget, what each would have
-            if the tokens kept shared the attention evenly.
+        alpha: probability at which a token counts as hit; None: 1 / budget, the probability of each
+            kept token if all had the same.
     """
 
     alpha: float | None = None
@@ -293,7 +294,7 @@ class RecurrenceEviction(ObservingEviction):
         super().between_steps(cache)
 
     def _hits(self, layer: LayerCache) -> Tensor:
-        """[B, 32, U, words]: a bit for every slot of the slab, which grows and shrinks."""
+        """[B, 32, U, words]: a bit for every slot. It grows and shrinks with the slab."""
         hits, words = layer.state["hits"], -(-layer.capacity // 32)
         if hits.shape[3] != words:
             padded = torch.nn.functional.pad(hits, (0, words - hits.shape[3]))
@@ -301,7 +302,7 @@ class RecurrenceEviction(ObservingEviction):
         return hits
 
     def _replay(self, layer: LayerCache, unseen: int | Tensor = 0) -> None:
-        """Bring `slots` up to the last step, which came before the `unseen` newest tokens."""
+        """Update `slots` to the last step, which came before the `unseen` newest tokens."""
         steps, replayed = layer.cache.steps, layer.cache.state.replayed
         logical_lens = layer.logical_lens - unseen
         ops.recurrence_update(
@@ -315,6 +316,6 @@ class RecurrenceEviction(ObservingEviction):
         layer.state["replayed"] = logical_lens
 
     def _begin_anew(self, cache: KVCache) -> None:
-        """No bits wait to be replayed."""
+        """Start a new recording: no bits wait to be replayed."""
         cache.state.replayed = cache.steps  # up to which `slots` know them
         cache.state.ring.restart()

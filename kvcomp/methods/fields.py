@@ -1,5 +1,7 @@
-"""What a method is told: whether its fields are of the types that it says (2.5 pages fail where
-they are asked for, and not in a kernel), and the name of a model."""
+"""Checks of the types of a method's fields, and the short name of a model.
+
+A wrong type such as 2.5 pages fails when the method is made and not in a kernel.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "
 
 
 def check_types(method: Any) -> None:
-    """Raise TypeError for the first field whose value is of another type than its annotation.
+    """Raise TypeError for the first field whose type differs from its annotation.
 
-    Looked at are numbers, strings, flags, tuples of them, and None; other annotations fit anything.
-    A list becomes the tuple that it stands for, so that a method can be compared and hashed.
+    This checks numbers, strings, flags, None and tuples of them; other annotations accept anything.
+    A list is replaced by a tuple, so that a method can be compared and hashed.
     """
     cls: type = type(method)
     for name, hint in _hints(cls).items():
@@ -80,13 +82,13 @@ def _words(hint: Any) -> str:
 
 
 def short_name(method: type, model: Any) -> str:
-    """The last part of a model's name, by which published settings are known.
+    """The last part of a model's name, under which published settings are listed.
 
     Args:
-        model: its name or path, or the model itself, which knows them.
+        model: the name or path of a model, or the model itself.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: `model` is neither.
     """
     name = getattr(getattr(model, "config", None), "_name_or_path", model)
     if not isinstance(name, str):

@@ -1,7 +1,8 @@
-"""Full: dense attention over everything, the baseline of all baselines.
+"""Full: dense attention over all tokens, the baseline for every other method.
 
-Saves nothing and drops nothing. What it adds to stock decoding is the cache (appended in place,
-no padding stored) and the kernel (each K and V row read once for its group of query heads).
+It saves nothing and drops nothing. Compared with stock decoding it has kvcomp's cache, which
+appends in place and stores no padding, and its kernel, which reads each K and V row once for its
+group of query heads.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """LazyEviction: lagged eviction by recurrence intervals (arXiv 2506.15969).
 
 Tokens often become important again after a pause, so eviction waits. The rule: (1) a step hits a
-token if the token's probability reaches alpha; (2) each token keeps the step of its last hit and
-the longest interval between two; (3) every W steps, with more than B tokens, all but the newest W
-are scored: is the current pause within the token's longest interval, and does it recur often; (4)
-the best B - W and the newest W stay; (5) new tokens keep their true positions. Reduces memory and
-reads: at most max(B, prompt) + W tokens per layer; costs one bit per token and step.
+token if the token's probability reaches alpha; (2) each token has a note of its last hit and of its
+longest interval between two hits; (3) every W steps, with more than B tokens, all tokens but the
+newest W get a score, which is high if the current pause is within the token's longest interval and
+if the token recurs often; (4) the best B - W and the newest W stay; (5) new tokens keep their true
+positions. This reduces memory and reads to at most max(B, prompt) + W tokens per layer and costs
+one bit per token and step.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from kvcomp.methods.fields import short_name
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# alpha, and W per task: those of the released scripts. The windows of Llama-8B for GSM8K and AIME
-# are named there without their tasks; that order is inferred.
+# alpha, and W per task, from the released scripts. They do not say which of the two windows of
+# Llama-8B belongs to GSM8K and which to AIME; the order here is inferred.
 PUBLISHED: dict[str, tuple[float, dict[str, int]]] = {
     "DeepSeek-R1-Distill-Qwen-7B": (1e-4, {"gsm8k": 101, "math500": 175, "aime": 363}),
     "DeepSeek-R1-Distill-Llama-8B": (5e-4, {"gsm8k": 27, "math500": 52, "aime": 95}),
@@ -36,7 +37,7 @@ PUBLISHED: dict[str, tuple[float, dict[str, int]]] = {
     "QwQ-32B": (1e-4, {}),
 }
 FORMS = ("paper", "code")
-EPSILON = 1e-5  # by which the released code keeps from dividing by no interval
+EPSILON = 1e-5  # the released code adds it to avoid a division by 0
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
         budget: B, tokens that a unit keeps after an eviction, the newest W among them.
         window: W, steps between evictions, and newest tokens that always stay.
         alpha: probability at which a token counts as hit, under any head of its unit; None:
-            1 / budget. Far below that all are hit at every step, and the oldest leave.
+            1 / budget. Far below that every step hits all tokens, and the oldest leave.
         unit: "kv_head", "query_head" (Hq / Hkv times the bytes) or "layer".
-        h1: the score of the current pause s against the longest interval i: 2 sigmoid(-s / i) as in
-            the "paper", or 2 sigmoid(-1 - s / i) as in the released "code", which lets the second
-            term weigh about twice as much.
+        h1: the first term of the score, which compares the current pause s with the longest
+            interval i: 2 sigmoid(-s / i) as in the "paper", or 2 sigmoid(-1 - s / i) as in the
+            released "code", which doubles the weight of the second term, roughly.
         keep_prompt: never evict the prompt; not in the paper.
-        sinks: first tokens of a sequence, which stay whatever their score; not in the paper.
+        sinks: number of first tokens of a sequence that always stay; not in the paper.
     """
 
     window: int = 128  # W
@@ -69,8 +70,8 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
 
     @classmethod
     def published(cls, model: Any, task: str, **fields: Any) -> Self:
-        """alpha and window as published, for a model, itself or by name, and a task
-        ("DeepSeek-R1-Distill-Qwen-7B", "aime").
+        """An instance with the published alpha and window for a task, such as "aime", and a model,
+        given as such or by name ("DeepSeek-R1-Distill-Qwen-7B").
 
         Raises:
             ValueError: nothing was published for that model or task; `calibrate` finds both.
@@ -93,15 +94,15 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
 
     @classmethod
     def for_model(cls, model: Any, **fields: Any) -> Self:
-        """The published alpha of a model, itself or by name, where there is one; the window must
-        fit the task. TypeError where `model` is neither."""
+        """An instance with the published alpha of a model, given as such or by name, if there is
+        one. Choose the window for your task. Raises TypeError for other arguments."""
         alpha, _ = PUBLISHED.get(short_name(cls, model), (cls.alpha, {}))
         return cls(**{"alpha": alpha, **fields})
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
-        """At most `budget` tokens at any time, a quarter of them the window; for the bundled
-        reasoner, so with a high alpha, as `calibrate` finds it."""
+        """At most `budget` tokens at any time, a quarter of them for the window. alpha is high, as
+        `calibrate` finds it for the bundled reasoner."""
         budget = EXAMPLE_BUDGET if budget is None else budget
         window = budget // 4
         return cls(budget=budget - window, window=window, alpha=EXAMPLE_ALPHA)
@@ -111,7 +112,7 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
         return self.window
 
     def score(self, layer: LayerCache) -> Tensor:
-        """[B, U, max_len]: still within its interval, plus recurs often."""
+        """[B, U, max_len]: the sum of `within` and `recurs`."""
         interval = layer.slots["longest"][..., : layer.max_len]
         silence = layer.cache.steps - layer.slots["last_hit"][..., : layer.max_len]
         return self.worth(silence, interval, layer.positions(interval.shape[1]))
@@ -122,11 +123,11 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
         return scores.masked_fill(positions < self.sinks, float("inf"))
 
     def within(self, silence: Tensor, interval: Tensor) -> Tensor:
-        """H1: falls as the silence outgrows the interval; about 0 for what was never hit."""
+        """H1 falls as the pause outgrows the interval; about 0 for a token that was never hit."""
         if self.h1 == "paper":
             return 2 * logistic(-silence / interval.double().clamp(min=EPSILON))
         return 2 * logistic(-1 - silence / (interval.double() + EPSILON))
 
     def recurs(self, interval: Tensor) -> Tensor:
-        """H2: 1 for a token hit at every step, 0 for one never hit."""
+        """H2 is 1 for a token hit at every step, and 0 for a token that was never hit."""
         return 2 * logistic(1 - interval.clamp(min=1)) * interval.clamp(max=1)

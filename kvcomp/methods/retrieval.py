@@ -1,16 +1,16 @@
-"""What all retrieval methods share: the whole KV in host memory, a part of it on the device.
+"""The base of all retrieval methods: all K and V are in host memory, a part is on the device.
 
-On the device are the first tokens (sinks), the newest ones (local) and those last retrieved; a pool
-in host memory has all. Tokens are retrieved in *units*: a method says how the prompt is cut into
-units, what digest stands for each, when to select anew, and what a unit is worth. Exact attention
-over what is on the device; nothing is ever lost, and no token is attended twice.
+The device holds the first tokens (sinks), the newest ones (local) and the ones retrieved last. A
+pool in host memory has all tokens. Tokens are retrieved in *units*. A method defines how the prompt
+is cut into units, the digest of a unit, when to select again, and the score of a unit. Attention is
+exact over the tokens on the device. No token is lost, and no token is attended to twice.
 
-The output is cut into segments, which become units. A segment is written through to the pool when
-it closes, so that leaving the device costs nothing; and it leaves the local tokens only when a
-selection follows at once, so that no token is ever out of reach.
+The output is cut into segments, which become units. A segment is written to the pool when it
+closes, so it can leave the device at no cost. It leaves the local tokens only when a selection
+follows at once, so every token can always be attended to.
 
-A row with fewer tokens than sinks, as the first piece of a prompt may be, has all of them on the
-device: what comes to it next are sinks, until there are enough.
+A row may have fewer tokens than sinks, for example after the first piece of a prompt. All of them
+are then on the device, and new tokens become sinks until there are enough.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ALWAYS, NEVER = torch.inf, -torch.inf  # thresholds on a similarity
 
 
 class Shares(TypedDict):
-    """The fields of `Retrieval` that bound what is on the device."""
+    """The fields of `Retrieval` that bound the number of tokens on the device."""
 
     budget: int
     sinks: int
@@ -48,7 +48,7 @@ class Shares(TypedDict):
 
 @dataclass(frozen=True)
 class Retrieval(Method):
-    """Retrieves by `units` and `scores`, which subclasses define.
+    """Retrieves units by their scores; subclasses define `units` and `scores`.
 
     Attributes:
         budget: B, tokens retrieved at once, per KV head; sinks and local tokens come on top.
@@ -57,7 +57,7 @@ class Retrieval(Method):
             row selects; with the open segment there are up to W + s_max.
         segment: (s_min, s_max), length of a segment of the output in tokens.
         dense_layers: number of first layers that keep everything on the device and attend to all.
-        newest: W0, newest tokens of a prompt that stay local; at most W. None: half of them.
+        newest: W0, newest tokens of a prompt that stay local; at most W. None: W / 2.
         host_limit: limit in bytes of host memory for K and V of all layers; None: no limit.
         audit: measure at every step the share of attention that the resident tokens cover; this
             reads the whole pool.
@@ -107,7 +107,7 @@ class Retrieval(Method):
 
     @classmethod
     def shares(cls, total: int) -> Shares:
-        """The fields by which at most `total` tokens are on the device at a step."""
+        """Fields with which at most `total` tokens are on the device at a step."""
         sinks, local = max(1, total // 32), max(1, total // 8)
         longest = max(1, min(16, total // 16))
         budget = total - sinks - local - longest - 1
@@ -125,12 +125,12 @@ class Retrieval(Method):
 
     @property
     def most_resident(self) -> int:
-        """Tokens of a row on the device, at most, the newest included."""
+        """The largest number of tokens of a row on the device, including the newest."""
         return self.sinks + self.budget + self.local + self.segment[1] + 1
 
     def step_bytes(self, at: Place) -> StepBytes:
-        """As if the output made units of the prompt's size. A step is charged its share of the
-        selections, and these with everything that they may have to fetch."""
+        """An estimate that gives the output units of the prompt's size. A step pays its share of a
+        selection, and every selection fetches all of its tokens."""
         retrieving = at.layers - self.dense_layers
         attended = min(at.seen, self.sinks + self.budget + self.local)
         resident = min(at.seen, self.most_resident)
@@ -148,22 +148,22 @@ class Retrieval(Method):
 
     @property
     def selection_rate(self) -> float:
-        """Selections per step and layer, as far as that is known before decoding."""
+        """Selections per step and layer, if known before decoding; else 1, the upper bound."""
         return 1.0
 
     # --- what subclasses say ----------------------------------------------------------------------
 
     def unit_count(self, tokens: int) -> int:
-        """Units that `units` makes of `tokens` columns."""
+        """The number of units that `units` makes of `tokens` columns."""
         raise NotImplementedError
 
     @property
     def unit_size(self) -> int:
-        """Tokens of a unit of the prompt, on average."""
+        """The mean number of tokens in a unit of the prompt."""
         raise NotImplementedError
 
     def units(self, keys: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How the tokens [first, last) of a prompt are cut into units.
+        """Cut the tokens [first, last) of a prompt into units.
 
         Args:
             keys: [B, Hkv, n, D].
@@ -176,18 +176,18 @@ class Retrieval(Method):
         raise NotImplementedError
 
     def digest(self, keys: Tensor) -> Tensor:
-        """What stands for the tokens of one unit: keys [..., n, D] -> [..., W]."""
+        """The digest of the tokens of one unit: keys [..., n, D] -> [..., W]."""
         return keys.mean(-2)
 
     def scores(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> Tensor:
-        """What each unit is worth to q [B, Hq, D]: [B, Hkv, U] fp32, for active rows [B] int32."""
+        """Scores [B, Hkv, U] fp32 of all units for q [B, Hq, D], in rows where active [B] is 1."""
         index = layer.hosted.index
         return ops.unit_scores(
             q, index.digests, index.starts, index.num_indexed, active, scale=scale
         )
 
     def similarity(self, layer: LayerCache, q: Tensor) -> Tensor:
-        """[B] fp32, which decides on cuts and retrievals; -inf in the first step."""
+        """[B] fp32, decides when segments end and rows select; -inf in the first step."""
         return ops.query_similarity(q, layer.state["query"])
 
     @property
@@ -197,7 +197,7 @@ class Retrieval(Method):
 
     @property
     def retrieve_below(self) -> float:
-        """The similarity below which a row selects anew."""
+        """The similarity below which a row selects again."""
         return ALWAYS
 
     # --- the hooks --------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class Retrieval(Method):
         cache.state.prompt_columns = 0
 
     def prefill(self, layer: LayerCache, q: Tensor) -> None:
-        """New tokens become units in host memory; on the device stay sinks and the newest."""
+        """New tokens become units in host memory; sinks and the newest stay on the device."""
         if layer.position < self.dense_layers:
             return
         if not layer.is_hosted:
@@ -300,7 +300,7 @@ class Retrieval(Method):
             watch(layer, q, scale, self.budget, self.sinks, triggered)
 
     def rewind(self, cache: KVCache, columns: int) -> int:
-        """Back to the first prompt at most, which stays in the pool as it was clustered."""
+        """Goes back no further than to the first prompt, which stays in the pool as clustered."""
         prompt = cache.state.prompt_columns
         if columns < prompt:
             return super().rewind(cache, columns)
@@ -317,7 +317,7 @@ class Retrieval(Method):
     # --- how --------------------------------------------------------------------------------------
 
     def _begin(self, layer: LayerCache, q: Tensor) -> None:
-        """The first prompt is in `layer`, and nothing is in the pool."""
+        """Set up the pool. The first prompt is in `layer`, and the pool is empty."""
         state, keys = layer.cache.state, layer.keys
         if state.background is None:
             state.background = Background(keys.device)
@@ -327,7 +327,7 @@ class Retrieval(Method):
         layer.limit(self.most_resident - 1, 1)
 
     def _close_open(self, layer: LayerCache) -> Tensor:
-        """The open segment without the tokens just added becomes a unit; [B] rows up to its end."""
+        """Make the open segment, without the tokens just added, a unit. Returns its end [B]."""
         layer.settle()
         past, first_open = layer.logical_lens - layer.added, layer.hosted.index.first_open()
         tokens = (past - first_open).clamp(min=0)
@@ -339,8 +339,8 @@ class Retrieval(Method):
         return past
 
     def _store_sinks(self, layer: LayerCache) -> None:
-        """The token that has just come goes to the pool in rows that lack sinks: no segment, which
-        would take it there, begins with it."""
+        """In rows with fewer tokens than sinks, write the newest token to the pool. It belongs to
+        no segment, so no other code writes it."""
         layer.hosted.reserve(layer)
         lens = layer.logical_lens.tolist()
         for row, last in enumerate(lens):
@@ -351,13 +351,13 @@ class Retrieval(Method):
             layer.cache.state.lacks_sinks = min(lens) < self.sinks
 
     def _retrieve(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
-        """Close the segment that ends here, and select anew where that is due: 1 in [B]."""
+        """Close segments that end here and select in rows where that is due; these are 1 in [B]."""
         index, (shortest, longest) = layer.hosted.index, self.segment
         index.reserve(1)
         layer.hosted.reserve(layer)  # refused memory must not find a segment half closed
         closed, triggered = ops.segment_boundaries(
             self.similarity(layer, q),
-            layer.logical_lens.clamp(min=self.sinks),  # sinks are of no segment
+            layer.logical_lens.clamp(min=self.sinks),  # sinks belong to no segment
             index.starts,
             index.num_units,
             index.num_indexed,
@@ -375,24 +375,24 @@ class Retrieval(Method):
         return triggered
 
     def store(self, layer: LayerCache, closed: Tensor) -> None:
-        """Write the newest unit, of closed [B] tokens or 0, through to the pool and the index."""
+        """Write the newest unit, of closed [B] tokens (0: none), to the pool and the index."""
         layer.hosted.store(layer, closed, layer.hosted.index.digests)
 
     def select(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> None:
-        """Bring the units that q wants to the device, in rows where active [B] is 1."""
+        """Bring the units selected by q to the device, in rows where active [B] is 1."""
         index = layer.hosted.index
         scores = self.scores(layer, q, scale, active)
         rows = ops.select_units(scores, index.starts, index.num_indexed, active, self.budget)
         first_local = index.first_local()
-        # One less than at most: the newest token is in, and of the local ones too many have left.
+        # One less than the maximum: the newest token is in, and surplus local tokens have left.
         most = self.most_resident - 1
         fetched = layer.hosted.exchange(layer, rows, first_local, active, most)
-        wanted = (first_local - self.sinks).clamp(max=self.budget)  # every such row is of a unit
+        wanted = (first_local - self.sinks).clamp(max=self.budget)  # all belong to units
         layer.cache.meter.retrieved(layer, active, wanted, fetched)
 
 
 def _some(counts: Tensor) -> bool:
-    """Whether any is not 0; on a GPU, where asking would stall, the ops find out themselves."""
+    """Whether any count is not 0. True on a GPU, because asking would stall; the ops then check."""
     return counts.is_cuda or any(counts.tolist())
 
 

@@ -43,8 +43,8 @@ def attend_and_select(
 
     Args:
         q, k, v, seq_lens, page_ids, scale, words: as for `decode_attention`. With `page_ids` the
-            selected ids are positions in that list (columns of a block table), and an entry of -1 before a
-            row's end gets no score.
+            selected ids are positions in that list (columns of a block table), and an entry of -1
+            before a row's end gets no score.
         page_size: tokens in a page, also in a page of `page_ids`.
         num_pages: K, pages in a set.
         logits: [B, Hq, N] fp32, or fp16 except on the CPU, N >= T (dense) or K' * page_size (K'

@@ -22,8 +22,8 @@ def compact_kv(
 
     Args:
         k, v: [B, H, T, D] of the same dtype, any dtype, changed in place; strided over B, H and T.
-        state: at most 8 tensors [B, U or H, T'] of 4-byte elements, T' >= seq_lens, strided over B and
-            U. Their elements move with the tokens. The scales of K and V in eight bits are one.
+        state: at most 8 tensors [B, U or H, T'] of 4-byte elements, T' >= seq_lens, strided over B
+            and U. Their elements move with the tokens. The scales of 8-bit K and V are one of them.
         victims: [B, U, V] int32 slots, ascending, then -1; U is 1 (all heads alike) or H. All units
             of a row must lose the same number of tokens.
         seq_lens: [B] int32, tokens in each row before.

@@ -1,4 +1,4 @@
-"""Retrieval in pages: runs of tokens of one size, in prompt and output alike."""
+"""Retrieval in pages: prompt and output are cut into runs of tokens of the same size."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PagedRetrieval(Retrieval):
-    """Selects pages at every step by a bound on what a query can find in them.
+    """Selects pages at every step by an upper bound on the logits of their keys.
 
-    A page's digest is made of two vectors, and `turned` makes two of a query, so that the bound is
-    one inner product; pages then compete as the units of other methods do. Here they are Quest's
-    minimum and maximum of each channel; other pages say otherwise.
+    The digest of a page consists of two vectors, and `turned` builds two vectors from a query, so
+    that their inner product is the bound. Pages then compete in the same way as the units of other
+    methods. The digest here is Quest's: the maximum and the minimum of each channel. Subclasses
+    may override it.
 
     Attributes:
         page_size: tokens in a page; segments of the output are pages too.

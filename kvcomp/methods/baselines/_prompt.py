@@ -1,4 +1,4 @@
-"""What a prompt's own queries attend to, for methods whose score begins there."""
+"""The attention of a prompt's own queries, for methods whose scores start from it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ QUERIES = 256  # at a time, so that no [n, n] matrix is formed
 
 
 def prompt_probabilities(layer: LayerCache, q: Tensor) -> Iterator[Tensor]:
-    """Attention of new tokens that are in the cache already, some queries at a time.
+    """The attention probabilities of new tokens that are already in the cache, computed for some
+    queries at a time.
 
     Args:
-        q: [B, Hq, n, D], the queries of the newest n columns, padding among them.
+        q: [B, Hq, n, D], the queries of the newest n columns, padding included.
 
     Yields:
         [B, Hq, queries, max_len] fp32: causal, 0 for padding.

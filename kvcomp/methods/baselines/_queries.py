@@ -1,4 +1,4 @@
-"""Scores by the latest queries: SnapKV's importance, which R-KV shares."""
+"""Scores from the latest queries: SnapKV's importance, which R-KV also uses."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LastQueries(Eviction):
-    """Remembers the latest queries and judges older tokens by them.
+    """Keeps the latest queries and scores older tokens by them.
 
     Attributes:
-        recent: newest tokens, which always stay and whose queries judge.
+        recent: newest tokens, which always stay and whose queries give the scores.
     """
 
     window: int = 128
@@ -89,12 +89,12 @@ def valid_slots(layer: LayerCache) -> Tensor:
 
 
 def text_order(positions: Tensor, valid: Tensor) -> Tensor:
-    """[B, U, max_len] int64: slots from the oldest token to the newest, then those not in use."""
+    """[B, U, max_len] int64: slots from the oldest token to the newest, then the unused ones."""
     return positions.masked_fill(~valid, torch.iinfo(torch.int32).max).argsort(-1)
 
 
 def smooth(scores: Tensor, positions: Tensor, valid: Tensor, kernel: int) -> Tensor:
-    """The maximum over `kernel` neighbours in the text, half of them to either side."""
+    """The maximum over `kernel` neighbours in the text, half of them on each side."""
     order = text_order(positions, valid)
     pooled = torch.nn.functional.max_pool1d(
         scores.gather(-1, order), kernel, stride=1, padding=kernel // 2

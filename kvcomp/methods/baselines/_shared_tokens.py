@@ -1,4 +1,4 @@
-"""Token sets chosen by a few layers that attend to all, for the layers that follow them."""
+"""Token sets that a few dense layers select for the layers above them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SharedTokens(Method):
-    """Attends to everything in some layers, and in the others to tokens that these chose.
+    """Some layers attend to everything. The others attend to the tokens that these selected.
 
     Attributes:
         budget: tokens that a sparse layer attends to, the recent ones included.
-        dense_layers: how many first layers attend to everything and choose nothing.
-        selecting: layers that attend to everything and choose; the first must follow the dense
-            ones. None: that one and the one in the middle.
+        dense_layers: number of first layers, which attend to everything and select nothing.
+        selecting: layers that attend to everything and select; the first must directly follow the
+            dense layers. None: that layer and the middle layer.
     """
 
     budget: int = 1024
@@ -85,8 +85,8 @@ class SharedTokens(Method):
         cache.state.tokens = None  # (token ids [B, 1 or Hkv, K], lens [B]) of this step
 
     def score(self, layer: Layer, logits: Tensor, lse: Tensor, lens: Tensor) -> Tensor:
-        """What each token is worth to queries that see lens [R] of them: [R, 1 or Hkv, n] fp32,
-        from logits [R, Hq, n] and lse [R, Hq]."""
+        """The score of each token for queries that see lens [R] tokens: [R, 1 or Hkv, n] fp32, from
+        logits [R, Hq, n] and lse [R, Hq]. High scores are selected."""
         raise NotImplementedError
 
     def attend(self, layer: Layer, q: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The first tokens and the newest ones: what StreamingLLM and LM-Infinite have in common."""
+"""Eviction that keeps the first tokens and the newest ones, as StreamingLLM and LM-Infinite do."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SinkEviction(Eviction):
-    """Score: the position, and infinity for the first tokens, which can be moved.
+    """The score of a token is its position, and infinity for the first tokens, which can be moved.
 
     Attributes:
-        sinks: first tokens, which stay.
+        sinks: number of first tokens, which stay.
     """
 
     unit: str = "layer"
@@ -39,7 +39,7 @@ class SinkEviction(Eviction):
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
-        """Evicts at every step; at most a quarter of the budget for the first tokens."""
+        """Evicts at every step; the first tokens take at most a quarter of the budget."""
         budget = EXAMPLE_BUDGET if budget is None else budget
         return cls(budget=budget - 1, sinks=min(cls.sinks, budget // 4))
 
@@ -58,8 +58,8 @@ class SinkEviction(Eviction):
     def move_sinks(self, layer: LayerCache, shift: Tensor) -> None:
         """Rotate the first tokens as if they stood `shift` [B, sinks] >= 0 positions later.
 
-        They lie in the first slots, and each time an untouched copy is rotated: rounding does not
-        add up.
+        They are in the first slots. Each call rotates an original copy of their keys, so rounding
+        errors do not add up.
         """
         if not self.sinks:
             return

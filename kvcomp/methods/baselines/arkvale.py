@@ -1,9 +1,9 @@
 """ArkVale: pages recalled from host memory by a box around their keys (NeurIPS 2024).
 
-A page's digest is the centre of its keys and the mean absolute deviation from it, per channel; the
-bound is that of Quest over the box centre +- deviation. Selection at every step. Differences: each
-KV head has a set of its own (ArkVale's heads share one by default), and what leaves the device is
-what is not selected (ArkVale keeps a cache with a policy of eviction).
+The digest of a page is the centre of its keys and the mean absolute deviation from it, per channel.
+Quest's bound is taken over the box centre +- deviation. Pages are selected at every step.
+Differences: each KV head has its own set (ArkVale's heads share one by default), and pages that are
+not selected leave the device at once (ArkVale keeps a cache with an eviction policy).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvcomp.methods.baselines._pages import PagedRetrieval
 
 @dataclass(frozen=True)
 class ArkVale(PagedRetrieval, name="arkvale", baseline=True):
-    """Pages by centre and deviation, selected at every step."""
+    """Selects pages at every step by centre and deviation of their keys."""
 
     page_size: int = 32
 

@@ -1,9 +1,9 @@
 """ClusterKV: large clusters of prompt and output, selected at every step (arXiv 2412.03213).
 
-The prompt is clustered as a whole, about 80 tokens to a cluster; every 320 tokens of output are
-clustered in their turn, 8 clusters each. Differences: the heads of a group share a set (ClusterKV
-keeps one per query head, and so K and V once per query head), keys are centred, and clusters
-compete by softmax, as for all clustered methods here.
+The prompt is clustered as a whole, with about 80 tokens per cluster. After every 320 tokens of
+output, these are clustered into 8 clusters. Differences: the heads of a group share a set
+(ClusterKV has one set per query head and therefore stores K and V once per query head), keys are
+centred, and clusters compete by softmax, as in all clustered methods here.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
-    """Clusters of prompt and output; `tau` means nothing here.
+    """Retrieves clusters of prompt and output; `tau` has no effect.
 
     Attributes:
         output_window: tokens of output that are clustered together.
-        output_cluster: mean tokens of these clusters.
+        output_cluster: mean number of tokens in these clusters.
     """
 
     local: int = 320
@@ -78,7 +78,7 @@ class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
             self._cluster(layer, row)
 
     def _cluster(self, layer: LayerCache, row: int) -> None:
-        """The newest unit of a row becomes several: in the pool, in the index, in the slots."""
+        """Split the newest unit of a row into clusters, in the pool, the index and the slots."""
         index, unit = layer.hosted.index, int(layer.hosted.index.num_units[row]) - 1
         begin, end = index.starts[row, 0, unit : unit + 2].tolist()
         k, v = layer.hosted.pool.read(row, begin, end)

@@ -1,9 +1,9 @@
 """FreeKV: pages selected one step ahead, corrected where the queries turn (arXiv 2505.13109).
 
-A step attends to what the step before it selected, so that the link works beside the computation;
-only where the mean cosine of successive queries is below tau does it select for itself, and wait.
-Differences: the decision is the layer's (FreeKV's is each KV head's), and no transfer is hidden
-here: what is measured is which tokens are attended and how many bytes cross the link.
+A step attends to the pages that the previous step selected, so that transfers can overlap with
+computation. If the mean cosine of successive queries is below tau, the step selects for itself and
+waits. Differences: each layer decides as a whole (in FreeKV each KV head decides), and transfers do
+not overlap with anything here. Only the attended tokens and the bytes over the link are comparable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kvcomp.methods.baselines._pages import PagedRetrieval
 
 @dataclass(frozen=True)
 class FreeKV(PagedRetrieval, name="free-kv", baseline=True):
-    """Min-max pages, selected with the query before.
+    """Min-max pages, selected with the query of the previous step.
 
     Attributes:
         tau: similarity below which a step selects for itself.

@@ -1,10 +1,10 @@
 """H2O: the heavy hitters (arXiv 2306.14048).
 
-Keeps the tokens that have received most attention in total since the first, those of the prompt's
-own queries among it, beside the newest tokens. Published with a set per query head, evicting at
-every step, half of the budget for the newest. Deviations: a set per KV head by default, for which
-the probabilities of its query heads are summed; the budget is in tokens, where the released code
-takes shares of the prompt's length; evicted tokens leave memory, where that code masks them.
+Keeps the newest tokens, and the tokens that have received the most attention in total, including
+from the prompt's own queries. The paper has one set per query head, evicts at every step and gives
+half of the budget to the newest tokens. Deviations: the default is one set per KV head, which sums
+the probabilities of its query heads. The budget is in tokens; the released code takes shares of the
+prompt's length. Evicted tokens leave memory; the released code masks them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvcomp.methods.eviction import ObservingEviction
 
 @dataclass(frozen=True)
 class H2O(ObservingEviction, name="h2o", baseline=True):
-    """Score: the sum of all probabilities so far.
+    """The score of a token is the sum of its attention probabilities so far.
 
     Attributes:
         recent: newest tokens that always stay; None: half of the budget.

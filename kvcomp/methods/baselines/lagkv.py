@@ -1,9 +1,9 @@
 """LagKV: scores from the tokens that follow, without attention (arXiv 2504.04704).
 
-The text is cut into partitions. Keys and values of one are normalised per channel by the smallest
-and largest of the next one, the "lag"; a token that varies much over its channels is worth keeping,
-and its rank within its partition is its score. Deviations: evicts to a budget, and not each
-partition to a ratio; the last two partitions, which have no score yet, stay.
+The text is cut into partitions. The keys and values of a partition are normalised per channel by
+the minimum and maximum of the next partition, the "lag". Tokens that vary most over their channels
+rank highest within their partition, and this rank is the score. Deviations: eviction keeps a budget
+instead of a ratio of each partition; the last two partitions have no score yet and stay.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LagKV(Eviction, name="lagkv", baseline=True):
-    """Score: rank of a token's spread within its partition; reads the lengths at an eviction.
+    """The score of a token is the rank of its spread within its partition.
+
+    An eviction reads the lengths from the device.
 
     Attributes:
         partition: L, tokens in a partition.
-        sinks: first tokens, which stay.
+        sinks: number of first tokens, which stay.
     """
 
     window: int = 128
@@ -47,7 +49,7 @@ class LagKV(Eviction, name="lagkv", baseline=True):
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
-        """At most `budget` tokens at any time, partitions of an eighth of that."""
+        """At most `budget` tokens at any time, with partitions of an eighth of that."""
         budget = EXAMPLE_BUDGET if budget is None else budget
         window = min(EXAMPLE_WINDOW, budget // 4)
         partition = max(budget // 8, 2)
@@ -64,7 +66,7 @@ class LagKV(Eviction, name="lagkv", baseline=True):
             layer.state["ranked"] = torch.zeros_like(layer.seq_lens)  # partitions
 
     def score(self, layer: LayerCache) -> Tensor:
-        """[B, U, max_len]; tokens that have no rank yet count as the best."""
+        """[B, U, max_len]; tokens without a rank get the best score."""
         positions, rank = layer.positions(self.num_units(layer)), layer.slots["rank"]
         for row, seen in enumerate(layer.logical_lens.tolist()):
             order = positions[row, :, : int(layer.seq_lens[row])].argsort(-1)  # [U, tokens]
@@ -80,7 +82,7 @@ class LagKV(Eviction, name="lagkv", baseline=True):
         return rank[..., : layer.max_len].masked_fill(~scored, torch.inf)
 
     def ranks(self, layer: LayerCache, row: int, slots: Tensor, lag: Tensor) -> Tensor:
-        """Ranks in (0, 1] of one partition's tokens: slots, lag [U, L] -> [U, L]."""
+        """Ranks in (0, 1] of the tokens of one partition: slots, lag [U, L] -> [U, L]."""
         total = torch.zeros(slots.shape, device=slots.device)
         for stored in (layer.keys[row], layer.values[row]):  # [H, m, D]
             x, reference = (_take(stored, index) for index in (slots, lag))
@@ -99,6 +101,6 @@ def _deviation(x: Tensor) -> Tensor:
 
 
 def _take(stored: Tensor, slots: Tensor) -> Tensor:
-    """Rows of [H, m, D] at slots [U, L], each unit's for its heads: [H, L, D] fp32."""
+    """Rows of [H, m, D] at slots [U, L], where a unit's heads share its slots: [H, L, D] fp32."""
     index = slots.repeat_interleave(len(stored) // len(slots), 0)
     return stored.gather(1, index[..., None].expand(-1, -1, stored.shape[-1])).float()

@@ -1,8 +1,9 @@
-"""LessIsMore: one token set for all heads, and a share of it for the newest (arXiv 2508.07101).
+"""LessIsMore: one token set for all heads, with a share for the newest (arXiv 2508.07101).
 
-As TidalDecode, but the selecting layer merges the rankings of all query heads: every head's best
-token, then every head's second, and so on, until the set is full; a quarter of it is the newest
-tokens. All heads of the layers that follow attend to it.
+It works like TidalDecode, but the selecting layer merges the rankings of all query heads: it takes
+the best token of every head, then the second of every head, and so on, until the set is full. A
+quarter of the set is reserved for the newest tokens. All heads of the following layers attend to
+this set.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvcomp.methods.baselines._shared_tokens import SharedTokens
 
 @dataclass(frozen=True)
 class LessIsMore(SharedTokens, name="less-is-more", baseline=True):
-    """Tokens by their best rank under any head.
+    """Selects tokens by their best rank under any head.
 
     Attributes:
         recent: newest tokens always in the set; None: a quarter of the budget.

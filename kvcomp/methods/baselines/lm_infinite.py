@@ -1,10 +1,9 @@
-"""LM-Infinite: a lambda-shaped mask and a limit on distances (arXiv 2308.16137).
+"""LM-Infinite: a lambda-shaped mask and limited distances (arXiv 2308.16137).
 
-Attends to the first tokens and to the newest `budget - sinks`, and no distance counts as more than
-the window: each of the first tokens stands at that same distance, moved anew at every step. The
-paper takes the length that the model was trained on for the window. Deviations: a row stays dense
-up to the budget; where evictions are more than one step apart, tokens beyond the window are
-attended to until then.
+Attends to the first tokens and to the newest `budget - sinks` tokens. No distance exceeds the
+window: each of the first tokens is moved to that distance at every step. In the paper the window is
+the length that the model was trained on. Deviations: a row stays dense up to the budget; if
+evictions are more than one step apart, tokens beyond the window stay visible until the next one.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ from kvcomp.methods.baselines._sinks import SinkEviction
 
 @dataclass(frozen=True)
 class LMInfinite(SinkEviction, name="lm-infinite", baseline=True):
-    """First tokens at a limited distance, and a window."""
+    """Keeps a window, and the first tokens at a limited distance."""
 
     sinks: int = 10
 
     @property
     def farthest(self) -> int:
-        """The distance that stands for all larger ones."""
+        """The largest distance; it replaces all larger ones."""
         return self.budget - self.sinks
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:

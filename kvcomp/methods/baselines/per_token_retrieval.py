@@ -1,7 +1,7 @@
-"""PerTokenRetrieval: LouisKV's units, selected anew at every step; what its trigger must beat.
+"""PerTokenRetrieval: LouisKV without its trigger; it selects units at every step.
 
-Clusters, segments, scores and kernels are the same; only the moment of retrieval differs, so that a
-difference in link bytes and time is the trigger's own merit, and a difference in accuracy its cost.
+Clusters, segments, scores and kernels are the same; only the moments of retrieval differ. So a
+difference in link bytes and time is the gain of the trigger, and a difference in accuracy its cost.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Quest: pages by the largest logit that their keys allow (arXiv 2406.10774).
+"""Quest: pages selected by the largest logit that their keys allow (arXiv 2406.10774).
 
-A page's digest is the maximum and the minimum of each channel of its keys; the bound of a query is
-the sum over channels of the larger of q * max and q * min. Selection at every step. Differences:
-the pages live in host memory, as for all retrieval methods here (in the paper all stay and only
-reads are saved), and the heads of a group share a set.
+The digest of a page is the maximum and the minimum of each channel of its keys. The bound for a
+query is the sum over channels of the larger of q * max and q * min. Pages are selected at every
+step. Differences: the pages are in host memory, as in all retrieval methods here (in the paper they
+stay on the device, and only reads are saved), and the heads of a group share a set.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """RaaS: reasoning-aware attention sparsity (arXiv 2502.11147).
 
-A token is stamped with the step in which it was last important; the oldest stamps leave, and the
-whole prompt stays. It is the first half of LazyEviction: least recently hit, with no intervals.
-Deviations: single tokens instead of pages of 16, and exact probabilities instead of estimates from
-representative keys; important is what reaches alpha, the fixed form of the paper's rule; a set per
-KV head, as the paper's notes say nothing about heads.
+Each token is stamped with the last step in which it was important. The tokens with the oldest
+stamps are evicted, and the whole prompt stays. This is the first half of LazyEviction: least
+recently hit, without intervals. Deviations: single tokens instead of pages of 16; exact
+probabilities instead of estimates from representative keys; a token is important if its probability
+reaches alpha, the fixed form of the paper's rule; one set per KV head, because the paper does not
+specify heads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RaaS(RecurrenceEviction, name="raas", baseline=True):
-    """Score: the step of the last hit, seen from now."""
+    """The score of a token is minus the number of steps since its last hit."""
 
     keep_prompt: bool = True
 

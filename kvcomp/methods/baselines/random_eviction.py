@@ -1,7 +1,7 @@
-"""RandomEviction: random tokens leave; what every score must beat.
+"""RandomEviction: evicts random tokens. Every score must beat it.
 
-Same memory as the others, no information. The newest tokens stay; `keep_prompt=True` makes it the
-"pin the question" baseline.
+It uses as much memory as the other eviction methods and no information. The newest tokens stay.
+With `keep_prompt=True` it is the "pin the question" baseline.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RandomEviction(Eviction, name="random-eviction", baseline=True):
-    """Score: uniform noise, drawn anew at every eviction.
+    """Scores are uniform noise, drawn at every eviction.
 
     Attributes:
         recent: newest tokens that always stay.
-        seed: of the draws; a cache started anew repeats them.
+        seed: seed of the draws; a new or reset cache repeats them.
     """
 
     recent: int = 32
@@ -38,7 +38,7 @@ class RandomEviction(Eviction, name="random-eviction", baseline=True):
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
-        """Evicts at every step; an eighth of the budget for the newest tokens."""
+        """Evicts at every step; the newest tokens take an eighth of the budget."""
         budget = EXAMPLE_BUDGET if budget is None else budget
         return cls(budget=budget - 1, recent=budget // 8)
 

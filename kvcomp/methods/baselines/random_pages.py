@@ -1,8 +1,9 @@
-"""RandomPages: random pages instead of chosen ones; what a score must beat.
+"""RandomPages: attends to random pages. Every page score must beat it.
 
-Same shape as layer-aware sparse attention: the dense layers read everything, the others one page
-set per step, drawn uniformly, the newest pages included. Saves exactly what DELTA saves at the same
-budget and dense layers, so that a difference in accuracy is the score's own merit.
+It has the shape of layer-aware sparse attention. The dense layers read everything. The other layers
+read one page set per step, which holds the newest pages and uniformly drawn ones. With the same
+budget and dense layers it saves exactly as much as DELTA, so a difference in accuracy is due to the
+score alone.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RandomPages(Method, name="random-pages", baseline=True):
-    """Uniformly random pages, drawn anew every step.
+    """Uniformly random pages, drawn at every step.
 
     Attributes:
         budget: tokens that a sparse layer attends to, the recent pages included.
         page_size: tokens in a page.
         recent: newest pages always in the set.
         dense_layers: layers that read everything.
-        seed: of the draw; a cache started anew repeats it.
+        seed: seed of the draws; a new or reset cache repeats them.
     """
 
     budget: int = 1024

@@ -1,6 +1,6 @@
-"""RecencyWindow: the newest tokens, whatever they say.
+"""RecencyWindow: keeps the newest tokens.
 
-The plain sliding window: what every score must beat.
+It is the plain sliding window. Every score must beat it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvcomp.methods.eviction import Eviction
 
 @dataclass(frozen=True)
 class RecencyWindow(Eviction, name="recency-window", baseline=True):
-    """Score: the position."""
+    """The score of a token is its position."""
 
     unit: str = "layer"
 

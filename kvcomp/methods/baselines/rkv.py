@@ -1,9 +1,10 @@
 """R-KV: redundancy-aware eviction for reasoning models (arXiv 2505.24133).
 
-What the latest queries attend to, less what other keys say again: tokens whose keys resemble many
-others leave, but of near duplicates the newest is not held against its elders. Every 128 steps, the
-newest 8 tokens stay. The similarity of all pairs makes an eviction O(m^2). Deviation: "newest" and
-"neighbour" go by the text, where the released code goes by memory.
+The score is the attention of the latest queries minus the redundancy of the key. Tokens whose keys
+resemble many others are evicted, but the newest of several near duplicates does not count against
+the older ones. It evicts every 128 steps, and the newest 8 tokens stay. An eviction compares all
+pairs of tokens, which takes O(m^2). Deviation: "newest" and "neighbour" refer to the order of the
+text; the released code uses the order in memory.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from kvcomp.methods.baselines._queries import LastQueries, text_order, valid_slo
 
 @dataclass(frozen=True)
 class RKV(LastQueries, name="r-kv", baseline=True):
-    """Score: lambda * importance - (1 - lambda) * redundancy.
+    """The score of a token is lambda * importance - (1 - lambda) * redundancy.
 
     Attributes:
-        kernel: tokens over which the importance is smoothed.
+        kernel: number of neighbouring tokens over which the importance is smoothed.
         trade_off: lambda; 0.1 in the paper, 0.07 in the released code.
         similar: cosine above which two keys count as duplicates.
     """
@@ -43,7 +44,7 @@ class RKV(LastQueries, name="r-kv", baseline=True):
         return self.trade_off * importance - (1 - self.trade_off) * self.redundancy(layer)
 
     def redundancy(self, layer: LayerCache) -> Tensor:
-        """[B, U, max_len]: softmax over tokens of the mean cosine with all the others."""
+        """[B, U, max_len]: the softmax over tokens of their mean cosine with all others."""
         positions, valid = layer.positions(self.num_units(layer)), valid_slots(layer)
         order = text_order(positions, valid)  # [B, U, m]
         units, heads = order.shape[1], layer.keys.shape[1]

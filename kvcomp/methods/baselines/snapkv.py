@@ -1,9 +1,9 @@
-"""SnapKV at decode time: what the latest queries attend to (arXiv 2404.14469).
+"""SnapKV at decode time: keeps the tokens that the latest queries attend to (arXiv 2404.14469).
 
-SnapKV proper compresses a prompt once; this is the form that decoding baselines use: every 128
-steps, the newest 8 tokens stay, and their queries judge the others, the scores smoothed over
-neighbours. Deviation: neighbours are those in the text, where the released code takes those in
-memory, which are the same only before the first eviction.
+The original SnapKV compresses a prompt once. This is its form as a decoding baseline: every 128
+steps the newest 8 tokens stay, and their queries score the others; the scores are smoothed over
+neighbouring tokens. Deviation: neighbours are taken from the text; the released code takes them
+from memory, which is the same only before the first eviction.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from kvcomp.methods.baselines._queries import LastQueries
 
 @dataclass(frozen=True)
 class SnapKV(LastQueries, name="snapkv", baseline=True):
-    """Score: max over a unit's heads, softmax over the older tokens, mean over queries, smoothed.
+    """The score takes logits as max over a unit's heads, their softmax over the older tokens, and
+    the mean over queries, then smooths it.
 
     Attributes:
-        kernel: tokens over which the maximum is taken.
+        kernel: number of neighbouring tokens whose maximum is taken.
     """
 
     kernel: int = 7

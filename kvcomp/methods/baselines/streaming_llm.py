@@ -1,9 +1,9 @@
 """StreamingLLM: attention sinks and a sliding window (arXiv 2309.17453).
 
-Keeps the first tokens and the newest ones, and counts positions within the cache. The released
-code rotates all keys anew at every step for that. Rotary attention sees distances only, and those
-within the window are right as they are: so here the few sinks follow the window, and nothing else
-is rotated. The result is the same.
+Keeps the first tokens and the newest ones, and counts positions within the cache. For that the
+released code rotates all keys again at every step. Rotary attention depends on distances only, and
+the distances within the window are already right. So this version moves the few sinks along with
+the window and rotates nothing else. The result is the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kvcomp.methods.baselines._sinks import SinkEviction
 
 @dataclass(frozen=True)
 class StreamingLLM(SinkEviction, name="streaming-llm", baseline=True):
-    """Sinks that stand right before the window."""
+    """Keeps a window, with the sinks at the positions right before it."""
 
     def evict(self, layer: LayerCache) -> None:
         if layer.max_len > self.budget:

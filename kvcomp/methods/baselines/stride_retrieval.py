@@ -1,7 +1,7 @@
-"""StrideRetrieval: clustered retrieval every so many steps, whatever the queries do.
+"""StrideRetrieval: clustered retrieval at a fixed number of steps, independent of the queries.
 
-What LouisKV's adaptive trigger must beat at equal link bytes: segments of the output are as long as
-the stride, and a row selects anew where one ends.
+LouisKV's adaptive trigger must beat it at equal link bytes. Segments of the output are as long as
+the stride, and a row selects again at the end of each segment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StrideRetrieval(ClusteredRetrieval, name="stride-retrieval", baseline=True):
-    """Clustered retrieval at a fixed stride; `tau` means nothing here.
+    """Clustered retrieval at a fixed stride; `tau` has no effect.
 
     Attributes:
         stride: steps from one retrieval to the next.

@@ -1,9 +1,10 @@
-"""TidalDecode: tokens chosen by two layers, for all that follow (arXiv 2410.05076).
+"""TidalDecode: two layers select the tokens for the layers above them (arXiv 2410.05076).
 
-The first layers attend to everything; a token selection layer does so too and keeps, per KV head,
-the tokens of most probability; the layers behind it attend to those, until a layer in the middle
-selects once more. Selection at every step. Difference: heads of a group share a set, by the sum of
-their probabilities, as head sets of native GQA must.
+The first layers attend to everything. A token selection layer also attends to everything and
+selects the most probable tokens per KV head. The layers above it attend to these tokens, until a
+layer in the middle selects again. Tokens are selected at every step. Difference: the heads of a
+group share a set, selected by the sum of their probabilities, because K and V are stored once per
+KV head (native GQA).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kvcomp.methods.baselines._shared_tokens import SharedTokens
 
 @dataclass(frozen=True)
 class TidalDecode(SharedTokens, name="tidal-decode", baseline=True):
-    """Tokens by probability, a set per KV head.
+    """Selects the most probable tokens, one set per KV head.
 
     Attributes:
         recent: newest tokens always in the set.

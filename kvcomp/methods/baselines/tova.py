@@ -1,7 +1,7 @@
 """TOVA: token omission via attention (arXiv 2401.06104).
 
-Keeps the tokens that the current query attends to most, by the mean over all heads: one set for a
-layer. Published with an eviction at every step and nothing exempt, not even the newest token.
+Keeps the tokens that the current query attends to most, averaged over all heads, with one set per
+layer. As in the paper, it evicts at every step and protects no token, not even the newest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kvcomp.methods.eviction import ObservingEviction
 
 @dataclass(frozen=True)
 class TOVA(ObservingEviction, name="tova", baseline=True):
-    """Score: the latest query's probability."""
+    """The score of a token is its probability under the latest query."""
 
     unit: str = "layer"
 
