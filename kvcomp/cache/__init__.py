@@ -1,4 +1,4 @@
-"""Caches: one layer's K and V, and the layers of one batch of sequences. No transformers here."""
+"""Caches for the K and V of one layer and of one batch of sequences, without transformers."""
 
 from kvcomp.cache.host_pool import HostMemoryError
 from kvcomp.cache.kv_cache import KVCache

@@ -1,4 +1,4 @@
-"""Arrivals: the columns of a batch that a layer has seen, and which of them were padding."""
+"""Arrivals: the columns of a batch that a layer has seen, with their padding."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ Piece = tuple[int, Tensor | None]  # columns, and [B, columns] bool, False for p
 
 
 class Arrivals:
-    """Columns in the order in which they came, padding included."""
+    """Columns in the order of their arrival, padding included."""
 
     def __init__(self, pieces: list[Piece] | None = None) -> None:
         self._pieces = [] if pieces is None else pieces
 
     def add(self, count: int, valid: Tensor | None) -> None:
-        """Further columns; those without padding lengthen the piece before."""
+        """Add columns. Columns without padding extend the last piece."""
         if valid is None and self._pieces and self._pieces[-1][1] is None:
             count += self._pieces.pop()[0]
         self._pieces.append((count, valid))
@@ -31,16 +31,16 @@ class Arrivals:
         return Arrivals(pieces)
 
     def joined(self, other: Arrivals) -> Arrivals:
-        """These columns, and behind them those of `other`."""
+        """These columns, followed by the columns of `other`."""
         return Arrivals(self._pieces + other._pieces)
 
     @property
     def padded(self) -> bool:
-        """Whether padding may be among them."""
+        """Whether some columns may be padding."""
         return any(valid is not None for _, valid in self._pieces)
 
     def tokens(self) -> Tensor | int:
-        """How many of the columns are tokens: [B] int32, or one number for all rows."""
+        """The number of columns that are tokens: [B] int32, or one number for all rows."""
         return sum(n if valid is None else valid.sum(1).int() for n, valid in self._pieces)
 
     def valid(self, batch: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Background: work beside the main line, on a side stream of the GPU or in a worker thread."""
+"""Background: runs work on a side stream of the GPU or in a worker thread."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-DEPTH = 2  # pieces of work that may be under way, since each holds on to its tensors
+DEPTH = 2  # pieces of work at once; each holds on to its tensors
 
 
 class Background:
-    """One line of work; pieces are done in the order in which they are submitted."""
+    """A queue of work, done in the order in which it is submitted."""
 
     def __init__(self, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
@@ -28,20 +28,19 @@ class Background:
         return self  # a copied cache uses the same line
 
     def submit(self, work: Callable[[], None], *tensors: Tensor) -> Callable[[], None]:
-        """Start `work`, which uses `tensors`; what is returned waits for its end.
-
-        What `work` raises is raised there.
+        """Start `work`, which uses `tensors`. The returned function waits for its end and raises
+        its errors.
         """
         wait = self._start(work, tensors)
         self._under_way.append(wait)
         if len(self._under_way) > DEPTH:
-            with suppress(Exception):  # which is for those who asked for that piece
+            with suppress(Exception):  # its own submitter gets the error
                 self._under_way.popleft()()
         return wait
 
     @property
     def busy(self) -> bool:
-        """Whether the latest piece is under way; asking waits for nothing."""
+        """Whether the latest piece is still running. Asking does not wait."""
         return self._latest is not None and not self._latest()
 
     def _start(self, work: Callable[[], None], tensors: tuple[Tensor, ...]) -> Callable[[], None]:
@@ -55,13 +54,13 @@ class Background:
             work()
             done = line.record_event()
         self._latest = done.query
-        for tensor in tensors:  # not to be given away before the side stream is done
+        for tensor in tensors:  # keep the memory until the side stream is done
             tensor.record_stream(line)
         return lambda: torch.cuda.current_stream(line.device).wait_event(done)
 
 
 def _as_here(work: Callable[[], None]) -> Callable[[], None]:
-    """`work` in this thread's modes: inference, and no gradient."""
+    """`work` with the inference mode of this thread and without gradients."""
     inference = torch.is_inference_mode_enabled()
 
     def run() -> None:

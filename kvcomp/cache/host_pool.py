@@ -1,7 +1,7 @@
-"""HostPool: every token's K and V in host memory, in blocks that never move.
+"""HostPool: K and V of all tokens in host memory, in blocks that never move.
 
-A row is one token of one KV head, K and V side by side, so that both come with one read of the
-link. Blocks are pinned where the cache is on a GPU: kernels then read and write them directly.
+A row is one token of one KV head with K and V side by side, so one read over the link fetches both.
+If the cache is on a GPU, blocks are pinned, and kernels read and write them directly.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-FIRST_ROWS = 256  # the least that is allocated, in rows per sequence and head
-GROWTH = 1 / 4  # a further block is at least this share of what there is
-MAX_BLOCKS = 32  # what the ops take: 1.25 ** 31, a thousand times the first block
+FIRST_ROWS = 256  # smallest block, in rows per sequence and head
+GROWTH = 1 / 4  # a new block is at least this share of all rows
+MAX_BLOCKS = 32  # limit of the ops; 1.25 ** 31 is a thousand times the first block
 
 
 class HostMemoryError(MemoryError):
-    """Host memory was refused: over the limit, or not to be allocated or pinned."""
+    """Host memory was refused: it is over the limit, or it could not be allocated or pinned."""
 
 
 class HostMemory:
-    """What the pools of one cache may take together.
+    """The host memory that the pools of one cache share.
 
     Attributes:
-        limit: bytes; None: whatever the host gives.
-        used: bytes taken so far; pinned ones as powers of two, which is what torch pins for a
-            tensor.
+        limit: largest number of bytes; None: no limit.
+        used: bytes taken so far. A pinned tensor counts as the next power of two, because torch
+            pins that much.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -34,10 +34,10 @@ class HostMemory:
         self.used = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
-        """Memory that has been accounted for.
+        """Allocate memory and add it to `used`.
 
         Raises:
-            HostMemoryError: nothing has been taken then.
+            HostMemoryError: the memory was refused; `used` has not changed.
         """
         size = dtype.itemsize
         for count in shape:
@@ -69,11 +69,11 @@ class HostPool:
 
     Attributes:
         blocks: [B, Hkv, R, 2, D] each, together rows 0, 1, ...
-        capacity: rows there is room for, per sequence and head.
+        capacity: number of rows that fit, per sequence and head.
     """
 
     def __init__(self, like: Tensor, memory: HostMemory) -> None:
-        """Room for rows such as those of `like` [B, Hkv, n, D], none yet."""
+        """An empty pool for rows of the shape, dtype and device of `like` [B, Hkv, n, D]."""
         self.memory = memory
         self.device = like.device
         self.blocks: list[Tensor] = []
@@ -118,8 +118,8 @@ class HostPool:
                 for part, source in enumerate((k, v)):
                     block[row, :, inside, part].copy_(source[:, outside])
             return
-        # Laid out as rows are, on the cache's device, and copied head by head without gaps:
-        # anything else is staged in other host memory, and the host waits for it.
+        # The rows are put together on the cache's device and copied head by head without gaps.
+        # Other copies would go through another host buffer, and the host would wait for them.
         rows = torch.stack((k, v), 2)  # [Hkv, n, 2, D]
         for block, inside, outside in self._spans(first, first + k.shape[1]):
             for into, source in zip(block[row, :, inside], rows[:, outside], strict=True):
@@ -135,7 +135,7 @@ class HostPool:
         return k, v
 
     def select(self, rows: Tensor) -> None:
-        """Sequences become `rows` ([B'] int64): a copy of all blocks.
+        """Sequences become `rows` ([B'] int64). This copies all blocks.
 
         Raises:
             HostMemoryError: the memory was refused; what is there stays.
@@ -158,7 +158,7 @@ class HostPool:
         return self.memory.empty(shape, self._dtype, self._pinned)
 
     def _spans(self, first: int, last: int) -> list[tuple[Tensor, slice, slice]]:
-        """The blocks of rows [first, last): block, its rows, and these counted from `first`."""
+        """The blocks with rows [first, last): block, its rows, and these counted from `first`."""
         spans, begin = [], 0
         for block in self.blocks:
             low, high = max(first, begin), min(last, begin + block.shape[2])

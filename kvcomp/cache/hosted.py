@@ -1,8 +1,8 @@
 """Hosted: all tokens of one layer in host memory, for methods that retrieve.
 
-The layer's slots then hold a part of them: the first tokens (sinks), the newest, and those last
-fetched. A pool has the tokens, an index the units in which a method retrieves them. A prompt is cut
-into units in the background, beside the rest of the prefill.
+The layer's slots then hold only the first tokens (sinks), the newest ones and the ones fetched
+last. A pool holds all tokens, and an index holds the units in which a method retrieves them. A
+prompt is cut into units in the background, during the rest of the prefill.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Cutter(Protocol):
 
 
 class Hosted:
-    """What one layer has in host memory. Methods take the layer, which owns this object.
+    """The tokens of one layer in host memory. The layer owns this object and is passed to it.
 
     Attributes:
-        pool: K and V of every token, but for those of the open segment.
-        index: the units in which they are retrieved.
+        pool: K and V of every token except those of the open segment.
+        index: the units in which tokens are retrieved.
         sinks: number of first tokens, which never leave the layer's slots.
         pending: waits for the background work on pool and index; None: there is none.
     """
@@ -92,7 +92,7 @@ class Hosted:
         first, last, end = first.clone(), last.clone(), layer.seq_lens.clone()
 
         def work() -> None:
-            # Read before the clustering is under way, for which the host need not wait then.
+            # Read before the clustering starts, so that the host does not wait for the clustering.
             table = torch.stack([before, first_row, first, last, end], 1).tolist()
             labels, digests, sizes = cutter.units(keys, first, last)
             for row, (unit, pool_row, begin, middle, stop) in enumerate(table):
@@ -115,7 +115,7 @@ class Hosted:
         self.pending = self._background.submit(work, *tensors)
 
     def store(self, layer: LayerCache, closed: Tensor, means: Tensor) -> None:
-        """Write the newest unit, of closed [B] tokens or 0, to the pool.
+        """Write the newest unit, of closed [B] tokens (0: none), to the pool.
 
         Args:
             means: [B, Hkv, U, D], gets the mean key of each such unit.

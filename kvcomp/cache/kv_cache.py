@@ -1,4 +1,4 @@
-"""KVCache: the layers of one batch of sequences, and the method that decides about them."""
+"""KVCache: the layers of one batch of sequences and the method that manages them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvcomp.ops.decode_attention import logits_dtype
 
 
 class Policy(Protocol):
-    """What a cache asks of its method. It is written out here because methods import caches and
-    not the other way round; `kvcomp.methods.Method` says what each hook is for."""
+    """The hooks that a cache calls on its method. They are listed here because methods import
+    caches and not the other way round. `kvcomp.methods.Method` explains them."""
 
     croppable: ClassVar[bool]
     in_step: ClassVar[bool]
@@ -42,8 +42,8 @@ class Policy(Protocol):
 
 
 class Notes:
-    """What a method remembers about a batch, by name. A class of our own, since dynamo does not
-    trace assignments to a SimpleNamespace."""
+    """A method's notes about a batch, by name. dynamo traces assignments to this class, but not to
+    a SimpleNamespace."""
 
     if TYPE_CHECKING:
 
@@ -52,19 +52,19 @@ class Notes:
 
 
 class KVCache:
-    """The managed layers of one batch, their method, and what it remembers between layers.
+    """The managed layers of one batch, their method, and the notes of the method.
 
     Attributes:
         method: decides what each layer attends to and keeps.
         layers: one LayerCache per managed layer, in model order.
         state: the method's own notes on this batch; emptied by `reset`.
         steps: decode steps since the last `reset`.
-        meter: counts for this cache, and for others where it is shared.
+        meter: counts for this cache; several caches may share it.
         inv_freq: [R / 2] fp32, radians per position by which the model rotates its keys, for
-            methods that move keys to other positions; None where that is not known.
-        folded: tokens that each row had in earlier contexts and has no longer.
-        beside: other caches that hold a context of the same sequences; counted with this one.
-        counted: False for those others.
+            methods that move keys to other positions; None if they are not known.
+        folded: tokens of earlier contexts that each row has dropped.
+        beside: other caches with a context of the same sequences; they are counted with this one.
+        counted: False for those other caches.
 
     Raises:
         ValueError: the method's parameters do not fit `num_layers` layers.
@@ -96,7 +96,7 @@ class KVCache:
         return copy
 
     def reset(self) -> None:
-        """Forget the sequences; the next `append` starts new ones."""
+        """Forget the sequences. The next `append` starts new ones."""
         for layer in self.layers:
             layer.reset()
         self.state = Notes()
@@ -107,12 +107,12 @@ class KVCache:
         self.method.start(self)
 
     def logits_for(self, layer: Layer, q: Tensor) -> Tensor:
-        """Room for the logits of a decode step, [B, Hq, capacity] fp32, or fp16 beside 16-bit K and
-        V on a GPU; all layers share it."""
+        """The buffer for the logits of a decode step, shared by all layers: [B, Hq, capacity] fp32,
+        or fp16 for 16-bit K and V on a GPU."""
         return self._room_for_logits(q, (*q.shape[:2], layer.capacity))
 
     def staged_logits_for(self, layer: LayerCache, q: Tensor) -> Tensor:
-        """The same for drafts, q [B, Hq, m, D]: [B, m, Hq, capacity]."""
+        """The same buffer for drafts, q [B, Hq, m, D]: [B, m, Hq, capacity]."""
         batch, heads, drafts, _ = q.shape
         return self._room_for_logits(q, (batch, drafts, heads, layer.capacity))
 
@@ -124,14 +124,14 @@ class KVCache:
         return have
 
     def ring(self, size: int) -> Ring:
-        """For notes of up to `size` steps, in memory that a method keeps."""
+        """A ring for the notes of up to `size` steps, in memory that the method keeps."""
         return HostRing(size)
 
     def require_rotation(self) -> Tensor:
-        """`inv_freq`, for methods that cannot do without.
+        """`inv_freq`, for methods that need it.
 
         Raises:
-            ValueError: it is not known.
+            ValueError: `inv_freq` is not known.
         """
         if self.inv_freq is None:
             raise ValueError(
@@ -156,35 +156,35 @@ class KVCache:
         return out
 
     def _end_step(self, rows: int | None = None) -> None:
-        """A decode step is over; `rows` of them took part in it, None: all."""
+        """Called when a decode step of `rows` rows is over; None: of all rows."""
         self.steps += 1
         self.meter.stepped(self, rows)
         self.method.end_step(self)
         self.method.between_steps(self)
 
     def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
-        """The drafts staged in `layer` attend: q [B, Hq, m, D] -> out [B, m, Hq, D]."""
+        """Attention of the drafts staged in `layer`: q [B, Hq, m, D] -> out [B, m, Hq, D]."""
         return self.method.verify(layer, q, scale)
 
     @property
     def staged(self) -> int:
-        """Drafts of each row that wait for `commit` or `discard`."""
+        """The number of drafts of each row that wait for `commit` or `discard`."""
         return self.layers[0].staged
 
     @property
     def room(self) -> float:
-        """Tokens, the one that was sampled last included, that one `commit` may accept."""
+        """The number of tokens, including the last sampled one, that one `commit` may accept."""
         return self.method.room(self)
 
     def commit(self, counts: int | Tensor) -> None:
-        """The first drafts of each row were decode steps, and the others have never been.
+        """Keep the first drafts of each row as if they had been decode steps, and drop the others.
 
         Args:
-            counts: of each row, a number or [B] integers, at most `staged`.
+            counts: drafts to keep, a number or [B] integers, at most `staged`.
 
         Raises:
-            ValueError: more than are staged or than there is `room` for, or rows that differ under
-                a method whose rows must stay in step (`Method.in_step`). Nothing has changed.
+            ValueError: more drafts than are staged or than `room` allows, or different counts for a
+                method whose rows must stay in step (`Method.in_step`). Nothing has changed.
         """
         if not self.staged:
             raise ValueError("kvcomp: commit: nothing is staged")
@@ -215,13 +215,13 @@ class KVCache:
                 layer.level()
 
     def discard(self) -> None:
-        """The staged tokens have never been."""
+        """Drop the staged tokens as if they had never been there."""
         for layer in self.layers:
             layer.unstage()
         self.method.end_verify(self)
 
     def crop(self, count: int) -> None:
-        """Take back the last `count` tokens exactly; ValueError where the method cannot."""
+        """Take back the last `count` tokens exactly. Raises ValueError if the method cannot."""
         if not self.method.croppable:
             raise ValueError(
                 f"kvcomp: {type(self.method).__name__} cannot take tokens back:"
@@ -231,13 +231,13 @@ class KVCache:
             layer.crop(count)
 
     def adopt(self, other: KVCache, columns: int, room: int) -> None:
-        """From empty, become a copy of the first `columns` columns of `other`.
+        """Copy the first `columns` columns of `other` into this empty cache.
 
         Args:
-            room: columns that there will be in all; memory for them is taken at once.
+            room: number of columns to allocate memory for.
 
         Raises:
-            ValueError: the method of `other` keeps less, or more, than every token.
+            ValueError: the method of `other` does not keep every token, or keeps notes.
         """
         for layer, source in zip(self.layers, other.layers, strict=True):
             layer.adopt(source, columns, room)

@@ -1,6 +1,6 @@
-"""Attributes that an object gets later than its construction, and that say so if asked before.
+"""Attributes that an object gets after its construction. Reading one earlier raises a clear error.
 
-They are plain instance attributes once they are set: no property is in the way of a decode step.
+Once set they are plain instance attributes, so no property slows down a decode step.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _Later:
-    """What a class has under the name of such an attribute."""
+    """The class attribute that stands for such an attribute until it is set."""
 
     def __init__(self, when: str) -> None:
         self.when = when
@@ -26,7 +26,7 @@ class _Later:
 
 
 def later(when: str) -> Any:
-    """The class attribute of an attribute that is set no earlier than `when`, in words."""
+    """Declare an attribute that is set later; `when` says in words when."""
     return _Later(when)
 
 
@@ -36,6 +36,6 @@ def known(holder: object, name: str) -> bool:
 
 
 def forget(holder: object, *names: str) -> None:
-    """Back to before they were set, those that were."""
+    """Delete the attributes that have been set."""
     for name in names:
         holder.__dict__.pop(name, None)

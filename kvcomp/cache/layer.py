@@ -1,8 +1,9 @@
-"""LayerCache: what one layer has seen, and what it keeps of that.
+"""LayerCache: the tokens that one layer has seen, and the K and V that it keeps.
 
-Two lengths matter. The *logical* length is what the model has seen: positions, masks and
-`get_seq_length` are about it. The *physical* length is what is kept: kernels see only that. Pad
-tokens never enter the slab, so the rows of a batch are ragged, and no kernel ever sees padding.
+There are two lengths. The *logical* length counts the tokens that the model has seen; positions,
+masks and `get_seq_length` use it. The *physical* length counts the tokens that are kept; kernels
+use only that. Pad tokens never enter the slab, so the rows of a batch are ragged, and kernels never
+see padding.
 """
 
 from __future__ import annotations
@@ -30,20 +31,21 @@ class LayerCache(Staged):
     """The tokens of one layer, in a `Slab` that is allocated at the first `append`.
 
     Attributes:
-        position: this layer's place among the layers that the method manages, from 0.
+        position: number of this layer among the layers that the method manages, from 0.
         seq_lens: [B] int32, physical length of each row.
-        logical_lens: [B] int32, tokens each row has seen, padding not counted.
-        columns: tokens seen counted as columns of the batch, padding included.
+        logical_lens: [B] int32, logical length of each row, without padding.
+        columns: columns of the batch seen so far, padding included.
         first: whether the last `append` brought the first columns.
-        state: what a method remembers about the rows of this layer; each tensor is [B, ...] and
-            follows the rows through `select`.
-        scale: of the logits, known from the first prompt on.
-        sinks: [Hq], learned logits of a token without a value in every softmax; None: no such.
+        state: the method's notes on the rows of this layer, tensors [B, ...] that follow the rows
+            through `select`.
+        scale: factor of the logits, known from the first prompt on.
+        sinks: [Hq], learned logits of a token without a value in every softmax; None: the model has
+            none.
         added: tokens that each row gained by the last `append`, a number or [B] int32.
         hosted: all of the tokens in host memory, for methods that retrieve (see `is_hosted`).
 
-    `seq_lens` and `logical_lens` are there from the first `append` on (see `filled`); before,
-    asking for them raises AttributeError.
+    `seq_lens` and `logical_lens` exist from the first `append` on (see `filled`). Reading them
+    earlier raises AttributeError.
     """
 
     seq_lens: Tensor = later("the first append")
@@ -57,8 +59,8 @@ class LayerCache(Staged):
         self.reset()
 
     def own(self, cache: KVCache) -> None:
-        """This is a layer of `cache` now: without keeping it alive, so that a cache that nobody
-        holds gives its memory back at once, and not when Python looks for cycles."""
+        """Make this a layer of `cache`. The layer does not keep the cache alive, so an unused cache
+        frees its memory at once and not when Python collects cycles."""
         self._cache = weakref.ref(cache)
 
     @property
@@ -69,7 +71,7 @@ class LayerCache(Staged):
         return cache
 
     def reset(self) -> None:
-        """Forget everything and give the memory back."""
+        """Forget everything and free the memory."""
         super().reset()
         forget(self, "seq_lens", "logical_lens", "hosted", "_placed")
         self.columns = 0
@@ -80,7 +82,7 @@ class LayerCache(Staged):
         self.state: dict[str, Tensor] = {}
         self._placed_columns = 0
         self._whole = True  # nothing has been evicted
-        self._uniform = True  # every row has max_len tokens: an append is one slice copy
+        self._uniform = True  # every row has max_len tokens, so an append is one slice copy
         self._arrivals = Arrivals()
 
     @property
@@ -100,7 +102,7 @@ class LayerCache(Staged):
 
     @property
     def row_note_bytes(self) -> int:
-        """Bytes that a method remembers about the rows: `state`, and the units if it retrieves."""
+        """Bytes of the notes on rows: `state`, and the index of units if the method retrieves."""
         units = self.hosted.index.nbytes if self.is_hosted else 0
         return sum(tensor.nbytes for tensor in self.state.values()) + units
 
@@ -112,7 +114,7 @@ class LayerCache(Staged):
             valid: [B, n] bool, False for padding, which is seen but not kept; None: all valid.
 
         Raises:
-            ValueError: another batch size, head count, head size, dtype or device than before.
+            ValueError: batch size, head count, head size, dtype or device differ from before.
         """
         self._check(k, v, valid)
         k, v = k.detach(), v.detach()
@@ -143,7 +145,7 @@ class LayerCache(Staged):
         seq_lens: Tensor | None = None,
         logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`decode_attention` over this layer, counted: the only door between methods and kernel.
+        """`decode_attention` over this layer, counted. Methods call the kernel only through this.
 
         Returns:
             out [B, Hq, D] and lse [B, Hq], sinks included.
@@ -161,8 +163,8 @@ class LayerCache(Staged):
         )
 
     def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
-        """`attend_and_select` over this layer, counted; `selection` is passed on. It knows nothing
-        of sinks: for layers without.
+        """`attend_and_select` over this layer, counted, for layers without `sinks`. `selection` is
+        passed on.
 
         Returns:
             out [B, Hq, D], lse [B, Hq], scores, selected_ids and selected_lens.
@@ -177,9 +179,9 @@ class LayerCache(Staged):
         return note
 
     def positions(self, units: int) -> Tensor:
-        """[B, units, max_len] int32: the place of every kept token among those its row has seen.
+        """[B, units, max_len] int32: the position of every kept token in its sequence.
 
-        Tokens are appended in order, so this is written when it is asked for, not at every step.
+        Tokens are appended in order, so the table is updated here and not at every step.
         """
         if "position" not in self.slots:
             self.track("position", units)
@@ -202,11 +204,11 @@ class LayerCache(Staged):
         return table
 
     def evict(self, victims: Tensor, kept_lens: Tensor, shortest: int, longest: int) -> None:
-        """Take tokens out, in place, and give memory back that is no longer needed.
+        """Remove tokens in place and free memory that is no longer needed.
 
         Args:
             victims: [B, U, V] int32 slots, ascending, then -1, as `ops.select_victims` returns.
-            kept_lens: [B] int32: tokens that rows longer than that keep.
+            kept_lens: [B] int32: length to which longer rows are cut.
             shortest, longest: bounds of `kept_lens`, known on the host.
         """
         self.cache.meter.evicting(self, kept_lens)
@@ -220,10 +222,10 @@ class LayerCache(Staged):
         self._shrink(longest)
 
     def keep(self, slots: Tensor, lens: Tensor) -> None:
-        """Only the listed tokens stay, in that order; memory that is no longer needed goes back.
+        """Keep only the listed tokens, in that order, and free memory that is no longer needed.
 
         Args:
-            slots: [B, M] int64; row b's first lens[b] count.
+            slots: [B, M] int64; the first lens[b] of row b count.
             lens: [B] int32.
         """
         self._gather(slots)
@@ -240,7 +242,7 @@ class LayerCache(Staged):
         self._recount(most)
 
     def settle(self) -> None:
-        """Wait for background work on what is in host memory."""
+        """Wait for background work on the tokens in host memory."""
         if self.is_hosted:
             self.hosted.settle()
 
@@ -248,7 +250,7 @@ class LayerCache(Staged):
         """Take back the last `count` columns exactly, as if they had never been appended.
 
         Raises:
-            ValueError: more columns than were seen, or tokens have left the cache since.
+            ValueError: more columns than were seen, or some tokens have been evicted.
         """
         if count > self.columns:
             raise ValueError(
@@ -262,7 +264,7 @@ class LayerCache(Staged):
             self.max_len = int(self.seq_lens.max())
 
     def adopt(self, other: LayerCache, columns: int, room: int) -> None:
-        """From empty, become a copy of the first `columns` columns of `other`; see `KVCache`."""
+        """Copy the first `columns` columns of `other` into this empty layer (`KVCache.adopt`)."""
         other._require_whole("adopt")
         arrivals = other._arrivals.part(0, columns)
         lens = arrivals.tokens()
@@ -276,7 +278,7 @@ class LayerCache(Staged):
         self.columns, self.scale, self._arrivals = columns, other.scale, arrivals
 
     def truncate(self, columns: int, kept: int) -> None:
-        """Back to the first `columns` columns. Rows hold their first `kept` tokens or fewer here;
+        """Go back to the first `columns` columns. The slots of a row keep its first `kept` tokens;
         the others are in host memory."""
         self._take_back(self.columns - columns)
         self.seq_lens.copy_(self.logical_lens.clamp(max=kept))
@@ -286,16 +288,16 @@ class LayerCache(Staged):
         self._recount(kept)
 
     def fold(self, first: int, last: int, inv_freq: Tensor) -> None:
-        """Take columns [first, last), of which none is padding, out of the middle.
+        """Remove columns [first, last), none of which is padding, from the middle.
 
-        The tokens behind them keep their K and V; their keys are rotated to where they are now.
+        The tokens after them keep their K and V, with their keys rotated to the new positions.
 
         Args:
-            first, last: where last < first, columns [last, first) are there twice afterwards.
+            first, last: if last < first, columns [last, first) appear twice afterwards.
             inv_freq: [R / 2] fp32, see `ops.rotate_keys`.
 
         Raises:
-            ValueError: tokens have been evicted, so that columns are not slots.
+            ValueError: tokens have been evicted, so slots no longer equal columns.
         """
         self._require_whole("fold")
         count, moved = last - first, self.columns - last
@@ -315,15 +317,15 @@ class LayerCache(Staged):
         self.max_len -= count
 
     def seen(self) -> Tensor:
-        """[B, columns] bool: which of the columns were tokens, and not padding."""
+        """[B, columns] bool: True for tokens, False for padding."""
         return self._arrivals.valid(len(self.seq_lens), self.seq_lens.device)
 
     def shows(self, mask: Tensor) -> bool:
-        """Whether mask [B, columns] bool shows what has been seen, no more and no less."""
+        """Whether mask [B, columns] bool shows exactly the tokens that have been seen."""
         return torch.equal(mask, self.seen().to(mask.device))
 
     def select(self, rows: Tensor) -> None:
-        """Rows become `rows` ([B'] int64 indices): reorder, repeat or drop sequences."""
+        """Reorder, repeat or drop sequences: rows become `rows` ([B'] int64 indices)."""
         if not self.filled:
             return
         rows = rows.to(self._k.device)
@@ -344,7 +346,7 @@ class LayerCache(Staged):
             )
 
     def _take_back(self, count: int) -> Tensor | int:
-        """The last `count` columns were never seen; how many tokens of each row they held."""
+        """Forget the last `count` columns. Returns the number of tokens of each row in them."""
         kept = self.columns - count
         removed = self._arrivals.part(kept, self.columns).tokens()
         self._arrivals, self.columns = self._arrivals.part(0, kept), kept
@@ -353,11 +355,11 @@ class LayerCache(Staged):
         return removed
 
     def level(self) -> None:
-        """Rows have got different numbers of tokens: find the longest anew."""
+        """Rows have got different numbers of tokens. Find the longest again."""
         self._recount(self.max_len)
 
     def _recount(self, most: int) -> None:
-        """Rows have new lengths, at most `most`: find the longest where that stalls nothing."""
+        """Rows have new lengths, at most `most`. Find the longest unless that would stall a GPU."""
         if self.seq_lens.is_cuda:
             self.max_len, self._uniform = most, False
         else:
@@ -365,7 +367,7 @@ class LayerCache(Staged):
             self.max_len, self._uniform = max(lens), max(lens) == min(lens)
 
     def _place(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor | int:
-        """Write tokens behind those of each row; returns how many a row received."""
+        """Write tokens behind the last one of each row. Returns their number per row."""
         if valid is not None or not self._uniform:
             return self._scatter(k, v, valid)
         count = k.shape[2]
@@ -374,7 +376,7 @@ class LayerCache(Staged):
         return count
 
     def _scatter(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor | int:
-        """Write each row's valid tokens behind its last one; returns how many a row received."""
+        """Write the valid tokens of each row behind its last one. Returns their number per row."""
         batch, _, count, _ = k.shape
         rows = torch.arange(batch, device=k.device)[:, None]
         steps = torch.arange(count, device=k.device)

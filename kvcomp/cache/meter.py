@@ -1,4 +1,4 @@
-"""Meter: counts what decode steps read and what caches hold, without waiting for the device."""
+"""Meter: counts the reads of decode steps and the contents of caches without waiting for a GPU."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ if TYPE_CHECKING:
     from kvcomp.cache.layer import LayerCache
 
 
-Count = int | Tensor  # a tensor where the layer is on a GPU, which is not waited for
+Count = int | Tensor  # a tensor if the layer is on a GPU, which is not waited for
 
 
 class Meter:
-    """Figures over all caches that share it; they outlive the caches.
+    """Counts over all caches that share the meter. They outlive the caches.
 
     Attributes:
-        tokens_decoded: rows times decode steps, accepted drafts among them.
-        queries: that attended, all rows; more than `tokens_decoded` where drafts were rejected.
-        dense_tokens: int64 scalar, tokens a layer that keeps and reads all would have read.
-        read_tokens: per managed layer, tokens read by attention; once for drafts that share it.
+        tokens_decoded: rows times decode steps, including accepted drafts.
+        queries: queries that attended, all rows; includes rejected drafts.
+        dense_tokens: int64 scalar, tokens that a layer reads if it keeps and reads all.
+        read_tokens: per managed layer, tokens read by attention; a shared read of drafts counts
+            once.
         attended_tokens: per managed layer, tokens that the queries attended to.
-        verifications: forwards over drafts; drafted_tokens, accepted_tokens: drafts in them and
-            those of them that stayed, all rows, without the token that was known before.
+        verifications: forwards over drafts.
+        drafted_tokens, accepted_tokens: drafts in these forwards, and drafts that were accepted,
+            all rows, without the token that was sampled before.
         peak_bytes: most bytes of K and V slots in use by one cache (rows times the longest row).
-        peak_note_bytes: most bytes that methods remember about the slots in use and the rows.
-        allocated_bytes: the slabs of the latest cache, spare capacity included.
-        logits_bytes: the buffer of logits of the cache that last needed one, spare included.
+        peak_note_bytes: most bytes of the methods' notes on slots in use and on rows.
+        allocated_bytes: bytes of the slabs of the latest cache, including spare capacity.
+        logits_bytes: bytes of the latest buffer of logits, including spare capacity.
         peak_len, sum_len: longest row of any layer, and the sum over layers and steps.
-        evictions: int64 scalar, times that tokens were taken out of a layer.
-        evicted_tokens: per managed layer, tokens taken out, all rows.
+        evictions: int64 scalar, how often tokens were evicted from a layer.
+        evicted_tokens: per managed layer, evicted tokens, all rows.
         retrievals: per managed layer, selections made, all rows.
-        wanted_rows, fetched_rows: per managed layer, rows of KV heads that selections
-            held, and those of them that had to come from the host.
-        stored_rows: per managed layer, rows of KV heads that went to the host.
-        row_bytes: per managed layer, K and V of one token and KV head.
-        segments: [tokens + 1] int64, how many segments were closed with so many tokens.
-        recalls: [2] fp64, and `audits` how often: attention mass covered by what was retrieved, of
-            the best set's, summed over audited retrievals: in the step before, and in that step.
-        peak_host_bytes: most bytes of host memory that one cache had taken for K and V.
-        reencoded_tokens: encoded anew where a cache went on with a new context, all rows.
-        boundary_seconds: how long decoding stood still at each of these boundaries; 8 bytes each.
+        wanted_rows, fetched_rows: per managed layer, selected rows of KV heads, and selected rows
+            that had to come from the host.
+        stored_rows: per managed layer, rows of KV heads copied to the host.
+        row_bytes: per managed layer, bytes of K and V of one token and KV head.
+        segments: [tokens + 1] int64, number of closed segments by length.
+        recalls: [2] fp64, the covered share of the attention of the best set, in the step before a
+            retrieval and in that step, summed over the `audits` audited retrievals.
+        peak_host_bytes: most bytes of host memory for K and V of one cache.
+        reencoded_tokens: tokens encoded again when a cache continued with a new context, all rows.
+        boundary_seconds: how long decoding paused at each of these boundaries; 8 bytes each.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -87,15 +89,15 @@ class Meter:
         self.queries += lens.numel() if position == 0 else 0
 
     def verified(self, position: int, lens: Tensor, drafts: int) -> None:
-        """Attention of layer `position` reads lens [B] tokens once, for that many drafts, which are
-        the last of them; each attends to itself and what comes before it."""
+        """Attention of layer `position` reads lens [B] tokens once for its drafts, which are the
+        last of these tokens; each attends to itself and to all tokens before it."""
         total, rows = _total(lens), lens.numel()
         _add(self.read_tokens, position, total)
         _add(self.attended_tokens, position, total * drafts - rows * drafts * (drafts - 1) // 2)
         self.queries += rows * drafts if position == 0 else 0
 
     def drafted(self, cache: KVCache, counts: list[int]) -> None:
-        """Of the staged tokens of `cache`, so many stay in each row; one number: in all."""
+        """Of the staged tokens of `cache`, `counts` stay in each row; one count is for all rows."""
         rows = len(cache.layers[0].seq_lens)
         counts = counts * rows if len(counts) == 1 else counts
         self.verifications += 1
@@ -104,7 +106,7 @@ class Meter:
 
     @contextmanager
     def trying(self, position: int) -> Iterator[None]:
-        """Layer `position` tries what it cuts and selects; what that reads and copies counts."""
+        """Layer `position` tries cuts and selections; their reads and copies still count."""
         kept = self.retrievals[position], self.segments.clone()
         try:
             yield
@@ -112,8 +114,8 @@ class Meter:
             self.retrievals[position], self.segments = kept
 
     def stepped(self, cache: KVCache, rows: int | None = None) -> None:
-        """`cache` has finished a decode step of so many rows, None: all, and nothing has left it
-        since."""
+        """`cache` has finished a decode step of this many rows (None: all), and no tokens have left
+        it since."""
         seen = cache.layers[0].logical_lens + cache.folded
         self.tokens_decoded += seen.shape[0] if rows is None else rows
         self.dense_tokens = self.dense_tokens.to(seen.device) + seen.sum()
@@ -149,12 +151,12 @@ class Meter:
         self.segments.scatter_add_(0, closed.long(), torch.ones_like(closed, dtype=torch.int64))
 
     def audited(self, before: Tensor, after: Tensor) -> None:
-        """Rows selected anew: mass covered by the old set a step ago, by the new set now, [n]."""
+        """Mass [n] in rows that selected: covered by the old set a step ago, by the new set now."""
         self.recalls += torch.stack([before.double().sum(), after.double().sum()]).cpu()
         self.audits += len(after)
 
     def observe(self, cache: KVCache) -> None:
-        """Look at what `cache` holds: before anything leaves it, and when it has grown."""
+        """Update the peaks from `cache`. Called when it has grown, and before tokens leave it."""
         if not cache.counted:
             return
         used = allocated = notes = host = 0
@@ -177,17 +179,17 @@ class Meter:
 
     @property
     def kept_tokens(self) -> list[int]:
-        """Per layer, tokens that the latest cache keeps, all rows; reads the device."""
+        """Tokens that the latest cache keeps in each layer, all rows. Reads the device."""
         return [int(kept.sum()) for kept, *_ in self._lens]
 
     @property
     def seen_tokens(self) -> list[int]:
-        """Per layer, tokens that the latest cache has seen, all rows; reads the device."""
+        """Tokens that the latest cache has seen in each layer, all rows. Reads the device."""
         return [int((seen + before).sum()) for _, seen, before in self._lens]
 
 
 def _total(counts: Tensor) -> Count:
-    """Their sum: on the CPU a number, as adding tensors up would take ten times as long."""
+    """The sum; a number on the CPU, because adding up tensors would take ten times as long."""
     return counts.sum() if counts.is_cuda else sum(counts.flatten().tolist())
 
 

@@ -1,4 +1,4 @@
-"""Report: what a run decoded, attended to, kept and read. Counted, not computed."""
+"""Report: the tokens and bytes that a run decoded, attended to, kept and read, all counted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Report:
         tokens_decoded: tokens of decode steps in all rows, including those after a row's end. A
             row's first token comes from the prefill.
         verifications: forwards over drafts of further tokens.
-        tokens_drafted, tokens_accepted: those drafts, and those of them that stayed, over all rows;
-            an accepted one is decoded.
+        tokens_drafted, tokens_accepted: these drafts, and the drafts that were accepted, over all
+            rows; an accepted draft counts as decoded.
         decode_seconds: wall time from the end of each prefill to the last decode step after it.
         tokens_attended: tokens that a layer attended to per query of a decoded token or a draft, on
             average.
@@ -164,7 +164,7 @@ class Report:
 
     @property
     def attended_ratio(self) -> float:
-        """Tokens attended over what dense attention reads; 1.0 before the first step."""
+        """Attended tokens divided by those of dense attention; 1.0 before the first step."""
         dense = self.tokens_attended_dense
         return self.tokens_attended / dense if dense else 1.0
 
@@ -174,7 +174,7 @@ class Report:
 
     @property
     def link_bytes_per_token(self) -> float:
-        """Fetched and stored; what the prompt stored is spread over the decoded tokens."""
+        """Bytes fetched and stored, including the prompt's, per decoded token."""
         both = self.link_bytes_fetched + self.link_bytes_stored
         return both / self.tokens_decoded if self.tokens_decoded else 0.0
 
@@ -183,7 +183,7 @@ class Report:
         return self.tokens_decoded / self.decode_seconds if self.decode_seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, the derived figures too, ready for JSON."""
+        """All numbers, including derived ones, ready for JSON."""
         return asdict(self) | {
             "attended_ratio": self.attended_ratio,
             "link_bytes_per_token": self.link_bytes_per_token,

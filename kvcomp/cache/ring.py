@@ -1,4 +1,4 @@
-"""Rings: where steps leave notes, row after row, until the host has read them and begins anew."""
+"""Rings: the row in which a step writes its notes, until the host reads them and starts again."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from kvcomp._torch import keep_address
 
 
 class Ring(Protocol):
-    """What a method sees of it."""
+    """The interface of a ring for methods."""
 
     @property
     def row(self) -> int | Tensor:
-        """The row of the running step: 0 at first, below the size."""
+        """The row of the current step, from 0 to size - 1."""
 
     def advance(self) -> None:
-        """A step is over."""
+        """Go to the row of the next step."""
 
     def restart(self) -> None:
-        """The next step writes the first row."""
+        """Start again: the next step writes row 0."""
 
 
 class HostRing:
-    """The host knows the row."""
+    """A ring whose row the host counts."""
 
     def __init__(self, size: int) -> None:
         self.size, self.row = size, 0
@@ -38,7 +38,7 @@ class HostRing:
 
 
 class StaticRing:
-    """The row is [1] int64 on a device, at one address, so that steps of one graph count it up."""
+    """A ring whose row is [1] int64 at a fixed address on the device, for steps in one graph."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.row = size, torch.zeros(1, dtype=torch.int64, device=device)

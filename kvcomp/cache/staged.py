@@ -1,9 +1,9 @@
-"""Staged: drafts of the next tokens of a layer, attended to and not yet counted.
+"""Staged: drafts of the next tokens of a layer, which attend before they are accepted.
 
-The K and V of m tokens of which nobody knows yet whether they will stay are written into the slots
-behind `seq_lens`, where the next append overwrites them. Nothing else changes, so there is nothing
-to take back: `accept` appends those that stay one by one, as decode steps would, and `unstage`
-forgets the others. Methods that evict or retrieve can be speculated over in this way.
+The K and V of m drafts are written into the slots behind `seq_lens`, where the next append
+overwrites them. Nothing else changes, so nothing has to be undone: `accept` appends accepted drafts
+one by one, as decode steps would, and `unstage` drops the others. This allows speculative decoding
+with methods that evict or retrieve.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Staged(Slab):
     """The part of a layer that holds drafts.
 
     Attributes:
-        staged: drafts of each row that wait for `accept` and `unstage`; the first is the token that
-            was sampled last, which is true.
-        drafts: what the method notes about them, [B, m, ...] each.
+        staged: number of drafts of each row that wait for `accept` and `unstage`. The first is the
+            last sampled token and always accepted.
+        drafts: the method's notes on them, [B, m, ...] each.
     """
 
     staged: int
@@ -60,7 +60,7 @@ class Staged(Slab):
         """Put drafts behind the tokens of every row: k, v [B, Hkv, m, D].
 
         Raises:
-            ValueError: no tokens before them, other shapes than theirs, or drafts already.
+            ValueError: the layer is empty or has drafts already, or the shapes do not fit it.
         """
         if not self.allocated or self.staged:
             what = "drafts wait already" if self.staged else "the layer has no tokens yet"
@@ -73,14 +73,14 @@ class Staged(Slab):
         self._place(k, v)
 
     def accept(self, index: int, valid: Tensor | None) -> None:
-        """Draft `index` stays, in rows where valid [B] says so; None: in all."""
+        """Accept draft `index` in rows where valid [B] is True; None: in all rows."""
         k, v = (x[:, :, index : index + 1] for x in self._drafted)
         self.append(k, v, None if valid is None else valid[:, None])
 
     @contextmanager
     def trying(self) -> Iterator[None]:
-        """Within it, `accept` and whatever a method does work on copies of what is on the device;
-        then all is as before. Rows of the pool in host memory that no unit holds may differ."""
+        """A context in which `accept` and the method work on copies of all device memory. After it
+        everything is as before, except pool rows in host memory that belong to no unit."""
         owners = [self, self.hosted.index] if self.is_hosted else [self]
         self.settle()
         kept = [dict(owner.__dict__) for owner in owners]
@@ -96,17 +96,17 @@ class Staged(Slab):
                 owner.__dict__.update(before)
 
     def unstage(self) -> None:
-        """Forget the drafts."""
+        """Drop the drafts."""
         self.staged = 0
         self._drafted, self.drafts = (), {}
 
     @property
     def seen_and_staged(self) -> int:
-        """Columns, those of the drafts included."""
+        """The number of columns, including the drafts."""
         return self.columns + self.staged
 
     def staged_lens(self) -> Tensor:
-        """[B, m] int32: tokens that each draft sees, itself the last."""
+        """[B, m] int32: tokens that each draft sees, itself included."""
         own = torch.arange(1, self.staged + 1, dtype=torch.int32, device=self.seq_lens.device)
         return self.seq_lens[:, None] + own
 
@@ -120,15 +120,15 @@ class Staged(Slab):
         seq_lens: Tensor | None = None,
         logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The drafts attend to the tokens before them and to each other, in one read.
+        """The drafts attend to the tokens before them and to earlier drafts, in one read.
 
         Args:
             q: [B, Hq, m, D].
             page_ids, page_size, seq_lens, logits: as in `ops.append_attention`.
 
         Returns:
-            out [B, m, Hq, D] and lse [B, m, Hq], sinks included. A draft gets what a decode step
-            would have given it.
+            out [B, m, Hq, D] and lse [B, m, Hq], sinks included. A draft gets the result of a
+            decode step.
         """
         end = self.max_len + self.staged
         lens = self.seq_lens + self.staged if seq_lens is None else seq_lens
@@ -153,12 +153,12 @@ class Staged(Slab):
     def attend_apart(
         self, q: Tensor, scale: float, page_ids: Tensor, lens: Tensor, *, page_size: int
     ) -> Tensor:
-        """Each draft attends to pages of its own.
+        """Each draft attends to its own pages.
 
         Args:
             q: [B, Hq, m, D].
             page_ids: [B, m, 1 or Hkv, K] int32.
-            lens: [B, m] int32, tokens in them.
+            lens: [B, m] int32, tokens in these pages.
 
         Returns:
             [B, m, Hq, D].
@@ -209,7 +209,7 @@ class Staged(Slab):
 
 
 def _copied(value: Any) -> Any:
-    """Tensors anew, with the strides that they have; the rest as far as it changes in place."""
+    """A copy: tensors with their strides, and other objects as far as they change in place."""
     if isinstance(value, Tensor):
         return value.clone(memory_format=torch.preserve_format)
     if isinstance(value, dict):

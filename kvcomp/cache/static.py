@@ -1,9 +1,8 @@
-"""The static flavour of the cache: memory of a fixed size, lengths that only tensors know.
+"""Static caches: memory of a fixed size, with lengths that are only in tensors.
 
-A decode step then does the same work on the same addresses whatever the lengths, so one compiled
-graph, or one CUDA graph, holds it. What the host must know it counts beside the steps (`seen`,
-`steps`), and between two of them it may take tokens out; what steps read they count on the device
-(`StaticMeter`).
+A decode step then does the same work on the same addresses at any length, so one compiled graph or
+CUDA graph serves all steps. The host counts columns and steps itself (`seen`, `steps`) and may
+evict tokens between two steps. The reads of a step are counted on the device (`StaticMeter`).
 """
 
 from __future__ import annotations
@@ -28,14 +27,13 @@ from kvcomp.ops.decode_attention import logits_dtype
 class StaticLayerCache(LayerCache):
     """K and V of one layer: [B, Hkv, capacity, D] each.
 
-    Where nothing leaves, `capacity` is `max_tokens` and `logical_lens` is `seq_lens`. Where a
-    method names a bound (`limit`), it is what the longer of prompt and budget needs, and a window;
-    only a later prompt for which that is too little moves what is kept to larger memory. `max_len`
-    is `capacity` as soon as there are tokens. `reset` keeps the memory for sequences that fit, so
-    that addresses outlive a batch.
+    If no tokens leave, `capacity` is `max_tokens` and `logical_lens` is `seq_lens`. If the method
+    sets a bound (`limit`), `capacity` is max(prompt, budget) + window; only a later, longer prompt
+    moves the tokens to larger memory. `max_len` equals `capacity` once there are tokens. `reset`
+    keeps the memory for sequences that fit, so addresses outlive a batch.
     """
 
-    # Also between sequences: k, v, seq_lens, and logical_lens where they differ.
+    # Kept between sequences: k, v, seq_lens, and logical_lens if it is another tensor.
     _slab: tuple[Tensor, ...] = later("the first append")
 
     if TYPE_CHECKING:
@@ -58,7 +56,7 @@ class StaticLayerCache(LayerCache):
             self._fit(budget)
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
-        """Add n tokens to every row, as `LayerCache.append`; the caller has checked the room."""
+        """Add n tokens to every row, like `LayerCache.append`. The caller checks the room."""
         self._check(k, v, valid)
         k, v = k.detach(), v.detach()
         self.first = not self.filled
@@ -76,13 +74,13 @@ class StaticLayerCache(LayerCache):
             self.cache.columns.add_(k.shape[2])
 
     def repeat_heads(self, heads: int) -> None:
-        if heads == self._k.shape[1]:  # the memory is from sequences that had them repeated
+        if heads == self._k.shape[1]:  # the memory has repeated heads from earlier sequences
             return
         super().repeat_heads(heads)
         self._bind((self._k, self._v, *self._slab[2:]))
 
     def remember(self, name: str, note: Tensor) -> Tensor:
-        """As `LayerCache.remember`, in the memory of the last sequences, if it fits."""
+        """Like `LayerCache.remember`, in the memory of earlier sequences if it fits."""
         have = self._remembered.get(name)
         if have is not None and (have.shape, have.device) == (note.shape, note.device):
             note = have.copy_(note)
@@ -91,7 +89,7 @@ class StaticLayerCache(LayerCache):
         return super().remember(name, note)
 
     def select(self, rows: Tensor) -> None:
-        """Rows become `rows` ([B'] int64 indices), in place where their number stays the same."""
+        """Rows become `rows` ([B'] int64 indices), in place if their number does not change."""
         if not self.filled:
             return
         rows = rows.to(self._k.device)
@@ -109,11 +107,11 @@ class StaticLayerCache(LayerCache):
             self._placed = self._placed[rows]
 
     def shows(self, mask: Tensor) -> bool:
-        """By the number of tokens of each row: where they stood, a static cache does not keep."""
+        """Compares the number of tokens per row; a static cache does not know their columns."""
         return torch.equal(mask.sum(1).int(), self.logical_lens.to(mask.device))
 
     def _open(self, k: Tensor) -> None:
-        """The first tokens of new sequences come in: memory of the last ones, if it fits."""
+        """Prepare memory for new sequences: the memory of earlier ones if it fits."""
         room = self._room(k.shape[2])
         batch, heads, _, dim = k.shape
         if known(self, "_slab"):
@@ -137,7 +135,7 @@ class StaticLayerCache(LayerCache):
             self.cache.open(k.device)
 
     def _room(self, longest: int) -> int:
-        """Slots that rows of up to `longest` tokens need until some leave."""
+        """Slots that rows of up to `longest` tokens need until the next eviction."""
         if self._most is None:
             return self.cache.max_tokens
         budget, window = self._most
@@ -149,7 +147,7 @@ class StaticLayerCache(LayerCache):
             self._bind((self._k, self._v, *self._slab[2:]))
 
     def _shrink(self, longest: int) -> None:
-        """Memory stays, and so does `max_len`."""
+        """Do nothing: memory and `max_len` stay."""
 
     def _bind(self, slab: tuple[Tensor, ...]) -> None:
         self._slab = slab
@@ -170,12 +168,12 @@ class StaticKVCache(KVCache):
     """The layers of one batch, with room for `max_tokens` columns (padding included).
 
     Attributes:
-        max_tokens: columns that there may be.
+        max_tokens: the largest number of columns.
         columns: [] int64, columns seen, on the device.
-        seen: the same on the host: exact after a prompt, and at least that many later. Steps that
-            run without the host, such as those of a graph that is replayed, are not in it, unless
-            `step` is around them; methods that let tokens leave need it there.
-        sizes: what a token takes, see `StaticMeter`.
+        seen: columns seen, counted on the host: exact after a prompt, later a lower bound. Steps
+            that run without the host, such as graph replays, are counted only inside `step`.
+            Methods that evict need that.
+        sizes: bytes per token, see `StaticMeter`.
     """
 
     layer_class = StaticLayerCache
@@ -191,23 +189,23 @@ class StaticKVCache(KVCache):
         super().__init__(method, num_layers, meter)
 
     def reset(self) -> None:
-        """Forget the sequences, and keep the memory."""
+        """Forget the sequences and keep the memory."""
         self.meter.settle()  # what they had in use in the end
         super().reset()
         self.columns.zero_()
         self.seen = 0
 
     def open(self, device: torch.device) -> None:
-        """New sequences are on `device`, where their columns and reads are counted from now on."""
+        """Start to count the columns and reads of new sequences on `device`."""
         self.columns = self.columns.to(device)
         keep_address(self.columns)
         self.meter.count_on(device)
 
     def enter(self, count: int) -> None:
-        """Another `count` columns are about to come.
+        """Announce `count` more columns.
 
         Raises:
-            ValueError: there is no room for them; nothing has changed.
+            ValueError: they do not fit. Nothing has changed.
         """
         if count > 1:  # once per prompt
             self.seen = int(self.columns)
@@ -221,13 +219,13 @@ class StaticKVCache(KVCache):
             layer.columns = self.seen
 
     def leave(self) -> None:
-        """A decode step is over: what the host decides between two of them."""
+        """Called after a decode step, for the host's decisions between two steps."""
         self.steps += 1
         self.method.between_steps(self)
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around a decode step for which nobody else calls `enter` and `leave`."""
+        """A context for one decode step that calls `enter` and `leave`."""
         self.enter(1)
         yield
         self.leave()
@@ -238,7 +236,7 @@ class StaticKVCache(KVCache):
         return self._ring
 
     def logits_for(self, layer: Layer, q: Tensor) -> Tensor:
-        """As `KVCache.logits_for`, but out of the graph's own memory."""
+        """Like `KVCache.logits_for`, but from the graph's own memory."""
         dtype = logits_dtype(q)
         self.meter.logit_bytes = q.shape[1] * dtype.itemsize
         return q.new_empty(*q.shape[:2], layer.capacity, dtype=dtype)

@@ -1,4 +1,4 @@
-"""StaticMeter: counts on the device, for steps that run without the host."""
+"""StaticMeter: a meter that counts on the device, for steps that run without the host."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Sizes = tuple[int, int, int]  # bytes by token of the longest row: K and V, note
 
 
 class StaticMeter(Meter):
-    """A Meter whose steps count on the device; `settle` brings the figures home.
+    """A Meter whose steps count on the device. `settle` copies the counts to the host.
 
     Attributes:
         counts: [4 + layers] int64: steps, longest row summed over steps, rows decoded, tokens
-            that a layer with all would have read, and tokens read by each layer.
-        logit_bytes: of the logits of one slot; 0 until a step has kept some.
-        peaks: [3] int64: longest row, and the most bytes of K and V and of notes; up to date
-            before tokens leave, and once settled.
+            that dense attention reads in a layer, and tokens read by each layer.
+        logit_bytes: bytes of the logits of one slot; 0 until a step has used logits.
+        peaks: [3] int64: longest row, most bytes of K and V, and most bytes of notes; up to date
+            before tokens leave and after `settle`.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -38,7 +38,7 @@ class StaticMeter(Meter):
         self._held: tuple[Tensor, Sizes] | None = None  # seq_lens [B] of the latest cache
 
     def count_on(self, device: torch.device) -> None:
-        """Count there; the address stays the same as long as the device does."""
+        """Count on `device`. The address of the counts changes only with the device."""
         if self.counts.device != device:
             self.counts = self.counts.to(device)
         keep_address(self.counts)
@@ -47,7 +47,7 @@ class StaticMeter(Meter):
         self._reads[position] = lens
 
     def stepped(self, cache: KVCache, rows: int | None = None) -> None:
-        """One small reduction for the whole step; all layers keep equally many tokens."""
+        """Counts a step with one small reduction; all layers keep the same number of tokens."""
         kept, seen = cache.layers[0].seq_lens, cache.layers[0].logical_lens
         one = torch.ones_like(seen)
         reads = [self._reads[position] for position in range(len(cache.layers))]
@@ -64,7 +64,7 @@ class StaticMeter(Meter):
             self._hold(cache)
 
     def observe(self, cache: KVCache) -> None:
-        """New tokens are in `cache`, and what another one held is settled."""
+        """Settle the counts of an earlier cache and update the peaks from `cache`."""
         self.settle()
         self.token_bytes = [layer.token_bytes for layer in cache.layers]
         self.slot_bytes = [layer.slot_bytes for layer in cache.layers]
@@ -75,7 +75,7 @@ class StaticMeter(Meter):
         self.settle()
 
     def settle(self) -> None:
-        """Bring the figures up to date; this waits for the device."""
+        """Bring the counts up to date. This waits for the device."""
         steps, longest, rows, dense, *reads = self.counts.tolist()
         self.counts.zero_()
         self.logits_bytes = self._slots * self.logit_bytes
@@ -101,7 +101,7 @@ class StaticMeter(Meter):
         self._held = cache.layers[0].seq_lens, cache.sizes
 
     def _look(self, lens: Tensor, sizes: Sizes) -> None:
-        """Perhaps the longest row has never been as long as now; waits for nothing."""
+        """Update the peaks with the current longest row, without waiting for the device."""
         longest = lens.max().long()
         slots, notes, rows = sizes
         now = torch.stack([longest, longest * slots, longest * notes + rows])
@@ -109,5 +109,5 @@ class StaticMeter(Meter):
 
 
 def _static(cache: KVCache) -> StaticKVCache:
-    """Such a meter counts for static caches alone."""
+    """`cache` as the static cache that it is; this meter counts for no other."""
     return cast("StaticKVCache", cache)

@@ -1,7 +1,7 @@
-"""UnitIndex: the units in which tokens are retrieved, and a digest of each.
+"""UnitIndex: the units in which tokens are retrieved, with a digest of each.
 
 Unit u of a head holds pool rows [starts[u], starts[u + 1]). Units are appended in the order of
-their rows; the tokens behind the last one are still open.
+their rows. The tokens after the last unit form the open segment.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROWTH = 1 / 8  # of what there is: a prompt has thousands of units, and gains one in ten steps
-FIRST_UNITS = 64  # the least that is added
+GROWTH = 1 / 8  # per growth: a prompt has thousands of units, and decoding adds one in ten steps
+FIRST_UNITS = 64  # smallest growth
 
 
 class UnitIndex:
@@ -18,14 +18,14 @@ class UnitIndex:
 
     Attributes:
         starts: [B, Hkv, capacity + 1] int32.
-        digests: [B, Hkv, capacity, W], what `unit_scores` compares a query with.
+        digests: [B, Hkv, capacity, W]; `unit_scores` compares queries with them.
         num_units: [B] int32, closed units.
-        num_indexed: [B] int32, of those the ones that can be selected; later ones are still local.
-        bound: no row has more units than that; known on the host.
+        num_indexed: [B] int32, units that can be selected; later units are still local.
+        bound: an upper bound of the units in a row, known on the host.
     """
 
     def __init__(self, batch: int, heads: int, width: int, like: Tensor) -> None:
-        """No units, digests of like's dtype and device; all tokens from 0 on are open."""
+        """An empty index with digests of the dtype and device of `like`; all tokens are open."""
         self.starts = torch.zeros(batch, heads, 1, dtype=torch.int32, device=like.device)
         self.digests = like.new_empty(batch, heads, 0, width)
         self.num_units = torch.zeros(batch, dtype=torch.int32, device=like.device)
@@ -41,7 +41,7 @@ class UnitIndex:
         return self.starts.nbytes + self.digests.nbytes
 
     def reserve(self, count: int) -> None:
-        """Make room for `count` more units in every row, which the caller will append."""
+        """Make room for `count` more units in every row. The caller then appends them."""
         self.bound += count
         if self.bound <= self.capacity:
             return
@@ -63,7 +63,7 @@ class UnitIndex:
         self.starts[row, :, unit + 1 : unit + 1 + count] = ends
 
     def close(self, ends: Tensor) -> None:
-        """One more unit in every row, which ends before row ends[b]."""
+        """Append one unit to every row. It ends before pool row ends[b]."""
         self.num_units += 1
         index = self.num_units[:, None, None].long().expand(-1, self.starts.shape[1], 1)
         self.starts.scatter_(2, index, ends[:, None, None].expand_as(index).int())

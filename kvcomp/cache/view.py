@@ -1,8 +1,8 @@
-"""Layer: what a method that selects may ask of a layer whose memory it does not own.
+"""Layer: the members of a layer that a selecting method uses.
 
-`LayerCache` offers all of it, and more. A method that keeps every token and only chooses which ones
-a step reads needs no more than this. So an engine with a block table of its own can run such a
-method: it offers a `Layer` for each attention layer, calls `method.start(cache)` for a new batch,
+A selecting method keeps every token and only chooses the tokens that a step reads. `LayerCache`
+offers more than this. An engine with its own block table can run such a method too: it offers a
+`Layer` for each attention layer, calls `method.start(cache)` for a new batch, then
 `method.attend(layer, q, scale)` layer by layer, and `method.end_step(cache)`.
 """
 
@@ -18,13 +18,14 @@ class Layer(Protocol):
     """One layer of a batch. B sequences, Hq query heads, Hkv KV heads, head size D.
 
     Attributes:
-        cache: the batch that it belongs to.
-        position: its place among the layers that the method manages, from 0.
+        cache: the batch that the layer belongs to.
+        position: number of the layer among those that the method manages, from 0.
         kv_heads: Hkv.
         seq_lens: [B] int32, tokens of each row, the newest included.
-        max_len: an upper bound of them, known on the host.
-        capacity: slots, in which logits are laid out; at least `max_len`.
-        sinks: [Hq], learned logits of a token without a value in every softmax; None: no such.
+        max_len: an upper bound of `seq_lens`, known on the host.
+        capacity: number of slots, at least `max_len`; the width of a buffer of logits.
+        sinks: [Hq], learned logits of a token without a value in every softmax; None: the model has
+            none.
         shared_sets: set by the method; True if all KV heads mostly attend to the same few tokens.
             A layer may order its memory by that, or ignore it.
     """
