@@ -1,4 +1,4 @@
-"""Hugging Face transformers: one attention function, one cache, one patch. Needs ``kvcomp[hf]``."""
+"""kvcomp under Hugging Face transformers: attention function, cache and patch (``kvcomp[hf]``)."""
 
 from kvcomp.cache import Report
 from kvcomp.hf.cache import Cache

@@ -1,8 +1,8 @@
 """One attention function and one mask function, registered under one name.
 
-The first forward of a sequence goes to the implementation that the user had, on the very tensors
-it would have seen. A decode step goes to the method. In between (a second turn, a prompt in
-chunks) the new tokens attend to what the cache keeps. Drafts (assisted decoding, `Cache.stage`) go
+The first forward of a sequence goes to the user's own implementation, with the same tensors. A
+decode step goes to the method. In other forwards (a second turn, a prompt in chunks) the new tokens
+attend to the tokens that the cache keeps. Drafts (assisted decoding, `Cache.stage`) go
 to the method too, several steps at a time.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "kvcomp"
 
-# Keywords by which a model asks for more than softmax(scale * q k^T) v.
+# Keywords of models that need more than softmax(scale * q k^T) v.
 UNSUPPORTED = {
     "softcap": "a soft cap on the logits",
     "position_bias": "a position bias on the logits",
@@ -75,7 +75,7 @@ def attention(
             f"kvcomp: {type(module).__name__} changes K or V after the cache has stored them, or"
             " attends more than once: unsupported"
         )
-    query = query.to(key.dtype)  # autocast leaves a rotated query in fp32
+    query = query.to(key.dtype)  # autocast leaves rotated queries in fp32
     tensors = query, key, value, attention_mask, cache.padding
     try:
         return _managed(run, module, layer.kv, *tensors, scaling, **kwargs), None
@@ -96,7 +96,7 @@ def _managed(
     scaling: float | None,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention over a layer of ours, in which the new tokens already are: out [B, n, Hq, D]."""
+    """Attention over a managed layer that has the new tokens already: out [B, n, Hq, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kv.sinks = kwargs.get("s_aux")
     if kv.staged:
@@ -162,7 +162,7 @@ def _piece(
     left: Tensor,
     scale: float,
 ) -> Tensor:
-    """Of up to MOST queries [B, m, Hq, D]; from their first on, each row has `left` new tokens."""
+    """Attention of up to MOST queries [B, m, Hq, D]; rows have `left` new tokens from there on."""
     count = query.shape[1]
     own, behind = left.clamp(0, count), (left - count).clamp(min=0)
     out, lse = ops.append_attention(query, keys, values, lens - behind, q_lens=own, scale=scale)
@@ -175,7 +175,7 @@ def _piece(
 
 
 def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
-    """What the run says; decode steps of our layers ignore it."""
+    """The mask that the run makes. Decode steps of managed layers ignore it."""
     run = RUNS.get(id(config))
     if run is None:
         raise RuntimeError(f"kvcomp: a config is set to {NAME!r} attention without kvcomp.patch")
@@ -183,12 +183,12 @@ def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
 
 
 def _inner(run: Run, module: torch.nn.Module) -> Any:
-    """The attention function that the user had, as the model itself would have found it."""
+    """The attention function of the user's implementation, looked up as the model would."""
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(run.inner_name, eager)
 
 
 def register() -> None:
-    """Make the name known to transformers; patching a model puts it to use."""
+    """Register the name with transformers. Patching a model then selects it."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)

@@ -12,9 +12,9 @@ from transformers import (
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """`AutoModelForCausalLM` where it knows the config, else the class for models that also read
-    images, which decode text as well."""
+    """`AutoModelForCausalLM` if it knows the config, else the class for models that read images and
+    decode text."""
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) in auto._model_mapping:
             return auto
-    return AutoModelForCausalLM  # whose error says what it knows
+    return AutoModelForCausalLM  # its error lists the configs that it knows

@@ -1,7 +1,7 @@
-"""KVCache behind transformers' cache interface, from 5.4 on.
+"""KVCache behind the cache interface of transformers 5.4 and later.
 
-Our layer replaces full-attention layers only; sliding-window, linear and dummy layers keep the
-classes that transformers gives them.
+kvcomp replaces the cache layers with full attention. Sliding-window, linear and dummy layers keep
+transformers' classes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvcomp.methods import Method
 
 CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters  # before 5.15
 SKIPS = "the model leaves out layers in some of its forwards, so that they see different tokens"
-# Cache layers of transformers whose attention is left to it.
+# Cache layers of transformers that keep its own attention.
 KNOWN = {
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -48,11 +48,11 @@ class Layer(CacheLayerMixin):
         self.own(owner)
         self.kv = kv
         self.is_croppable = self.can_crop and kv.cache.method.croppable
-        self.window = window  # of a sliding layer, as long as all positions that the model knows
-        self.fresh: tuple[Tensor, Tensor] | None = None  # handed out by update, not yet attended
+        self.window = window  # of a sliding layer that covers all positions of the model
+        self.fresh: tuple[Tensor, Tensor] | None = None  # returned by `update`, not attended to yet
 
     def own(self, owner: Cache) -> None:
-        """As `LayerCache.own`."""
+        """Like `LayerCache.own`."""
         self._owner = weakref.ref(owner)
 
     @property
@@ -68,10 +68,10 @@ class Layer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        """Store the new tokens and return just them: the attention function reads `kv` itself.
+        """Store the new tokens and return only them. The attention function reads `kv` itself.
 
         Raises:
-            ValueError: the model is not the patched one, whose attention would do so.
+            ValueError: the model is not the patched one, so its attention would not read `kv`.
         """
         if not self.owner.entered:
             raise ValueError(
@@ -86,7 +86,7 @@ class Layer(CacheLayerMixin):
             below = self.kv.cache.layers[max(self.kv.position - 1, 0)]
             if (
                 below.seen_and_staged != self.kv.seen_and_staged
-            ):  # before a method looks at all of them
+            ):  # before the method uses all layers
                 raise ValueError(f"kvcomp: {SKIPS}")
             if self.window is not None and self.kv.seen_and_staged > self.window:
                 raise ValueError(
@@ -135,10 +135,10 @@ class Layer(CacheLayerMixin):
 
     @outlasting
     def crop(self, tokens: int) -> None:
-        """Take back the last `-tokens` tokens, padding included: staged ones, or exactly.
+        """Take back the last `-tokens` tokens, padding included. Staged tokens go first, others
+        exactly.
 
-        transformers before 5.15 means a new length by a positive number, and so does this cache
-        there.
+        With transformers before 5.15 a positive number is the new length.
 
         Raises:
             ValueError: a positive number, with transformers 5.15 or later; more tokens than there
@@ -182,10 +182,10 @@ class Cache(TransformersCache):
     """A transformers cache whose full-attention layers belong to a kvcomp method.
 
     Args:
-        config: of the model (its text part is used).
-        method: what to attend to and what to keep.
-        meter: counts; shared by the caches of one run.
-        inv_freq: how the model rotates its keys, see `kvcomp.hf.rotation`.
+        config: config of the model; its text part is used.
+        method: the method that decides what to attend to and what to keep.
+        meter: the counts, shared by the caches of one run.
+        inv_freq: the rotation of the model's keys, see `kvcomp.hf.rotation`.
 
     Raises:
         ValueError: no full-attention layer in the model, or parameters that do not fit its depth.
@@ -220,9 +220,9 @@ class Cache(TransformersCache):
             layers[index] = self.layer_class(self, kv, getattr(layers[index], WINDOW, None))
         self.all_managed = len(managed) == len(layers)
         self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward
-        self.masks: list[Any] = []  # attention masks given to that forward and made in it
-        self.entered = False  # whether a forward of the patched model runs over it
-        self.broken = False  # whether one has failed half-way
+        self.masks: list[Any] = []  # attention masks that the forward got or made
+        self.entered = False  # whether a forward of the patched model is using it
+        self.broken = False  # whether a forward has failed halfway
         self.staging = False  # whether the next forward's tokens, or the running one's, are drafts
         self.drafts: Tensor | None = None  # [B, m] ids of those that are staged
         self.text = Text()
@@ -246,13 +246,13 @@ class Cache(TransformersCache):
 
     @property
     def columns(self) -> int:
-        """Tokens seen as columns of the batch, padding included; at least that many where steps
-        ran without the host."""
+        """Columns of the batch seen, padding included; a lower bound if steps ran without the
+        host."""
         return self.kv.layers[0].columns
 
     @property
     def rows(self) -> int:
-        """Sequences; 0 before the first tokens."""
+        """The number of sequences; 0 before the first tokens."""
         first = self.kv.layers[0]
         return len(first.seq_lens) if first.filled else 0
 
@@ -266,19 +266,19 @@ class Cache(TransformersCache):
 
     @property
     def room(self) -> float:
-        """Tokens that may be accepted at once, see `KVCache.room`."""
+        """The number of tokens that may be accepted at once, see `KVCache.room`."""
         return self.kv.room
 
     def stage(self) -> None:
-        """The tokens of the next forward are drafts. Each attends as its decode step would, and
-        none is seen by later forwards before `commit`. The first is the token sampled last.
+        """Treat the tokens of the next forward as drafts. Each attends as its decode step would,
+        and later forwards do not see them before `commit`. The first is the last sampled token.
 
             cache.stage()
             logits = model(torch.cat([last, drafts], 1), past_key_values=cache).logits
             cache.commit(1 + accepted)
 
         Raises:
-            ValueError: the method, or a layer that it does not manage, knows no drafts.
+            ValueError: the method, or a layer that it does not manage, cannot handle drafts.
         """
         if (reason := self.kv.method.drafts_refused) is not None:
             raise ValueError(
@@ -293,15 +293,15 @@ class Cache(TransformersCache):
 
     @outlasting
     def commit(self, counts: int | Tensor) -> None:
-        """The first `counts` staged tokens of each row are true, as if they had been decoded one by
-        one; the others have never been.
+        """Keep the first `counts` staged tokens of each row as if they had been decoded one by one,
+        and drop the others.
 
         Args:
-            counts: a number, or [B] integers where rows differ.
+            counts: a number, or [B] integers if rows differ.
 
         Raises:
-            ValueError: see `KVCache.commit`; rows that differ in a model with layers whose cache is
-                transformers'. Nothing has changed.
+            ValueError: see `KVCache.commit`; different counts in a model with layers that use
+                transformers' cache. Nothing has changed.
         """
         if self.all_managed:
             return self.accept(counts)
@@ -319,16 +319,16 @@ class Cache(TransformersCache):
         return None
 
     def discard(self) -> None:
-        """The staged tokens have never been."""
+        """Drop the staged tokens."""
         self.commit(0)
 
     def require_settled(self) -> None:
-        """Raise ValueError where staged tokens wait."""
+        """Raise ValueError if staged tokens wait for `commit`."""
         if self.kv.staged:
             raise ValueError("kvcomp: staged tokens wait for commit() or discard()")
 
     def accept(self, counts: int | Tensor) -> None:
-        """`commit` in the layers of ours."""
+        """`commit` for the managed layers."""
         first, ids = self.columns, self.drafts
         self.kv.commit(counts)
         self.drafts = None
@@ -336,7 +336,7 @@ class Cache(TransformersCache):
             self.text.add(None if ids is None else ids[:, : self.columns - first], first)
 
     def read(self, ids: Tensor | None) -> None:
-        """Tokens [B, n] come in; None: embeddings."""
+        """Note tokens [B, n] that come in; None: embeddings."""
         self.require_settled()
         if self.staging:
             self.drafts = ids
@@ -344,13 +344,13 @@ class Cache(TransformersCache):
             self.text.add(ids, self.columns)
 
     def begin_anew(self) -> None:
-        """The sequences come in again from their start, the output too, as one prompt."""
+        """Start again: prompt and output come in once more, as one prompt."""
         prompts = self.kv.method.prompts(self.kv)
         self.reset()
         self.kv.state.prompts = prompts
 
     def leave(self) -> None:
-        """The forward over it is over."""
+        """Called when the forward that uses the cache is over."""
         self.entered, self.padding, self.staging = False, None, False
         self.masks.clear()
         for layer in self.layers:
@@ -358,13 +358,13 @@ class Cache(TransformersCache):
                 layer.fresh = None
 
     def gives(self, mask: Any) -> bool:
-        """Whether an attention mask is one that the running forward got or made, which says no
-        more than the cache knows: and not one that a layer has changed."""
+        """Whether the running forward got or made this attention mask. Such a mask says no more
+        than the cache knows; a mask changed by a layer may."""
         return mask is None or any(_same(mask, known) for known in self.masks)
 
 
 def _is_full(layer: Any, positions: list[int]) -> bool:
-    """Whether a layer attends to every token: also one whose window is never full."""
+    """Whether a layer attends to every token, which includes windows that are never full."""
     if type(layer).__name__ == "DynamicSlidingWindowLayer":
         return bool(positions) and getattr(layer, WINDOW) >= max(positions)
     return type(layer) is DynamicLayer
@@ -377,8 +377,8 @@ def _same(mask: Tensor, known: Any) -> bool:
 
 
 def _as_attended(x: Tensor) -> Tensor:
-    """K or V in the type in which attention sees it under autocast: models with weights in fp32
-    hand in K as fp32, which their rotation makes of it, and V in 16 bits."""
+    """K or V in the dtype that attention sees under autocast. Models with fp32 weights pass K in
+    fp32, because their rotation makes it so, and V in 16 bits."""
     kind = x.device.type
     if x.dtype == torch.float64 or not _autocasts(kind):
         return x

@@ -1,7 +1,7 @@
-"""Calibration: measure model-dependent fields, i.e. delta layers, alpha and window, or tau.
+"""Calibration: measures model-dependent fields, i.e. delta layers, alpha and window, or tau.
 
 Each calibration answers prompts with dense attention while a recorder, itself a method, observes.
-`Method.calibrate` is the way in.
+Call it through `Method.calibrate`.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from kvcomp.methods.eviction import ObservingEviction
 from kvcomp.methods.louis_kv import CALIBRATED_RATE
 
 COVERED = 0.8  # share of the tokens whose longest interval LazyEviction's window covers
-ALPHAS = (1e-4, 1e-3, 1e-2, 5e-2, 0.1, 0.2, 0.4)  # that are tried
+ALPHAS = (1e-4, 1e-3, 1e-2, 5e-2, 0.1, 0.2, 0.4)  # the candidates
 
 
 def calibrate(
     method: type[Method], model: PreTrainedModel, prompts: list, **options: Any
 ) -> Method:
-    """A method with its model-dependent fields measured on `prompts`.
+    """Make a method with its model-dependent fields measured on `prompts`.
 
     Args:
-        options: those of the calibration, below, and the other fields of the result.
+        options: options of the calibrations below, and the other fields of the result.
 
     Raises:
         TypeError: the method has nothing to measure.
@@ -60,10 +60,10 @@ def calibrate_delta(
 ) -> Delta:
     """Find the delta layers of a model: the set that covers most of each layer's best pages.
 
-    The model decodes every prompt greedily with dense attention; every `every` steps the page
+    The model decodes every prompt greedily with dense attention. Every `every` steps the page
     scores of all layers are recorded. A dynamic programme then places `num_delta` delta layers, the
-    first directly after the warm-up, so that the mean share of a layer's best-K page mass that its
-    delta layer's pages cover is largest.
+    first directly after the warm-up. It maximises the mean share of a layer's best-K page mass that
+    the pages of its delta layer cover.
 
     Args:
         model: a Hugging Face causal LM.
@@ -90,9 +90,9 @@ def best_layers(recall: list[list[float]], first: int, count: int) -> tuple[int,
     """Layers d0 = first < d1 < ... that maximise the sum over b of recall[last d <= b][b].
 
     Args:
-        recall: [layers][layers], share of layer b's best pages covered by layer a's.
+        recall: recall[a][b] is the share of layer b's best pages that layer a's pages cover.
         first: the first layer of the set.
-        count: size of the set, cut to the layers there are.
+        count: size of the set, at most the number of layers left.
     """
     num_layers = len(recall)
     count = min(count, num_layers - first)
@@ -113,7 +113,7 @@ def best_layers(recall: list[list[float]], first: int, count: int) -> tuple[int,
 
 @dataclass(frozen=True)
 class PageRecorder(Method):
-    """Dense attention that records, at sampled steps, how well each layer's pages serve others."""
+    """Dense attention that records at some steps how well the pages of a layer suit the others."""
 
     method: Delta
     every: int
@@ -135,7 +135,7 @@ class PageRecorder(Method):
         return out
 
     def _recall(self, scores: Tensor, seq_lens: Tensor) -> Tensor:
-        """scores [layers, B, 1, pages] -> [layers, layers]: b's best-K mass that a's pages keep."""
+        """scores [layers, B, 1, pages] -> [a, b]: share of b's best-K mass on the pages of a."""
         method = self.method
         masks = []
         for layer_scores in scores:
@@ -163,8 +163,8 @@ def calibrate_lazy_eviction(
 
     The prompts are answered with dense attention. For each alpha the window follows the paper: it
     covers the longest interval of 80 % of the tokens that were hit, but is at most a quarter of the
-    budget. The paper gives no rule for alpha; this takes the one with which the evicting model best
-    predicts the dense answers. The default alpha and window are tried beside them.
+    budget. The paper gives no rule for alpha; this takes the alpha with which the evicting model
+    best predicts the dense answers. The default alpha and window are also candidates.
 
     Args:
         model: a Hugging Face causal LM.
@@ -191,7 +191,7 @@ def calibrate_lazy_eviction(
     candidates = [
         {"alpha": alpha, "window": window} for alpha, window in recorder.windows().items()
     ]
-    candidates.append({"window": cls.window})  # what one has without measuring
+    candidates.append({"window": cls.window})  # the defaults, which need no measurement
     losses = {}
     for found in candidates:
         method = cls(**{**found, "window": min(found["window"], most), **fields})
@@ -234,7 +234,7 @@ class IntervalRecorder(ObservingEviction):
         return max(layer.max_len for layers in self.caches for layer in layers)
 
     def windows(self) -> dict[float, int]:
-        """By alpha, the steps that cover the longest interval of most tokens that were hit."""
+        """For each alpha, the window that covers the longest intervals of most hit tokens."""
         found = {}
         for alpha in self.alphas:
             intervals = torch.cat(
@@ -263,7 +263,7 @@ def calibrate_louis_kv(
     max_new_tokens: int = 1024,
     **fields: Any,
 ) -> LouisKV:
-    """Find the tau below which the similarity is in a share `rate` of the steps.
+    """Find the tau such that the similarity is below it in a share `rate` of the steps.
 
     The prompts are answered with dense attention, and the similarity of every step and layer that
     would retrieve is recorded.
@@ -289,7 +289,7 @@ def calibrate_louis_kv(
         raise ValueError(
             "kvcomp.LouisKV.calibrate: no two decode steps to compare; decode more tokens"
         )
-    tau = seen.kthvalue(1 + round(rate * (len(seen) - 1))).values  # quantile() wants few
+    tau = seen.kthvalue(1 + round(rate * (len(seen) - 1))).values  # quantile() is limited in size
     return cls(**{"tau": round(tau.item(), 4), **fields})
 
 

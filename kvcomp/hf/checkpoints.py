@@ -1,7 +1,7 @@
-"""Gradient checkpointing, which takes the cache from the layers of a model that trains.
+"""Models in training with gradient checkpointing, whose layers get no cache.
 
-With gradients that is right: the second run of a layer must not store its tokens again. Without
-gradients, as `generate` decodes, there is nothing to run again, and the layers need their cache.
+With gradients that is right, because the second run of a layer must not store its tokens again.
+Without gradients, as in `generate`, no layer runs twice, and the layers need their cache.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch.nn import Module
 
 
 def _checkpointing(decoder: Module) -> list[Module]:
-    """The modules of a decoder that checkpoint; none where it does not train."""
+    """The modules of a decoder that checkpoint; none outside of training."""
     modules = decoder.modules() if decoder.training else ()
     return [module for module in modules if getattr(module, "gradient_checkpointing", False)]
 
 
 def without_cache(decoder: Module, given: dict) -> dict:
-    """The arguments of a forward, which makes no cache where gradients are checkpointed.
+    """The arguments of a forward, changed so that it makes no cache if gradients are checkpointed.
 
     Raises:
-        ValueError: a cache is given there.
+        ValueError: the arguments have a cache although gradients are checkpointed.
     """
     if not torch.is_grad_enabled() or not _checkpointing(decoder):
         return given
@@ -38,7 +38,7 @@ def without_cache(decoder: Module, given: dict) -> dict:
 
 @contextmanager
 def without_checkpoints(decoder: Module) -> Iterator[None]:
-    """No module of the decoder checkpoints within a forward that has no gradients."""
+    """A context without checkpointing in the decoder, for forwards without gradients."""
     modules: list[Any] = [] if torch.is_grad_enabled() else _checkpointing(decoder)
     for module in modules:
         module.gradient_checkpointing = False

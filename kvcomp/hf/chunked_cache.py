@@ -1,11 +1,11 @@
-"""ChunkedCache: the contexts that one batch goes through, behind one cache for `generate`.
+"""ChunkedCache: the successive contexts of one batch, behind one cache for `generate`.
 
-`generate` sees a sequence that only grows. The decoder sees the context of the current chunk: each
-forward's tokens go to that context's cache, at the positions they have in it. When the last token
-of a chunk comes in, the next context is made first, and the token is its last one.
+`generate` sees a sequence that only grows. The decoder sees the context of the current chunk: the
+tokens of a forward go to the cache of that context, at their positions in it. Before the last token
+of a chunk comes in, the next context is made, and the token becomes its last one.
 
-All rows of a batch begin together, so a chunk ends for all of them in the same step. A row that has
-ended is carried along, as in `generate` without chunks.
+All rows of a batch begin together, so a chunk ends for all rows in the same step. Finished rows
+continue with padding, as in `generate` without chunks.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class ChunkedCache(TransformersCache):
     Args:
         method: the schedule.
         new_context: makes an empty cache.
-        longest: positions that the model knows; None: not said.
-        whole: whether the model's keys depend on the length of their context (RoPE whose
-            frequencies change with it), so that a context must be encoded in one piece.
+        longest: number of positions that the model supports; None: unknown.
+        whole: whether the model's keys depend on the length of their context (RoPE with
+            frequencies that change with it), so that a context must be encoded in one piece.
         renews: (context, columns) -> whether the model's `generate` would drop the cache of a
-            context when the token comes in that makes it so many columns long.
+            context when it grows to this number of columns.
 
     Attributes:
         context: the cache of the current chunk, which the model's layers see.
-        index, chunk: which chunk that is.
-        produced: tokens of the output that have come in.
+        index, chunk: number and bounds of the current chunk.
+        produced: number of output tokens that have come in.
     """
 
     _prompt: Tensor = later("the prompt")  # [B, columns] ids
@@ -70,9 +70,9 @@ class ChunkedCache(TransformersCache):
         self.prompt_columns = 0  # that `generate` announced
         forget(self, "_prompt", "_output")
         self._mask: Tensor | None = None  # [B, columns] of the prompt; None: no padding
-        self._forgotten = 0  # tokens of the output behind the head
-        self._next: NextContext | None = None  # under way, with reset="streaming"
-        self._began: float | None = None  # the forward that encodes the context that begins
+        self._forgotten = 0  # output tokens after the head
+        self._next: NextContext | None = None  # being encoded, with reset="streaming"
+        self._began: float | None = None  # the forward that encodes the new context
 
     def __deepcopy__(self, memo: dict) -> ChunkedCache:
         copy = object.__new__(ChunkedCache)
@@ -97,16 +97,16 @@ class ChunkedCache(TransformersCache):
         return False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, of all chunks; columns of the batch, padding included."""
+        """Columns of the batch seen in all chunks, padding included."""
         return (self._prompt.shape[1] if known(self, "_prompt") else 0) + self.produced
 
     @property
     def rows(self) -> int:
-        """Sequences; 0 before the first tokens."""
+        """The number of sequences; 0 before the first tokens."""
         return len(self._prompt) if known(self, "_prompt") else 0
 
     def first_difference(self, ids: Tensor, mask: Tensor | None) -> tuple[int, int] | None:
-        """Column and row where a text [B, tokens] is not that of the prompt so far."""
+        """Column and row where a text [B, tokens] differs from the prompt so far."""
         columns = self._prompt.shape[1]
         seen, given = (
             torch.ones_like(self._prompt) if x is None else x[:, :columns]
@@ -115,7 +115,7 @@ class ChunkedCache(TransformersCache):
         return first_difference(self._prompt, ids[:, :columns], seen.bool(), given.bool())
 
     def settle(self) -> None:
-        """Wait for what the background still does to this cache."""
+        """Wait for background work on this cache."""
         if self._next is not None:
             self._next.settle()
 
@@ -125,7 +125,7 @@ class ChunkedCache(TransformersCache):
         self._begin()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Reorder, repeat or drop rows, in this context and in the next one that is under way."""
+        """Reorder, repeat or drop rows in this context and in the next one if it has begun."""
         self.settle()
         self.context.batch_select_indices(indices)
         if self._next is not None:
@@ -145,10 +145,11 @@ class ChunkedCache(TransformersCache):
         self.batch_select_indices(beam_idx)
 
     def announce(self, columns: int) -> None:
-        """The prompt has that many columns, in one piece or several; some may be in already.
+        """Tell the cache the number of columns of the prompt, which may come in several pieces and
+        may be in already.
 
         Raises:
-            ValueError: the cache has output already, most of which it has discarded.
+            ValueError: the cache has output already and has discarded most of it.
         """
         if self.produced or 0 < columns <= self.get_seq_length():
             raise ValueError(
@@ -159,7 +160,7 @@ class ChunkedCache(TransformersCache):
         self.prompt_columns = columns
 
     def enter(self, given: dict[str, Any], encode: Encode) -> dict[str, Any]:
-        """What the decoder is to be called with instead of `given`, after a boundary where it is
+        """The arguments for the decoder in place of `given`. Crosses a boundary first if one is
         due."""
         ids, mask = given.get("input_ids"), given.get("attention_mask")
         if ids is None:
@@ -183,8 +184,8 @@ class ChunkedCache(TransformersCache):
             elif self.method.reset == "streaming":
                 self._encode_ahead(encode)
         except BaseException:
-            self.produced -= 1  # the token has not come in, and can come again
-            self._next = None  # it may be half made
+            self.produced -= 1  # the token has not come in, so it can come again
+            self._next = None  # it may be incomplete
             raise
         seen = self.context.get_seq_length()
         if crosses and self.whole:
@@ -196,11 +197,11 @@ class ChunkedCache(TransformersCache):
         else:
             placed = self._placed(seen, 1)
         if "cache_position" in given:  # of older versions of transformers
-            placed["cache_position"] = None  # it follows from the cache
+            placed["cache_position"] = None  # the cache implies it
         return given | placed | {"past_key_values": self.context}
 
     def left(self) -> None:
-        """The forward that `enter` was for has ended."""
+        """Called when the forward of `enter` has ended."""
         if self._began is not None:
             self.meter.boundary_seconds.append(now(self._prompt.device) - self._began)
             self._began = None
@@ -258,7 +259,7 @@ class ChunkedCache(TransformersCache):
     # --- contexts ---------------------------------------------------------------------------------
 
     def _tokens(self, chunk: Chunk, first: int, last: int) -> Tensor:
-        """Ids of columns [first, last) of the context in which `chunk` is generated."""
+        """Ids of columns [first, last) of the context that generates `chunk`."""
         end = max(chunk.start, self.produced)
         parts = [
             self._prompt,
@@ -268,8 +269,8 @@ class ChunkedCache(TransformersCache):
         return torch.cat(parts, 1)[:, first:last]
 
     def _forget(self, chunk: Chunk) -> None:
-        """No context behind that of `chunk` has more of the output before its carry than the head:
-        the others' ids move up, so that these too are bounded."""
+        """Drop output ids that no context after `chunk` needs: before its carry a context has only
+        the head. So the number of ids is bounded too."""
         count = chunk.carried - chunk.head - self._forgotten
         if count > 0:
             rest = self._output[:, chunk.head + count :].clone()
@@ -277,8 +278,8 @@ class ChunkedCache(TransformersCache):
             self._forgotten += count
 
     def _placed(self, first: int, count: int) -> dict[str, Tensor | None]:
-        """Mask and positions of columns [first, first + count) of any context: padding comes first
-        in all."""
+        """Mask and positions of columns [first, first + count) of a context. Padding comes first
+        in all contexts."""
         columns = torch.arange(first, first + count, device=self._prompt.device)
         if self._mask is None:
             return {"attention_mask": None, "position_ids": columns.expand(len(self._prompt), -1)}
@@ -288,7 +289,7 @@ class ChunkedCache(TransformersCache):
         return {"attention_mask": mask, "position_ids": (columns - padding).clamp(min=0)}
 
     def _cross(self, encode: Encode) -> None:
-        """The chunk is full: its last token is about to come in, as that of the next context."""
+        """Cross the boundary when a chunk's last token comes in. It ends the next context."""
         chunk = self._following()
         began = now(self._prompt.device)
         kept, last = self._bounds(chunk)
@@ -305,7 +306,7 @@ class ChunkedCache(TransformersCache):
         meter.boundary_seconds.append(now(self._prompt.device) - began)
 
     def _cross_whole(self) -> None:
-        """The same where the forward of that token will encode all of its context."""
+        """Cross the boundary if the forward of that token encodes its whole context."""
         self._began = now(self._prompt.device)
         chunk = self._following()
         self._set_context(self._new_context())
@@ -326,18 +327,18 @@ class ChunkedCache(TransformersCache):
         self.context.kv.folded = chunk.carried - chunk.head
 
     def _all_of_it(self, columns: int) -> dict[str, Tensor | None]:
-        """For a forward over the context from its first column on."""
+        """Arguments for a forward over the whole context."""
         self.meter.reencoded_tokens += (columns - 1) * len(self._prompt)
         ids = self._tokens(self.chunk, 0, columns)
         return {"input_ids": ids, **self._placed(0, columns)}
 
     def _bounds(self, chunk: Chunk) -> tuple[int, int]:
-        """Of a chunk's context, columns of prompt and head, and those before its last token."""
+        """Columns of a chunk's context: of prompt and head, and of all but its last token."""
         prefix = self._prompt.shape[1] + chunk.head
         return prefix, prefix + chunk.start - chunk.carried - 1
 
     def _rewound(self, columns: int) -> Cache:
-        """This context, gone back to its first `columns` columns, or as far as it can."""
+        """Go back to the first `columns` columns of this context, or as far as it can."""
         if not self.context.all_managed:
             self._set_context(self._new_context())
             return self.context
@@ -347,13 +348,13 @@ class ChunkedCache(TransformersCache):
         return self.context
 
     def _fold(self, kept: int, last: int) -> None:
-        """Take what lies between prefix and carry out of the context as it is."""
+        """Remove the columns between prefix and carry from the context in place."""
         kv = self.context.kv
         for layer in kv.layers:
             layer.fold(kept, layer.columns - (last - kept), kv.require_rotation())
 
     def _encode_ahead(self, encode: Encode) -> None:
-        """Start to make the next context, or go on, as soon as a piece of its carry is known."""
+        """Start or continue to encode the next context when a piece of its carry is known."""
         chunk = self.method.chunk_at(self.index + 1)
         if chunk is None or self.produced <= max(chunk.carried, chunk.head):
             return

@@ -20,12 +20,12 @@ from kvcomp.methods import Delethink
 
 
 class ChunkedRun(Run):
-    """A run under `Delethink`: `generate` holds a `ChunkedCache`, and each forward goes to the
-    context that this one has at the time.
+    """A run under `Delethink`. `generate` holds a `ChunkedCache`, and each forward uses its current
+    context.
 
     Raises:
-        TypeError, ValueError: as `patch`, and for chunks that do not fit the model. The model is as
-            before.
+        TypeError, ValueError: as for `patch`, and for chunks that do not fit the model. The model
+            has not changed.
     """
 
     cache_class = ChunkedCache
@@ -34,7 +34,7 @@ class ChunkedRun(Run):
     def __init__(
         self, model: PreTrainedModel, method: Delethink, *, linear_rows: bool = True
     ) -> None:
-        self._thread = threading.local()  # what the forward or `generate` of a thread works on
+        self._thread = threading.local()  # state of the forward or `generate` of each thread
         super().__init__(model, method, linear_rows=linear_rows)
 
     @property
@@ -74,8 +74,8 @@ class ChunkedRun(Run):
     def _begin_generation(
         self, generation_config: Any, input_ids_seq_length: int, **rest: Any
     ) -> Any:
-        """As `Run._begin_generation`; the cache hears how long the prompt is, and `generate`, which
-        has not made up its mind yet when to end, how long the chunks are."""
+        """Like `Run._begin_generation`. It also tells the cache the length of the prompt, and
+        `generate`, which has not fixed its end yet, the length of the chunks."""
         self._thread.prepared().announce(input_ids_seq_length)
         if self.method.budget is not None:
             most = input_ids_seq_length + self.method.budget
@@ -88,14 +88,14 @@ class ChunkedRun(Run):
     def continue_from(
         self, cache: ChunkedCache, input_ids: Any, attention_mask: Any = None
     ) -> ChunkedCache:
-        """Start anew: delethink forgets what it thought, so nothing that it keeps fits a text."""
+        """Start again: delethink has dropped earlier thoughts, so its cache fits no other text."""
         self._check_cache(cache)
         cache.reset()
         return cache
 
     def _prepare_inputs(self, prepare: Callable, input_ids: Tensor, **given: Any) -> dict:
-        """Where a model drops its cache at a length of what `generate` has seen, that is not the
-        length of the context which the model sees."""
+        """Undo the drop of the cache at a certain length by some models. They use the length that
+        `generate` has seen and not the length of the context."""
         inputs = prepare(input_ids, **given)
         if given.get("past_key_values") is not None and inputs.get("past_key_values") is None:
             ids: Any = input_ids  # by its annotation a LongTensor, which no tensor is
@@ -103,8 +103,8 @@ class ChunkedRun(Run):
         return inputs
 
     def _renews(self, context: Cache, columns: int) -> bool:
-        """Whether the model's own `generate` would drop this cache as its `columns`-th token comes
-        in, and encode all anew."""
+        """Whether the model's own `generate` would drop this cache and encode everything again when
+        its token number `columns` comes in."""
         stock = self._stock_inputs
         if getattr(stock, "__func__", None) is GenerationMixin.prepare_inputs_for_generation:
             return False
@@ -124,7 +124,7 @@ class ChunkedRun(Run):
         return cache.context, given
 
     def _encode(self, cache: Cache, **given: Any) -> None:
-        """Feed tokens to a context beside the forward that the user has called."""
+        """Feed tokens to a context besides the user's own forward."""
         self._thread.encoding = True
         try:
             with torch.no_grad():
@@ -133,7 +133,7 @@ class ChunkedRun(Run):
             self._thread.encoding = False
 
     def _after_forward(self, output: Any) -> Any:
-        """As `Run._after_forward`; the caller gets the cache back that it has given."""
+        """Like `Run._after_forward`. The caller gets its own cache back."""
         if self.encoding:
             self._end_forward()
             return output
@@ -144,7 +144,7 @@ class ChunkedRun(Run):
         entered.left()
         if isinstance(output, ModelOutput):
             output["past_key_values"] = entered
-            if self._thread.count == 1:  # of a context encoded anew, the caller knows its last one
+            if self._thread.count == 1:  # the caller knows only the last token of the context
                 output["last_hidden_state"] = output["last_hidden_state"][:, -1:]
         return output
 
@@ -155,7 +155,7 @@ class ChunkedRun(Run):
 
 
 def refuse_chunks(model: PreTrainedModel, method: Delethink, cache: Cache) -> None:
-    """Raise ValueError, with the reason, for a model that cannot be chunked in that way."""
+    """Raise ValueError, with the reason, for a model that cannot run in such chunks."""
     config = model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and method.most_thought >= longest:

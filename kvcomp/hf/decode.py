@@ -1,4 +1,4 @@
-"""Decoding prompts under a method, one by one: what calibrations are made of."""
+"""Decode prompts under a method, one by one. Calibrations use this."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def decode_all(
     tokenizer: Any = None,
     max_new_tokens: int,
 ) -> list[Tensor]:
-    """Greedy decoding of every prompt by itself under `method`.
+    """Decode every prompt greedily and by itself under `method`.
 
     Args:
         prompts: texts (with `tokenizer`), or token ids as lists or 1-D tensors.
@@ -70,10 +70,10 @@ def answer_loss(
 
     Args:
         prompts: as for `decode_all`.
-        answers: token ids of each, [tokens] int64.
+        answers: token ids of each answer, [tokens] int64.
 
     Returns:
-        Nats per token, over the tokens that decode steps predict: the first is the prefill's.
+        Nats per token, over all tokens but the first, which the prefill predicts.
     """
     total, count = 0.0, 0
     with patch(model, method) as run:

@@ -1,4 +1,4 @@
-"""Gate: forwards of one model go in and out of it; closing it waits for those under way."""
+"""Gate: counts the running forwards of a model, so that closing it can wait for them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 
 class Gate:
-    """Keeps the end of a run out of the middle of a forward.
+    """Prevents a run from ending in the middle of a forward.
 
-    A thread is inside from the beginning of its outermost forward to the end of it. `close` waits
-    until nobody is inside and then ends the run. A thread that is inside itself does not wait,
-    which would be for ever: the last one to leave ends the run.
+    A thread is inside from the start of its outermost forward to its end. `close` waits until no
+    thread is inside and then ends the run. If the calling thread is inside, `close` does not wait,
+    because it would wait forever; the last thread to leave then ends the run.
 
     Args:
         end: ends the run; called once.
@@ -26,11 +26,11 @@ class Gate:
 
     @contextmanager
     def forward(self, *, may_wait: bool = True) -> Iterator[bool]:
-        """Around a forward. Yields whether the run still goes on; once it is about to end, a new
-        forward waits for that.
+        """A context around a forward. Yields whether the run still goes on. If the run is about to
+        end, a new forward waits until it has ended.
 
         Raises:
-            RuntimeError: it would have to wait, and may not, because a forward waits for it.
+            RuntimeError: the new forward would have to wait, but a running forward waits for it.
         """
         outermost = threading.get_ident() not in self._inside
         try:

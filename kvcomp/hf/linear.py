@@ -1,9 +1,9 @@
-"""While a model is patched, its linear layers read their weights once for the rows of a step.
+"""Fast linear layers for the few input rows of a decode step, while a model is patched.
 
-torch's CPU kernels for linear layers are made for many rows; for the one row per sequence of a
-decode step they leave half of the memory's bandwidth or more unused. `linear_rows` is made for few.
-It is called in place of `nn.Linear.forward` wherever it computes the same; everything else goes the
-way that it went before.
+torch's CPU kernels for linear layers are made for many rows. With one row per sequence, as in a
+decode step, they leave half of the memory bandwidth or more unused. The op `linear_rows` is made
+for few rows. It replaces `nn.Linear.forward` wherever it computes the same; all other calls go to
+the original forward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LinearLayers(NamedTuple):
-    """How many linear layers of a model use `linear_rows` for few rows, and how many never do."""
+    """The numbers of linear layers that use `linear_rows` for few rows, and that never do."""
 
     few_rows: int = 0
     other: int = 0
@@ -31,17 +31,17 @@ class LinearLayers(NamedTuple):
 def speed_up(model: nn.Module) -> tuple[LinearLayers, Callable[[], None]]:
     """Route the linear layers of a model on the CPU through `linear_rows`, for few rows.
 
-    Layers that are more than an `nn.Linear` with a plain weight keep their forward: quantised,
-    sharded, parametrised, offloaded ones, subclasses, and those that have a forward of their own
-    already. Hooks and adapters around a layer see no difference.
+    Layers that are not an `nn.Linear` with a plain weight keep their forward: quantised, sharded,
+    parametrised and offloaded layers, subclasses, and layers with a replaced forward. Hooks and
+    adapters around a layer see no difference.
 
     Returns:
-        the number of layers of both kinds, and a function that takes the change back.
+        the number of layers of both kinds, and a function that undoes the change.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     taken = [layer for layer in layers if _is_plain(layer)]
     for layer in taken:
-        # A bound method: a copy of the layer, or a pickled one, has its own.
+        # A bound method, so that a copied or pickled layer has its own.
         layer.__dict__["forward"] = MethodType(forward, layer)
 
     def undo() -> None:
@@ -65,7 +65,7 @@ def _is_plain(layer: nn.Linear) -> bool:
 
 
 def forward(self: nn.Linear, input: Tensor) -> Tensor:
-    """In place of `nn.Linear.forward`. Whatever has changed since the patch is seen here."""
+    """Replaces `nn.Linear.forward`. It sees all changes to the layer since the patch."""
     weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
     if (
         (is_compiling() or not tracing_state())  # a traced size is a tensor
@@ -86,7 +86,7 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
         if not (num_dispatch_modes() or num_function_modes() or transforming()):
             try:
                 return COMPUTE(input, weight, bias)
-            except (TypeError, ValueError):  # what the op does not take, torch takes or explains
+            except (TypeError, ValueError):  # torch takes other inputs, or explains its error
                 pass
     return type(self).forward(self, input)
 
@@ -95,7 +95,7 @@ def _wants_gradient(bias: Tensor | None) -> bool:
     return bias is not None and bias.requires_grad
 
 
-# Found once: each look-up by dotted name would cost a call some 20 ns.
+# Looked up once, because a look-up by dotted name costs some 20 ns per call.
 COMPUTE = ops.OPS["linear_rows"].impl("cpu")
 autocasting, grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
 is_compiling, tracing_state = torch.compiler.is_compiling, _torch.tracing_state

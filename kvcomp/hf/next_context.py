@@ -1,4 +1,4 @@
-"""NextContext: the context of the next chunk, encoded piece by piece while this one is decoded."""
+"""NextContext: encodes the next chunk's context in pieces while the current one is decoded."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kvcomp.methods.delethink import Chunk
 if TYPE_CHECKING:
     from kvcomp.hf.chunked_cache import ChunkedCache
 
-Encode = Callable[..., None]  # (cache, input_ids=, attention_mask=, position_ids=): one forward
+Encode = Callable[..., None]  # one forward: (cache, input_ids=, attention_mask=, position_ids=)
 
 
 class NextContext:
     """The context of the next chunk, encoded piece by piece, in the background or here.
 
     Attributes:
-        cache: what has been encoded; nobody else's until `finish`.
+        cache: the encoded part; nothing else uses it before `finish`.
     """
 
     def __init__(self, owner: ChunkedCache, chunk: Chunk, cache: Cache) -> None:
@@ -35,7 +35,7 @@ class NextContext:
         self._wait: Callable[[], None] | None = None
 
     def go_on(self, encode: Encode) -> None:
-        """Encode a piece in the background, if one is known and nothing is under way."""
+        """Encode a piece in the background if one is known and no work is running."""
         if self._background is None:
             self._background = Background(self.owner._prompt.device)
             self.cache.kv.counted = False
@@ -44,21 +44,21 @@ class NextContext:
         end = self._sent + self.owner.method.piece
         if end <= min(known, self._last) and not self._background.busy:
             if self._wait is not None:
-                self._wait()  # for nothing, but to raise what the piece before has raised
+                self._wait()  # only to raise the error of the piece before
             work, tensors = self._piece(encode, end)
             self._wait = self._background.submit(work, *tensors)
 
     def settle(self) -> None:
-        """Wait for the background; what went wrong there is raised again by `finish`."""
+        """Wait for background work. `finish` raises its errors again."""
         if self._wait is not None:
             with suppress(Exception):
                 self._wait()
 
     def finish(self, encode: Encode) -> int:
-        """Encode what is missing.
+        """Encode the missing columns.
 
         Returns:
-            columns encoded in all, the background's included.
+            the number of columns encoded in total, including in the background.
         """
         if self._wait is not None:
             self._wait()
@@ -78,7 +78,7 @@ class NextContext:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when all that decoding has given to the device is done; the background goes on."""
+    """The time in seconds once the device has done all decoding work; background work goes on."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     return time.perf_counter()

@@ -1,7 +1,7 @@
-"""What outlasts a call that runs in inference mode.
+"""Tensors that outlast a call in inference mode.
 
-Tensors that torch makes in inference mode cannot be changed outside of it. What a cache keeps is
-changed by later calls, which may be in either mode, so none of it is made there.
+torch does not allow changes to tensors made in inference mode outside of it. Later calls in either
+mode change the tensors of a cache, so they are never made in inference mode.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ R = TypeVar("R")
 
 
 def outlasting(function: Callable[P, R]) -> Callable[P, R]:
-    """Run `function` outside of inference mode, without gradients where the caller is in it."""
+    """Run `function` outside of inference mode. If the caller is in it, without gradients."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        # A compiled step keeps what it changes in memory that was there before it.
+        # A compiled step only changes tensors that existed before it.
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return function(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():

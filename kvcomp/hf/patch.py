@@ -1,4 +1,4 @@
-"""patch(model, method): put a method under a model's `generate` and forward."""
+"""patch(model, method): run a model's `generate` and forward with a method."""
 
 from __future__ import annotations
 

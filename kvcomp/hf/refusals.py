@@ -1,4 +1,4 @@
-"""Models that no method can decode exactly, and the reason that is given."""
+"""Refusals of models that no method can decode exactly, each with its reason."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refuse(model: PreTrainedModel) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(f"kvcomp.patch: {name} {reason}")
-    Cache(config, Method())  # which refuses layers that it does not know
+    Cache(config, Method())  # it refuses unknown layers
     if unknown := ", ".join(map(str, head_sizes(config) - set(HEAD_SIZES))):
         raise ValueError(
             f"kvcomp.patch: {name} has heads of size {unknown}; supported are {HEAD_SIZES}"
@@ -51,7 +51,7 @@ def _inherits(model: Any) -> bool:
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model in a PEFT one, whose `generate` and forward go through it."""
+    """The transformers model in a PEFT model, whose `generate` and forward go through it."""
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
         return model
     refuse_prefixes(model)
@@ -59,9 +59,9 @@ def unwrapped(model: Any) -> Any:
 
 
 def refuse_prefixes(model: Any) -> None:
-    """Raise ValueError for prefix tuning, of a PEFT model or of one that is in such.
+    """Raise ValueError for prefix tuning, of a PEFT model or of the model in one.
 
-    PEFT puts a step of its own in the place of the model's `prepare_inputs_for_generation`.
+    PEFT replaces the model's `prepare_inputs_for_generation` by its own.
     """
     step = getattr(model, "prepare_inputs_for_generation", None)
     for owner in (model, getattr(step, "__self__", None)):
@@ -75,7 +75,7 @@ def refuse_prefixes(model: Any) -> None:
 
 
 def head_sizes(config: PretrainedConfig) -> set[int]:
-    """Of the layers that keep every token; nothing where the config does not say."""
+    """Head sizes of the layers that keep every token; empty if the config does not say."""
 
     def size(layer: PretrainedConfig) -> set[int]:
         heads = getattr(layer, "num_attention_heads", None)

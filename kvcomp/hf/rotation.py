@@ -1,4 +1,4 @@
-"""How a model rotates its keys, for methods that move keys to other positions."""
+"""The rotation of a model's keys, for methods that move keys to other positions."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kvcomp import ops
 from kvcomp.hf.checkpoints import without_checkpoints
 from kvcomp.hf.decoder import decoder_of
 
-CHANGING = ("dynamic", "longrope")  # kinds of RoPE whose frequencies depend on the length
-TEXT = 8  # tokens of the text that a model is tried on
+CHANGING = ("dynamic", "longrope")  # RoPE types whose frequencies depend on the length
+TEXT = 8  # tokens of the text for the trial
 
 
 def key_rotation(model: PreTrainedModel) -> Tensor | None:
-    """Radians per position [R / 2] fp32, or None where the rotation is of another kind.
+    """Radians per position [R / 2] fp32, or None if the model does not rotate in the usual way.
 
-    The usual kind: one set of frequencies for all full-attention layers, the same at every length,
-    and element i of a head paired with i + R / 2, which the model's own `rotate_half` is asked
-    about; then the model itself is tried.
+    The usual way has one set of frequencies for all full-attention layers, the same at every
+    length, and pairs element i of a head with i + R / 2. The model's own `rotate_half` is checked
+    for the pairing, and a short run of the model confirms it.
     """
     decoder = decoder_of(model)
     rotary = getattr(decoder, "rotary_emb", None)
@@ -49,7 +49,7 @@ def changes_with_length(model: PreTrainedModel) -> bool:
 
 
 def _frequencies(rotary: Any) -> Tensor | None:
-    """`inv_freq`, also where accelerate keeps it elsewhere and brings it for each forward."""
+    """`inv_freq`, also if accelerate stores it elsewhere and loads it for each forward."""
     inv_freq = getattr(rotary, "inv_freq", None)
     bring = getattr(rotary, "_hf_hook", None)
     if not isinstance(inv_freq, Tensor) or not inv_freq.is_meta or bring is None:
@@ -61,10 +61,10 @@ def _frequencies(rotary: Any) -> Tensor | None:
 
 
 def _turns(model: PreTrainedModel, inv_freq: Tensor) -> bool:
-    """Whether every full-attention layer rotates its keys so; some models leave it out in some.
+    """Whether every full-attention layer rotates its keys this way; some models skip some layers.
 
-    In a text of one token over and over all values are alike, attention changes nothing, and so
-    the keys of a layer differ by their rotation alone.
+    In a text that repeats one token all values are equal, so attention changes nothing, and the
+    keys of a layer differ by their rotation alone.
     """
     config = model.config.get_text_config(decoder=True)
     ids = torch.full((1, TEXT), config.vocab_size // 2, device=inv_freq.device)

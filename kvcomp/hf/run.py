@@ -1,4 +1,4 @@
-"""Run: a method under a model's `generate` and forward, until `undo`.
+"""Run: decodes a model with a method until `undo`.
 
 No forward is copied. The model uses kvcomp's attention implementation, a wrapper around the
 decoder's forward supplies its cache and its padding, and `generate` gets kvcomp's cache.
@@ -47,15 +47,15 @@ BROKEN = (
 
 
 class Run(Turns):
-    """A patched model: creates caches, counts, and undoes itself.
+    """A patched model. It creates caches, counts, and restores the model.
 
     Attributes:
-        inner_name: the attention implementation that the user had.
+        inner_name: the user's own attention implementation.
         meter: counts over all caches of this run.
     """
 
     meter_class: ClassVar[type[Meter]] = Meter
-    cache_class: ClassVar[type[Cache | ChunkedCache]] = Cache  # that the user holds
+    cache_class: ClassVar[type[Cache | ChunkedCache]] = Cache  # held by the user
 
     @outlasting
     def __init__(self, model: PreTrainedModel, method: Method, *, linear_rows: bool = True) -> None:
@@ -98,7 +98,7 @@ class Run(Turns):
 
     @property
     def current(self) -> Cache | None:
-        """The cache of the forward that runs in this thread."""
+        """The cache of the forward running in this thread."""
         return getattr(self._running, "cache", None)
 
     @current.setter
@@ -107,14 +107,13 @@ class Run(Turns):
 
     @property
     def latest(self) -> Cache | None:
-        """The cache that the latest forward of this thread ran over, if it is still there: under
-        Delethink that of its context."""
+        """The cache of the latest forward in this thread, if it still exists; under Delethink the
+        cache of its context."""
         return getattr(self._running, "latest", lambda: None)()
 
     @property
     def trying(self) -> bool:
-        """Whether the forward that runs in this thread belongs to a trial, whose tokens are thrown
-        away."""
+        """Whether the forward running in this thread is a trial, whose tokens are dropped."""
         return getattr(self._running, "trying", False)
 
     @trying.setter
@@ -123,29 +122,29 @@ class Run(Turns):
 
     @property
     def encoding(self) -> bool:
-        """Whether the forward that runs in this thread fills a cache and decodes nothing."""
+        """Whether the forward running in this thread fills a cache and decodes nothing."""
         return False
 
     def new_cache(self) -> TransformersCache:
-        """A new cache of this run, for loops that call the model themselves."""
+        """A new cache of this run, for your own decoding loops."""
         return self._new_context()
 
     def _new_context(self) -> Cache:
-        """What the model's layers see."""
+        """The cache that the model's layers use."""
         return Cache(self.config, self.method, self.meter, self.inv_freq)
 
     def report(self, layers: bool = False) -> Report:
-        """What the run has decoded so far; `layers=True` adds numbers per layer."""
+        """The report of everything decoded so far; `layers=True` adds numbers per layer."""
         report = Report.of(self.method, self.meter, self._decode_seconds, layers)
         report.linear_rows_layers, report.other_linear_layers = self._linear
         return report
 
     def undo(self) -> None:
-        """Restore the model; calling it again does nothing.
+        """Restore the model. Further calls do nothing.
 
-        This waits for the forwards that other threads have under way. A `generate` call that is
-        still running then gets a ValueError from its next forward. Called from within a forward, it
-        takes effect when that forward ends.
+        This waits for running forwards of other threads. A `generate` call that is still running
+        gets a ValueError from its next forward. A call from within a forward takes effect when that
+        forward ends.
         """
         self._gate.close()
 
@@ -169,8 +168,8 @@ class Run(Turns):
         self.undo()
 
     def _refuse(self, first: Cache) -> None:
-        """Raise ValueError for what this kind of run cannot do with its model and method; `first`
-        is a cache of that model."""
+        """Raise ValueError if this kind of run cannot handle its model and method. `first` is a
+        cache of that model."""
 
     def _apply(self) -> None:
         attention.register()
@@ -193,8 +192,8 @@ class Run(Turns):
         self._replace(model, "_get_logits_processor", self._begin_generation)
 
     def _replace(self, module: Module, name: str, function: Callable) -> None:
-        """Give a module a function of ours in place of its own, until the run is undone: unless
-        somebody else has put another one there since, who then goes on to call ours."""
+        """Replace a function of a module until the run is undone. If other code has replaced it
+        again since, that function stays and keeps calling ours."""
         state = module.__dict__
         before = {name: state[name]} if name in state else {}
         state[name] = function
@@ -207,7 +206,7 @@ class Run(Turns):
         self._undo.append(take_back)
 
     def _set_attention(self, name: str) -> None:
-        part: Any = self.decoder if self.wrapper.modules else self.model  # towers keep their own
+        part: Any = self.decoder if self.wrapper.modules else self.model  # other towers keep theirs
         part.set_attn_implementation(name)
         if self.config._attn_implementation != name:
             raise ValueError(
@@ -218,7 +217,7 @@ class Run(Turns):
     def _prepare_cache(
         self, generation_config: Any, model_kwargs: dict, mode: Any, *args: Any
     ) -> None:
-        """In place of the model's own: `generate` gets our cache."""
+        """Replaces the model's own, so that `generate` gets kvcomp's cache."""
         refuse_prefixes(self.model)
         if generation_config.use_cache is False:
             raise ValueError("kvcomp: generate(use_cache=False): a method needs its cache")
@@ -256,8 +255,8 @@ class Run(Turns):
             )
 
     def _prepare_inputs(self, prepare: Callable, input_ids: Tensor, **given: Any) -> dict:
-        """In place of the model's own. Some models (Phi-3 with longrope) drop the cache where
-        their rotary frequencies change, and encode everything anew: so does ours, as itself."""
+        """Replaces the model's own. Some models (Phi-3 with longrope) drop the cache where their
+        rotary frequencies change and encode everything again; kvcomp's cache is then reset."""
         inputs = prepare(input_ids, **given)
         cache = given.get("past_key_values")
         if cache is not None and inputs.get("past_key_values") is None:
@@ -267,8 +266,8 @@ class Run(Turns):
         return inputs
 
     def _around(self, forward: Callable) -> Callable:
-        """The decoder's forward with what a run does before and after it. A hook behind a forward
-        is not called where Ctrl-C has ended it; this is."""
+        """The decoder's forward, with the work of the run before and after it. Unlike a forward
+        hook, the work after it also runs when Ctrl-C has ended the forward."""
         names = inspect.signature(forward).parameters
 
         @wraps(forward)
@@ -294,7 +293,7 @@ class Run(Turns):
 
     @outlasting
     def _before_forward(self, given: dict) -> dict:
-        """Supply the cache, and work out which of the new tokens are padding."""
+        """Supply the cache and find the padding among the new tokens."""
         self._check_attention()
         if given.get("output_attentions") or self.config.output_attentions:
             raise ValueError(
@@ -332,12 +331,12 @@ class Run(Turns):
             )
 
     def _enter(self, cache: Any, given: dict) -> tuple[Cache, dict]:
-        """The cache that the layers see in this forward, and the arguments to go with it."""
+        """The cache that the layers use in this forward, and the arguments that go with it."""
         self._check_cache(cache)
         return cache, given
 
     def _new_padding(self, cache: Cache, mask: Any, count: int) -> Tensor | None:
-        """[B, count] bool of the valid new tokens; None when all are."""
+        """[B, count] bool, True for valid new tokens; None if all are valid."""
         if mask is None:
             return None
         if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -361,8 +360,8 @@ class Run(Turns):
         return None if (count > 1 or not valid.is_cuda) and bool(valid.all()) else valid
 
     def _check_layers(self) -> None:
-        """Raise ValueError where a layer of ours has stored tokens that it has not attended to with
-        our attention, or where one has been left out."""
+        """Raise ValueError if a managed layer has stored tokens without attending through kvcomp,
+        or has been skipped."""
         if self.current is None:
             return
         name = type(self.model).__name__
@@ -379,7 +378,7 @@ class Run(Turns):
             self.wrapper.check(self.current.masks)
 
     def _after_forward(self, output: Any) -> Any:
-        """Measure the time; the caller gets the output."""
+        """Measure the time and return the output."""
         self._end_forward()
         decoded = self.meter.tokens_decoded
         self._clock(decoded > self._decoded_before)
@@ -387,13 +386,13 @@ class Run(Turns):
         return output
 
     def _failed(self) -> None:
-        """The forward has not come to its end: what its cache holds is of no use any more."""
+        """Called when the forward has failed. Its cache can no longer be used."""
         if self.current is not None:
             self.current.broken = True
         self._end_forward()
 
     def _end_forward(self) -> None:
-        """The cache is nobody's, so that no other model can go on with it."""
+        """Release the cache, so that no other model can continue with it."""
         cache, self.current = self.current, None
         if cache is not None:
             cache.leave()
@@ -401,7 +400,7 @@ class Run(Turns):
                 self._running.latest = weakref.ref(cache)
 
     def _clock(self, decoding: bool) -> None:
-        """A forward has ended."""
+        """Update the clock when a forward has ended."""
         if not decoding and self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)  # once per prompt: its work is not decoding
         now = time.perf_counter()
@@ -410,7 +409,7 @@ class Run(Turns):
         self._last_forward = now
 
     def mask(self, *args: Any, **kwargs: Any) -> Any:
-        """The mask function of `attention.NAME`: that of the implementation that the user had."""
+        """The mask function of `attention.NAME`, which is that of the user's implementation."""
         make = partial(ALL_MASK_ATTENTION_FUNCTIONS[self.inner_name], *args, **kwargs)
         if self.wrapper.running:
             return self.wrapper.makes(make, kwargs["q_length"])

@@ -1,6 +1,6 @@
 """The shape of a model from its config alone.
 
-The model is built on the meta device, where weights have sizes but take no memory, and its
+The model is built on the meta device, where weights have sizes but take no memory. Then its
 parameters are counted.
 """
 
@@ -19,7 +19,7 @@ from kvcomp.hf.refusals import refuse
 from kvcomp.methods import Method
 from kvcomp.plan import Shape
 
-# What configs call the routed experts of a layer, and those of them that a token takes.
+# Names in configs for the number of routed experts in a layer and per token.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_k")
 
@@ -31,7 +31,7 @@ def shape_of(
 
     Args:
         config: the config of a causal LM.
-        name: a name for people; default: the model class.
+        name: a name for display; default: the model class.
         dtype: data type of weights, K and V; default: the config's, else bfloat16.
         weights: bytes of all weights, if they are not stored in `dtype`.
 
@@ -52,7 +52,7 @@ def shape_of(
     try:
         with torch.device("meta"):
             model = auto_class(config).from_config(config, dtype=kind)
-    except Exception as error:  # whatever a model's code makes of a config that is not for it
+    except Exception as error:  # any error of the model's code
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"kvcomp.plan: cannot build {name}: {reason}") from error
     cache = Cache(text, Method())
@@ -90,7 +90,7 @@ def head_counts(config: Any, name: str) -> tuple[int, int, int]:
         heads: Any = getattr(config, "num_attention_heads", None)
         kv_heads: Any = getattr(config, "num_key_value_heads", None) or heads
         head_dim: Any = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
-    except RuntimeError as error:  # what transformers says where layers differ
+    except RuntimeError as error:  # transformers raises it if layers differ
         raise ValueError(f"kvcomp.plan: {name} has layers with heads of different sizes") from error
     if not all(isinstance(count, int) for count in (heads, kv_heads, head_dim)):
         raise ValueError(
@@ -108,8 +108,8 @@ def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 
 
 def count_weights(model: PreTrainedModel, config: Any, name: str) -> dict[str, int]:
-    """The fields of a Shape that are about weights. An embedding is looked up, and only read as a
-    whole where it is the LM head too."""
+    """The fields of a Shape that count weights. An embedding is only looked up, so it is read as a
+    whole only if it is also the LM head."""
     head = model.get_output_embeddings()
     looked_up = {
         id(module.weight)
@@ -138,7 +138,7 @@ def count_weights(model: PreTrainedModel, config: Any, name: str) -> dict[str, i
 
 
 def check_heads(model: PreTrainedModel, shape: Shape, layers: set[int]) -> None:
-    """Raise ValueError where a layer's K or V is not of the size that the config says."""
+    """Raise ValueError if the size of a layer's K or V differs from the config."""
     expected = shape.kv_heads * shape.head_dim
     for module in model.modules():
         if getattr(module, "layer_idx", None) not in layers:

@@ -1,4 +1,4 @@
-"""StaticCache: kvcomp's cache of one size behind transformers' cache interface."""
+"""StaticCache: kvcomp's preallocated cache behind transformers' cache interface."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from kvcomp.methods import Method
 
 
 class StaticLayer(Layer):
-    """One managed layer; `get_seq_length` is a tensor, so that positions made of it are traced."""
+    """One managed layer. `get_seq_length` returns a tensor, so that positions can be traced."""
 
     is_compileable = True
     can_crop = False
     kv: StaticLayerCache
 
     def get_seq_length(self) -> Any:  # int or [] int64; transformers says int
-        """A copy of the counter: what a user holds stays as it is."""
+        """A copy of the counter, so that the value does not change later."""
         return self.kv.cache.columns.clone() if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0  # of a first prompt, the only one whose mask is looked at
+        return query_length, 0  # of a first prompt; later masks are not used
 
     def get_max_length(self) -> int:
         return self.kv.cache.max_tokens
@@ -52,8 +52,8 @@ class StaticCache(Cache):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around every replay of a graph that the user captured, where tokens may leave: the host
-        counts it, and evicts behind it what is due."""
+        """A context around each replay of a graph that you captured, for methods that evict. The
+        host counts the step and then evicts if that is due."""
         outlasting(self.kv.enter)(1)
         yield
         outlasting(self.kv.leave)()

@@ -1,8 +1,8 @@
-"""patch(model, method, max_tokens=N): a cache of one size, and decode steps that compile.
+"""patch(model, method, max_tokens=N): a preallocated cache, and decode steps that compile.
 
-The memory is allocated once, lengths are tensors, masks stay outside: a decode step is one graph,
-the same one for every length. `generate` compiles it as it does for transformers' static caches.
-What a method does every so many steps, such as an eviction, the host does between two of them.
+Memory is allocated once, lengths are tensors, and masks stay outside. So a decode step is one graph
+for all lengths, which `generate` compiles as it does for transformers' static caches. Work that a
+method does every few steps, such as an eviction, runs on the host between two steps.
 """
 
 from __future__ import annotations
@@ -24,27 +24,30 @@ from kvcomp.hf.text import first_difference
 from kvcomp.hf.wrapper import one_of
 from kvcomp.methods import Method
 
-COMPILED = ("_compiled_call", "_last_compile_config")  # what a model keeps of its compiled steps
+COMPILED = (
+    "_compiled_call",
+    "_last_compile_config",
+)  # of a model's compiled steps
 
 
 class StaticRun(Run):
     """A run whose decode steps are one graph of fixed shapes and addresses.
 
-    `generate` without a cache of the caller's uses one cache again and again, unless it is to
-    return it (`return_dict_in_generate`). `new_cache()` allocates another one. One forward runs at
-    a time. Steps that run without the host, such as those of a graph that the user captured, are
-    counted, but not timed; methods that evict need `with cache.step():` around each of them. Time
-    includes compilation.
+    `generate` without a given cache reuses one cache, unless it returns the cache
+    (`return_dict_in_generate`). `new_cache()` allocates another one. Only one forward may run at a
+    time. Steps that run without the host, such as replays of a graph that you captured, are counted
+    but not timed; methods that evict need `with cache.step():` around each of them. Times include
+    compilation.
 
     Raises:
-        TypeError, ValueError: as `patch`, and for a method or a model whose steps differ with the
-            length. The model is as before.
+        TypeError, ValueError: as for `patch`, and for a method or a model whose steps depend on the
+            length. The model has not changed.
     """
 
     meter_class = StaticMeter
     meter: StaticMeter
     cache_class = StaticCache
-    current: StaticCache | None = None  # a plain attribute, which a graph may set
+    current: StaticCache | None = None  # a plain attribute, because a graph may set it
 
     def __init__(
         self,
@@ -59,9 +62,9 @@ class StaticRun(Run):
         require(max_tokens >= 1, where, "at least 1", max_tokens)
         self.max_tokens = max_tokens
         self._own: StaticCache | None = None  # of `generate`
-        self._decoding = False  # whether the forward that runs is a decode step
-        self._inside = False  # whether a forward runs
-        self._beside = False  # whether `_step` does what the host must do for it
+        self._decoding = False  # whether the running forward is a decode step
+        self._inside = False  # whether a forward is running
+        self._beside = False  # whether `_step` does the work of the host
         super().__init__(model, method, linear_rows=linear_rows)
         self._needs_host = type(method).between_steps is not Method.between_steps
 
@@ -70,20 +73,20 @@ class StaticRun(Run):
         return super().report(layers)
 
     def compile(self, **options: Any) -> Callable:
-        """The model compiled, for loops of one's own: `step(ids, past_key_values=cache, ...)`.
+        """Compile the model for your own loops: `step(ids, past_key_values=cache, ...)`.
 
         Args:
-            options: of `torch.compile`; without any, one graph that is captured as a CUDA graph.
+            options: options of `torch.compile`. Default: one graph, captured as a CUDA graph.
 
         Returns:
-            a function that runs prompts eagerly and steps of one token compiled; ValueError where
-            the cache has no room for them.
+            a function that runs prompts eagerly and steps of one token compiled. It raises
+            ValueError if the cache has no room for the tokens.
         """
         options = options or {"fullgraph": True, "mode": "reduce-overhead"}
         return self._step(torch.compile(self.model, **options))
 
     def new_cache(self) -> StaticCache:
-        """A fresh cache of this run, with memory of its own."""
+        """A new cache of this run with its own memory."""
         return StaticCache(self.config, self.method, self.meter, self.max_tokens)
 
     def _refuse(self, first: Cache) -> None:
@@ -154,7 +157,7 @@ class StaticRun(Run):
         super()._prepare_cache(generation_config, model_kwargs, mode)
 
     def _get_compiled_call(self, compile_config: Any) -> Callable:
-        """In place of the model's own: its compiled forward, and what the host does beside it."""
+        """Replaces the model's own: its compiled forward plus the work of the host."""
         return self._step(self._compiled_call(compile_config))
 
     def _step(self, compiled: Callable) -> Callable:
@@ -215,7 +218,7 @@ class StaticRun(Run):
     def _first_difference(
         self, cache: StaticCache, ids: Tensor, mask: Tensor | None, seen: int
     ) -> tuple[int, int] | None:
-        """As `Run._first_difference`; which columns were padding the cache does not know."""
+        """Like `Run._first_difference`, but the cache does not know which columns were padding."""
         known = cache.text.known(seen)
         if known is None:
             return None
@@ -226,8 +229,8 @@ class StaticRun(Run):
     def continue_from(
         self, cache: StaticCache, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> StaticCache:
-        """As `Run.continue_from`, but a static cache takes no tokens back: what it has seen is a
-        beginning of the text, or it starts anew."""
+        """Like `Run.continue_from`, but a static cache cannot take tokens back. Unless the text
+        begins with all tokens that the cache has seen, it starts again."""
         self._check_cache(cache)
         if self._common(cache, input_ids, attention_mask) < int(cache.get_seq_length()):
             cache.reset()
@@ -261,14 +264,14 @@ class StaticRun(Run):
 
     @property
     def _capturing(self) -> bool:
-        """Whether a graph is being captured: a forward then runs nothing."""
+        """Whether a graph is being captured, so that forwards do not execute anything."""
         return self.model.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def mask(self, *args: Any, q_length: int, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """None for decode steps: the cache knows which tokens there are."""
+        """None for decode steps, because the cache knows the valid tokens."""
         if (
             not self._inside and not self.wrapper.running
-        ):  # `generate` prepares masks ahead; the forward makes its own
+        ):  # `generate` prepares masks ahead, and the forward makes its own
             return attention_mask if q_length > 1 else None
         if self.current is None:  # there is no cache, or a wrapper makes it
             return super().mask(*args, q_length=q_length, attention_mask=attention_mask, **kwargs)

@@ -1,25 +1,25 @@
-"""Text: the ids of the tokens that a cache has seen, so that another text is not taken for it.
+"""Text: the token ids that a cache has seen, used to detect another text.
 
-transformers' `generate` does not look: it skips as many of the given ids as the cache is long.
+transformers' `generate` does not compare: it skips as many of the given ids as the cache has seen.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-FIRST_COLUMNS = 256  # that there is room for
+FIRST_COLUMNS = 256  # capacity
 
 
 class Text:
-    """Ids [B, columns], padding among them; unknown from where embeddings came in, or steps that
-    ran without the host."""
+    """Ids [B, columns], padding included. They are unknown from the first embeddings on, or from
+    the first step that ran without the host."""
 
     def __init__(self) -> None:
         self._ids: Tensor | None = None
         self.columns = 0
 
     def add(self, ids: Tensor | None, first: int) -> None:
-        """Columns from `first` on are ids [B, n]; those behind, if any, were taken back."""
+        """Set the columns from `first` on to ids [B, n] and drop the columns after them."""
         self.columns = min(self.columns, first)
         if self.columns < first or ids is None:
             return  # as `columns` stays behind, `known` says so
@@ -33,12 +33,12 @@ class Text:
         self.columns = end
 
     def known(self, columns: int) -> Tensor | None:
-        """The ids of a cache that has so many columns; None where they are not known."""
+        """The ids of a cache with this many columns; None if they are not known."""
         return self._ids[:, :columns] if self._ids is not None and self.columns >= columns else None
 
     @property
     def nbytes(self) -> int:
-        """Of the ids, room for more included."""
+        """Bytes of the ids, including spare room."""
         return 0 if self._ids is None else self._ids.untyped_storage().nbytes()
 
     def select(self, rows: Tensor) -> None:
@@ -50,7 +50,7 @@ class Text:
 def first_difference(
     seen: Tensor, given: Tensor, seen_mask: Tensor, given_mask: Tensor
 ) -> tuple[int, int] | None:
-    """The first column, and a row, where texts [B, n] differ; None where they do not.
+    """The first column in which texts [B, n] differ, and a row there; None if they are equal.
 
     Args:
         seen_mask, given_mask: [B, n] bool, False for padding, whose ids do not matter.

@@ -1,7 +1,7 @@
-"""Turns: a cache that is kept from one turn of a conversation to the next, and the text of these.
+"""Turns: reuse of a cache from one turn of a conversation to the next.
 
-transformers' `generate` takes the first tokens of a prompt for those in the cache, however they
-read. Here another text is refused, and `continue_from` goes back to where it begins.
+transformers' `generate` assumes that a prompt begins with the tokens in the cache and does not
+check it. kvcomp refuses another text; `continue_from` goes back to the point where it differs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Turns:
-    """The part of a run that looks at the text."""
+    """The part of a run that compares texts."""
 
     method: Method
     _logits_processor: Callable[..., Any]  # the model's own
@@ -32,8 +32,8 @@ class Turns:
     def _begin_generation(
         self, generation_config: Any, input_ids_seq_length: int, **rest: Any
     ) -> Any:
-        """In place of the model's own `_get_logits_processor`: there `generate` has prompt, mask
-        and cache at hand, and has not cut off yet what it takes for seen."""
+        """Replaces the model's own `_get_logits_processor`. At that point `generate` has prompt,
+        mask and cache, and has not cut off the tokens in the cache yet."""
         given, kwargs = rest["encoder_input_ids"], rest["model_kwargs"]
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         mask = kwargs.get("attention_mask")
@@ -51,11 +51,11 @@ class Turns:
     def _check_text(
         self, cache: Any, ids: Tensor | None, mask: Tensor | None, columns: int | None, rows: int
     ) -> None:
-        """Raise ValueError where `generate` would take the first tokens for those in the cache.
+        """Raise ValueError if the text does not begin with the tokens in the cache.
 
         Args:
-            ids: [rows, n] of the prompt; None: embeddings.
-            mask, columns: of padding [rows, columns]; None: all are tokens.
+            ids: [rows, n] ids of the prompt; None: embeddings.
+            mask, columns: padding mask [rows, columns]; None: no padding.
         """
         if cache.rows not in (0, rows):
             raise ValueError(
@@ -66,7 +66,7 @@ class Turns:
             )
         seen = int(cache.get_seq_length())
         if not seen or ids is None or columns not in (None, ids.shape[1]):
-            return  # with a longer mask the ids are new ones alone
+            return  # with a longer mask, all ids are new
         if ids.shape[1] <= seen:
             raise ValueError(
                 f"kvcomp: generate: input_ids: {ids.shape[1]} tokens, but the cache has seen"
@@ -86,7 +86,7 @@ class Turns:
     def _first_difference(
         self, cache: Any, ids: Tensor, mask: Tensor | None, seen: int
     ) -> tuple[int, int] | None:
-        """Column and row where the first `seen` columns are not those of the cache."""
+        """Column and row where the first `seen` columns differ from the cache."""
         known = cache.text.known(seen)
         if known is None:
             return None
@@ -104,21 +104,21 @@ class Turns:
             cache = run.continue_from(cache, ids)
             model.generate(ids, past_key_values=cache, ...)
 
-        What both have in common at their beginning stays, as far as the method can go back; a
-        method that cannot starts anew. Chat templates of reasoning models cut the thought out of
-        the turns before, so that a further turn is no continuation of what the cache holds.
+        The common beginning of both texts stays if the method can go back to its end; otherwise the
+        cache starts again. Chat templates of reasoning models cut thoughts out of earlier turns, so
+        the text of a further turn does not continue the text in the cache.
 
         Args:
-            cache: of this run, as `new_cache` made it or `generate` returned it; it is changed.
+            cache: a cache of this run, from `new_cache` or `generate`. It is changed.
             input_ids: [B, tokens], the whole text of the next turn.
             attention_mask: [B, tokens], 0 for padding.
 
         Returns:
-            `cache`, to be passed with the same `input_ids` and `attention_mask`. Its
-            `get_seq_length()` says how many tokens stay.
+            `cache`. Pass it with the same `input_ids` and `attention_mask`. Its `get_seq_length()`
+            is the number of tokens that stay.
 
         Raises:
-            ValueError: a cache of another run.
+            ValueError: the cache belongs to another run.
         """
         self._check_cache(cache)
         kept = self._common(cache, input_ids, attention_mask)
@@ -130,7 +130,7 @@ class Turns:
         return cache
 
     def _common(self, cache: Cache, ids: Tensor, mask: Tensor | None) -> int:
-        """Columns at the beginning of a text that are those of the cache; one at least is not."""
+        """The number of first columns that text and cache share, less than the whole text."""
         most = min(int(cache.get_seq_length()), ids.shape[1] - 1)
         if cache.rows != len(ids) or cache.text.known(int(cache.get_seq_length())) is None:
             return 0
@@ -138,5 +138,5 @@ class Turns:
         return most if differs is None else differs[0]
 
     def _read(self, cache: Any, ids: Tensor | None) -> None:
-        """Note the text [B, n] that comes in; None: embeddings."""
+        """Note the ids [B, n] that come in; None: embeddings."""
         cache.read(ids)
