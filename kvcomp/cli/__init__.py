@@ -1,4 +1,4 @@
-"""The command line: kvcomp info | get | demo | generate | serve | plan | delethink.
+"""The command line: kvcomp info | get | demo | generate | serve | plan | think | delethink.
 
 Every error that a user can cause is one line on standard error and exit code 2; Ctrl-C and SIGTERM
 exit with the shell's codes, 130 and 143.
@@ -31,6 +31,7 @@ from kvcomp.cli.plan import plan
 from kvcomp.cli.serve import serve
 from kvcomp.cli.show import demo, info
 from kvcomp.cli.stopping import INTERRUPTED, Stopped, signals_raise
+from kvcomp.cli.think import think
 
 app = typer.Typer(
     add_completion=False,
@@ -57,7 +58,7 @@ def options(
     """Options that come before any command."""
 
 
-for command in (info, get, demo, generate, plan, delethink):
+for command in (info, get, demo, generate, plan, think, delethink):
     app.command()(command)
 # What serve does not know is vLLM's.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)

@@ -7,7 +7,7 @@ import math
 import sys
 import types
 import typing
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,9 @@ from kvcomp.cli.common import (
 )
 from kvcomp.cli.output import deliver, say, say_aside
 from kvcomp.cli.stopping import Stopped, exit_code
+
+if TYPE_CHECKING:
+    from kvcomp.thinking import Chosen
 
 
 def generate(
@@ -76,12 +79,26 @@ def generate(
         bool | None,
         typer.Option(help="Use the tokenizer's chat template; default: if it has one."),
     ] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Strategy that acts while decoding: cgrs, concise-hint, stop-scale or"
+            " budget-forcing; repeat for several.",
+            metavar="NAME",
+        ),
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="Set an option of a strategy.", metavar="NAME.OPTION=VALUE"),
+    ] = None,
 ) -> None:
     """Generate text with a method and stream it.
 
     The report goes to standard error. Ctrl-C ends the answer and prints the report.
     """
-    chosen = build_method(method, model, budget, settings or [], chunk_options(chunk, carry), inner)
+    chosen_method = build_method(
+        method, model, budget, settings or [], chunk_options(chunk, carry), inner
+    )
     sampling = pick_sampling(temperature, top_p)
     where, kind = pick_device(device), pick_dtype(dtype)
     text = read_prompt(prompt)
@@ -90,18 +107,20 @@ def generate(
 
     from kvcomp.hf import patch
 
+    chosen = choose(strategy or [], options or [], while_decoding=True)
     network, tokenizer = load(model, where, kind)
     inputs = encode(tokenizer, text, chat).to(where)
     transformers.set_seed(seed)
     streamer = text_streamer(tokenizer)
     code = 0
-    with patch(network, chosen) as run:
+    with patch(network, chosen_method) as run:
+        more = chosen.generation(run, tokenizer, inputs["input_ids"].shape[1])
 
         def answer() -> None:
             nonlocal code
             try:
                 network.generate(
-                    **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+                    **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling, **more
                 )
             except (KeyboardInterrupt, Stopped) as stop:
                 code = exit_code(stop)
@@ -109,6 +128,35 @@ def generate(
 
         deliver(answer, lambda: say_aside(run.report()))
     raise typer.Exit(code)
+
+
+def choose(names: list[str], settings: list[str], *, while_decoding: bool = False) -> Chosen:
+    """The strategies of the options --strategy and --with.
+
+    Raises:
+        ValueError: an unknown one, one that is not for this command, or a bad option.
+    """
+    from kvcomp.thinking.strategies import STRATEGIES, WHILE_DECODING, Chosen
+
+    known = WHILE_DECODING if while_decoding else list(STRATEGIES)
+    for name in names:
+        if name not in known:
+            wanted = f"expected one of {', '.join(known)}"
+            hint = "; use kvcomp think" if name in STRATEGIES else ""
+            raise ValueError(f"kvcomp: --strategy: {wanted}, got {name!r}{hint}")
+    options: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        name, _, rest = setting.partition(".")
+        option, _, text = rest.partition("=")
+        if name not in names:
+            raise ValueError(f"kvcomp: --with: expected NAME.OPTION=VALUE, got {setting!r}")
+        kinds = STRATEGIES[name].options
+        if option not in kinds:
+            has = ", ".join(kinds)
+            raise ValueError(f"kvcomp: --with: {name!r} has no option {option!r}; it has: {has}")
+        value = parse(setting, kinds[option], text, "--with")
+        options.setdefault(name, {})[option] = value
+    return Chosen(names, options)
 
 
 def read_prompt(prompt: str) -> str:
@@ -178,7 +226,7 @@ def build_method(
     return cls.for_model(model, **given)
 
 
-def parse(setting: str, hint: Any, text: str) -> Any:
+def parse(setting: str, hint: Any, text: str, option: str = "--set") -> Any:
     """`text` as a value of a field's type: a number, word, flag, tuple (1,2,3) or none."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if is_union else (hint,)
@@ -195,7 +243,7 @@ def parse(setting: str, hint: Any, text: str) -> Any:
     except (ValueError, KeyError):
         pass
     raise ValueError(
-        f"kvcomp: --set {setting}: expected a value of type {getattr(hint, '__name__', hint)}"
+        f"kvcomp: {option} {setting}: expected a value of type {getattr(hint, '__name__', hint)}"
     )
 
 

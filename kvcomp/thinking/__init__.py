@@ -9,18 +9,22 @@ from kvcomp.thinking.ask import Ask
 from kvcomp.thinking.cgrs import Cgrs
 from kvcomp.thinking.concise_hint import ConciseHint
 from kvcomp.thinking.dser import dser
+from kvcomp.thinking.many import think
 from kvcomp.thinking.pdr import pdr, sr
 from kvcomp.thinking.rows import Row, Rows, Sampling
-from kvcomp.thinking.short_m import short_m_at_k
+from kvcomp.thinking.short_m import majority, short_m_at_k
 from kvcomp.thinking.stopping import BudgetForcing, StopScale
+from kvcomp.thinking.strategies import STRATEGIES, Chosen
 from kvcomp.thinking.trajectory import LatentTrajectory, latent_trajectory
 from kvcomp.thinking.votes import Reply, Result, boxed, vote
 from kvcomp.thinking.words import end_of_thinking
 
 __all__ = [
+    "STRATEGIES",
     "Ask",
     "BudgetForcing",
     "Cgrs",
+    "Chosen",
     "ConciseHint",
     "LatentTrajectory",
     "Reply",
@@ -33,8 +37,10 @@ __all__ = [
     "dser",
     "end_of_thinking",
     "latent_trajectory",
+    "majority",
     "pdr",
     "short_m_at_k",
     "sr",
+    "think",
     "vote",
 ]

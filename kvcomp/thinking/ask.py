@@ -14,7 +14,7 @@ import torch
 
 from kvcomp.hf.run import Run
 from kvcomp.thinking.checks import require
-from kvcomp.thinking.rows import Rows, Sampling
+from kvcomp.thinking.rows import Processors, Rows, Sampling
 from kvcomp.thinking.votes import Reply
 from kvcomp.thinking.words import end_of_thinking
 
@@ -29,7 +29,7 @@ class Ask:
         run: of `kvcomp.patch`, with any method.
         chat: put prompts into the chat template; None: if the tokenizer has one.
         end: text of the token that ends a thought; None: the model's own tag, if it has one.
-        processors: logits processors.
+        processors: as for `Rows`.
         sampling: fields of `Sampling`; each call draws anew.
 
     Raises:
@@ -43,13 +43,13 @@ class Ask:
         *,
         chat: bool | None = None,
         end: str | None = None,
-        processors: Sequence[Any] = (),
+        processors: Processors = (),
         **sampling: Any,
     ) -> None:
         require(isinstance(run, Run), "Ask: run", "what kvcomp.patch returns", run)
         has_template = bool(getattr(tokenizer, "chat_template", None))
         require(not chat or has_template, "Ask: chat", "a tokenizer with a chat template", chat)
-        self.run, self.tokenizer, self.processors = run, tokenizer, list(processors)
+        self.run, self.tokenizer, self.processors = run, tokenizer, processors
         self.chat = has_template if chat is None else chat
         self.sampling = Sampling(**sampling)
         self.end: int | None = None

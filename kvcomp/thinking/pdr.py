@@ -35,7 +35,7 @@ def pdr(
     ask: AskFunction,
     question: str,
     *,
-    drafts: Sequence[int] = (8, 4, 1),
+    drafts: tuple[int, ...] = (8, 4, 1),
     writer: str = "summary",
     keep: int = 2,
     workspace: int = 2048,
@@ -102,11 +102,26 @@ def pdr(
     return result
 
 
-def sr(ask: AskFunction, question: str, *, rounds: int = 3, **options: Any) -> Result:
+def sr(
+    ask: AskFunction,
+    question: str,
+    *,
+    rounds: int = 3,
+    workspace: int = 2048,
+    answer_of: AnswerOf = boxed,
+    first: str = FIRST,
+    again: str = AGAIN,
+) -> Result:
     """Sequential refinement: `rounds` drafts one after another, each with the one before at hand.
-    `options` are those of `pdr`."""
+    The other arguments are those of `pdr`."""
     require(is_count(rounds, 1), "sr: rounds", "at least 1", rounds)
-    return pdr(ask, question, drafts=(1,) * rounds, writer="top", keep=1, **options)
+    one: dict[str, Any] = {
+        "drafts": (1,) * rounds,
+        "writer": "top",
+        "keep": 1,
+        "workspace": workspace,
+    }
+    return pdr(ask, question, **one, answer_of=answer_of, first=first, again=again)
 
 
 def _best(replies: Sequence[Reply], answer_of: AnswerOf) -> list[Reply]:

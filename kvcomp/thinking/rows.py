@@ -7,7 +7,7 @@ the rows beside it, nor on when these leave.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,6 +25,9 @@ from kvcomp.hf.run import Run
 from kvcomp.hf.static_run import StaticRun
 from kvcomp.methods import Delethink
 from kvcomp.thinking.checks import is_count, is_number, require
+
+# Logits processors, or a function that makes them for prompts of so many columns.
+Processors = Sequence[Any] | Callable[[int], Sequence[Any]]
 
 
 @runtime_checkable
@@ -103,7 +106,8 @@ class Rows:
         inputs: "input_ids" [B, n] and, where rows differ in length, "attention_mask" with padding
             on the left, as a tokenizer makes them.
         copies: rows made of each prompt, which is encoded once.
-        processors: logits processors; those that are `Follower`s hear of rows that leave.
+        processors: logits processors, or a function that makes them for prompts of so many columns;
+            those that are `Follower`s hear of rows that leave.
         followers: others that do.
         eos: ids that end a row; default: the model's.
 
@@ -121,7 +125,7 @@ class Rows:
         sampling: Sampling,
         *,
         copies: int = 1,
-        processors: Sequence[Any] = (),
+        processors: Processors = (),
         followers: Sequence[Follower] = (),
         eos: Sequence[int] | None = None,
     ) -> None:
@@ -133,9 +137,6 @@ class Rows:
         self.most = sampling.max_new_tokens
         if isinstance(run.method, Delethink) and run.method.budget is not None:
             self.most = min(self.most, run.method.budget)
-        self.processors = list(processors)
-        found = [*processors, *followers]
-        self.followers: list[Follower] = [each for each in found if isinstance(each, Follower)]
         self.warpers = LogitsProcessorList(sampling.warpers())
         device = run.model.device
         ids = torch.as_tensor(inputs["input_ids"]).to(device)
@@ -143,6 +144,9 @@ class Rows:
         mask = inputs.get("attention_mask")
         mask = None if mask is None or bool(mask.all()) else mask.to(device)
         self.columns, self.steps = ids.shape[1], 0
+        self.processors = list(processors(self.columns) if callable(processors) else processors)
+        found = [*self.processors, *followers]
+        self.followers: list[Follower] = [each for each in found if isinstance(each, Follower)]
         self.cache: Any = run.new_cache()
         if isinstance(self.cache, ChunkedCache):
             self.cache.announce(self.columns)

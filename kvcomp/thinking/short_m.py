@@ -7,12 +7,11 @@ its cache; the m go on to their answers. "First" is by tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from kvcomp.hf.run import Run
 from kvcomp.thinking.checks import is_count, require
-from kvcomp.thinking.rows import Rows, Sampling
+from kvcomp.thinking.rows import Processors, Rows, Sampling
 from kvcomp.thinking.votes import AnswerOf, Result, boxed, settle
 from kvcomp.thinking.words import end_of_thinking
 
@@ -26,7 +25,7 @@ def short_m_at_k(
     m: int = 3,
     answer_of: AnswerOf = boxed,
     end: str | None = None,
-    processors: Sequence[Any] = (),
+    processors: Processors = (),
     **sampling: Any,
 ) -> Result:
     """Answer one prompt by the m shortest of k thoughts; m = k is plain majority voting.
@@ -37,7 +36,7 @@ def short_m_at_k(
         answer_of: text -> its answer, by which rows are compared.
         end: text of the token that ends a thought; None: the model's own tag. A row that says EOS
             has ended it too; one that is cut off at `max_new_tokens` has not, and has no vote.
-        processors: logits processors, such as `Cgrs`.
+        processors: as for `Rows`.
         sampling: fields of `Sampling`.
 
     Returns:
@@ -61,3 +60,30 @@ def short_m_at_k(
     rows.keep([row for row in rows.live if row.number in shortest])
     rows.finish()
     return settle(rows, [rows.all[number] for number in shortest], thoughts, tokenizer, answer_of)
+
+
+def majority(
+    run: Run,
+    tokenizer: Any,
+    inputs: Any,
+    *,
+    k: int = 1,
+    answer_of: AnswerOf = boxed,
+    processors: Processors = (),
+    **sampling: Any,
+) -> Result:
+    """Answer one prompt by the vote of k rows, all to their end: what `short_m_at_k` is compared
+    with. Rows that were cut off vote only where none has ended. Arguments as there.
+
+    Raises:
+        ValueError: no row, or several prompts.
+    """
+    require(is_count(k, 1), "majority: k", "rows, at least 1", k)
+    require(len(inputs["input_ids"]) == 1, "majority: inputs", "one prompt", "several")
+    rows = Rows(run, inputs, Sampling(**sampling), copies=k, processors=processors)
+    rows.finish()
+    voters = [row for row in rows.all if row.ended] or rows.all
+    lengths = {row.number: len(row.ids) for row in voters}
+    result = settle(rows, voters, lengths, tokenizer, answer_of)
+    result.finished = sum(row.ended for row in rows.all)
+    return result

@@ -16,7 +16,6 @@ here too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.nn.functional import cosine_similarity
 
 from kvcomp.hf.run import Run
 from kvcomp.thinking.checks import is_count, require
-from kvcomp.thinking.rows import Rows, Sampling
+from kvcomp.thinking.rows import Processors, Rows, Sampling
 from kvcomp.thinking.votes import AnswerOf, Result, boxed, settle
 
 # Signal -> whether rows with much of it rank first. Of the published ones only the second is sure.
@@ -127,7 +126,7 @@ def latent_trajectory(
     block: int = 500,
     signal: str = "cumulative",
     answer_of: AnswerOf = boxed,
-    processors: Sequence[Any] = (),
+    processors: Processors = (),
     **sampling: Any,
 ) -> Result:
     """Begin k rows, go on with the `keep` of the best signal after `at` tokens, and vote.
@@ -138,7 +137,8 @@ def latent_trajectory(
         sampling: fields of `Sampling`.
 
     Returns:
-        the majority of the rows kept, a tie going to the shortest; `lengths` are those of the rows.
+        the majority of the rows kept, a tie going to the shortest; those that were cut off at
+        `max_new_tokens` vote only where none has ended. `lengths` are those of the voters.
 
     Raises:
         ValueError: keep is not in 1..k, fewer tokens than two blocks, an unknown signal, or several

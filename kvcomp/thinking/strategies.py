@@ -1,0 +1,152 @@
+"""The table of strategies: their names, kinds and options, and which of them go together."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvcomp.hf.run import Run
+from kvcomp.thinking.ask import Ask
+from kvcomp.thinking.cgrs import Cgrs
+from kvcomp.thinking.checks import require
+from kvcomp.thinking.concise_hint import ConciseHint
+from kvcomp.thinking.dser import dser
+from kvcomp.thinking.pdr import pdr, sr
+from kvcomp.thinking.rows import Processors
+from kvcomp.thinking.short_m import majority, short_m_at_k
+from kvcomp.thinking.stopping import BudgetForcing, StopScale
+from kvcomp.thinking.trajectory import latent_trajectory
+from kvcomp.thinking.votes import AnswerOf, Result
+
+NOT_OPTIONS = ("answer_of", "processors")  # keyword arguments that are no settings
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A row of the table.
+
+    Attributes:
+        kind: "processor", a logits processor; "loop", a `custom_generate` of `generate`; "rows" and
+            "rounds", which drive the model by prompt ids, and by texts that they ask.
+        call: what makes it, or runs it.
+        make: (run, tokenizer, columns of the prompt, options) -> a processor or loop.
+        alone: a loop that takes several tokens in a step: without those that look at each.
+    """
+
+    kind: str
+    call: Callable[..., Any]
+    make: Callable[[Run, Any, int, Mapping[str, Any]], Any] | None = None
+    alone: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Name -> type."""
+        function = self.call.__init__ if inspect.isclass(self.call) else self.call
+        hints = typing.get_type_hints(function)
+        return {
+            name: hints[name]
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name not in NOT_OPTIONS
+        }
+
+
+def _by_prompt(kind: Callable[..., Any]) -> Callable[[Run, Any, int, Mapping[str, Any]], Any]:
+    return lambda run, tokenizer, columns, options: kind(tokenizer, columns, **options)
+
+
+# In the order in which processors act: what forces a token comes last.
+STRATEGIES: dict[str, Strategy] = {
+    "cgrs": Strategy("processor", Cgrs, lambda run, words, columns, o: Cgrs(run, words, **o)),
+    "concise-hint": Strategy("processor", ConciseHint, _by_prompt(ConciseHint)),
+    "stop-scale": Strategy("processor", StopScale, _by_prompt(StopScale)),
+    "budget-forcing": Strategy("processor", BudgetForcing, _by_prompt(BudgetForcing)),
+    "majority": Strategy("rows", majority),
+    "short-m": Strategy("rows", short_m_at_k),
+    "latent-trajectory": Strategy("rows", latent_trajectory),
+    "pdr": Strategy("rounds", pdr),
+    "sr": Strategy("rounds", sr),
+    "dser": Strategy("rounds", dser),
+}
+WHILE_DECODING = [name for name, each in STRATEGIES.items() if each.kind in ("processor", "loop")]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Strategies that go together, with their options.
+
+    Raises:
+        ValueError: an unknown name or option, or strategies that exclude each other.
+    """
+
+    names: Sequence[str]
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in [*self.names, *self.options]:
+            require(name in STRATEGIES, "strategy", f"one of {', '.join(STRATEGIES)}", name)
+        for name in self.names:
+            require(self.names.count(name) == 1, "strategy", "each once", name)
+        for name, given in self.options.items():
+            require(name in self.names, f"{name}", "options of a chosen strategy", list(given))
+            known = STRATEGIES[name].options
+            for option in given:
+                require(option in known, f"{name}", f"one of {', '.join(known)}", option)
+        leading = [name for name in self.names if STRATEGIES[name].kind != "processor"]
+        require(len(leading) < 2, "strategy", "one at most that leads", " and ".join(leading))
+        alone = [name for name in leading if STRATEGIES[name].alone]
+        require(
+            not alone or "cgrs" not in self.names,
+            "strategy",
+            "cgrs, which looks at every step, or one that takes several tokens at once",
+            " and ".join(self.names),
+        )
+
+    @property
+    def leading(self) -> str | None:
+        """The one that is no processor, if there is one."""
+        found = [name for name in self.names if STRATEGIES[name].kind != "processor"]
+        return found[0] if found else None
+
+    def made(self, run: Run, tokenizer: Any, columns: int, kind: str) -> list[Any]:
+        """The processors, or the loops, for prompts of so many columns."""
+        found = []
+        for name, each in STRATEGIES.items():
+            if name in self.names and each.kind == kind and each.make is not None:
+                found.append(each.make(run, tokenizer, columns, self.options.get(name, {})))
+        return found
+
+    def generation(self, run: Run, tokenizer: Any, columns: int) -> dict[str, Any]:
+        """Keyword arguments of `generate`; of those that drive nothing."""
+        processors = self.made(run, tokenizer, columns, "processor")
+        loops = self.made(run, tokenizer, columns, "loop")
+        given = {"logits_processor": processors} if processors else {}
+        return given | ({"custom_generate": loops[0]} if loops else {})
+
+    def drive(
+        self,
+        run: Run,
+        tokenizer: Any,
+        inputs: Any,
+        question: str | None,
+        *,
+        chat: bool,
+        answer_of: AnswerOf,
+        **sampling: Any,
+    ) -> Result:
+        """Answer one prompt: by what leads, or by one row.
+
+        Args:
+            inputs: "input_ids" [1, n].
+            question: its text, for those that ask in rounds.
+        """
+        processors: Processors = lambda columns: self.made(run, tokenizer, columns, "processor")  # noqa: E731
+        name = self.leading or "majority"
+        each, options = STRATEGIES[name], self.options.get(name, {})
+        if each.kind == "rounds":
+            ask = Ask(run, tokenizer, chat=chat, processors=processors, **sampling)
+            return each.call(ask, question, answer_of=answer_of, **options)
+        more = {"answer_of": answer_of, "processors": processors} | sampling
+        return each.call(run, tokenizer, inputs, **options, **more)

@@ -1,0 +1,154 @@
+"""kvcomp think and the strategies of kvcomp generate: files, logs, interrupts, bad input."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+
+import kvcomp
+from kvcomp import cli, thinking
+from kvcomp.testing.models import tiny_model
+from kvcomp.thinking import Chosen, strategies
+from toy_words import WORDS, toy_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PROBLEMS = [{"id": i, "prompt": f"<bos>w{40 + i}wso", "answer": "7"} for i in range(3)]
+FAST = ["--max-new-tokens", "12", "--temperature", "1", "--top-p", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = tiny_model("llama", num_hidden_layers=2)
+    made.generation_config.eos_token_id = WORDS.index("<eos>")
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    toy_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in PROBLEMS))
+    return str(path)
+
+
+def think(folder, problems, tmp_path, *more, log="log.jsonl"):
+    out = tmp_path / "out.jsonl"
+    command = ["think", problems, "--model", folder, "--log", str(tmp_path / log)]
+    code = cli.main([*command, "--out", str(out), *FAST, *more])
+    return code, [json.loads(x) for x in out.read_text().splitlines()] if out.exists() else None
+
+
+def test_every_strategy_answers_a_file(folder, problems, tmp_path, capsys):
+    options = {
+        "majority": ["k=2"],
+        "short-m": ["k=3", "m=2"],
+        "latent-trajectory": ["k=3", "keep=1", "at=8", "block=4"],
+        "pdr": ["drafts=2,1", "workspace=8"],
+        "sr": ["rounds=2"],
+        "dser": ["chains=2", "iterations=1", "last=1"],
+    }
+    leading = [name for name, each in strategies.STRATEGIES.items() if each.kind[0] == "r"]
+    assert set(options) == set(leading)
+    for name, settings in options.items():
+        more = [word for each in settings for word in ("--with", f"{name}.{each}")]
+        both = ["--strategy", name, "--strategy", "stop-scale", "--with", "stop-scale.bias=3"]
+        code, rows = think(folder, problems, tmp_path, *both, *more, log=f"{name}.jsonl")
+        assert code == 0, capsys.readouterr().err
+        assert [row["id"] for row in rows] == ["0", "1", "2"]
+        assert all(row["total_tokens"] >= row["sequential_tokens"] > 0 for row in rows)
+    assert "3 problems, 0 of 3 right" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on_from_its_log(
+    model, folder, problems, tmp_path, capsys, monkeypatch
+):
+    more = ["--strategy", "short-m", "--with", "short-m.k=3", "--with", "short-m.m=1"]
+    _, whole = think(folder, problems, tmp_path, *more, log="whole.jsonl")
+    drive, calls = Chosen.drive, []
+
+    def stops(self, *args, **given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return drive(self, *args, **given)
+
+    (tmp_path / "out.jsonl").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(Chosen, "drive", stops)
+        code, rows = think(folder, problems, tmp_path, *more)
+    assert (code, rows) == (130, None) and "repeat the command" in capsys.readouterr().err
+    log = tmp_path / "log.jsonl"
+    assert [json.loads(line).get("id") for line in log.read_text().splitlines()] == [None, "0"]
+    with log.open("a") as file:
+        file.write('{"id": "1", "ha')  # as a crash leaves it
+    assert think(folder, problems, tmp_path, *more) == (0, whole)
+    assert len(log.read_text().splitlines()) == 4
+    before = log.read_text()
+    code, _ = think(folder, problems, tmp_path, *more, "--seed", "4")
+    assert code == 2 and "seed was 0 and is 4" in capsys.readouterr().err
+    assert log.read_text() == before
+
+
+def test_an_interrupt_leaves_the_model_unpatched(model, tmp_path):
+    class Stops(torch.nn.Module):
+        def __call__(self, ids, scores):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), kvcomp.patch(model, kvcomp.Full()) as run:
+        thinking.short_m_at_k(
+            run, toy_tokenizer(), {"input_ids": torch.tensor([[40, 41]])}, processors=[Stops()]
+        )
+    assert model.config._attn_implementation != "kvcomp"
+
+
+def test_generate_takes_strategies_that_act_while_decoding(folder, capsys):
+    command = ["generate", folder, "--prompt", "so", "--method", "full", *FAST]
+    forced = ["--strategy", "budget-forcing", "--with", "budget-forcing.budget=5"]
+    assert cli.main([*command, *forced, "--strategy", "cgrs"]) == 0
+    shown = toy_tokenizer()(capsys.readouterr().out.strip())["input_ids"]
+    assert WORDS.index("</think>") in shown
+
+
+BAD = [
+    (["--strategy", "hope"], "--strategy: expected one of cgrs,"),
+    (["--strategy", "pdr", "--strategy", "dser"], "one at most that leads, got 'pdr and dser'"),
+    (["--strategy", "pdr", "--strategy", "pdr"], "each once"),
+    (["--with", "pdr.drafts=1"], "--with: expected NAME.OPTION=VALUE"),
+    (["--strategy", "pdr", "--with", "pdr.mood=1"], "'pdr' has no option 'mood'"),
+    (["--strategy", "pdr", "--with", "pdr.drafts=x"], "--with pdr.drafts=x: expected a value"),
+    (["--strategy", "short-m", "--with", "short-m.m=9"], "short_m_at_k: m: expected in 1..k=8"),
+    (["--strategy", "budget-forcing", "--with", "budget-forcing.budget=-1"], "budget"),
+    (["--max-new-tokens", "0"], "max_new_tokens"),
+]
+
+
+@pytest.mark.parametrize(("more", "match"), BAD)
+def test_bad_input(folder, problems, tmp_path, capsys, more, match):
+    code, rows = think(folder, problems, tmp_path, "--no-progress", *more)
+    said = capsys.readouterr().err
+    assert (code, rows) == (2, None) and said.startswith("kvcomp: error: ") and match in said
+    assert said.count("\n") == 1
+    log = tmp_path / "log.jsonl"
+    assert not log.exists() or log.read_text() == ""
+
+
+def test_generate_refuses_what_drives(folder, capsys):
+    assert cli.main(["generate", folder, "--prompt", "so", "--strategy", "pdr"]) == 2
+    assert "got 'pdr'; use kvcomp think" in capsys.readouterr().err
+
+
+def test_rounds_need_a_text(model, tmp_path):
+    found = [{"id": 1, "ids": [40, 41]}]
+    said = pytest.raises(ValueError, match="problem '1': expected a prompt, or one message")
+    with kvcomp.patch(model, kvcomp.Full()) as run, said:
+        thinking.think(run, toy_tokenizer(), found, Chosen(["sr"]), log=tmp_path / "log")
+    assert not (tmp_path / "log").exists()
