@@ -9,8 +9,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -225,6 +230,15 @@ def prompts(model) -> list[list[int]]:
     return [ids[first : first + count] for first, count in spans]
 
 
+def environment() -> dict[str, str]:
+    """Of a small engine: one thread on any core."""
+    return os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 def engine(model, prompts, kvcomp, calls, tokens=TOKENS, **options):
     """What `slow/vllm_engine.py` finds; everything in one batch unless `calls` says otherwise."""
     options = {"max_model_len": 2048, "max_num_batched_tokens": 512, "max_num_seqs": 8} | options
@@ -236,18 +250,13 @@ def engine(model, prompts, kvcomp, calls, tokens=TOKENS, **options):
         "tokens": tokens,
         "engine": options,
     }
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-    }
     done = subprocess.run(
         [sys.executable, str(HERE / "slow" / "vllm_engine.py")],
         input=json.dumps(job),
         capture_output=True,
         text=True,
         timeout=900,
-        env=environment,
+        env=environment(),
     )
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return (json.loads(found[0].removeprefix("RESULT ")) if found else None), done
@@ -402,3 +411,86 @@ def test_another_version_of_vllm(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.33.1+cpu")
     with pytest.raises(RuntimeError, match=r"expected vLLM >=0.32,<0.33, got 0.33.1"):
         check_version()
+
+
+# --- a real server --------------------------------------------------------------------------------
+
+SERVED = ("--budget", "64", "--set", "page_size=4", "--set", "recent=2", "--set", "delta_layers=2")
+
+
+@contextmanager
+def server(folder: Path, port: int):
+    """`kvcomp serve` with the reasoner under Delta; killed with all of its processes at the end."""
+    from kvcomp import reasoner
+
+    options = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "1024")
+    command = [sys.executable, "-m", "kvcomp", "serve", str(reasoner.path()), *SERVED]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-num-seqs", "4", *options]
+    log = folder / "serve.log"
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment(), start_new_session=True
+        )
+    try:
+        for _ in range(3000):
+            assert process.poll() is None, log.read_text()[-2000:]
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except OSError:
+                time.sleep(0.2)
+        else:
+            pytest.fail(f"no server within minutes: {log.read_text()[-2000:]}")
+        yield log
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+
+
+@in_engine
+def test_delethink_over_delta_on_a_server_that_is_killed(tmp_path):
+    from kvcomp import reasoner
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    problem = reasoner.task.make_problem(nodes=8, steps=60, seed=1)
+    asked = tmp_path / "problems.jsonl"
+    asked.write_text(json.dumps({"id": "walk", "prompt": problem.prompt}) + "\n")
+
+    def delethink(name, *more, chunk="96"):
+        files = ("--problems", asked, "--log", tmp_path / name, "--out", tmp_path / f"{name}.out")
+        size = ("--chunk", chunk, "--carry", "48", "--head", "8", "--max-chunks", "5")
+        model = ("--url", f"http://127.0.0.1:{port}/v1", "--model", reasoner.path())
+        command = [sys.executable, "-m", "kvcomp", "delethink", *model, *files, *size]
+        command += ["--temperature", "0", *more]
+        return subprocess.Popen(
+            [str(part) for part in command], stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def chunks(name):
+        file = tmp_path / name
+        return file.read_text().count('"chunk"') if file.exists() else 0
+
+    with server(tmp_path, port) as log:
+        assert "kvcomp: Delta(" in log.read_text()
+        whole = delethink("whole")
+        report, errors = whole.communicate(timeout=600)
+        assert whole.returncode == 0, errors
+        assert b"exact" in report
+        broken = delethink("broken", "--retries", "300")
+        while broken.poll() is None and chunks("broken") < 2:
+            time.sleep(0.005)
+    left = chunks("broken")
+    with server(tmp_path, port):
+        _, errors = broken.communicate(timeout=600)
+        assert broken.returncode == 0, errors
+        long = delethink("long", chunk="4096")
+        _, refused = long.communicate(timeout=600)
+        assert long.returncode and b"1024" in refused
+    first, second = (
+        json.loads((tmp_path / f"{name}.out").read_text()) for name in ("whole", "broken")
+    )
+    assert left < chunks("whole")
+    assert first["output"] == second["output"]
+    assert reasoner.task.grade(problem, first["text"]).step_accuracy == 1
