@@ -20,6 +20,7 @@ from accuracy.sizes import Room, fit, held_bytes, keeps_all
 from accuracy.study import Study
 from accuracy.summary import summarize
 from kvcomp import METHODS, reasoner
+from kvcomp.cache import KVCache
 from kvcomp.methods.cost import Place
 from kvcomp.testing.models import tiny_model
 
@@ -105,6 +106,26 @@ def test_sizes_of_a_longer_context(name):
     elif name != "full":
         page = getattr(method, "page_size", 1)
         assert method.budget == bound // room.token_bytes // page * page
+
+
+@pytest.mark.parametrize("name", ["louis-kv", "stride-retrieval"])
+def test_a_bound_holds_all_that_retrieval_may_have_on_the_device(name):
+    """Not only what random keys bring there: their units rarely fill the budget."""
+    place = Place(300, 40, 1, 2, 2, 64, 4)
+    room = Room("any", place, torch.float32, torch.device("cpu"))
+    bound = room.context_bytes // 2
+    method = fit(name, bound, room, {"dense_layers": 0})
+    cache = KVCache(method, 1)
+    layer, prompt = cache.layers[0], torch.randn(1, 2, 40, 64)
+    layer.append(prompt, prompt)
+    cache.prefill(layer, prompt, 0.125)
+    for _ in range(260):
+        k = torch.randn(1, 2, 1, 64)
+        layer.append(k, k)
+        cache.attend(layer, torch.randn(1, 2, 64), 0.125)
+    most = method.most_resident * place.token_bytes
+    assert cache.meter.peak_bytes <= most
+    assert 0.8 * bound < most + cache.meter.peak_note_bytes <= bound
 
 
 def test_own_fields_win_and_the_budget_follows_them():
