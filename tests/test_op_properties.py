@@ -94,6 +94,26 @@ def append_attention(draw):
     return q, k, v, lens, q_lens, tail, page_ids, size, scale, logits
 
 
+def latent_attention(draw):
+    batch, heads, slots = draw.int(1, 3), draw.int(1, 40), draw.int(1, 300)
+    value_dim, layout = 16 * draw.int(1, 6), draw.of(layouts)
+    dim = value_dim + 16 * draw.int(0, 3)
+    draw.dtype = draw.of(st.sampled_from(HALF_AND_FULL))
+    q = draw.normal(batch, heads, dim, scale=2.0)
+    rows = kv_cache((batch, 1, slots, dim), draw.dtype, draw.generator, layout)[:, 0]
+    page_ids, page_size, room = None, 1, slots
+    if draw.of(st.booleans()):
+        page_size = draw.int(1, min(slots, 32))
+        order = torch.rand(batch, 1, slots // page_size, generator=draw.generator).argsort(-1)
+        page_ids = order[..., : draw.int(1, order.shape[-1])].int()
+        if draw.of(st.booleans()):
+            page_ids[..., :: draw.int(1, 4)] = -1
+        room = page_ids.shape[-1] * page_size
+    logits = torch.full((batch, heads, room), torch.nan) if draw.int(0, 1) else None
+    lens = ints(draw.lens(batch, room))
+    return q, rows, lens, page_ids, page_size, value_dim, dim**-0.5, logits
+
+
 def linear_rows(draw):
     draw.dtype = draw.of(st.sampled_from(HALF_AND_FULL))
     rows, outputs, width = draw.int(0, 8), draw.int(0, 40), draw.int(0, 300)
@@ -245,6 +265,7 @@ def select_units(draw):
 INPUTS = {  # op -> how its arguments are drawn, which of them it writes, what to blank
     "append_attention": (append_attention, (9,), unattended),
     "decode_attention": (decode_attention, (7,), unattended),
+    "latent_attention": (latent_attention, (7,), unattended),
     "linear_rows": (linear_rows, (), None),
     "merge_states": (merge_states, (), None),
     "page_scores": (page_scores, (), None),

@@ -6,12 +6,7 @@
 #include "ops/checks.h"
 
 namespace kvcomp {
-namespace {
-
-constexpr int kMaxTokens = std::numeric_limits<std::int32_t>::max() - 64;  // a tile beyond fits
-
-// seq_lens and page_ids hold what they may; readable tensors only.
-void check_values(const Boundary& at, const DecodeAttentionParams& p) {
+void check_listed_tokens(const Boundary& at, const DecodeAttentionParams& p) {
   const std::int64_t limit =
       p.page_ids ? std::int64_t{p.num_listed} * p.page_size : std::int64_t{p.num_slots};
   check_seq_lens(at, p.seq_lens, p.batch, p.page_ids ? "K * page_size" : "T", limit);
@@ -42,8 +37,6 @@ void check_values(const Boundary& at, const DecodeAttentionParams& p) {
     }
   }
 }
-
-}  // namespace
 
 AppendAttentionParams attention_params(const Boundary& at, Backend backend, Queries queries,
                                        const AttentionArguments& given) {
@@ -180,7 +173,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
     // An empty list has no memory, so it would pass for no list; with lengths of 0 that is the
     // same.
     if (page_ids && K.size == 0) check_seq_lens(at, params.seq_lens, B.size, "K * page_size", 0);
-    check_values(at, params);
+    check_listed_tokens(at, params);
   }
   return {
       .attention = params,

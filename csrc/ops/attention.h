@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "backend.h"
 #include "kvcomp/params.h"
@@ -10,7 +11,9 @@
 
 namespace kvcomp {
 
-inline constexpr int kMostQueries = 64;  // bits of a mask
+inline constexpr std::int64_t kMaxTokens =
+    std::numeric_limits<std::int32_t>::max() - 64;  // a tile beyond fits
+inline constexpr int kMostQueries = 64;             // bits of a mask
 
 // Whether q, outputs and logits have a dimension of queries, m, behind that of sequences.
 enum class Queries { one, several };
@@ -23,6 +26,9 @@ struct AttentionArguments {
   std::int64_t split_size;
   py::handle words;
 };
+
+// seq_lens and page_ids hold what they may; readable tensors only.
+void check_listed_tokens(const Boundary& at, const DecodeAttentionParams& params);
 
 // Checked, values too where they can be read. Without q_lens and tail, which are up to the caller.
 AppendAttentionParams attention_params(const Boundary& at, Backend backend, Queries queries,

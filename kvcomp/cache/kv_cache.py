@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from kvcomp.cache.latent import LatentLayer
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.meter import Meter
 from kvcomp.cache.ring import HostRing, Ring
@@ -21,6 +23,7 @@ class Policy(Protocol):
     croppable: ClassVar[bool]
     in_step: ClassVar[bool]
     one_way: ClassVar[str]
+    on_latents: ClassVar[bool]
 
     @property
     def attention(self) -> Policy: ...
@@ -66,8 +69,11 @@ class KVCache:
         beside: other caches with a context of the same sequences; they are counted with this one.
         counted: False for those other caches.
 
+    With `rank` the layers keep latents of so many columns instead of K and V (see `LatentLayer`).
+
     Raises:
-        ValueError: the method's parameters do not fit `num_layers` layers.
+        ValueError: the method's parameters do not fit `num_layers` layers, or it does not work on
+            latents.
     """
 
     layer_class: ClassVar[type[LayerCache]] = LayerCache
@@ -78,12 +84,19 @@ class KVCache:
         num_layers: int,
         meter: Meter | None = None,
         inv_freq: Tensor | None = None,
+        rank: int | None = None,
     ) -> None:
         method.check(num_layers)
+        if rank is not None and not method.attention.on_latents:
+            raise ValueError(
+                f"kvcomp: {type(method.attention).__name__} needs keys and values of each head, and"
+                " the layers of this model cache a latent for all heads (MLA)"
+            )
         self.method = method.attention
         self.inv_freq = inv_freq
         self.meter = Meter(num_layers) if meter is None else meter
-        self.layers = [self.layer_class(self, position) for position in range(num_layers)]
+        layer = self.layer_class if rank is None else partial(LatentLayer, rank=rank)
+        self.layers = [layer(self, position) for position in range(num_layers)]
         self.beside: list[KVCache] = []
         self.counted = True
         self.reset()

@@ -116,15 +116,15 @@ class LayerCache(Staged):
         Raises:
             ValueError: batch size, head count, head size, dtype or device differ from before.
         """
+        k, v = self._as_kept(k.detach(), v.detach())
         self._check(k, v, valid)
-        k, v = k.detach(), v.detach()
         k, v = self._repeated(k), self._repeated(v)
         valid = None if valid is None else valid.to(k.device)
         batch, _, count, _ = k.shape
         if not self.filled:
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=k.device)
             self.logical_lens = self.seq_lens.clone()
-            self.token_bytes = 2 * k.shape[1] * k.shape[3] * k.element_size()
+            self.token_bytes = k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
             self.slot_bytes = self.token_bytes
         self._reserve(k, self.max_len + count)
         self.added = self._place(k, v, valid)
@@ -212,7 +212,7 @@ class LayerCache(Staged):
             shortest, longest: bounds of `kept_lens`, known on the host.
         """
         self.cache.meter.evicting(self, kept_lens)
-        ops.compact_kv(self._k, self._v, list(self.slots.values()), victims, self.seq_lens)
+        ops.compact_kv(*self.moved, list(self.slots.values()), victims, self.seq_lens)
         torch.minimum(self.seq_lens, kept_lens, out=self.seq_lens)
         slot = torch.arange(shortest, self.max_len, device=self.seq_lens.device)
         free = slot >= self.seq_lens[:, None, None]
@@ -238,7 +238,7 @@ class LayerCache(Staged):
         """K and V [B, Hkv, capacity, D] with room for `most` tokens in each row, to be written in
         place together with `slots` and `seq_lens`. No row is longer than `most` afterwards."""
         self._reserve(self._k[:, :, :1], most)
-        yield self._k, self._v
+        yield self.moved
         self._recount(most)
 
     def settle(self) -> None:
@@ -274,7 +274,7 @@ class LayerCache(Staged):
         else:
             longest = int(lens.max())
             valid = torch.arange(longest, device=lens.device) < lens[:, None]
-        self.append(other._k[:, :, :longest], other._v[:, :, :longest], valid)
+        self.append(*other.taken_in(longest), valid)
         self.columns, self.scale, self._arrivals = columns, other.scale, arrivals
 
     def truncate(self, columns: int, kept: int) -> None:
@@ -384,8 +384,8 @@ class LayerCache(Staged):
         if valid is not None:
             if count > 1:
                 order = (~valid).argsort(dim=1, stable=True)  # valid tokens first, in order
-                index = order[:, None, :, None].expand_as(k)
-                k, v = k.gather(2, index), v.gather(2, index)
+                index = order[:, None, :, None]
+                k, v = (torch.take_along_dim(x, index, 2) for x in (k, v))
             added = valid.sum(1).int()
             self._uniform = False
         # A row's padding lands behind its valid tokens, where the next append overwrites it.

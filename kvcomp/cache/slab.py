@@ -51,6 +51,15 @@ class Slab:
         return self._v[:, :, : self.max_len]
 
     @property
+    def moved(self) -> tuple[Tensor, Tensor]:
+        """K and V [B, Hkv, capacity, D] of all slots, as ops that move rows are given them."""
+        return self._k, self._v
+
+    def taken_in(self, slots: int) -> tuple[Tensor, Tensor]:
+        """K and V of the first `slots` slots as `append` takes them."""
+        return self._k[:, :, :slots], self._v[:, :, :slots]
+
+    @property
     def allocated(self) -> bool:
         """Whether there is memory: from the first `append` on."""
         return known(self, "_k")
@@ -104,7 +113,7 @@ class Slab:
                 step = like.shape[2] == 1  # and so of the window; after a prompt, all of it follows
                 capacity = max(length, budget + window) if step else max(length, budget) + window
         if not self.allocated:
-            self._k, self._v = like[:, :, :0], like[:, :, :0]
+            self._k, self._v = like[:, :, :0], like[:, :, :0, : self._value_dim(like.shape[3])]
         self._resize(capacity)
 
     def _shrink(self, longest: int) -> None:
@@ -138,9 +147,18 @@ class Slab:
         self._v = moved(self._v, by_token)
         self.slots = {name: moved(tensor) for name, tensor in self.slots.items()}
 
+    def _as_kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """What a model hands in as this slab keeps it."""
+        return k, v
+
+    def _value_dim(self, head_dim: int) -> int:
+        """Columns of V beside keys of `head_dim`."""
+        return head_dim
+
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """Raise ValueError for new tokens that do not fit those before, or each other."""
-        if k.ndim != 4 or v.shape != k.shape or 0 in k.shape:
+        expected = (*k.shape[:-1], self._value_dim(k.shape[-1]) if k.ndim else 0)
+        if k.ndim != 4 or v.shape != expected or 0 in k.shape:
             raise ValueError(
                 "kvcomp: append: expected k and v of one shape [B, Hkv, n, D] without empty"
                 f" dimensions, got {list(k.shape)} and {list(v.shape)}"

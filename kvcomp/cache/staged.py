@@ -65,10 +65,11 @@ class Staged(Slab):
         if not self.allocated or self.staged:
             what = "drafts wait already" if self.staged else "the layer has no tokens yet"
             raise ValueError(f"kvcomp: stage: {what}")
+        drafted = k.detach(), v.detach()
+        k, v = self._as_kept(*drafted)
         self._check(k, v, None)
-        self._drafted = k.detach(), v.detach()
-        self.staged = k.shape[2]
-        k, v = self._repeated(k.detach()), self._repeated(v.detach())
+        self._drafted, self.staged = drafted, k.shape[2]
+        k, v = self._repeated(k), self._repeated(v)
         self._reserve(k[:, :, :1], self.max_len + self.staged)
         self._place(k, v)
 

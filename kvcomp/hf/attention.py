@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvcomp import ops
 from kvcomp.cache import HostMemoryError, LayerCache
 from kvcomp.hf.cache import Layer
+from kvcomp.hf.latent import Latents
 from kvcomp.hf.outlast import outlasting
 from kvcomp.ops.append_attention import MOST_QUERIES as MOST
 
@@ -54,8 +55,11 @@ def attention(
     cache = run.current
     index: Any = module.layer_idx
     layer = cache.layers[index] if cache is not None else None
+    latents: Latents | None = module.__dict__.get("_kvcomp_latents")
     # A sliding layer, or a forward without a cache
     if cache is None or not isinstance(layer, Layer):
+        if latents is not None:
+            key, value = latents.expand(key, value)
         return _inner(run, module)(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -99,17 +103,25 @@ def _managed(
     """Attention over a managed layer that has the new tokens already: out [B, n, Hq, D]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kv.sinks = kwargs.get("s_aux")
+    latents: Latents | None = module.__dict__.get("_kvcomp_latents")
+    asked = query if latents is None else latents.absorb(query)  # what the cache is asked
     if kv.staged:
-        return _verify(kv, query, scale)
+        out = _verify(kv, asked, scale)
+        return out if latents is None else latents.project(out)
     if query.shape[2] == 1 and not kv.first and not run.encoding:
-        return _decode(kv, query[:, :, 0], scale)[:, None]
+        out = _decode(kv, asked[:, :, 0], scale)
+        return (out if latents is None else latents.project(out))[:, None]
     if kv.first:
+        if latents is not None:
+            key, value = latents.expand(key, value)
         out, _ = _inner(run, module)(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
+    elif latents is not None:
+        out = attend_many_latents(latents, kv, query, valid, scale)
     else:
         out = attend_many(kv, query, valid, scale)
-    _prefill(kv, query, scale)
+    _prefill(kv, asked, scale)
     return out
 
 
@@ -151,6 +163,15 @@ def attend_many(kv: LayerCache, query: Tensor, valid: Tensor | None, scale: floa
     ]
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
     return out if valid is None else torch.take_along_dim(out, order.argsort(1), 1)
+
+
+@outlasting
+def attend_many_latents(
+    latents: Latents, kv: LayerCache, query: Tensor, valid: Tensor | None, scale: float
+) -> Tensor:
+    """As `attend_many`, over a layer of latents, which are expanded for all of the new tokens."""
+    rows, _, lens = kv.cache.method.context(kv)
+    return latents.attend_many(query, rows, lens, kv.added, valid, scale)
 
 
 def _piece(

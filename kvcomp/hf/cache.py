@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from kvcomp.cache import KVCache, LayerCache, Meter
 from kvcomp.hf.decoder import values_of
+from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.text import Text
 from kvcomp.methods import Method
@@ -215,7 +216,7 @@ class Cache(TransformersCache):
                 f"kvcomp: {type(config).__name__} has no full-attention layer to manage: its cache"
                 f" layers are {', '.join(sorted(kinds))}"
             )
-        self.kv = self._new_kv(method, len(managed), meter, inv_freq)
+        self.kv = self._new_kv(method, len(managed), meter, inv_freq, latent_rank(config))
         for kv, index in zip(self.kv.layers, managed, strict=True):
             layers[index] = self.layer_class(self, kv, getattr(layers[index], WINDOW, None))
         self.all_managed = len(managed) == len(layers)

@@ -9,6 +9,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from kvcomp.hf.attention import NAME
 from kvcomp.hf.cache import Cache
 from kvcomp.hf.decoder import decoder_of, values_of
+from kvcomp.hf.latent import latent_rank, refuse_latents
 from kvcomp.methods import Method
 from kvcomp.ops import HEAD_SIZES
 
@@ -28,7 +29,6 @@ def refuse(model: PreTrainedModel) -> None:
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "requires its own cache class": not generative._supports_default_dynamic_cache(),
         "says nothing of its layers (num_hidden_layers)": not hasattr(config, "num_hidden_layers"),
-        "caches a latent instead of keys and values (MLA)": any(values_of(config, "kv_lora_rank")),
         "shares K and V between layers": any(values_of(config, "num_kv_shared_layers")),
         "caps its attention logits": any(values_of(config, "attn_logit_softcapping")),
         "computes eager attention by itself (reorder_and_upcast_attn)": eager
@@ -39,7 +39,9 @@ def refuse(model: PreTrainedModel) -> None:
         if applies:
             raise ValueError(f"kvcomp.patch: {name} {reason}")
     Cache(config, Method())  # it refuses unknown layers
-    if unknown := ", ".join(map(str, head_sizes(config) - set(HEAD_SIZES))):
+    if latent_rank(config) is not None:
+        refuse_latents(model)
+    elif unknown := ", ".join(map(str, head_sizes(config) - set(HEAD_SIZES))):
         raise ValueError(
             f"kvcomp.patch: {name} has heads of size {unknown}; supported are {HEAD_SIZES}"
         )

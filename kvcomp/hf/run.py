@@ -29,6 +29,7 @@ from kvcomp.hf.cache import SKIPS, Cache, Layer
 from kvcomp.hf.checkpoints import without_cache, without_checkpoints
 from kvcomp.hf.decoder import attention_modules, decoder_of
 from kvcomp.hf.gate import Gate
+from kvcomp.hf.latent import EXPAND, Latents, as_stored, keeps_latents
 from kvcomp.hf.linear import LinearLayers, speed_up
 from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.refusals import refuse, refuse_prefixes, unwrapped
@@ -177,6 +178,10 @@ class Run(Turns):
         for module in attention_modules(decoder):
             module.__dict__["_kvcomp_run"] = self
             self._undo.append(partial(module.__dict__.pop, "_kvcomp_run"))
+            if keeps_latents(module):
+                module.__dict__["_kvcomp_latents"] = Latents(module)
+                self._undo.append(partial(module.__dict__.pop, "_kvcomp_latents"))
+                self._replace(module, EXPAND, as_stored)
         attention.RUNS[id(config)] = self
         self._undo.append(lambda: attention.RUNS.pop(id(config)))
         self._set_attention(attention.NAME)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from kvcomp.cache import Report, StaticKVCache, StaticMeter
 from kvcomp.checks import is_whole, require
 from kvcomp.hf.cache import Cache, Layer
+from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.run import BROKEN, Run
 from kvcomp.hf.static_cache import StaticCache
@@ -100,6 +101,11 @@ class StaticRun(Run):
             raise ValueError(
                 f"kvcomp.patch: max_tokens: {type(self.model).__name__} has sliding or linear"
                 " layers, which cannot use a static cache; leave max_tokens out"
+            )
+        if latent_rank(self.config) is not None:
+            raise ValueError(
+                f"kvcomp.patch: max_tokens: the layers of {type(self.model).__name__} cache latents"
+                " (MLA), for which there is no static cache; leave max_tokens out"
             )
         ours = [layer for layer in first.layers if isinstance(layer, Layer)]
         windows = [layer.window for layer in ours if layer.window is not None]

@@ -75,6 +75,7 @@ class Retrieval(Method):
     croppable: ClassVar[bool] = False
     one_way: ClassVar[str] = "segments that are closed stay closed"
     in_step: ClassVar[bool] = True
+    on_latents: ClassVar[bool] = False
     forks: ClassVar[bool] = False  # or the prompt would be in host memory twice
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from kvcomp.ops.decode_attention import decode_attention
 from kvcomp.ops.fetch_rows import fetch_rows
 from kvcomp.ops.hadamard import hadamard
 from kvcomp.ops.kmeans import kmeans
+from kvcomp.ops.latent_attention import latent_attention
 from kvcomp.ops.linear_rows import linear_rows
 from kvcomp.ops.merge_states import merge_states
 from kvcomp.ops.page_scores import page_scores
@@ -41,6 +42,7 @@ __all__ = [
     "fetch_rows",
     "hadamard",
     "kmeans",
+    "latent_attention",
     "linear_rows",
     "merge_states",
     "page_scores",

@@ -99,7 +99,6 @@ OTHERS: dict[str, dict] = {
 # model type -> why a method cannot decode it exactly, as the refusal says it
 REFUSED = {
     "gemma2": "caps its attention logits",
-    "deepseek_v3": "caches a latent",
 }
 
 

@@ -58,6 +58,21 @@ def append_attention(count=3, **changes):
     return Call(ops.append_attention, **args)
 
 
+def latent_attention(**changes):
+    """A good call of latent_attention, all pages listed."""
+    args = {
+        "q": torch.randn(B, HQ, 48),
+        "latents": torch.randn(B, T, 48),
+        "seq_lens": ints(T, 3),
+        "value_dim": 32,
+        "scale": 0.2,
+        "page_ids": torch.arange(T // 8, dtype=torch.int32).expand(B, 1, -1),
+        "page_size": 8,
+        **changes,
+    }
+    return Call(ops.latent_attention, **args)
+
+
 def ints(*values):
     return torch.tensor(values, dtype=torch.int32)
 

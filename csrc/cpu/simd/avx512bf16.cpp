@@ -39,6 +39,20 @@ struct Dot<Bfloat16> {
   static Vec finish(Vec sum) { return sum; }
 };
 
+template <class T>
+struct Packed;
+
+template <>
+struct Packed<Bfloat16> {
+  static constexpr int kElements = 2;
+
+  static Vec steps(const Bfloat16* row) { return {_mm512_castsi512_ps(_mm512_loadu_si512(row))}; }
+  static Vec add(Vec q, Vec k, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.x, (__m512bh)_mm512_castps_si512(q.x),
+                             (__m512bh)_mm512_castps_si512(k.x))};
+  }
+};
+
 #include "rows.inl"
 
 }  // namespace

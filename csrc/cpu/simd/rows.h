@@ -86,6 +86,19 @@ struct TypedRows {
   // A row to floats and back, times `factor`, in the order of its elements.
   void (*widen)(const void* row, int head_dim, float* out);
   void (*narrow)(const float* row, float factor, int head_dim, void* out);
+
+  // For many heads that share their rows. q [D] -> prepared [D floats of space], and a whole tile
+  // of rows -> packed [D, kTile floats of space], as qk_packed multiplies them.
+  void (*prepare_shared_q)(const void* q, int head_dim, float* prepared);
+  void (*pack)(RowPointers rows, int head_dim, float* packed);
+
+  // As qk, over all kTile rows of a packed tile.
+  void (*qk_packed)(const float* prepared_q, int num_heads, int head_dim, const float* packed,
+                    float scale, float* logits);
+
+  // As pv, for the first `width` elements of the rows; acc [num_heads, width].
+  void (*pv_shared)(const float* probs, int num_heads, int width, RowPointers rows, int count,
+                    const float* rescale, float* acc);
 };
 
 // Loops over rows of codes.

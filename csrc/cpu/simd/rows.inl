@@ -25,6 +25,11 @@ constexpr float kInfinity = __builtin_huge_valf();
 
 using Ints __attribute__((vector_size(kLanes * 4))) = std::int32_t;
 
+template <int N>
+struct Count {  // a number as a type
+  static constexpr int value = N;
+};
+
 inline int min(int a, int b) { return a < b ? a : b; }
 
 // exp(x) for x <= 0 within 2 ulp; 0 below the normal range, so that -inf gives 0 exactly.
@@ -46,6 +51,7 @@ inline Vec exp(Vec x) {
 #include "attention.inl"
 #include "clustering.inl"
 #include "codes.inl"
+#include "latent.inl"
 #include "linear.inl"
 #include "logits.inl"
 #include "selection.inl"
@@ -79,8 +85,10 @@ void rotate(void* row_, int half, const float* cos, const float* sin) {
 
 template <class T>
 constexpr TypedRows typed_rows() {
-  return {&prepare_q<T>, &qk<T>,       &pv<T>,     &store_row<T>, &blend<T>,     &nearest<T>,
-          &rotate<T>,    &products<T>, &linear<T>, &widen_row<T>, &narrow_row<T>};
+  return {&prepare_q<T>, &qk<T>,        &pv<T>,         &store_row<T>,
+          &blend<T>,     &nearest<T>,   &rotate<T>,     &products<T>,
+          &linear<T>,    &widen_row<T>, &narrow_row<T>, &prepare_shared_q<T>,
+          &pack<T>,      &qk_packed<T>, &pv_shared<T>};
 }
 
 constexpr CodeRows code_rows() {

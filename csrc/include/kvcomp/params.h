@@ -77,6 +77,12 @@ struct AppendAttentionParams {
   int32_t num_queries;  // m
 };
 
+// One row of `k` a token, for all heads: its key, whose first value_dim columns are its value.
+struct LatentAttentionParams {
+  DecodeAttentionParams attention;  // one KV head, v = k, out [B, Hq, value_dim]
+  int32_t value_dim;
+};
+
 struct LinearRowsParams {
   static constexpr int kMaxRows = 8;
 

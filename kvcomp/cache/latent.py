@@ -1,0 +1,141 @@
+"""LatentLayer: a layer of multi-head latent attention (MLA), one row a token for all heads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvcomp import ops
+from kvcomp.cache.layer import LayerCache
+
+if TYPE_CHECKING:
+    from kvcomp.cache.kv_cache import KVCache
+
+
+class LatentLayer(LayerCache):
+    """Rows [B, 1, capacity, D] of one KV head: a token's latent, then its rotated key.
+
+    The whole row is the token's key, and its latent is its value, for queries that have been
+    brought into the latent space. So `keys` and `values` overlap, and no V is stored.
+
+    Attributes:
+        rank: columns of the latent.
+    """
+
+    def __init__(self, cache: KVCache, position: int, rank: int) -> None:
+        self.rank = rank
+        super().__init__(cache, position)
+
+    @property
+    def values(self) -> Tensor:
+        """[B, 1, max_len, rank]; row b is valid up to seq_lens[b]."""
+        return self.keys[..., : self.rank]
+
+    @property
+    def moved(self) -> tuple[Tensor, Tensor]:
+        """The two halves of all rows: what moves a key and a value moves a row by its halves."""
+        first, second = self._k.chunk(2, -1)
+        return first, second
+
+    def taken_in(self, slots: int) -> tuple[Tensor, Tensor]:
+        rows = self._k[:, :, :slots]
+        return rows[..., : self.rank], rows[..., self.rank :]
+
+    def _as_kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of latents k [B, 1, n, rank] and rotated keys v [B, 1, n, R], and no V.
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+        """
+        if k.ndim != 4 or k.shape[1] != 1 or k.shape[3] != self.rank or v.shape[:3] != k.shape[:3]:
+            raise ValueError(
+                f"kvcomp: append: expected latents [B, 1, n, {self.rank}] and rotated keys"
+                f" [B, 1, n, R], got {list(k.shape)} and {list(v.shape)}"
+            )
+        rows = torch.cat([k, v], -1)
+        return rows, rows[..., :0]
+
+    def repeat_heads(self, heads: int) -> None:
+        raise ValueError(
+            "kvcomp: sets of tokens per query head need K and V of each head, and the layers of"
+            " this model cache a latent for all heads (MLA); use another unit than 'query_head'"
+        )
+
+    def _value_dim(self, head_dim: int) -> int:
+        return 0
+
+    def attend_over(
+        self,
+        q: Tensor,
+        scale: float,
+        keys: Tensor,
+        values: Tensor,
+        lens: Tensor,
+        *,
+        page_ids: Tensor | None = None,
+        page_size: int = 1,
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`latent_attention` over a part of this layer, counted; out [B, Hq, rank], lse [B, Hq]."""
+        self.cache.meter.attended(self.position, lens)
+        return self._attend(q, scale, keys, lens, page_ids, page_size, logits)
+
+    def attend_staged(
+        self,
+        q: Tensor,
+        scale: float,
+        *,
+        page_ids: Tensor | None = None,
+        page_size: int = 1,
+        seq_lens: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Staged.attend_staged`, one draft after another: out [B, m, Hq, rank]."""
+        rows = self._k[:, :, : self.max_len + self.staged]
+        lens = self.seq_lens + self.staged if seq_lens is None else seq_lens
+        self.cache.meter.verified(self.position, lens, self.staged)
+        found = [
+            self._attend(
+                q[:, :, index],
+                scale,
+                rows,
+                lens - (self.staged - 1 - index),
+                page_ids,
+                page_size,
+                None if logits is None else logits[:, index],
+            )
+            for index in range(self.staged)
+        ]
+        out, lse = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
+        return out, lse
+
+    def _attend(
+        self,
+        q: Tensor,
+        scale: float,
+        rows: Tensor,
+        lens: Tensor,
+        page_ids: Tensor | None,
+        page_size: int,
+        logits: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return ops.latent_attention(
+            q,
+            rows[:, 0],
+            lens,
+            value_dim=self.rank,
+            scale=scale,
+            page_ids=page_ids,
+            page_size=page_size,
+            logits=logits,
+        )
+
+    def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
+        """`attend` with logits, `page_scores` of them and `select_pages` by these scores; the
+        arguments of the ops."""
+        logits, page_size = selection.pop("logits"), selection.pop("page_size")
+        out, lse = self.attend(q, scale, logits=logits)
+        scores = ops.page_scores(logits[..., : self.max_len], lse, self.seq_lens, page_size)
+        return out, lse, scores, *ops.select_pages(scores, self.seq_lens, page_size, **selection)
