@@ -77,6 +77,8 @@ class Shape:
         windows: window of each sliding layer, in tokens.
         linear: number of layers whose state does not grow.
         positions: positions that the model knows; None: no limit.
+        value_dim: values of V of a token and KV head; None: head_dim. 0 in latent attention (MLA),
+            whose one row a token is the key, and V a part of it.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Shape:
     windows: tuple[int, ...] = ()
     linear: int = 0
     positions: int | None = None
+    value_dim: int | None = None
 
     def weights_read(self, tokens: int) -> float:
         """Bytes of weights that a step with this many tokens reads.
@@ -115,9 +118,8 @@ class Shape:
         return sum(min(seen, window) for window in self.windows) * self.place(1, 0).token_bytes
 
     def place(self, seen: float, prompt: int) -> Place:
-        return Place(
-            seen, prompt, self.layers, self.heads, self.kv_heads, self.head_dim, self.itemsize
-        )
+        sizes = self.layers, self.heads, self.kv_heads, self.head_dim, self.itemsize
+        return Place(seen, prompt, *sizes, self.value_dim)
 
 
 @dataclass(frozen=True)

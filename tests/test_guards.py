@@ -456,7 +456,7 @@ def test_other_models_are_refused_with_their_reason(kind, method):
 def test_default_configs_are_refused_with_their_reason(kind):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind]())
-    reason = r"\(MLA\)|says nothing of its layers|requires its own cache class"
+    reason = r"DynamicIndexedLayer|says nothing of its layers|requires its own cache class"
     with pytest.raises(ValueError, match=reason):
         kvcomp.patch(model, Full())
 

@@ -28,10 +28,10 @@ def headline(found: Plan) -> Iterator[str]:
     if model.weights > device.memory:
         verdict += ", nor do the weights alone"
     as_kv = found.weights_read / found.kv_per_token  # tokens
-    yield (
-        f"[bold]{escape(model.name)}[/bold]  {model.dtype}, {' and '.join(layers)}, {model.heads}"
-        f" query and {model.kv_heads} KV heads of {model.head_dim}"
-    )
+    heads = f"{model.heads} query and {model.kv_heads} KV heads of {model.head_dim}"
+    if model.value_dim == 0:
+        heads = f"{model.heads} query heads over latents of {model.head_dim} values a token"
+    yield f"[bold]{escape(model.name)}[/bold]  {model.dtype}, {' and '.join(layers)}, {heads}"
     yield (
         f"weights  {_size(model.weights)}; a step reads {_size(found.weights_read)}{experts}, equal"
         f" to the KV of {as_kv:,.0f} tokens"

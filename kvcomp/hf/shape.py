@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 from kvcomp.hf.auto import auto_class
 from kvcomp.hf.cache import WINDOW, Cache, Layer
+from kvcomp.hf.decoder import values_of
+from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.refusals import refuse
 from kvcomp.methods import Method
 from kvcomp.plan import Shape
@@ -70,6 +72,7 @@ def shape_of(
         windows=tuple(getattr(cache.layers[index], WINDOW) for index in sliding),
         linear=len(cache.layers) - len(managed) - len(sliding),
         positions=getattr(text, "max_position_embeddings", None),
+        value_dim=None if latent_rank(text) is None else 0,
         **count_weights(model, text, name),
     )
     check_heads(model, shape, {*managed, *sliding})
@@ -85,13 +88,16 @@ def shape_of(
 
 
 def head_counts(config: Any, name: str) -> tuple[int, int, int]:
-    """Query heads, KV heads and head size of every attention layer."""
+    """Query heads, KV heads and head size of every attention layer; where layers cache latents for
+    all heads, one KV head of a row's size."""
     try:
         heads: Any = getattr(config, "num_attention_heads", None)
         kv_heads: Any = getattr(config, "num_key_value_heads", None) or heads
         head_dim: Any = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
     except RuntimeError as error:  # transformers raises it if layers differ
         raise ValueError(f"kvcomp.plan: {name} has layers with heads of different sizes") from error
+    if (rank := latent_rank(config)) is not None:
+        kv_heads, head_dim = 1, rank + max(values_of(config, "qk_rope_head_dim"))
     if not all(isinstance(count, int) for count in (heads, kv_heads, head_dim)):
         raise ValueError(
             f"kvcomp.plan: {name}: {type(config).__name__} names no attention heads, or different"

@@ -18,6 +18,8 @@ class Place:
         layers: number of layers that the method manages.
         heads, kv_heads, head_dim: Hq, Hkv and D.
         itemsize: bytes of one value of K or V.
+        value_dim: values of V of a token and KV head; None: head_dim. 0 in latent attention (MLA),
+            where V is a part of K.
     """
 
     seen: float
@@ -27,11 +29,13 @@ class Place:
     kv_heads: int
     head_dim: int
     itemsize: int
+    value_dim: int | None = None
 
     @property
     def token_bytes(self) -> int:
         """Bytes of K and V of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.itemsize
+        value_dim = self.head_dim if self.value_dim is None else self.value_dim
+        return self.kv_heads * (self.head_dim + value_dim) * self.itemsize
 
     @property
     def logit_bytes(self) -> int:

@@ -96,6 +96,52 @@ OTHERS: dict[str, dict] = {
     },
 }
 
+_MLA = {
+    "num_key_value_heads": 4,
+    "head_dim": 16,  # the rotated part's
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 24,
+}
+_MLA_MOE = {
+    **_MLA,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 2,
+}
+_MLA_HYBRID = {
+    **_MLA_MOE,
+    "num_hidden_layers": 6,
+    "layer_types": ["linear_attention", "full_attention"] * 3,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
+}
+
+# Architectures whose layers cache a latent for all heads (MLA), beside those above.
+LATENT: dict[str, dict] = {
+    "deepseek_v2": _MLA_MOE,
+    "glm4_moe_lite": _MLA_MOE,
+    "minicpm3": _MLA,
+    "youtu": _MLA,
+    "axk1": {**_MLA_MOE, "mlp_layer_types": ["dense", "dense", "sparse", "sparse"]},
+    "longcat_flash": {
+        **_MLA_MOE,
+        "num_layers": 2,
+        "ffn_hidden_size": 64,
+        "expert_ffn_hidden_size": 32,
+        "moe_topk": 2,
+        "zero_expert_num": 2,
+    },
+    "kimi_linear": _MLA_HYBRID,
+    "bailing_hybrid": {**_MLA_HYBRID, "num_shared_experts": 1},
+}
+
 # model type -> why a method cannot decode it exactly, as the refusal says it
 REFUSED = {
     "gemma2": "caps its attention logits",
@@ -110,7 +156,7 @@ def tiny_model(kind: str, seed: int = 0, **overrides) -> PreTrainedModel:
     """
     try:
         config = AutoConfig.for_model(
-            kind, **{**COMMON, **(ARCHITECTURES | OTHERS)[kind], **overrides}
+            kind, **{**COMMON, **(ARCHITECTURES | OTHERS | LATENT)[kind], **overrides}
         )
     except Exception as error:  # unknown, or its own validation is broken in that version
         raise ValueError(

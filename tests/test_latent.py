@@ -1,0 +1,220 @@
+"""Latent attention (MLA): absorbed queries find what expanded keys and values would give."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Mistral4Config, Mistral4ForCausalLM
+
+import kvcomp
+from kvcomp import METHODS, Delta, Full, LazyEviction, StreamingLLM
+from kvcomp.cache import KVCache
+from kvcomp.cache.latent import LatentLayer
+from kvcomp.hf.shape import shape_of
+from kvcomp.testing.models import COMMON, LATENT, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_outputs")
+
+STEPS = 14
+SMALL = [
+    Full(),
+    Delta(budget=12, page_size=4, recent=2, warmup=1, delta_layers=(1, 2)),
+    LazyEviction.example(16),
+    METHODS["raas"].example(16),
+    METHODS["recency-window"].example(16),
+]
+
+
+def name_of(method):
+    return method.name
+
+
+def batch(width=21, pad=6):
+    ids = torch.randint(3, 128, (2, width), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :pad] = mask[0, :pad] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, given, **options):
+    return model.generate(**given, **{"max_new_tokens": STEPS, "do_sample": False, **options})
+
+
+def mistral4():
+    """Its text class is not among those of AutoModelForCausalLM; its queries are scaled."""
+    sizes = {**COMMON, **LATENT["glm4_moe_lite"], "head_dim": 48}
+    torch.manual_seed(0)
+    model = Mistral4ForCausalLM(Mistral4Config(**sizes)).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.mark.parametrize("kind", [*LATENT, "mistral4"])
+def test_every_architecture_generates_as_it_does_itself(kind):
+    model = mistral4() if kind == "mistral4" else tiny_model(kind)
+    stock = generate(model, batch())
+    assert stock[:, 21:].unique().numel() > 8, "the model is degenerate"
+    for method in (Full(), Delta.example(256), LazyEviction.example(256)):
+        with kvcomp.patch(model, method) as run:
+            assert torch.equal(generate(model, batch()), stock), method
+        assert run.report().tokens_decoded == 2 * (STEPS - 1)
+    assert torch.equal(generate(model, batch()), stock), "undo left something behind"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"prefill_chunk_size": 5}, {"num_return_sequences": 2, "num_beams": 2}],
+    ids=lambda options: "-".join(options),
+)
+def test_ways_to_generate(options):
+    model = tiny_model("deepseek_v3")
+    stock = generate(model, batch(), **options)
+    with kvcomp.patch(model, Full()):
+        assert torch.equal(generate(model, batch(), **options), stock)
+    with torch.no_grad():  # without a cache
+        want = model(**batch(), use_cache=False).logits
+        with kvcomp.patch(model, Full()):
+            torch.testing.assert_close(model(**batch(), use_cache=False).logits, want)
+
+
+class Spy:
+    """Which tokens every layer reads in every decode step, of one sequence."""
+
+    def __init__(self, monkeypatch):
+        self.read: dict[int, list[list[int]]] = {}
+        attend = LatentLayer.attend
+
+        def watched(layer, q, scale, *, page_ids=None, page_size=1, seq_lens=None, logits=None):
+            lens = layer.seq_lens if seq_lens is None else seq_lens
+            slots = torch.arange(layer.max_len)
+            if page_ids is not None:
+                pages = page_ids[0, 0][page_ids[0, 0] >= 0].long()
+                slots = (pages[:, None] * page_size + torch.arange(page_size)).flatten()
+            tokens = layer.positions(1)[0, 0][slots[: int(lens[0])]]
+            self.read.setdefault(layer.position, []).append(tokens.tolist())
+            return attend(
+                layer,
+                q,
+                scale,
+                page_ids=page_ids,
+                page_size=page_size,
+                seq_lens=seq_lens,
+                logits=logits,
+            )
+
+        monkeypatch.setattr(LatentLayer, "attend", watched)
+
+    def mask(self, layer, prompt, total):
+        """[1, 1, total, total] fp32: a prompt is causal, a step sees what was read in it."""
+        seen = torch.ones(total, total, dtype=torch.bool).tril()
+        for step, tokens in enumerate(self.read[layer]):
+            seen[prompt + step] = False
+            seen[prompt + step, tokens] = True
+        return torch.zeros(1, 1, total, total).masked_fill(~seen, -torch.inf)
+
+
+@pytest.mark.parametrize("method", SMALL, ids=name_of)
+def test_a_small_budget_is_expanded_attention_over_the_tokens_it_reads(method, monkeypatch):
+    """The stock model, all tokens at once, each layer with a mask of what was read there."""
+    model = tiny_model("deepseek_v3")
+    ids = batch()["input_ids"][1:]
+    spy = Spy(monkeypatch)
+    with kvcomp.patch(model, method) as run:
+        out = generate(model, {"input_ids": ids}, output_logits=True, return_dict_in_generate=True)
+    if not isinstance(method, Full):
+        assert run.report().attended_ratio < 1
+    prompt, total = ids.shape[1], out.sequences.shape[1] - 1
+
+    def masked(module, args, given):
+        given["attention_mask"] = spy.mask(module.layer_idx, prompt, total)
+        return args, given
+
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(masked, with_kwargs=True)
+    with torch.no_grad():
+        want = model(out.sequences[:, :-1], use_cache=False).logits[:, prompt - 1 :]
+    torch.testing.assert_close(torch.stack(out.logits, 1), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_keeps_one_row_a_token():
+    """At DeepSeek-V3's sizes: 576 elements, where 128 heads would take 128 * (192 + 128)."""
+    cache = KVCache(Full(), 2, rank=512)
+    for layer in cache.layers:
+        latents, rotated = torch.randn(2, 1, 5, 512), torch.randn(2, 1, 5, 64)
+        layer.append(latents.bfloat16(), rotated.bfloat16())
+        assert layer.token_bytes == 576 * 2
+        assert torch.equal(layer.keys, torch.cat([latents, rotated], -1).bfloat16())
+        assert layer.values.data_ptr() == layer.keys.data_ptr()
+        assert torch.equal(layer.values, latents.bfloat16())
+    cache.meter.observe(cache)
+    assert cache.meter.peak_bytes == 2 * 2 * 5 * 576 * 2
+
+
+def test_the_report_counts_latents():
+    model = tiny_model("deepseek_v2")
+    with kvcomp.patch(model, Full()) as run:
+        generate(model, batch())
+    row = LATENT["deepseek_v2"]["kv_lora_rank"] + LATENT["deepseek_v2"]["qk_rope_head_dim"]
+    report = run.report()
+    assert report.kv_bytes_kept == 4 * (2 * (21 + STEPS - 1) - 6) * row * 4
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v2", "kimi_linear"])
+def test_a_plan_counts_the_bytes_of_a_real_cache(kind):
+    model = tiny_model(kind)
+    shape = shape_of(model.config, dtype="float32")
+    with kvcomp.patch(model, Full()) as run, torch.no_grad():
+        model(batch()["input_ids"], past_key_values=run.new_cache())
+    assert shape.kv_per_token * 2 * 21 == run.report().kv_bytes_kept
+    at = shape.place(40, 21)
+    assert Full().step_bytes(at).held == 40 * shape.kv_per_token
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (kvcomp.LouisKV.example(64), "cache a latent for all heads"),
+        (StreamingLLM(budget=24), "moves keys to other positions"),
+    ],
+    ids=["louis-kv", "streaming-llm"],
+)
+def test_methods_that_need_more_are_refused(method, reason):
+    model = tiny_model("deepseek_v3")
+    with pytest.raises(ValueError, match=reason):
+        kvcomp.patch(model, method)
+    with pytest.raises(ValueError, match=r"max_tokens.*no static cache"):
+        kvcomp.patch(model, Full(), max_tokens=64)
+    with (
+        kvcomp.patch(model, LazyEviction(budget=24, window=7, alpha=0.02, unit="query_head")),
+        pytest.raises(ValueError, match="use another unit than 'query_head'"),
+    ):
+        generate(model, batch())
+
+
+class Quantized(nn.Module):
+    """A projection whose weights nothing can be absorbed from."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_projection_that_cannot_be_absorbed_is_refused():
+    model = tiny_model("deepseek_v3")
+    attention = model.model.layers[2].self_attn
+    attention.kv_b_proj = Quantized(attention.kv_b_proj)
+    with pytest.raises(ValueError, match=r"layer 2 expands its latents .* by Quantized"):
+        kvcomp.patch(model, Full())
+    assert "expand_kv" not in vars(attention)
+
+
+def test_shapes_that_fit_no_latent_are_named():
+    layer = KVCache(Full(), 1, rank=32).layers[0]
+    with pytest.raises(ValueError, match=r"expected latents \[B, 1, n, 32\].*got \[2, 1, 5, 16\]"):
+        layer.append(torch.randn(2, 1, 5, 16), torch.randn(2, 1, 5, 16))
+    layer.append(torch.randn(2, 1, 5, 32), torch.randn(2, 1, 5, 16))
+    with pytest.raises(ValueError, match="append: head size: the cache has 48, got 56"):
+        layer.append(torch.randn(2, 1, 5, 32), torch.randn(2, 1, 5, 24))
