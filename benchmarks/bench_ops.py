@@ -40,6 +40,9 @@ How to read a row:
   says how many of K those are. On a GPU it counts the bytes over the link, beside one large copy
   from pinned memory and `copies`, which asks row by row. In `select_units`, `topk` treats every
   unit as if it had 16 tokens.
+* `latent_attention` has its own sizes, those of DeepSeek-V3 and V2-Lite. `matmul` is two products
+  of the op's sizes without a softmax; `layer` is a layer's step between queries and outputs of its
+  heads, and that of transformers expands K and V of all tokens.
 * `overhead` shows the public call, the native call beneath it, and the difference: Python,
   dispatcher, and allocating the outputs.
 * `WRONG RESULT`: the error is over its budget.
@@ -68,6 +71,7 @@ from ops import (
     codes,
     eviction,
     fetching,
+    latent,
     lazy_eviction,
     linear,
     overhead,
@@ -87,6 +91,7 @@ BENCHMARKS = {
     "decode_attention": attention.bench_decode_attention,
     "append_attention": append_attention.bench_append_attention,
     "second_turn": append_attention.bench_second_turn,
+    "latent_attention": latent.bench_latent_attention,
     "merge_states": attention.bench_merge_states,
     "linear_rows": linear.bench_linear_rows,
     "quantize_rows": codes.bench_quantize_rows,
