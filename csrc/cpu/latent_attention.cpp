@@ -33,7 +33,7 @@ class Kernel {
       : p_(params.attention),
         value_dim_(params.value_dim),
         rows_(simd::rows()),
-        typed_(typed(rows_, p_.dtype)) {}
+        typed_(typed(rows_, p_.q_dtype)) {}
 
   void run() {
     constexpr std::int64_t kGrain = 1 << 19;  // multiply-adds that are worth a thread
@@ -98,7 +98,7 @@ class Kernel {
     std::fill_n(max, task.heads, -kInfinity);
     std::fill_n(sum, task.heads, 0.0f);
     std::fill_n(acc, std::size_t(task.heads) * value_dim_, 0.0f);
-    const int size = size_of(p_.dtype);
+    const int size = size_of(p_.q_dtype);
     for (int h = 0; h < task.heads; ++h) {
       const std::int64_t at = task.batch * p_.stride_q_b + (task.first_head + h) * p_.stride_q_h;
       typed_.prepare_shared_q(static_cast<const char*>(p_.q) + at * size, p_.head_dim,
@@ -148,12 +148,12 @@ class Kernel {
       max = std::max(max, from.max[head]);
     }
     const std::int64_t at = std::int64_t{batch} * p_.num_heads + head;
-    char* const out = static_cast<char*>(p_.out) + at * value_dim_ * size_of(p_.dtype);
+    char* const out = static_cast<char*>(p_.out) + at * value_dim_ * size_of(p_.q_dtype);
     p_.lse[at] = acc ? max + std::log(sum) : -kInfinity;
     if (acc) {
       typed_.store(acc, 1.0f / sum, value_dim_, out);
     } else {
-      std::fill_n(out, std::int64_t{value_dim_} * size_of(p_.dtype), 0);
+      std::fill_n(out, std::int64_t{value_dim_} * size_of(p_.q_dtype), 0);
     }
   }
 

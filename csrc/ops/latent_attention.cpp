@@ -68,7 +68,7 @@ void latent_attention(Backend backend, py::handle q_, py::handle latents_, py::h
   at.contiguous(lse);
 
   DecodeAttentionParams attention{};
-  attention.dtype = at.scalar_type(q);
+  attention.q_dtype = attention.kv_dtype = at.scalar_type(q);
   attention.q = q.data;
   attention.k = attention.v = latents.data;
   attention.seq_lens = seq_lens.as<std::int32_t>();
