@@ -182,20 +182,3 @@ def test_crop_takes_the_number_of_tokens_to_take_back(llama):
         assert cache.get_seq_length() == 16
         cache.crop(0)
         assert cache.get_seq_length() == 16
-
-
-@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].croppable])
-def test_assistants_where_several_tokens_would_be_dense(llama, name):
-    """What they check attends to everything: the method's own tokens, or the reason."""
-    one, lookup = IDS[:1], {"prompt_lookup_num_tokens": 3, "eos_token_id": 2}
-    stock = turn(llama, one, **lookup).sequences
-    with kvcomp.patch(llama, METHODS[name].example(*(() if name == "full" else (64,)))):
-        assert torch.equal(turn(llama, one, **lookup).sequences, stock)
-    if name == "full":
-        return
-    with kvcomp.patch(llama, small(name)):
-        for options in (lookup, {"assistant_early_exit": 2}, {"assistant_model": llama}):
-            with pytest.raises(
-                ValueError, match=r"checks several tokens at once.*from 24 tokens on"
-            ):
-                turn(llama, one, **options)

@@ -145,13 +145,7 @@ class Layer(CacheLayerMixin):
             ValueError: a positive number, with transformers 5.15 or later; more tokens than there
                 are; a method that cannot take tokens back.
         """
-        tokens = int(tokens)  # some versions pass a tensor
-        if tokens > 0 and not CROPS_TO_LENGTH:
-            raise ValueError(
-                f"kvcomp: crop: expected minus the number of tokens to take back, got {tokens}"
-            )
-        there = self.kv.seen_and_staged
-        count = -tokens if tokens <= 0 else max(there - tokens, 0)
+        count = taken_back(tokens, self.kv.seen_and_staged)
         if self.kv.position == 0:  # the cache crops all of its layers at once
             if self.kv.staged:
                 self.owner.accept(self.kv.staged - count)
@@ -362,6 +356,16 @@ class Cache(TransformersCache):
         """Whether the running forward got or made this attention mask. Such a mask says no more
         than the cache knows; a mask changed by a layer may."""
         return mask is None or any(_same(mask, known) for known in self.masks)
+
+
+def taken_back(tokens: int | Tensor, there: int) -> int:
+    """How many of the tokens that are there `crop(tokens)` takes back; see `Layer.crop`."""
+    tokens = int(tokens)  # some versions pass a tensor
+    if tokens > 0 and not CROPS_TO_LENGTH:
+        raise ValueError(
+            f"kvcomp: crop: expected minus the number of tokens to take back, got {tokens}"
+        )
+    return -tokens if tokens <= 0 else max(there - tokens, 0)
 
 
 def _is_full(layer: Any, positions: list[int]) -> bool:

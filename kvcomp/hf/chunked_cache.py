@@ -21,12 +21,13 @@ from transformers.cache_utils import Cache as TransformersCache
 from kvcomp.cache import Meter
 from kvcomp.cache.later import forget, known, later
 from kvcomp.hf.cache import Cache
+from kvcomp.hf.chunked_drafts import ChunkedDrafts
 from kvcomp.hf.next_context import Encode, NextContext, now
 from kvcomp.hf.text import first_difference
 from kvcomp.methods.delethink import Chunk, Delethink
 
 
-class ChunkedCache(TransformersCache):
+class ChunkedCache(ChunkedDrafts, TransformersCache):
     """A transformers cache under `Delethink`.
 
     Args:
@@ -72,6 +73,7 @@ class ChunkedCache(TransformersCache):
         self._mask: Tensor | None = None  # [B, columns] of the prompt; None: no padding
         self._forgotten = 0  # output tokens after the head
         self._next: NextContext | None = None  # being encoded, with reset="streaming"
+        self.staging = False  # whether the tokens of the next forward are drafts
         self._began: float | None = None  # the forward that encodes the new context
 
     def __deepcopy__(self, memo: dict) -> ChunkedCache:
@@ -167,6 +169,8 @@ class ChunkedCache(TransformersCache):
             raise ValueError(
                 "kvcomp: inputs_embeds: delethink encodes tokens again and needs their ids"
             )
+        if self.staging:
+            return self._with(given, self._enter_drafts(ids, encode))
         if self._is_prompt(ids):
             self._add_prompt(ids, mask)
             if given.get("position_ids") is None:  # as those of the output will be
@@ -174,7 +178,8 @@ class ChunkedCache(TransformersCache):
                 positions = self._placed(first, ids.shape[1])["position_ids"]
                 given = given | {"position_ids": positions}
             return given | {"past_key_values": self.context}
-        self._add_output(ids, mask)
+        self._check_output(ids, mask)
+        self._add_output(ids)
         crosses = self.produced == self.chunk.stop
         try:
             if crosses and self.whole:
@@ -196,6 +201,9 @@ class ChunkedCache(TransformersCache):
             placed = self._all_of_it(seen + 1)
         else:
             placed = self._placed(seen, 1)
+        return self._with(given, placed)
+
+    def _with(self, given: dict[str, Any], placed: dict[str, Any]) -> dict[str, Any]:
         if "cache_position" in given:  # of older versions of transformers
             placed["cache_position"] = None  # the cache implies it
         return given | placed | {"past_key_values": self.context}
@@ -234,7 +242,7 @@ class ChunkedCache(TransformersCache):
             )
         self._prompt, self._mask = joined, mask
 
-    def _add_output(self, ids: Tensor, mask: Tensor | None) -> None:
+    def _check_output(self, ids: Tensor, mask: Tensor | None) -> None:
         if ids.shape[1] != 1:
             raise ValueError(
                 f"kvcomp: delethink: expected one new token at a time after the prompt, got"
@@ -248,13 +256,15 @@ class ChunkedCache(TransformersCache):
             )
         if mask is not None and not mask.is_cuda and not bool(mask[:, -1].all()):
             raise ValueError("kvcomp: attention_mask: delethink: a row cannot skip a step")
-        place = self.produced - self._forgotten
+
+    def _add_output(self, ids: Tensor) -> None:
+        place, count = self.produced - self._forgotten, ids.shape[1]
         begun = known(self, "_output")
-        if not begun or self._output.shape[1] == place:
+        if not begun or self._output.shape[1] < place + count:
             room = ids.new_zeros(len(ids), max(1024, place))
             self._output = torch.cat([self._output, room], 1) if begun else room
-        self._output[:, place] = ids[:, 0]
-        self.produced += 1
+        self._output[:, place : place + count] = ids
+        self.produced += count
 
     # --- contexts ---------------------------------------------------------------------------------
 

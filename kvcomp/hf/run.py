@@ -28,6 +28,7 @@ from kvcomp.hf import attention
 from kvcomp.hf.cache import SKIPS, Cache, Layer
 from kvcomp.hf.checkpoints import without_cache, without_checkpoints
 from kvcomp.hf.decoder import attention_modules, decoder_of
+from kvcomp.hf.drafting import Drafts, refuse_assistants, refuse_itself
 from kvcomp.hf.gate import Gate
 from kvcomp.hf.latent import EXPAND, Latents, as_stored, keeps_latents
 from kvcomp.hf.linear import LinearLayers, speed_up
@@ -194,6 +195,8 @@ class Run(Turns):
         ours = wraps(prepare)(partial(self._prepare_inputs, prepare))
         self._replace(model, "prepare_inputs_for_generation", ours)
         self._logits_processor = model._get_logits_processor
+        candidates = partial(self._candidates, model._get_candidate_generator)
+        self._replace(model, "_get_candidate_generator", candidates)
         self._replace(model, "_get_logits_processor", self._begin_generation)
 
     def _replace(self, module: Module, name: str, function: Callable) -> None:
@@ -232,25 +235,16 @@ class Run(Turns):
                 f"{generation_config.cache_implementation!r}): the patched model uses its own cache"
             )
         if "assisted" in str(mode).lower():
-            self._refuse_assistants(generation_config.max_length)
+            refuse_assistants(self.method)
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_cache()
         self._check_cache(model_kwargs["past_key_values"])
 
-    def _refuse_assistants(self, length: int) -> None:
-        method = self.method
-        if not method.croppable:
-            raise ValueError(
-                f"kvcomp: assisted decoding takes tokens back, which {method.name} cannot do:"
-                f" {method.one_way}"
-            )
-        if length > method.dense_up_to:
-            raise ValueError(
-                "kvcomp: assisted decoding checks several tokens at once, and they attend to"
-                f" everything, while {method.name} chooses what each token attends to from"
-                f" {method.dense_up_to} tokens on; expected at most that many in all, got up to"
-                f" {length}. Decode without an assistant, early exit or prompt lookup"
-            )
+    def _candidates(self, make: Callable, *args: Any, **given: Any) -> Drafts:
+        """In place of the model's own `_get_candidate_generator`."""
+        config, assistant = given["generation_config"], given.get("assistant_model")
+        refuse_itself(self.model, assistant, config.assistant_early_exit, self.method)
+        return Drafts(make(*args, **given), given["model_kwargs"]["past_key_values"])
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, self.cache_class) or cache.meter is not self.meter:
@@ -261,9 +255,18 @@ class Run(Turns):
 
     def _prepare_inputs(self, prepare: Callable, input_ids: Tensor, **given: Any) -> dict:
         """Replaces the model's own. Some models (Phi-3 with longrope) drop the cache where their
-        rotary frequencies change and encode everything again; kvcomp's cache is then reset."""
-        inputs = prepare(input_ids, **given)
+        rotary frequencies change and encode everything again; kvcomp's cache is then reset.
+        Assisted decoding hands in all of the text in a further turn; only its end is new."""
         cache = given.get("past_key_values")
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        told = ("next_sequence_length", "inputs_embeds")
+        if (
+            seen
+            and given.get("is_first_iteration")
+            and not any(given.get(x) is not None for x in told)
+        ):
+            given["next_sequence_length"] = max(input_ids.shape[1] - seen, 0) or None
+        inputs = prepare(input_ids, **given)
         if cache is not None and inputs.get("past_key_values") is None:
             self._check_cache(cache)
             cache.begin_anew()
