@@ -375,3 +375,27 @@ def test_a_file_never_holds_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         record.write_json(tmp_path / "x.json", {}, [row])
     assert not (tmp_path / "x.json").exists()
+
+
+def test_strategies_of_long_reasoning(tmp_path):
+    path = tmp_path / "thinking.json"
+    bench = script("bench_thinking")
+    parts = [name for name in bench.PARTS if name != "stand"]
+    assert bench.main(["--smoke", "--part", *parts, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["part"] for row in rows} <= set(parts)
+    of = {(row["part"], row["contender"]): row for row in rows}
+    assert of["votes", "majority@4"]["tokens_ratio"] == 1
+    assert of["votes", "short-1@4"]["path"] <= of["votes", "short-3@4"]["path"]
+    means = [of["stop", f"bias {bias}"]["mean"] for bias in (0, 5, 10, 15, 20)]
+    assert means == sorted(means, reverse=True)
+    forced = of["stop", "budget 8..16"]
+    assert 8 <= forced["shortest"] <= forced["longest"] <= 16
+    drafts, chain = of["rounds", "pdr 8, 4, 1"], of["rounds", "sr 3"]
+    assert drafts["tokens"] > drafts["path"] and chain["tokens"] == chain["path"]
+
+
+def test_auc_of_a_signal():
+    auc = script("bench_thinking").auc
+    assert auc([3, 2, 1], [True, True, False]) == 1 and auc([1, 1], [True, False]) == 0.5
+    assert math.isnan(auc([1, 2], [True, True]))
