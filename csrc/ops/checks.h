@@ -20,7 +20,7 @@ inline void check_head_dim(const Boundary& at, const char* argument, std::int64_
 
 // What the loops of cpu/simd/rows.h take.
 inline void check_row_dim(const Boundary& at, const char* argument, std::int64_t head_dim,
-                          std::int64_t most = 512) {
+                          std::int64_t most = 1024) {
   if (head_dim >= 16 && head_dim <= most && head_dim % 16 == 0) return;
   at.fail(argument, "a head size that is a multiple of 16, at most " + std::to_string(most),
           head_dim);

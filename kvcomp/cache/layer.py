@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class LayerCache(Staged):
         state: the method's notes on the rows of this layer, tensors [B, ...] that follow the rows
             through `select`.
         scale: factor of the logits, known from the first prompt on.
+        is_shared: whether other layers of the model attend to K and V of this one.
         sinks: [Hq], learned logits of a token without a value in every softmax; None: the model has
             none.
         added: tokens that each row gained by the last `append`, a number or [B] int32.
@@ -56,6 +57,7 @@ class LayerCache(Staged):
     def __init__(self, cache: KVCache, position: int) -> None:
         self.own(cache)
         self.position = position
+        self.is_shared = False
         self.reset()
 
     def own(self, cache: KVCache) -> None:
@@ -134,44 +136,6 @@ class LayerCache(Staged):
         self.max_len += count
         self.columns += count
         self._arrivals.add(count, valid)
-
-    def attend(
-        self,
-        q: Tensor,
-        scale: float,
-        *,
-        page_ids: Tensor | None = None,
-        page_size: int = 1,
-        seq_lens: Tensor | None = None,
-        logits: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`decode_attention` over this layer, counted. Methods call the kernel only through this.
-
-        Returns:
-            out [B, Hq, D] and lse [B, Hq], sinks included.
-        """
-        lens = self.seq_lens if seq_lens is None else seq_lens
-        return self.attend_over(
-            q,
-            scale,
-            self.keys,
-            self.values,
-            lens,
-            page_ids=page_ids,
-            page_size=page_size,
-            logits=logits,
-        )
-
-    def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
-        """`attend_and_select` over this layer, counted, for layers without `sinks`. `selection` is
-        passed on.
-
-        Returns:
-            out [B, Hq, D], lse [B, Hq], scores, selected_ids and selected_lens.
-        """
-        self.cache.meter.attended(self.position, self.seq_lens)
-        keys, values = self.keys, self.values
-        return ops.attend_and_select(q, keys, values, self.seq_lens, scale=scale, **selection)
 
     def remember(self, name: str, note: Tensor) -> Tensor:
         """Set `state[name]` to a note that decode steps change in place."""

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from kvcomp import ops
 from kvcomp.cache.arrivals import Arrivals
-from kvcomp.cache.slab import Slab
+from kvcomp.cache.attended import Attended
 
 if TYPE_CHECKING:
     from kvcomp.cache.hosted import Hosted
     from kvcomp.cache.kv_cache import KVCache
 
 
-class Staged(Slab):
+class Staged(Attended):
     """The part of a layer that holds drafts.
 
     Attributes:
@@ -178,35 +178,6 @@ class Staged(Slab):
             )
             outs.append(out)
         return torch.stack(outs, 1)
-
-    def attend_over(
-        self,
-        q: Tensor,
-        scale: float,
-        keys: Tensor,
-        values: Tensor,
-        lens: Tensor,
-        *,
-        page_ids: Tensor | None = None,
-        page_size: int = 1,
-        logits: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`decode_attention` over a part of this layer, counted; out [B, Hq, D], lse [B, Hq]."""
-        self.cache.meter.attended(self.position, lens)
-        out, lse = ops.decode_attention(
-            q,
-            keys,
-            values,
-            lens,
-            page_ids=page_ids,
-            page_size=page_size,
-            scale=scale,
-            logits=logits,
-        )
-        if self.sinks is None:
-            return out, lse
-        sinks = self.sinks.detach().float().expand_as(lse).contiguous()
-        return ops.merge_states(out, lse, torch.zeros_like(out), sinks)
 
 
 def _copied(value: Any) -> Any:

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcomp import ops
 from kvcomp.cache import HostMemoryError, LayerCache
-from kvcomp.hf.cache import Layer
+from kvcomp.hf.cache import Context, Layer, is_dummy
 from kvcomp.hf.latent import Latents
 from kvcomp.hf.outlast import outlasting
 from kvcomp.ops.append_attention import MOST_QUERIES as MOST
@@ -55,6 +55,14 @@ def attention(
     cache = run.current
     index: Any = module.layer_idx
     layer = cache.layers[index] if cache is not None else None
+    source = None if cache is None or isinstance(layer, Layer) else cache.source(key)
+    if source is not None:
+        return _shared(run, module, source, query, attention_mask, scaling, **kwargs), None
+    if cache is not None and is_dummy(layer) and kwargs.get("sliding_window") is None:
+        raise ValueError(
+            f"kvcomp: {type(module).__name__} attends to K and V that no layer of the cache has"
+            " handed out: unsupported"
+        )
     latents: Latents | None = module.__dict__.get("_kvcomp_latents")
     # A sliding layer, or a forward without a cache
     if cache is None or not isinstance(layer, Layer):
@@ -63,11 +71,7 @@ def attention(
         return _inner(run, module)(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    for keyword, what in UNSUPPORTED.items():
-        if kwargs.get(keyword) is not None:
-            raise ValueError(
-                f"kvcomp: {type(module).__name__} uses {what} ({keyword}): unsupported"
-            )
+    _refuse(module, kwargs)
     if not torch.compiler.is_compiling() and not cache.gives(attention_mask):
         raise ValueError(
             f"kvcomp: {type(module).__name__} makes an attention mask of its own, which says more"
@@ -82,7 +86,7 @@ def attention(
     query = query.to(key.dtype)  # autocast leaves rotated queries in fp32
     tensors = query, key, value, attention_mask, cache.padding
     try:
-        return _managed(run, module, layer.kv, *tensors, scaling, **kwargs), None
+        return _managed(run, module, layer, *tensors, scaling, **kwargs), None
     except HostMemoryError:
         run.undo()  # nothing was lost, and nothing stays patched
         raise
@@ -91,7 +95,7 @@ def attention(
 def _managed(
     run: Run,
     module: torch.nn.Module,
-    kv: LayerCache,
+    layer: Layer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -101,6 +105,7 @@ def _managed(
     **kwargs: Any,
 ) -> Tensor:
     """Attention over a managed layer that has the new tokens already: out [B, n, Hq, D]."""
+    kv = layer.kv
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kv.sinks = kwargs.get("s_aux")
     latents: Latents | None = module.__dict__.get("_kvcomp_latents")
@@ -120,9 +125,52 @@ def _managed(
     elif latents is not None:
         out = attend_many_latents(latents, kv, query, valid, scale)
     else:
-        out = attend_many(kv, query, valid, scale)
+        context = _context(kv)
+        if kv.is_shared:
+            layer.context = context
+        out = attend_many(kv, query, valid, scale, context)
     _prefill(kv, asked, scale)
     return out
+
+
+def _shared(
+    run: Run,
+    module: torch.nn.Module,
+    source: Layer,
+    query: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    **kwargs: Any,
+) -> Tensor:
+    """The same for a layer that has no K and V of its own, and attends to what `source` has
+    attended to. Its queries [B, Hq, n, D] may be those of the last new tokens alone."""
+    _refuse(module, kwargs)
+    assert source.shared is not None, "it has handed them out"
+    key, value = source.shared
+    kv, query = source.kv, query.to(key.dtype)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kv.sinks = kwargs.get("s_aux")
+    if kv.staged:
+        raise ValueError(f"kvcomp: {type(module).__name__} shares K and V: no drafts")
+    if source.context is not None:
+        return attend_many(kv, query, source.owner.padding, scale, source.context)
+    if not kv.first:
+        return kv.attend_again(query[:, :, 0], scale)[:, None]
+    inner = _inner(run, module)
+    return inner(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0]
+
+
+def _refuse(module: torch.nn.Module, given: dict[str, Any]) -> None:
+    for keyword, what in UNSUPPORTED.items():
+        if given.get(keyword) is not None:
+            raise ValueError(
+                f"kvcomp: {type(module).__name__} uses {what} ({keyword}): unsupported"
+            )
+
+
+@outlasting
+def _context(kv: LayerCache) -> Context:
+    return kv.cache.method.context(kv)
 
 
 @outlasting
@@ -141,20 +189,30 @@ def _verify(kv: LayerCache, query: Tensor, scale: float) -> Tensor:
 
 
 @outlasting
-def attend_many(kv: LayerCache, query: Tensor, valid: Tensor | None, scale: float) -> Tensor:
-    """n new tokens, already in `kv`, attend to the tokens kept before them and to each other.
+def attend_many(
+    kv: LayerCache,
+    query: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    context: Context | None = None,
+) -> Tensor:
+    """New tokens, already in `kv`, attend to the tokens kept before them and to each other.
 
     Args:
-        query: [B, Hq, n, D].
-        valid: [B, n] bool, False for padding; None: there is none.
+        query: [B, Hq, n, D], of the last n of them.
+        valid: [B, n] bool, False for padding, or of more tokens; None: there is none.
+        context: K, V and the tokens of each row; what the method says by default.
 
     Returns:
         out [B, n, Hq, D], 0 for padding.
     """
-    keys, values, lens = kv.cache.method.context(kv)
+    keys, values, lens = kv.cache.method.context(kv) if context is None else context
     query, count = query.transpose(1, 2), query.shape[2]
-    added = kv.added if isinstance(kv.added, Tensor) else torch.full_like(lens, count)
-    if valid is not None:  # a row's tokens first, as they are in the cache
+    added = torch.full_like(lens, count)
+    if valid is not None:
+        valid = valid[:, -count:]
+        added = valid.sum(1, dtype=lens.dtype)
+        # A row's tokens first, as they are in the cache
         order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
         query = torch.take_along_dim(query, order, 1)
     pieces = [

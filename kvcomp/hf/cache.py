@@ -35,6 +35,7 @@ KNOWN = {
     "DummyLayer",
 }
 WINDOW = "sliding_window"
+Context = tuple[Tensor, Tensor, Tensor]  # K, V and the tokens of each row, see `Method.context`
 
 
 class Layer(CacheLayerMixin):
@@ -51,6 +52,8 @@ class Layer(CacheLayerMixin):
         self.is_croppable = self.can_crop and kv.cache.method.croppable
         self.window = window  # of a sliding layer that covers all positions of the model
         self.fresh: tuple[Tensor, Tensor] | None = None  # returned by `update`, not attended to yet
+        self.shared: tuple[Tensor, Tensor] | None = None  # the same, for layers that share them
+        self.context: Context | None = None  # what several new tokens have attended to
 
     def own(self, owner: Cache) -> None:
         """Like `LayerCache.own`."""
@@ -95,6 +98,8 @@ class Layer(CacheLayerMixin):
                     " layers would no longer attend to all"
                 )
         self.fresh = fresh
+        if self.kv.is_shared:
+            self.shared = fresh
         return fresh
 
     @outlasting
@@ -214,6 +219,8 @@ class Cache(TransformersCache):
         for kv, index in zip(self.kv.layers, managed, strict=True):
             layers[index] = self.layer_class(self, kv, getattr(layers[index], WINDOW, None))
         self.all_managed = len(managed) == len(layers)
+        for kv in self.kv.layers:
+            kv.is_shared = any(map(is_dummy, layers))
         self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward
         self.masks: list[Any] = []  # attention masks that the forward got or made
         self.entered = False  # whether a forward of the patched model is using it
@@ -350,7 +357,14 @@ class Cache(TransformersCache):
         self.masks.clear()
         for layer in self.layers:
             if isinstance(layer, Layer):
-                layer.fresh = None
+                layer.fresh = layer.shared = layer.context = None
+
+    def source(self, key: Tensor) -> Layer | None:
+        """The layer of ours that has handed out K in the running forward, for one that has none."""
+        for layer in self.layers:
+            if isinstance(layer, Layer) and layer.shared is not None and layer.shared[0] is key:
+                return layer
+        return None
 
     def gives(self, mask: Any) -> bool:
         """Whether the running forward got or made this attention mask. Such a mask says no more
@@ -373,6 +387,11 @@ def _is_full(layer: Any, positions: list[int]) -> bool:
     if type(layer).__name__ == "DynamicSlidingWindowLayer":
         return bool(positions) and getattr(layer, WINDOW) >= max(positions)
     return type(layer) is DynamicLayer
+
+
+def is_dummy(layer: Any) -> bool:
+    """Whether a layer has no K and V of its own: it attends to another's, or not at all."""
+    return type(layer).__name__ == "DummyLayer"
 
 
 def _same(mask: Tensor, known: Any) -> bool:

@@ -29,7 +29,6 @@ def refuse(model: PreTrainedModel) -> None:
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "requires its own cache class": not generative._supports_default_dynamic_cache(),
         "says nothing of its layers (num_hidden_layers)": not hasattr(config, "num_hidden_layers"),
-        "shares K and V between layers": any(values_of(config, "num_kv_shared_layers")),
         "caps its attention logits": any(values_of(config, "attn_logit_softcapping")),
         "computes eager attention by itself (reorder_and_upcast_attn)": eager
         and any(values_of(config, "reorder_and_upcast_attn")),

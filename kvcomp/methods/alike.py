@@ -57,7 +57,7 @@ def exact_total(x: Tensor, dim: int) -> Tensor:
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of rows: a [..., n, D], b [..., m, D] -> [..., n, m] fp32, D at most 512.
+    """Inner products of rows: a [..., n, D], b [..., m, D] -> [..., n, m] fp32, D at most 1024.
 
     Each row is scaled by its largest element and rounded to integers of 22 bits. In fp64 the
     products and their sums are then exact, whatever order a library adds them in.

@@ -34,7 +34,7 @@ def fetch_rows(
 
     Args:
         k, v: [B, H, T, D] of the same dtype: fp32, fp16 or bf16; any strides on B, H and T, D
-            contiguous, a multiple of 16 and at most 512; changed in place.
+            contiguous, a multiple of 16 and at most 1024; changed in place.
         slot_rows: [B, H, T'] int32, contiguous in the last dimension, distinct over a head's valid
             slots; changed in place.
         seq_lens: [B] int32, changed in place; all heads of a row must end with the same length.

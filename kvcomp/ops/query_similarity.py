@@ -19,7 +19,7 @@ def query_similarity(q: Tensor, previous: Tensor) -> Tensor:
 
     Args:
         q: [B, Hq, D]; fp32, fp16 or bf16; strided over B and Hq, D contiguous, a multiple of 16 and
-            at most 512.
+            at most 1024.
         previous: [B, Hq, D] of q's dtype, contiguous, changed in place.
 
     Returns:

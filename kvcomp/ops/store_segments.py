@@ -29,7 +29,7 @@ def store_segments(
 
     Args:
         k, v: [B, H, T, D] of the same dtype: fp32, fp16 or bf16; any strides on B, H and T, D
-            contiguous, a multiple of 16 and at most 512.
+            contiguous, a multiple of 16 and at most 1024.
         slot_rows: [B, H, T'] int32, the pool row of each slot, T' >= seq_lens; contiguous in the
             last dimension.
         seq_lens: [B] int32.

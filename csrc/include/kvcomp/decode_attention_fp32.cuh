@@ -13,6 +13,7 @@ template <int D, typename Columns>
 class DecodeWarp<float, D, 1, Columns> {
   using Tile = DecodeTile<D>;
   static constexpr int kParts = (D + 31) / 32;
+  static constexpr bool kHoldsQueries = kParts <= 8;  // in registers, else read for every token
 
  public:
   __device__ DecodeWarp(const DecodeAttentionParams& p, const DecodeSplit& split,
@@ -28,7 +29,7 @@ class DecodeWarp<float, D, 1, Columns> {
     for (int column = 0; column < Tile::kColumns; ++column) {
       max_[column] = -INFINITY;
       if (column >= columns.count()) continue;
-      load(static_cast<const float*>(p.q) + columns.q(column), q_[column]);
+      if constexpr (kHoldsQueries) load(query(column), q_[column]);
     }
   }
 
@@ -41,7 +42,12 @@ class DecodeWarp<float, D, 1, Columns> {
       for (int column = 0; column < Tile::kColumns; ++column) {
         if (column >= columns_.count()) break;
         float s = 0;
-        for (int i = 0; i < kParts; ++i) s += q_[column][i] * k[i];
+        if constexpr (kHoldsQueries) {
+          for (int i = 0; i < kParts; ++i) s += q_[column][i] * k[i];
+        } else {
+          const float* q = query(column);
+          for (int i = 0; i < kParts; ++i) s += q[i * 32 + threadIdx.x % 32] * k[i];
+        }
         s = group_sum(s, 32) * p_.scale;
         s = slot == kSkipped ? -INFINITY : slot == kWild ? NAN : s;
         if (!columns_.see_all(at + 1) && !columns_.sees(column, at)) s = -INFINITY;
@@ -70,6 +76,10 @@ class DecodeWarp<float, D, 1, Columns> {
   }
 
  private:
+  __device__ const float* query(int column) const {
+    return static_cast<const float*>(p_.q) + columns_.q(column);
+  }
+
   __device__ static void load(const float* row, float (&to)[kParts]) {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
@@ -83,7 +93,7 @@ class DecodeWarp<float, D, 1, Columns> {
   const Columns& columns_;
   const float *k_, *v_;
   const LogitsOut logits_;
-  float q_[Tile::kColumns][kParts] = {};
+  float q_[Tile::kColumns][kHoldsQueries ? kParts : 1] = {};
   float max_[Tile::kColumns], sum_[Tile::kColumns] = {}, out_[Tile::kColumns][kParts] = {};
 };
 

@@ -59,13 +59,15 @@ class Queries {  // in registers
 template <typename T, int D, int kFragments>
 class Queries<T, D, kFragments, true> {  // in shared memory
   using Tile = DecodeTile<D, kFragments>;
-  static_assert(kFragments % 2 == 0);
+  static_assert(kFragments % 2 == 0 || kFragments == 1);
 
  public:
   template <typename Columns>
   __device__ Queries(const DecodeAttentionParams&, const Columns&, const uint16_t* queries)
-      : row_(queries + (threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8) * Tile::kPitch +
-             threadIdx.x / 8 % 2 * 8) {}
+      : row_(kFragments == 1
+                 ? queries + threadIdx.x % 32 / 4 * Tile::kPitch + threadIdx.x % 4 * 2
+                 : queries + (threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8) * Tile::kPitch +
+                       threadIdx.x / 8 % 2 * 8) {}
 
   // By the whole block, before its warps are made.
   template <typename Columns>
@@ -81,16 +83,22 @@ class Queries<T, D, kFragments, true> {  // in shared memory
   }
 
   __device__ void get(int step, unsigned (&q)[kFragments][2]) const {
+    if constexpr (kFragments == 1) {
+      memcpy(&q[0][0], row_ + step * 16, sizeof(unsigned));
+      memcpy(&q[0][1], row_ + step * 16 + 8, sizeof(unsigned));
+    } else {
 #pragma unroll
-    for (int f = 0; f < kFragments; f += 2) {
-      unsigned two[4];
-      load_matrices(two, row_ + f * 8 * Tile::kPitch + step * 16);
-      q[f][0] = two[0], q[f][1] = two[1], q[f + 1][0] = two[2], q[f + 1][1] = two[3];
+      for (int f = 0; f < kFragments; f += 2) {
+        unsigned two[4];
+        load_matrices(two, row_ + f * 8 * Tile::kPitch + step * 16);
+        q[f][0] = two[0], q[f][1] = two[1], q[f + 1][0] = two[2], q[f + 1][1] = two[3];
+      }
     }
   }
 
  private:
-  const uint16_t* row_;  // that the lane names of two fragments' matrices
+  // Of one fragment the lane's own elements, else the row that it names of two fragments' matrices
+  const uint16_t* row_;
 };
 
 template <typename T, int D, int kFragments, typename Columns>

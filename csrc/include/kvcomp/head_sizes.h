@@ -8,7 +8,7 @@
 
 namespace kvcomp {
 
-inline constexpr int kHeadSizes[] = {32, 64, 80, 96, 128, 256};
+inline constexpr int kHeadSizes[] = {32, 64, 80, 96, 128, 256, 512};
 
 // start(std::integral_constant<int, D>{}) where head_dim is the head size D.
 template <typename Start>
