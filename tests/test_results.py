@@ -54,6 +54,15 @@ def test_the_demo():
         ]
 
 
+def test_votes_of_rows():
+    rows = [x for x in rows_of("thinking/reasoner") if x["part"] == "votes"]
+    shown = table(ROOT / "docs" / "thinking.md", "| contender | right |")
+    assert list(shown) == [row["contender"] for row in rows]
+    for row in rows:
+        ratios = [f"{row[name]:.2f}" for name in ("tokens_ratio", "time_ratio")]
+        assert shown[row["contender"]] == [f"{row['accuracy']:.0%}", *ratios, f"{row['path']:.0f}"]
+
+
 def test_a_decode_step():
     names = {
         "transformers, its default cache": "hf dynamic",
