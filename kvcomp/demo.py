@@ -6,22 +6,20 @@ graded against the prompt, and the run counts tokens and bytes.
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from kvcomp import METHODS, Method
+from kvcomp.comparison import Bars, chart, machine, methods_table, steps_bar
 from kvcomp.hf import patch
-from kvcomp.info import cpu_model, versions
 from kvcomp.reasoner import path, task
 
 if TYPE_CHECKING:
@@ -150,15 +148,7 @@ def run(names: list[str], settings: Settings, console: Console) -> dict[str, Any
 def _run(names: list[str], settings: Settings, console: Console) -> dict[str, Any]:
     work = Workload(settings)
     methods = [METHODS[name].example(work.budget) for name in names]
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
+    bar = steps_bar(console)
     rows = []
     with bar:
         total = bar.add_task("", total=len(methods) * (work.new_tokens + 1))
@@ -170,11 +160,8 @@ def _run(names: list[str], settings: Settings, console: Console) -> dict[str, An
 
 
 def _meta(settings: Settings, work: Workload) -> dict[str, Any]:
-    gpu = work.device.type == "cuda"
     return {
-        "versions": versions(),
-        "device_name": torch.cuda.get_device_name(work.device) if gpu else cpu_model(),
-        "threads": torch.get_num_threads(),
+        **machine(work.device),
         "model": "reasoner",
         **asdict(settings),
         "dtype": work.dtype,
@@ -202,50 +189,32 @@ def plural(count: int, what: str) -> str:
 
 def table(result: dict[str, Any]) -> Table:
     """One row per method: correct steps, answers with all steps correct, tokens, bytes, rate."""
-    out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    out.add_column("method")
-    for heading in ("steps", "answers", "attended", "KV peak", "KV read/token", "tokens/s"):
-        out.add_column(heading, justify="right", no_wrap=True)
-    for row in result["rows"]:
-        out.add_row(
-            row["method"],
-            f"{row['step_accuracy']:.1%}",
-            f"{row['final_accuracy']:.0%}",
-            f"{row['attended_ratio']:.0%}",
-            f"{row['kv_bytes_peak'] / 2**20:.1f} MiB",
-            f"{row['kv_bytes_read_per_token'] / 2**10:.0f} KiB",
-            f"{row['tokens_per_second']:.0f}",
-        )
-    return out
+    return methods_table(
+        ("steps", "answers", "attended", "KV peak", "KV read/token", "tokens/s"),
+        (
+            (
+                row["method"],
+                f"{row['step_accuracy']:.1%}",
+                f"{row['final_accuracy']:.0%}",
+                f"{row['attended_ratio']:.0%}",
+                f"{row['kv_bytes_peak'] / 2**20:.1f} MiB",
+                f"{row['kv_bytes_read_per_token'] / 2**10:.0f} KiB",
+                f"{row['tokens_per_second']:.0f}",
+            )
+            for row in result["rows"]
+        ),
+    )
 
 
 def plot(result: dict[str, Any]) -> bytes:
     """A PNG with two bars per method: correct steps, and tokens attended."""
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display
-
-    rows, meta = result["rows"][::-1], result["meta"]
-    names = [row["method"] for row in rows]
-    figure = Figure(figsize=(7.2, 1.1 + 0.42 * len(rows)), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, key, title in (
-        (left, "step_accuracy", "correct steps"),
-        (right, "attended_ratio", "tokens attended (100 % = dense)"),
-    ):
-        values = [100 * row[key] for row in rows]
-        colours = ["#9aa5b1" if row["baseline"] else "#2563eb" for row in rows]
-        bars = axes.barh(names, values, color=colours, height=0.62)
-        axes.bar_label(bars, [f"{value:.1f} %" for value in values], padding=4, fontsize=9)
-        axes.set_title(title, loc="left", fontsize=10)
-        axes.set_xlim(0, 122)  # room for the labels
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0, labelbottom=False)
-    figure.suptitle(
-        f"budget {meta['budget']} of {meta['context']} tokens, {meta['problems']} problems",
-        x=0.01,
-        ha="left",
-        fontsize=9,
-        color="#52606d",
+    rows, meta = result["rows"], result["meta"]
+    steps, attended = (
+        Bars(title, [100 * row[key] for row in rows], "{:.1f} %", (0, 122))
+        for key, title in (
+            ("step_accuracy", "correct steps"),
+            ("attended_ratio", "tokens attended (100 % = dense)"),
+        )
     )
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    title = f"budget {meta['budget']} of {meta['context']} tokens, {meta['problems']} problems"
+    return chart(rows, steps, attended, title)
