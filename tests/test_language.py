@@ -11,13 +11,17 @@ pytest.importorskip("rich")
 
 import bench_language
 
+from accuracy.sizes import Room, held_bytes
 from kvcomp import Full, LazyEviction, LouisKV, StreamingLLM, patch
 from kvcomp.cli.common import load
-from kvcomp.reading import read, windows
+from kvcomp.methods.cost import Place
+from kvcomp.reading import read, scaled, windows
 from language import answers, free
 from language.questions import Question, Writer, kinds
+from language.sizes import sized
 from language.stack import Stack
 
+CPU = torch.device("cpu")
 SMALL = ["--model", "reasoner", "--tokens", "64", "--windows", "2", "--batch", "2"]
 
 
@@ -133,3 +137,13 @@ def test_methods_that_are_none_are_named(capsys):
     assert "got 'nothing'" in capsys.readouterr().err
     assert bench_language.main([*SMALL, "--methods", "delta:nothing=1"]) == 2
     assert "delta has no field 'nothing'" in capsys.readouterr().err
+
+
+def test_digests_leave_room_for_what_they_stand_for():
+    """A quarter of 1024 tokens in 16 bits: with segments of 4 tokens it would be full of them."""
+    room = Room("smollm2-135m", Place(1023, 128, 30, 9, 3, 64, 2), torch.bfloat16, CPU)
+    method = sized("louis-kv", room.context_bytes // 4, room, {})
+    assert method.segment == (8, method.cluster_size) and method.budget > 80
+    assert held_bytes(method, room) <= room.context_bytes // 4
+    for name in ("louis-kv", "cluster-kv", "quest", "stride-retrieval", "free-kv"):
+        assert scaled(name, 128, "smollm2-135m").most_resident == 128, name

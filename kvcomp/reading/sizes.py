@@ -15,8 +15,9 @@ SIZES |= {"output_window", "output_cluster"}
 
 
 def as_it_comes(cls: type[Method], model: str, tokens: int) -> dict[str, Any]:
-    """Fields that are no sizes, as `for_model` has them; and LazyEviction's window in proportion
-    to `tokens`, which are budget and window."""
+    """Fields that are no sizes, as `for_model` has them; LazyEviction's window in proportion to
+    `tokens`, which are budget and window; and segments of the output as long as clusters of the
+    prompt, since the digests of short ones would fill the room of a small budget."""
     retrieves = issubclass(cls, Retrieval)
     sizes = SIZES | ({"sinks"} if retrieves else {"window"})
     default = cls.for_model(model)
@@ -24,6 +25,8 @@ def as_it_comes(cls: type[Method], model: str, tokens: int) -> dict[str, Any]:
     kept = {name: getattr(default, name) for name in own}
     if isinstance(default, LazyEviction):
         kept["window"] = max(1, tokens * default.window // (default.budget + default.window))
+    if size := kept.get("cluster_size"):
+        kept["segment"] = (-(-size // 2), size)
     return kept
 
 
@@ -36,8 +39,10 @@ def scaled(name: str, tokens: int, model: str) -> Method:
     cls = METHODS[name]
     example: Any = cls.example(tokens - tokens % STEP)  # the fields of methods differ
     kept = as_it_comes(cls, model, tokens)
-    if hasattr(example, "segment") and "page_size" in kept:  # a page is a segment
-        kept["budget"] = example.budget + example.segment[1] - kept["page_size"]
-    elif isinstance(example, LazyEviction):
+    if isinstance(example, LazyEviction):
         kept["budget"] = tokens - kept["window"]
-    return replace(example, **kept)
+    method: Any = replace(example, **kept)
+    if isinstance(method, Retrieval):  # its segments may be longer than the example's
+        spare = example.most_resident - method.most_resident
+        return replace(method, budget=method.budget + spare)
+    return method
