@@ -75,6 +75,9 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {
         "rope_parameters": {**ROPE, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
     },
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba2": {"layer_types": ["mamba", "hybrid"] * 4, "num_hidden_layers": 8},
     "step3p5": {
         "num_hidden_layers": 5,
         "sliding_window": WINDOW,
@@ -105,7 +108,7 @@ def shrunken(default: Any, **more: Any) -> Any:
 
 def layers_of(default: Any) -> dict[str, Any]:
     """Layers of every kind, and four with full attention, so that methods have something to do."""
-    kinds = getattr(default, "layer_types", None)
+    kinds = vars(default).get("layer_types")
     if not isinstance(kinds, list) or FULL not in kinds:
         return {}
     others = sorted(set(kinds) - {FULL})

@@ -25,12 +25,13 @@ from kvcomp.methods import Method
 
 CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters  # before 5.15
 SKIPS = "the model leaves out layers in some of its forwards, so that they see different tokens"
+HYBRID = "LinearAttentionAndFullAttentionLayer"  # K and V beside the states of a linear layer
 # Cache layers of transformers that keep its own attention.
 KNOWN = {
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "LinearAttentionLayer",
-    "LinearAttentionAndFullAttentionLayer",
+    HYBRID,
     "LinearAttentionAndSlidingWindowAttentionLayer",
     "DummyLayer",
 }
@@ -217,8 +218,8 @@ class Cache(TransformersCache):
             )
         self.kv = self._new_kv(method, len(managed), meter, inv_freq, latent_rank(config))
         for kv, index in zip(self.kv.layers, managed, strict=True):
-            layers[index] = self.layer_class(self, kv, getattr(layers[index], WINDOW, None))
-        self.all_managed = len(managed) == len(layers)
+            layers[index] = self._new_layer(kv, layers[index])
+        self.all_managed = all(type(layer) is self.layer_class for layer in layers)
         for kv in self.kv.layers:
             kv.is_shared = any(map(is_dummy, layers))
         self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward
@@ -238,6 +239,13 @@ class Cache(TransformersCache):
             if isinstance(layer, Layer):
                 layer.own(copy)
         return copy
+
+    def _new_layer(self, kv: LayerCache, replaced: Any) -> Layer:
+        if type(replaced).__name__ == HYBRID:
+            from kvcomp.hf.hybrid_layer import HybridLayer  # older transformers have no such layers
+
+            return HybridLayer(self, kv, replaced.number_of_states)
+        return self.layer_class(self, kv, getattr(replaced, WINDOW, None))
 
     def _new_kv(self, *args) -> KVCache:
         return KVCache(*args)
@@ -289,9 +297,9 @@ class Cache(TransformersCache):
             )
         if not self.rows:
             raise ValueError("kvcomp: stage: expected a cache that has seen the prompt")
-        self.staging = True
         if not self.all_managed:
             self.activate_past_recording()
+        self.staging = True
 
     @outlasting
     def commit(self, counts: int | Tensor) -> None:
@@ -386,7 +394,7 @@ def _is_full(layer: Any, positions: list[int]) -> bool:
     """Whether a layer attends to every token, which includes windows that are never full."""
     if type(layer).__name__ == "DynamicSlidingWindowLayer":
         return bool(positions) and getattr(layer, WINDOW) >= max(positions)
-    return type(layer) is DynamicLayer
+    return type(layer) is DynamicLayer or type(layer).__name__ == HYBRID
 
 
 def is_dummy(layer: Any) -> bool:

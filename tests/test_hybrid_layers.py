@@ -1,0 +1,82 @@
+"""Layers that hold K and V and the states of a linear layer: the method manages the former."""
+
+import functools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import every_model
+import kvcomp
+from kvcomp import Delethink, Delta, Full, LazyEviction, LouisKV
+from kvcomp.hf.hybrid_layer import HybridLayer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WIDTH, PAD, STEPS, NEVER = 24, 9, 12, 4096
+COVERING = {
+    "full": Full(),
+    "delta": Delta.example(256),
+    "lazy-eviction": LazyEviction.example(256),
+    "louis-kv": LouisKV.example(256),
+    "delethink": Delethink(64, 16, head=4),
+}
+IDS = torch.randint(3, 100, (2, WIDTH), generator=torch.Generator().manual_seed(1))
+MASK = torch.ones_like(IDS)
+MASK[0, :PAD] = 0
+
+
+@functools.cache
+def model_of(kind):
+    return every_model.tiny(AutoModelForCausalLM, kind)
+
+
+def generate(model, **options):
+    given = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": NEVER, **options}
+    return model.generate(input_ids=IDS, attention_mask=MASK, **given)
+
+
+@functools.cache
+def stock_of(kind):
+    return generate(model_of(kind))
+
+
+@pytest.mark.parametrize("name", COVERING)
+@pytest.mark.parametrize("kind", ["falcon_h1", "zaya"])
+def test_tokens_are_those_of_the_model(kind, name):
+    model, stock = model_of(kind), stock_of(kind)
+    assert stock[:, WIDTH:].unique().numel() > 4, "the model is degenerate"
+    with kvcomp.patch(model, COVERING[name]) as run:
+        assert torch.equal(generate(model), stock)
+    assert run.report().attended_ratio == pytest.approx(1)
+    assert torch.equal(generate(model), stock), "undo left something behind"
+
+
+def test_states_follow_the_beams():
+    model = model_of("falcon_h1")
+    stock = generate(model, num_beams=3)
+    with kvcomp.patch(model, Delta.example(256)):
+        assert torch.equal(generate(model, num_beams=3), stock)
+
+
+def test_a_small_budget_is_felt():
+    model = model_of("falcon_h1")
+    with kvcomp.patch(model, LazyEviction.example(8)) as run:
+        assert not torch.equal(generate(model), stock_of("falcon_h1"))
+    assert run.report().attended_ratio < 1
+
+
+def test_tokens_are_not_taken_back():
+    model = model_of("falcon_h1")
+    with kvcomp.patch(model, Full()) as run, torch.no_grad():
+        cache = run.new_cache()
+        model(IDS, past_key_values=cache)
+        assert all(type(layer) is HybridLayer for layer in cache.layers)
+        with pytest.raises(ValueError, match="cannot take tokens back"):
+            cache.crop(-1)
+        with pytest.raises(ValueError, match="cannot take tokens back"):
+            cache.stage()
+        again = run.continue_from(cache, IDS)
+        assert again.get_seq_length() == 0, "it begins anew"
+    with pytest.raises(ValueError, match="cannot use a static cache"):
+        kvcomp.patch(model, Full(), max_tokens=64)
