@@ -44,10 +44,11 @@ def dequantized(
 ) -> tuple[Tensor, Tensor]:
     """The rows that codes [..., D] and words [...] stand for; turned keys stay turned."""
     k_scale, v_scale = words.short(), (words >> 16).short()  # the bits of fp16
-    return tuple(
-        codes.to(dtype) * scale.view(torch.float16)[..., None].to(dtype)
-        for codes, scale in ((k_codes, k_scale), (v_codes, v_scale))
-    )
+
+    def rows(codes: Tensor, scale: Tensor) -> Tensor:
+        return codes.to(dtype) * scale.view(torch.float16)[..., None].to(dtype)
+
+    return rows(k_codes, k_scale), rows(v_codes, v_scale)
 
 
 def reference(k, v, k_codes, v_codes, words, turn):

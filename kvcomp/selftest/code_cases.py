@@ -44,10 +44,11 @@ def _coded(case: Case) -> Case:
 
 def codes_of(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes in the layout of k and v [B, Hkv, T, D], and words."""
-    codes = [torch.empty_strided(x.shape, x.stride(), dtype=torch.int8) for x in (k, v)]
+    k_codes = torch.empty_strided(k.shape, k.stride(), dtype=torch.int8)
+    v_codes = torch.empty_strided(v.shape, v.stride(), dtype=torch.int8)
     words = torch.empty(k.shape[:3], dtype=torch.int32)
-    OPS["quantize_rows"].reference(k, v, *codes, words, False)
-    return *codes, words
+    OPS["quantize_rows"].reference(k, v, k_codes, v_codes, words, False)
+    return k_codes, v_codes, words
 
 
 def _special(k: Tensor) -> None:
