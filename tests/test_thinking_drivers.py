@@ -1,5 +1,6 @@
 """Drivers: rows that leave, votes, rounds, trajectories; each against a slow or a scripted way."""
 
+import itertools
 import random
 
 import pytest
@@ -311,6 +312,55 @@ def test_latent_trajectory_goes_on_with_the_best(model, words, signal):
     assert model.model.layers[0]._forward_hooks == hooks
 
 
+# --- a leader and a drafter -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafter():
+    return tiny_model("qwen3", seed=1, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize("name", ["full", "lazy", "louis"])
+def test_at_its_ends_one_model_writes_alone(model, drafter, words, name):
+    given = {"ends": ("w",), "temperature": 0, "max_new_tokens": 30}
+    with kvcomp.patch(model, METHODS[name]) as led, kvcomp.patch(drafter, kvcomp.Full()) as drafts:
+        for options, alone in (
+            ({"lead": 10**6}, led),
+            ({"gate": 0.0}, drafts),
+            ({"lead": 0}, drafts),
+        ):
+            rows = Rows(alone, prompt(), Sampling(temperature=0, max_new_tokens=30), eos=[])
+            rows.finish()
+            found = thinking.follow_leader(led, drafts, words, prompt(), **options, **given)
+            assert found.ids == rows.all[0].ids and found.handovers == 0
+            assert found.led == (30 if alone is led else 0)
+
+
+def test_a_leader_writes_the_first_tokens_of_each_sentence(model, drafter, words):
+    """Against a slow loop that encodes everything anew for every token."""
+    with kvcomp.patch(model, kvcomp.Full()) as led, kvcomp.patch(drafter, kvcomp.Full()) as drafts:
+        found = thinking.follow_leader(
+            led,
+            drafts,
+            words,
+            prompt(),
+            lead=2,
+            ends=("3w", "7w"),
+            temperature=0,
+            max_new_tokens=40,
+        )
+    ids, place, led_tokens, turns = prompt()["input_ids"], 0, 0, []
+    for _ in range(40):
+        turn = place < 2
+        with torch.no_grad():
+            token = (model if turn else drafter)(ids).logits[:, -1].argmax(1, keepdim=True)
+        ids, led_tokens = torch.cat([ids, token], 1), led_tokens + turn
+        turns.append(turn)
+        place = 0 if words.decode(ids[0, -4:]).endswith(("3w", "7w")) else place + 1
+    assert found.ids == ids[0, 20:].tolist() and found.led == led_tokens
+    assert found.handovers == sum(a != b for a, b in itertools.pairwise(turns)) > 2
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 
@@ -343,6 +393,8 @@ BAD = [
     (lambda w, run: thinking.dser(None, "?", iterations=3, last=4), "dser: last"),
     (lambda w, run: thinking.dser(None, "?", refine="{solution}"), "dser: refine"),
     (lambda w, run: thinking.LatentTrajectory(run, block=0), "block"),
+    (lambda w, run: thinking.follow_leader(run, run, w, prompt()), "another run"),
+    (lambda w, run: thinking.follow_leader(run, None, w, prompt()), "follow_leader: drafter"),
 ]
 
 

@@ -9,6 +9,7 @@ from kvcomp.thinking.ask import Ask
 from kvcomp.thinking.cgrs import Cgrs
 from kvcomp.thinking.concise_hint import ConciseHint
 from kvcomp.thinking.dser import dser
+from kvcomp.thinking.follow import Followed, follow_leader
 from kvcomp.thinking.many import think
 from kvcomp.thinking.pdr import pdr, sr
 from kvcomp.thinking.rows import Row, Rows, Sampling
@@ -26,6 +27,7 @@ __all__ = [
     "Cgrs",
     "Chosen",
     "ConciseHint",
+    "Followed",
     "LatentTrajectory",
     "Reply",
     "Result",
@@ -36,6 +38,7 @@ __all__ = [
     "boxed",
     "dser",
     "end_of_thinking",
+    "follow_leader",
     "latent_trajectory",
     "majority",
     "pdr",

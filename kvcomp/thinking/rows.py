@@ -133,7 +133,7 @@ class Rows:
         require(not isinstance(run, StaticRun), "run", "one without max_tokens", "a static run")
         require(is_count(copies, 1), "copies", "at least 1", copies)
         self.run, self.sampling = run, sampling
-        self.eos = set(_eos(run.model) if eos is None else eos)
+        self.eos = set(eos_of(run.model) if eos is None else eos)
         self.most = sampling.max_new_tokens
         if isinstance(run.method, Delethink) and run.method.budget is not None:
             self.most = min(self.most, run.method.budget)
@@ -159,7 +159,7 @@ class Rows:
         self._logits: Tensor | None = logits.repeat_interleave(copies, 0)
         self.all = [Row(number) for number in range(len(self._ids))]
         self.live = list(self.all)
-        self._draws = [_generator(sampling.seed, row.number, device) for row in self.all]
+        self._draws = [generator(sampling.seed, row.number, device) for row in self.all]
 
     def step(self) -> list[tuple[Row, int]]:
         """One more token for each row; those that it ends leave. Returns rows and tokens."""
@@ -230,11 +230,13 @@ class Rows:
         return torch.cat([torch.multinomial(row, 1, generator=each) for row, each in pairs])
 
 
-def _eos(model: Any) -> list[int]:
+def eos_of(model: Any) -> list[int]:
+    """The ids that end a text of the model."""
     found = model.generation_config.eos_token_id
     return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
-def _generator(seed: int, number: int, device: torch.device) -> torch.Generator:
+def generator(seed: int, number: int, device: torch.device) -> torch.Generator:
+    """Random numbers of one row."""
     mixed = hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8]
     return torch.Generator(device).manual_seed(int.from_bytes(mixed, "big") >> 1)
