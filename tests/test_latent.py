@@ -1,12 +1,14 @@
 """Latent attention (MLA): absorbed queries find what expanded keys and values would give."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 from transformers import Mistral4Config, Mistral4ForCausalLM
 
 import kvcomp
-from kvcomp import METHODS, Delta, Full, LazyEviction, StreamingLLM
+from kvcomp import METHODS, Delta, Full, LazyEviction, LouisKV, StreamingLLM
 from kvcomp.cache import KVCache
 from kvcomp.cache.latent import LatentLayer
 from kvcomp.hf.shape import shape_of
@@ -21,6 +23,7 @@ SMALL = [
     LazyEviction.example(16),
     METHODS["raas"].example(16),
     METHODS["recency-window"].example(16),
+    METHODS["quest"].example(14),
 ]
 
 
@@ -136,6 +139,26 @@ def test_a_small_budget_is_expanded_attention_over_the_tokens_it_reads(method, m
     torch.testing.assert_close(torch.stack(out.logits, 1), want, rtol=1e-4, atol=1e-4)
 
 
+def test_units_in_host_memory_are_of_whole_rows():
+    """Of clusters and of closed segments alike, the digest is the mean of the rows in the pool."""
+    model = tiny_model("deepseek_v3")
+    with kvcomp.patch(model, LouisKV.example(24)) as run:
+        cache = run.new_cache()
+        generate(model, batch(), past_key_values=cache)
+        layers = [layer for layer in cache.kv.layers if layer.is_hosted]
+        assert layers
+        for layer in layers:
+            index, pool = layer.hosted.index, layer.hosted.pool
+            assert pool.nbytes == 2 * 32 * 4 * pool.capacity
+            for row, units in enumerate(index.num_units.tolist()):
+                starts = index.starts[row, 0].tolist()
+                assert starts[units] > 21 - 6, "no segment of the output is closed"
+                for unit, (begin, end) in enumerate(pairwise(starts[: units + 1])):
+                    if begin < end:
+                        want = pool.read(row, begin, end)[0].mean(-2)
+                        torch.testing.assert_close(index.digests[row, :, unit], want)
+
+
 def test_a_layer_keeps_one_row_a_token():
     """At DeepSeek-V3's sizes: 576 elements, where 128 heads would take 128 * (192 + 128)."""
     cache = KVCache(Full(), 2, rank=512)
@@ -170,18 +193,10 @@ def test_a_plan_counts_the_bytes_of_a_real_cache(kind):
     assert Full().step_bytes(at).held == 40 * shape.kv_per_token
 
 
-@pytest.mark.parametrize(
-    ("method", "reason"),
-    [
-        (kvcomp.LouisKV.example(64), "cache a latent for all heads"),
-        (StreamingLLM(budget=24), "moves keys to other positions"),
-    ],
-    ids=["louis-kv", "streaming-llm"],
-)
-def test_methods_that_need_more_are_refused(method, reason):
+def test_what_needs_more_than_latents_is_refused():
     model = tiny_model("deepseek_v3")
-    with pytest.raises(ValueError, match=reason):
-        kvcomp.patch(model, method)
+    with pytest.raises(ValueError, match="moves keys to other positions"):
+        kvcomp.patch(model, StreamingLLM(budget=24))
     with pytest.raises(ValueError, match=r"max_tokens.*no static cache"):
         kvcomp.patch(model, Full(), max_tokens=64)
     with (

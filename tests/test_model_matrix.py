@@ -37,7 +37,6 @@ if OLD:
     REASONS["qwen3_next", None, None] = "requires its own cache class"
 REASONS[None, "delethink", "two turns"] = "a second turn cannot continue from this cache"
 REASONS[None, "delethink", "beams"] = "delethink has no beam search"
-REASONS["deepseek_v3", "louis-kv", None] = "cache a latent for all heads"
 OUTCOMES: dict[tuple[str, str, str], str] = {}  # what the cells of this run found
 
 

@@ -117,7 +117,7 @@ class Clustering {
 
  private:
   static constexpr int kSlices = 16;  // of the window, summed apart: the same for any threads
-  static constexpr int kMaxDim = 512;
+  static constexpr int kMaxDim = simd::kMostCentre;
 
   float* centre(int cluster) { return centres_ + std::int64_t{cluster} * dim_; }
   const void* key(int token) const { return keys_ + token * stride_; }

@@ -26,6 +26,8 @@ inline void check_row_dim(const Boundary& at, const char* argument, std::int64_t
           head_dim);
 }
 
+inline constexpr std::int64_t kMostLatent = 1024;  // columns of a row that all heads share
+
 // One int32 per sequence.
 inline void check_per_row(const Boundary& at, const TensorView& view, Dim& batch) {
   at.dtype(view, {DType::i32});

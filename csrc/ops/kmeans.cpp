@@ -50,7 +50,7 @@ void kmeans(Backend backend, py::handle keys_, py::handle first_, py::handle las
   check_per_row(at, last, B);
   if (B.size < 1) at.fail("keys", "at least one sequence", B.size);
   if (H.size < 1) at.fail("keys", "at least one head", H.size);
-  check_row_dim(at, "keys", D.size, 512);
+  check_row_dim(at, "keys", D.size, kMostLatent);
   check_size(at, keys, "tokens", N.size);
   if (cluster_size < 1) at.fail("cluster_size", "at least 1", cluster_size);
   if (window < 1) at.fail("window", "at least 1", window);

@@ -7,12 +7,6 @@
 
 namespace kvcomp {
 
-namespace {
-
-constexpr std::int64_t kMostLatent = 1024;  // columns of a row
-
-}  // namespace
-
 void latent_attention(Backend backend, py::handle q_, py::handle latents_, py::handle seq_lens_,
                       py::handle page_ids_, py::handle logits_, py::handle out_, py::handle lse_,
                       std::int64_t page_size, std::int64_t value_dim, double scale) {

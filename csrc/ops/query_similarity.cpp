@@ -22,7 +22,7 @@ void query_similarity(Backend backend, py::handle q_, py::handle previous_, py::
   at.shape(similarity, {B});
   if (B.size < 1) at.fail("q", "at least one sequence", B.size);
   if (Hq.size < 1) at.fail("q", "at least one head", Hq.size);
-  check_row_dim(at, "q", D.size);
+  check_row_dim(at, "q", D.size, kMostLatent);
 
   const QuerySimilarityParams params{
       .dtype = at.scalar_type(q),

@@ -33,7 +33,7 @@ void unit_scores(Backend backend, py::handle q_, py::handle centroids_, py::hand
   if (Hkv.size < 1 || Hq.size < 1 || Hq.size % Hkv.size != 0) {
     at.fail("q", "Hq a multiple of Hkv=" + std::to_string(Hkv.size), Hq.size);
   }
-  check_row_dim(at, "q", D.size);
+  check_row_dim(at, "q", D.size, 2 * kMostLatent);  // digests may be pairs of vectors
   check_size(at, centroids, "units", U.size);
 
   const UnitScoresParams params{

@@ -50,12 +50,15 @@ class Hosted:
     ) -> None:
         """An empty pool for the tokens of `layer`, and no units; digests are `width` wide."""
         keys = layer.keys
-        self.pool = HostPool(keys, memory)
+        self.pool = self._new_pool(layer, memory)
         self.index = UnitIndex(keys.shape[0], keys.shape[1], width, keys)
         self.index.starts.fill_(sinks)
         self.sinks = sinks
         self.pending: Callable[[], None] | None = None
         self._background = background
+
+    def _new_pool(self, layer: LayerCache, memory: HostMemory) -> HostPool:
+        return HostPool(layer.keys, memory)
 
     def __getstate__(self) -> dict:
         """For copies: background work belongs to this object and not to its copy."""
@@ -121,8 +124,7 @@ class Hosted:
             means: [B, Hkv, U, D], gets the mean key of each such unit.
         """
         ops.store_segments(
-            layer.keys,
-            layer.values,
+            *layer.moved,
             layer.positions(layer.keys.shape[1]),
             layer.seq_lens,
             self.index.starts,

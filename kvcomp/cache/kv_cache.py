@@ -23,7 +23,6 @@ class Policy(Protocol):
     croppable: ClassVar[bool]
     in_step: ClassVar[bool]
     one_way: ClassVar[str]
-    on_latents: ClassVar[bool]
 
     @property
     def attention(self) -> Policy: ...
@@ -87,11 +86,6 @@ class KVCache:
         rank: int | None = None,
     ) -> None:
         method.check(num_layers)
-        if rank is not None and not method.attention.on_latents:
-            raise ValueError(
-                f"kvcomp: {type(method.attention).__name__} needs keys and values of each head, and"
-                " the layers of this model cache a latent for all heads (MLA)"
-            )
         self.method = method.attention
         self.inv_freq = inv_freq
         self.meter = Meter(num_layers) if meter is None else meter

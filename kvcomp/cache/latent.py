@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcomp import ops
+from kvcomp.cache.hosted_latents import HostedLatents
 from kvcomp.cache.layer import LayerCache
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ class LatentLayer(LayerCache):
             )
         rows = torch.cat([k, v], -1)
         return rows, rows[..., :0]
+
+    def host(self, *arguments: Any) -> None:
+        self.hosted = HostedLatents(self, *arguments)
 
     def repeat_heads(self, heads: int) -> None:
         raise ValueError(

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from kvcomp import ops
 from kvcomp.cache.arrivals import Arrivals
+from kvcomp.cache.hosted import Hosted
 from kvcomp.cache.later import forget, known, later
 from kvcomp.cache.staged import Staged
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kvcomp.cache.hosted import Hosted
     from kvcomp.cache.kv_cache import KVCache
 
 
@@ -91,6 +91,10 @@ class LayerCache(Staged):
     def filled(self) -> bool:
         """Whether there have been tokens since the last `reset`."""
         return known(self, "seq_lens")
+
+    def host(self, *arguments: Any) -> None:
+        """Keep all of the tokens in host memory; the arguments are those of `Hosted`."""
+        self.hosted = Hosted(self, *arguments)
 
     @property
     def is_hosted(self) -> bool:

@@ -36,7 +36,6 @@ class Method:
         one_way: the reason if they cannot.
         in_step: whether all rows must accept the same number of drafts, because the method counts
             steps for all rows together.
-        on_latents: whether it works where layers keep one latent a token for all heads (MLA).
         forks: whether the same sequences may be in two caches at once.
         static: whether a decode step, except for `between_steps`, does the same work at all lengths
             and decides on the device alone; in a static cache `layer.max_len` is the capacity.
@@ -49,7 +48,6 @@ class Method:
     croppable: ClassVar[bool] = True
     one_way: ClassVar[str] = "it does not keep all that they have changed"
     in_step: ClassVar[bool] = False
-    on_latents: ClassVar[bool] = True
     forks: ClassVar[bool] = True
     static: ClassVar[bool] = False
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from kvcomp import ops
 from kvcomp.cache.background import Background
 from kvcomp.cache.host_pool import HostMemory
-from kvcomp.cache.hosted import Hosted
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
 from kvcomp.methods.audit import watch
@@ -75,7 +74,6 @@ class Retrieval(Method):
     croppable: ClassVar[bool] = False
     one_way: ClassVar[str] = "segments that are closed stay closed"
     in_step: ClassVar[bool] = True
-    on_latents: ClassVar[bool] = False
     forks: ClassVar[bool] = False  # or the prompt would be in host memory twice
 
     def __post_init__(self) -> None:
@@ -323,7 +321,7 @@ class Retrieval(Method):
         if state.background is None:
             state.background = Background(keys.device)
         width = self.digest(keys[:1, :1, :1]).shape[-1]
-        layer.hosted = Hosted(layer, state.memory, state.background, width, self.sinks)
+        layer.host(state.memory, state.background, width, self.sinks)
         layer.state["query"] = q.new_zeros(q.shape[0], q.shape[1], q.shape[3])
         layer.limit(self.most_resident - 1, 1)
 

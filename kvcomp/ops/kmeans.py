@@ -32,7 +32,7 @@ def kmeans(
 
     Args:
         keys: [B, H, N, D]; fp32, fp16 or bf16; any strides on B, H and N, D contiguous, a multiple
-            of 16 and at most 512.
+            of 16 and at most 1024.
         first, last: [B] int32, 0 <= first <= last <= N.
         cluster_size: mean tokens in a cluster.
         window: tokens clustered together.

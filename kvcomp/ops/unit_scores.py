@@ -28,7 +28,7 @@ def unit_scores(
 
     Args:
         q: [B, Hq, D]; fp32, fp16 or bf16; strided over B and Hq, D contiguous, a multiple of 16 and
-            at most 1024.
+            at most 2048.
         centroids: [B, Hkv, U, D] of q's dtype, contiguous in the last two.
         starts: [B, Hkv, U + 1] int32, contiguous in the last dimension.
         num_indexed: [B] int32, at most U.

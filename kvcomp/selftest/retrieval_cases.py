@@ -64,6 +64,7 @@ def _kmeans_cases() -> list[Case]:
         build("a-cluster-each", 1, 40, 80, [(1, 38)], 1, 8192, layout="slab"),
         build("token-major", 3, 70, 128, [(0, 70)], 8, 33, layout="token"),
         build("one-assignment", 1, 90, 256, [(0, 90)], 7, 50, iterations=1),
+        build("latents", 1, 60, 576, [(3, 60)], 8, 50),
         planted("planted", 2, 64, [(0, 100)], 10, 8192),
         planted("planted-windows", 2, 80, [(3, 130), (0, 97)], 12, 50, 3, layout="token"),
         planted("planted-few", 1, 96, [(0, 40), (5, 6)], 16, 24, layout="slab"),
@@ -100,6 +101,7 @@ def _query_similarity_cases() -> list[Case]:
         build("alike", 2, 7, 80, 1e-3),
         build("odd", 3, 5, 96, 1.0, layout="slab"),
         build("wide", 2, 2, 512, 0.3),
+        build("latents", 1, 16, 576, 0.3),
         build("many", 5, 32, 128, 0.3),
         Case("query_similarity", "zeros", zeros, HALF_AND_FULL, mutates=(1,)),
         Case("query_similarity", "opposite", opposite, HALF_AND_FULL, mutates=(1,)),
@@ -226,6 +228,7 @@ def _unit_scores_cases() -> list[Case]:
         build("all-empty", 2, 1, 20, 16, [20], most=0),
         build("mostly-empty", 4, 4, 200, 64, [200, 190], most=1),
         build("wide", 6, 2, 70, 512, [70]),
+        build("pages-of-latents", 16, 1, 40, 1152, [40]),
         build("long", 10, 2, 1500, 64, [1500]),
     ]
 

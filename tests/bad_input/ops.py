@@ -338,7 +338,7 @@ ROWS = [
     ),
     Bad(lambda: kmeans(keys=torch.randn(B, HKV, D, T).transpose(2, 3)), "'keys'.*contiguous"),
     Bad(lambda: kmeans(keys=torch.randn(B, HKV, T, 40)), "'keys'.*multiple of 16.*40"),
-    Bad(lambda: kmeans(keys=torch.randn(B, HKV, T, 272)), "'keys'.*at most 256.*272"),
+    Bad(lambda: kmeans(keys=torch.randn(B, HKV, T, 1040)), "'keys'.*at most 1024.*1040"),
     Bad(lambda: kmeans(keys=torch.randn(B, 0, T, D)), "'keys'.*at least one head"),
     Bad(lambda: kmeans(keys=torch.randn(0, 1, T, D), first=ints(), last=ints()), "one sequence"),
     Bad(lambda: kmeans(first=ints(0)), "'first'.*B=2.*1"),

@@ -63,7 +63,7 @@ void nearest_of_panel(const float* panel, const float* centres, int num_centres,
 template <class T>
 void nearest(RowPointers rows, int count, const float* mean, const float* centres, int num_centres,
              int head_dim, std::int32_t* ids, float* dots) {
-  alignas(64) float panel[kPanel * 512];
+  alignas(64) float panel[kPanel * kMostCentre];
   for (int t = 0; t < count; t += kPanel) {
     pack<T>(rows + t, mean, head_dim, panel);
     nearest_of_panel(panel, centres, num_centres, head_dim, ids + t, dots + t);

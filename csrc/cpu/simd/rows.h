@@ -9,8 +9,9 @@
 namespace kvcomp::simd {
 
 inline constexpr int kTile = 64;  // tokens between two rescalings; a multiple of every vector
-inline constexpr int kCentreBlock = 12;  // a multiple of the centres that `nearest` takes at once
-inline constexpr int kLinearRows = 8;    // the most rows of `linear`
+inline constexpr int kCentreBlock = 12;   // a multiple of the centres that `nearest` takes at once
+inline constexpr int kMostCentre = 1024;  // elements of a row that `nearest` takes
+inline constexpr int kLinearRows = 8;     // the most rows of `linear`
 inline constexpr int kRowStep = 32;  // a multiple of the elements of a row that are read at once
 
 inline constexpr std::int64_t padded(std::int64_t width) {
