@@ -3,6 +3,7 @@ that changes one of them breaks a single file."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ def schema_arguments(schema: str) -> list[Any]:
 def raw_stream(device: torch.device) -> int:
     """The current CUDA stream of a device as an integer, without building an object for it."""
     return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def freezing() -> AbstractContextManager[None]:
+    """What inductor compiles within, without gradients, has the weights as its constants."""
+    from torch._inductor import config
+
+    return config.patch(freezing=True)
 
 
 def keep_address(tensor: Tensor) -> None:

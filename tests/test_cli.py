@@ -13,10 +13,13 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+from torch._dynamo.utils import counters
+
 import kvcomp
 from kvcomp import METHODS, cli
 from kvcomp.ops import OPS
 from kvcomp.reasoner import task
+from slow.static_decoding import compile_config
 
 PROBLEM = task.make_problem(nodes=4, steps=8, seed=1)
 SHORT = ["--set", "page_size=4", "--set", "recent=2"]
@@ -144,6 +147,17 @@ def test_generate_streams_what_dense_decoding_says(call, monkeypatch):
     assert stdin.read() == ""
     assert code == 0 and out.strip()
     assert "delta_layers=(2, 4)" in report
+
+
+def test_generate_compiles_its_steps_over_a_cache_of_the_length_asked_for(call, monkeypatch):
+    """The same tokens as eager steps; here without inductor, which test_static asks."""
+    wanted = (*ANSWER, "--temperature", 0, "--max-new-tokens", 9)
+    eager = call(*wanted)
+    monkeypatch.setattr("kvcomp.hf.compiled.for_generate", compile_config)
+    graphs = counters["stats"]["unique_graphs"]
+    code, out, report = call(*wanted, "--compile")
+    assert (code, out) == eager[:2] == (0, out) and "Full()" in report
+    assert counters["stats"]["unique_graphs"] == graphs + 1
 
 
 def test_the_program_itself_exits_with_2():

@@ -12,7 +12,7 @@ import kvcomp
 
 ROOT = Path(kvcomp.__file__).parent
 # Each may import itself and those before it; what is not here stands above all of them.
-BELOW = ["_torch", "checks", "progress", "problems", "journal"]
+BELOW = ["_torch", "checks", "progress", "storage", "problems", "journal"]
 ORDER = [*BELOW, "ops", "cache", "methods", "plan", "hf", "thinking", "delethink"]
 TOPS = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
 DOORS = {"import_module", "__import__"}  # by which a name in a string is imported

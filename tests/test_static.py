@@ -1,6 +1,7 @@
 """The static flavour: one graph for all decode steps, and the tokens of the dynamic one."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvcomp
 from kvcomp import METHODS, Delta, Full, Method, reasoner
+from kvcomp.hf import linear
+from kvcomp.hf.compiled import keep_code
 from kvcomp.testing.models import tiny_model
 from slow.static_decoding import (
     STEPS,
@@ -292,3 +295,44 @@ def test_more_than_there_is_room_for(qwen3):
         hidden = torch.ones(2, 25, dtype=torch.long)
         with pytest.raises(ValueError, match="attention_mask"):
             qwen3(batch["input_ids"][:, :4], attention_mask=hidden, past_key_values=run.new_cache())
+
+
+@pytest.mark.parametrize("freeze", [False, True], ids=["linear_rows", "freeze"])
+def test_code_for_the_cpu_gives_the_logits_of_eager_steps(freeze):
+    """By inductor itself: with the weights as they are, and packed."""
+    model, batch = tiny_model("llama"), padded_batch()
+    expected, _ = reference(model, Full(), batch)
+    with kvcomp.patch(model, Full(), max_tokens=ROOM) as run:
+        step = run.compile(fullgraph=True, freeze=freeze)
+        got = decode(model, batch, run.new_cache(), step)
+        assert counters["stats"]["unique_graphs"] == 1 and not linear.packing
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+        cache = run.new_cache()
+        with torch.no_grad():
+            model(batch["input_ids"], past_key_values=cache)
+            again = step(batch["input_ids"][:, -1:], past_key_values=cache).logits
+        assert again.any() == freeze, "only packed weights are those of before"
+
+
+def test_code_is_kept_by_version_and_kind_of_cpu(monkeypatch, tmp_path):
+    """Inductor's own folder does not tell kinds of CPU apart."""
+    monkeypatch.setenv("KVCOMP_CACHE", str(tmp_path))
+    kinds = set()
+    for kind in ("AVX2", "AVX512"):
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda kind=kind: kind)
+        keep_code()
+        kinds.add(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    keep_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] in kinds, "one that is named stays"
+    assert len(kinds) == 2 and all(torch.__version__ in path for path in kinds)
+    assert all(path.startswith(str(tmp_path)) for path in kinds)
+
+
+def test_only_weights_on_a_cpu_are_packed():
+    model = tiny_model("llama").to("meta")
+    expected = pytest.raises(ValueError, match="compile: freeze: expected a model on a CPU")
+    with kvcomp.patch(model, Full(), max_tokens=ROOM) as run, expected:
+        run.compile(freeze=True)

@@ -20,7 +20,8 @@ from compiled.cubins import Kernel, read_usage
 # Compute capability -> bytes of shared memory that one block may ask for. 8.0 stands for 8.6, 8.9
 # and 12.0, which are given the same kernels and have less room than the 163 KB of 8.0.
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-BF16, FP16, FP32, INT32 = torch.bfloat16, torch.float16, torch.float32, torch.int32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+INT32, INT64 = torch.int32, torch.int64
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -37,6 +38,15 @@ def attention(dtype, head_dim, group=4, page_size=0, logits=None):
     side = None if logits is None else empty(2, 2 * group, 16384, dtype=logits)
     q = empty(2, 2 * group, head_dim, dtype=dtype)
     return q, kv, kv, LENS, ids, max(page_size, 1), head_dim**-0.5, side
+
+
+def appended(dtype, head_dim, count, group=4, page_size=0, logits=None, tree=False):
+    """Arguments of append_attention; all rows have all m queries unless there is a tree."""
+    q, k, v, lens, ids, size, scale, side = attention(dtype, head_dim, group, page_size, logits)
+    q = q[:, None].expand(-1, count, -1, -1)
+    side = None if side is None else side[:, None].expand(-1, count, -1, -1)
+    tail = empty(2, count, dtype=INT64) if tree else None
+    return q, k, v, lens, LENS if tree else None, tail, ids, size, scale, side
 
 
 def sides(dtype, head_dim):
@@ -84,6 +94,14 @@ CALLS = [
     ("decode_attention", "fp32 D64 G 1", attention(FP32, 64, group=1)),
     ("decode_attention", "fp32 D128 logits", attention(FP32, 128, logits=FP32)),
     ("decode_attention", "fp32 D256 page 16 G 40", attention(FP32, 256, 40, page_size=16)),
+    ("append_attention", "bf16 D64 m 4", appended(BF16, 64, 4)),
+    ("append_attention", "bf16 D128 m 8 page 16", appended(BF16, 128, 8, page_size=16)),
+    ("append_attention", "bf16 D128 m 64 tree", appended(BF16, 128, 64, tree=True)),
+    ("append_attention", "fp16 D80 m 2 logits", appended(FP16, 80, 2, logits=FP32)),
+    ("append_attention", "bf16 D256 m 8 tree", appended(BF16, 256, 8, page_size=16, tree=True)),
+    ("append_attention", "fp32 D64 m 8 tree", appended(FP32, 64, 8, tree=True)),
+    ("append_attention", "fp32 D128 m 8 tree", appended(FP32, 128, 8, page_size=16, tree=True)),
+    ("append_attention", "fp32 D256 m 4 tree", appended(FP32, 256, 4, tree=True)),
     ("merge_states", "bf16 D80", sides(BF16, 80)),
     ("merge_states", "fp16 D128", sides(FP16, 128)),
     ("merge_states", "fp32 D256", sides(FP32, 256)),
@@ -166,7 +184,7 @@ DIVISIBLE = [["tt.divisibility", 16]]
 
 def specialize(kernel, values, keywords) -> tuple[dict, dict, dict]:
     """What Triton's launcher derives from arguments: types, constants, which divide by 16."""
-    pointers = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", INT32: "*i32"}
+    pointers = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", INT32: "*i32", INT64: "*i64"}
     bound = {**keywords, **dict(zip(kernel.arg_names, values, strict=False))}
     signature, constants, hints = {}, {}, {}
     for index, parameter in enumerate(kernel.params):

@@ -91,6 +91,14 @@ def generate(
         list[str] | None,
         typer.Option("--with", help="Set an option of a strategy.", metavar="NAME.OPTION=VALUE"),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Compile the decode step, over a cache with room for the prompt and"
+            " --max-new-tokens. Takes a minute the first time and pays for long outputs.",
+        ),
+    ] = False,
 ) -> None:
     """Generate text with a method and stream it.
 
@@ -106,14 +114,19 @@ def generate(
     import transformers
 
     from kvcomp.hf import patch
+    from kvcomp.hf.compiled import for_generate
 
     chosen = choose(strategy or [], options or [], while_decoding=True)
     network, tokenizer = load(model, where, kind)
     inputs = encode(tokenizer, text, chat).to(where)
+    room = None
+    if compiled:
+        room = inputs["input_ids"].shape[1] + max_new_tokens
+        sampling["compile_config"] = for_generate()
     transformers.set_seed(seed)
     streamer = text_streamer(tokenizer)
     code = 0
-    with patch(network, chosen_method) as run:
+    with patch(network, chosen_method, max_tokens=room) as run:
         more = chosen.generation(run, tokenizer, inputs["input_ids"].shape[1])
 
         def answer() -> None:

@@ -8,7 +8,8 @@ the original forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import NamedTuple
 
@@ -82,13 +83,29 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
         )
     ):
         if is_compiling():
-            return ops.linear_rows(input, weight, bias)
+            if not packing:
+                return ops.linear_rows(input, weight, bias)
+            return type(self).forward(self, input)
         if not (num_dispatch_modes() or num_function_modes() or transforming()):
             try:
                 return COMPUTE(input, weight, bias)
             except (TypeError, ValueError):  # torch takes other inputs, or explains its error
                 pass
     return type(self).forward(self, input)
+
+
+packing = False  # whether inductor is to pack the weights of what compiles now
+
+
+@contextmanager
+def left_to_torch() -> Iterator[None]:
+    """Within, compiled linear layers are torch's."""
+    global packing
+    before, packing = packing, True
+    try:
+        yield
+    finally:
+        packing = before
 
 
 def _wants_gradient(bias: Tensor | None) -> bool:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from kvcomp.cache import Report, StaticKVCache, StaticMeter
 from kvcomp.checks import is_whole, require
 from kvcomp.hf.cache import Cache, Layer
+from kvcomp.hf.compiled import announced, frozen, keep_code
 from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.run import BROKEN, Run
@@ -73,18 +74,38 @@ class StaticRun(Run):
         self.meter.settle()
         return super().report(layers)
 
-    def compile(self, **options: Any) -> Callable:
+    def compile(self, *, freeze: bool = False, **options: Any) -> Callable:
         """Compile the model for your own loops: `step(ids, past_key_values=cache, ...)`.
 
+
+        The first step compiles, which takes a minute or so, and so does the first one of each other
+        batch size. Inductor keeps the code for other runs: for a CPU in a folder of kvcomp's cache,
+        unless TORCHINDUCTOR_CACHE_DIR names another.
+
         Args:
+            freeze: on a CPU, let inductor pack the weights for its own linear layers ("freezing")
+                instead of reading them in place with `linear_rows`. This keeps every weight twice,
+                and later changes of the weights are not seen. It can pay for more than 8 sequences.
             options: options of `torch.compile`. Default: one graph, captured as a CUDA graph.
 
         Returns:
             a function that runs prompts eagerly and steps of one token compiled. It raises
             ValueError if the cache has no room for the tokens.
+
+        Raises:
+            ValueError: `freeze` for a model that is not on a CPU.
         """
+        on_cpu = self.model.device.type == "cpu"
+        if freeze and not on_cpu:
+            raise ValueError(
+                "kvcomp: compile: freeze: expected a model on a CPU, for which weights are packed,"
+                f" got one on {self.model.device}"
+            )
+        if on_cpu:
+            keep_code()
         options = options or {"fullgraph": True, "mode": "reduce-overhead"}
-        return self._step(torch.compile(self.model, **options))
+        step: Callable = torch.compile(self.model, **options)
+        return self._step(frozen(step) if freeze else step)
 
     def new_cache(self) -> StaticCache:
         """A new cache of this run with its own memory."""
@@ -167,6 +188,8 @@ class StaticRun(Run):
         return self._step(self._compiled_call(compile_config))
 
     def _step(self, compiled: Callable) -> Callable:
+        compiled = announced(compiled)
+
         def step(input_ids: Tensor, *, past_key_values: StaticCache, **given: Any) -> Any:
             self._gate.require_open()
             self._check_attention()

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from kvcomp import reasoner
+from kvcomp import reasoner, storage
 from kvcomp.checks import require_one_of
 from kvcomp.models.catalog import MODELS, Artifact
 
 
 def folder() -> Path:
-    """Where models are kept: `models` in KVCOMP_CACHE, else in the user's cache folder, which
-    XDG_CACHE_HOME names."""
-    if own := os.environ.get("KVCOMP_CACHE"):
-        return Path(own).expanduser().absolute() / "models"
-    # The specification of XDG has relative paths ignored.
-    given = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    return (given if given.is_absolute() else Path.home() / ".cache") / "kvcomp" / "models"
+    """Where models are kept: `models` in KVCOMP_CACHE, else in the user's cache folder."""
+    return storage.folder("models")
 
 
 def known(name: str) -> Artifact:

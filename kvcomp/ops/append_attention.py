@@ -128,4 +128,5 @@ _op = bind(
     fake=fake,
     native=native,
     backends=("cpu", "cuda"),
+    triton=True,
 )

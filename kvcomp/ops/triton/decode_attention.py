@@ -196,6 +196,14 @@ def merge_splits_kernel(
     tl.store(out + i_row * D + o_d, (b_out / b_sum).to(out.dtype.element_ty), mask=m_d)
 
 
+def refuse_codes(op: str, words: Tensor | None) -> None:
+    if words is not None:
+        raise ValueError(
+            f"kvcomp.{op}: argument 'words': expected None for Triton, whose kernels take no K and"
+            " V in eight bits, got a tensor"
+        )
+
+
 @on_its_device
 def launch(
     q: Tensor,
@@ -208,11 +216,7 @@ def launch(
     logits: Tensor | None,
     words: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if words is not None:
-        raise ValueError(
-            "kvcomp.decode_attention: argument 'words': expected None for Triton, whose kernels"
-            " take no K and V in eight bits, got a tensor"
-        )
+    refuse_codes("decode_attention", words)
     batch, num_heads, head_dim = q.shape
     num_kv_heads, num_slots = k.shape[1:3]
     group = num_heads // num_kv_heads
