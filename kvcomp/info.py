@@ -13,6 +13,7 @@ import torch
 import kvcomp
 from kvcomp import _C
 from kvcomp.ops._registry import OPS, PREFERENCE, Op
+from kvcomp.ops.linear_rows import MAX_ROWS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,6 +33,7 @@ def gather() -> dict[str, Any]:
             "isa": _C.cpu_isa(),
             "isas_built": build["cpu_isas"],
             "isa_limit": os.environ.get("KVCOMP_ISA"),
+            "linear_rows": MAX_ROWS,
         },
         "gpus": gpus(),
         "cuda": {
@@ -109,6 +111,7 @@ def tables(info: dict[str, Any]) -> list[Table]:
     for label, text in (
         ("CPU", _cpu_line(info["cpu"])),
         ("CPU kernels", _isa_line(info["cpu"])),
+        ("linear layers", _linear_line(info["cpu"])),
         *(("GPU", _gpu_line(gpu)) for gpu in info["gpus"] or [None]),
         ("CUDA kernels", _cuda_line(info["cuda"])),
     ):
@@ -140,6 +143,13 @@ def _cpu_line(cpu: dict[str, Any]) -> str:
 def _isa_line(cpu: dict[str, Any]) -> str:
     limit = f" (KVCOMP_ISA={cpu['isa_limit']})" if cpu["isa_limit"] else ""
     return f"{cpu['isa']} in use{limit}, built: {', '.join(cpu['isas_built'])}"
+
+
+def _linear_line(cpu: dict[str, Any]) -> str:
+    return (
+        f"of a patched model on the CPU: linear_rows ({cpu['isa']}) for up to {cpu['linear_rows']}"
+        " rows without gradients, torch for more"
+    )
 
 
 def _gpu_line(gpu: dict[str, Any] | None) -> str:

