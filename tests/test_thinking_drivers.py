@@ -134,6 +134,21 @@ def test_short_m_stops_with_the_mth_shortest(model, words, name):
     assert sum(few.votes.values()) == 2
 
 
+def test_short_m_takes_as_many_steps_as_the_mth_shortest_thought(model, words):
+    given = {"end": "b", "max_new_tokens": 60, "seed": 1, **WARM}
+    eos = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = WORDS.index("b")  # so the end of a thought is all
+    try:
+        with kvcomp.patch(model, kvcomp.Full()) as run:
+            every = thinking.majority(run, words, prompt(), k=6, max_new_tokens=60, seed=1, **WARM)
+            for m in range(1, every.finished + 1):
+                few = thinking.short_m_at_k(run, words, prompt(), k=6, m=m, **given)
+                assert few.steps == sorted(every.lengths)[m - 1] - 1
+    finally:
+        model.generation_config.eos_token_id = eos
+    assert every.finished >= 2
+
+
 def test_no_thought_that_was_cut_off_has_a_vote(model, words):
     never = [thinking.StopScale(words, 20, bias=-100.0)]
     with kvcomp.patch(model, kvcomp.Full()) as run:
