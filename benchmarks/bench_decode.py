@@ -36,7 +36,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 
 import torch
@@ -47,7 +46,7 @@ from decode.graph import bench_graphs
 from decode.models import SHAPES
 from decode.peer import bench_peer
 from decode.steps import bench_steps
-from harness.record import NOT_INSTALLED, OtherLoad, conclude, header, meta
+from harness.record import NOT_INSTALLED, OtherLoad, begin, conclude, meta, shown
 from ops.common import DTYPES
 
 BENCHMARKS = {
@@ -99,15 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = OtherLoad()
     names = ("part", "shape", "dtype", "batch", "tokens", "rounds", "generate")
     facts = meta("decode", options.device, **{name: getattr(options, name) for name in names})
-    print(header(facts), flush=True)
-    if options.smoke:
-        print("smoke test: the model is too small for these figures to mean anything")
+    begin(facts, options.smoke)
     rows = []
     for part in options.part:
         print(f"\n{part}", flush=True)
-        for row in BENCHMARKS[part](options):
-            print(row.line(), flush=True)
-            rows.append(asdict(row))
+        rows += shown(BENCHMARKS[part](options))
     conclude(options.json, facts, rows, load)
     return 0
 

@@ -42,7 +42,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 
@@ -50,7 +49,7 @@ from delethink.rotate import bench_rotate
 from delethink.scaling import bench_curve, bench_scaling
 from delethink.stall import bench_stall
 from delethink.sweep import bench_sweep
-from harness.record import OtherLoad, conclude, header, meta
+from harness.record import OtherLoad, begin, conclude, meta, shown
 
 BENCHMARKS = {
     "scaling": bench_scaling,
@@ -117,17 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     load, cores = OtherLoad(), torch.get_num_threads()
     chosen = {k: v for k, v in vars(options).items() if k not in ("json", "threads")}
     facts = meta("delethink", "cpu", **chosen)
-    print(header(facts), flush=True)
-    if options.smoke:
-        print("smoke test: the inputs are too small for these figures to mean anything")
+    begin(facts, options.smoke)
     rows = []
     for part in options.part:
         small = part in ("scaling", "sweep", "rotate")  # so small a model gains nothing from more
         torch.set_num_threads(options.threads or (1 if small else cores))
         print(f"\n{part}", flush=True)
-        for row in BENCHMARKS[part](options):
-            print(row.line(), flush=True)
-            rows.append(asdict(row))
+        rows += shown(BENCHMARKS[part](options))
     torch.set_num_threads(cores)
     conclude(options.json, facts, rows, load)
     return 0

@@ -21,14 +21,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 
 import torch
 
 from engine.attention import bench_attention
 from engine.serving import bench_serving
-from harness.record import NOT_INSTALLED, header, meta, write_json
+from harness.record import NOT_INSTALLED, begin, meta, shown, write_json
 
 PARTS = {"attention": bench_attention, "serving": bench_serving}
 SHAPES = [(32, 8, 128, 32), (9, 3, 64, 30)]  # query heads, KV heads, head size, layers
@@ -69,15 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     torch.set_num_threads(options.threads)
     facts = meta("engine", "cpu", vllm=vllm.__version__, budget=options.budget)
-    print(header(facts), flush=True)
-    if options.smoke:
-        print("smoke test: the shape is too small for these figures to mean anything")
+    begin(facts, options.smoke)
     rows = []
     for part in options.part:
         print(f"\n{part}", flush=True)
-        for row in PARTS[part](options):
-            print(row.line(), flush=True)
-            rows.append(asdict(row))
+        rows += shown(PARTS[part](options))
     if options.json:
         write_json(options.json, facts, rows)
     return 0

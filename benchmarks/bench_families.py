@@ -28,14 +28,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from families.parts import PARTS, SMOKE, calibrated
 from families.reasoner import Reasoner
-from harness.record import header, meta, write_json
+from harness.record import begin, meta, shown, write_json
 from kvcomp.cli.common import pick_device
 from kvcomp.cli.output import check_output
 
@@ -82,16 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems=options.problems,
         alpha=options.alpha,
     )
-    print(header(facts), flush=True)
+    begin(facts, options.smoke)
     print(f"alpha {options.alpha}, {options.problems} problems", flush=True)
-    if options.smoke:
-        print("smoke test: the inputs are too small for these figures to mean anything")
     rows = []
     for part in SMOKE if options.smoke else PARTS:
         if part.name in options.part:
-            for row in part.rows(reasoner, options.problems, options.alpha):
-                print(row.line(), flush=True)
-                rows.append(asdict(row))
+            rows += shown(part.rows(reasoner, options.problems, options.alpha))
     if options.json:
         write_json(options.json, facts, rows)
     return 0

@@ -32,11 +32,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import torch
 
-from harness.record import OtherLoad, conclude, header, meta
+from harness.record import OtherLoad, begin, conclude, meta, shown
 from ops.common import DTYPES, heads_of
 from retrieval.memory import bench_memory
 from retrieval.prefill import bench_prefill
@@ -87,15 +86,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.device,
         **{n: getattr(options, n) for n in ("part", "prompt", "steps", "shape", "budget", "tau")},
     )
-    print(header(facts), flush=True)
-    if options.smoke:
-        print("smoke test: the inputs are too small for these figures to mean anything")
+    begin(facts, options.smoke)
     rows = []
     for part in options.part:
         print(f"\n{part}", flush=True)
-        for row in BENCHMARKS[part](options):
-            print(row.line(), flush=True)
-            rows.append(asdict(row))
+        rows += shown(BENCHMARKS[part](options))
     conclude(options.json, facts, rows, load)
     return 0
 

@@ -8,9 +8,10 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -141,6 +142,20 @@ def header(facts: dict) -> str:
         ceiling = facts["ceiling"]
         lines.append(f"ceiling {ceiling['gbps']:.1f} GB/s ({ceiling['probe']})")
     return "\n".join(lines)
+
+
+def begin(facts: dict, smoke: bool) -> None:
+    """Print the header, and for a smoke test that its numbers mean nothing."""
+    print(header(facts), flush=True)
+    if smoke:
+        print("smoke test: the inputs are too small for these figures to mean anything")
+
+
+def shown(rows: Iterable[Any]) -> Iterator[dict]:
+    """Print each row as soon as it is measured, and yield it as plain data."""
+    for row in rows:
+        print(row.line(), flush=True)
+        yield asdict(row)
 
 
 def write_json(path: str | Path, facts: dict, rows: Sequence[Row | dict]) -> None:

@@ -7,36 +7,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
 
-NAME = "kvcomp-capture"
-_captured: list[list[tuple[Tensor, Tensor, float]]] = []
+from language.door import attending, causal
 
 
 class Attention:
-    """What a model attends to in a window.
+    """The queries and keys of a model in a window.
 
     Attributes:
         layers: (q [Hq, T, D], k [Hkv, T, D], scale) of each, rotated as they are attended.
     """
 
     def __init__(self, model: Any, ids: Tensor) -> None:
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-        before = model.config._attn_implementation
         self.layers: list[tuple[Tensor, Tensor, float]] = []
-        _captured.append(self.layers)
-        model.set_attn_implementation(NAME)
-        try:
-            with torch.no_grad():
-                model.get_decoder()(ids[None], use_cache=False)
-        finally:
-            model.set_attn_implementation(before)
-            _captured.remove(self.layers)
+        with attending(model, self._attend), torch.no_grad():
+            model.get_decoder()(ids[None], use_cache=False)
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        self.layers.append((q[0].float(), k[0].float(), scale))
+        return causal(q, k, v, scale)
 
     def probabilities(self, layer: int, steps: Tensor) -> Tensor:
-        """[Hq, steps, T]: of the queries at `steps`, 0 for what came later."""
+        """[Hq, steps, T]: probabilities of the queries at `steps`, 0 for later tokens."""
         q, k, scale = self.layers[layer]
         keys = k.repeat_interleave(len(q) // len(k), 0)
         logits = torch.einsum("hsd,htd->hst", q[:, steps], keys) * scale
@@ -48,21 +40,3 @@ class Attention:
         total = self.layers[layer][0].shape[1]
         for first in range(0, total, size):
             yield first, self.probabilities(layer, torch.arange(first, min(first + size, total)))
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface, causal."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    _captured[-1].append((query[0].float(), key[0].float(), scale))
-    out = scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=True
-    )
-    return out.transpose(1, 2), None

@@ -1,27 +1,22 @@
 """Several methods read the same windows at once, so that the model's weights are read once.
 
-The linear layers see the rows of all methods together; attention is asked method by method, each
-with a cache of its own. What a method sees is what it sees under `kvcomp.patch`, whose figures
-this must repeat; `kvcomp.reading.read` is the plain way.
+The linear layers get the rows of all methods together. Attention runs method by method, each with
+its own cache. A method sees the same tensors as under `kvcomp.patch`, and the results must be the
+same; `kvcomp.reading.read` does it the plain way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvcomp import Method
 from kvcomp.cache import KVCache, Report
 from kvcomp.hf.rotation import key_rotation
-
-NAME = "kvcomp-stack"
-_running: list[Stack] = []
+from language.door import attending, causal
 
 
 class Stack:
@@ -36,8 +31,6 @@ class Stack:
         layers = model.config.num_hidden_layers
         rotation = key_rotation(model) if any(m.moves_keys for m in methods) else None
         self.caches = [KVCache(method, layers, inv_freq=rotation) for method in methods]
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
     @torch.no_grad()
     def read(self, ids: Tensor, prompt: int, tick: Callable[[], None]) -> list[Tensor]:
@@ -47,7 +40,7 @@ class Stack:
             hidden states [B, tokens - prompt - 1, width] of each method.
         """
         hidden = []
-        with self._running():
+        with attending(self.model, self.attend):
             self._prompt(ids[:, :prompt])
             for place in range(prompt, ids.shape[1] - 1):
                 token = ids[:, place : place + 1].repeat(len(self.caches), 1)
@@ -63,7 +56,7 @@ class Stack:
             ids [B, count] of each method.
         """
         head, width = self.model.get_output_embeddings(), prompts.shape[1]
-        with self._running():
+        with attending(self.model, self.attend):
             first = self._prompt(prompts)
             tokens = [head(first).argmax(-1, keepdim=True).repeat(len(self.caches), 1)]
             for place in range(width, width + count - 1):
@@ -71,19 +64,8 @@ class Stack:
                 tick()
         return list(torch.cat(tokens, 1).chunk(len(self.caches)))
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        before = self.model.config._attn_implementation
-        _running.append(self)
-        self.model.set_attn_implementation(NAME)
-        try:
-            yield
-        finally:
-            self.model.set_attn_implementation(before)
-            _running.remove(self)
-
     def _prompt(self, ids: Tensor) -> Tensor:
-        """Its last hidden states [B, width], the same for all methods."""
+        """The last hidden states [B, width] of the prompt, the same for all methods."""
         return self.model.get_decoder()(ids, use_cache=False).last_hidden_state[:, -1]
 
     def _step(self, tokens: Tensor, place: int) -> Tensor:
@@ -105,10 +87,7 @@ class Stack:
                 layer = cache.layers[position]
                 layer.append(k, v)
                 cache.prefill(layer, q, scale)
-            out = scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=True
-            )
-            return out.transpose(1, 2)
+            return causal(q, k, v, scale)
         outs = []
         groups = zip(*(x.chunk(len(self.caches)) for x in (q, k, v)), strict=True)
         for cache, (own_q, own_k, own_v) in zip(self.caches, groups, strict=True):
@@ -118,21 +97,7 @@ class Stack:
         return torch.cat(outs)[:, None]
 
 
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface."""
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _running[-1].attend(module.layer_idx, query, key, value, scale), None
-
-
 def stackable(model: Any) -> bool:
-    """Whether every layer attends to everything, without logits of its own making."""
+    """Whether every layer attends to everything, with plain logits."""
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     return kinds == {"full_attention"} and not getattr(model.config, "attn_logit_softcapping", None)
