@@ -162,6 +162,23 @@ def test_the_loss_on_real_text(reproduce, name, corner):
         ]
 
 
+def test_free_running(reproduce):
+    from accuracy.intervals import bootstrap
+
+    found = {row["method"]: row for row in rows_of("language/free")}
+    shown = table(RESULTS, "| free running |")
+    assert set(shown) == set(found)
+    for method, cells in shown.items():
+        same, again = found[method]["same"], found[method]["repeated"]
+        low, high = bootstrap(same)
+        spread = f" [{low:.0f}, {high:.0f}]" if method != "full" else ""
+        assert cells == [
+            f"{sum(same) / len(same):.0f}{spread}",
+            f"{same.count(280)} of {len(same)}",
+            f"{sum(again) / len(again):.0%}".replace("%", " %"),
+        ]
+
+
 # --- how they were made ---------------------------------------------------------------------------
 
 
