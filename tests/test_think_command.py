@@ -152,3 +152,15 @@ def test_rounds_need_a_text(model, tmp_path):
     with kvcomp.patch(model, kvcomp.Full()) as run, said:
         thinking.think(run, toy_tokenizer(), found, Chosen(["sr"]), log=tmp_path / "log")
     assert not (tmp_path / "log").exists()
+
+
+def test_a_loop_in_place_of_the_one_of_generate(folder, problems, tmp_path, monkeypatch):
+    """transformers' own loop as one: the texts are those of one row."""
+    plain = strategies.Strategy("loop", lambda: None, lambda run, *_: type(run.model)._sample)
+    monkeypatch.setitem(strategies.STRATEGIES, "plain", plain)
+    greedy = ["--temperature", "0"]
+    code, rows = think(folder, problems, tmp_path, *greedy, "--strategy", "plain", log="a.jsonl")
+    _, other = think(folder, problems, tmp_path, *greedy, log="b.jsonl")
+    assert code == 0 and [row["text"] for row in rows] == [row["text"] for row in other]
+    assert [row["total_tokens"] for row in rows] == [row["total_tokens"] for row in other]
+    assert [row["steps"] for row in rows] == [row["steps"] for row in other]

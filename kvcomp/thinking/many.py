@@ -83,7 +83,6 @@ def think(
     wanted = list(problems)
     todo = prepare(wanted, tokenizer)
     kind = STRATEGIES[chosen.leading].kind if chosen.leading else "rows"
-    require(kind != "loop", "think", "a strategy for rows or rounds", chosen.leading)
     questions = {str(each["id"]): _question(each) for each in wanted}
     for name, (question, _) in questions.items():
         require(

@@ -73,6 +73,14 @@ class Sampling:
             self.max_new_tokens,
         )
 
+    def for_generate(self) -> dict[str, Any]:
+        """Keyword arguments of transformers' `generate`."""
+        most = {"max_new_tokens": self.max_new_tokens}
+        if not self.temperature:
+            return most | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        warm = {"temperature": float(self.temperature), "top_p": self.top_p, "top_k": self.top_k}
+        return most | {"do_sample": True, **warm}
+
     def warpers(self) -> list[Any]:
         chosen: list[Any] = []
         if self.temperature not in (0, 1):

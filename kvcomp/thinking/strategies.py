@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from kvcomp.hf.run import Run
 from kvcomp.thinking.ask import Ask
 from kvcomp.thinking.cgrs import Cgrs
@@ -15,7 +17,7 @@ from kvcomp.thinking.checks import require
 from kvcomp.thinking.concise_hint import ConciseHint
 from kvcomp.thinking.dser import dser
 from kvcomp.thinking.pdr import pdr, sr
-from kvcomp.thinking.rows import Processors
+from kvcomp.thinking.rows import Processors, Sampling, eos_of
 from kvcomp.thinking.short_m import majority, short_m_at_k
 from kvcomp.thinking.stopping import BudgetForcing, StopScale
 from kvcomp.thinking.trajectory import latent_trajectory
@@ -145,8 +147,37 @@ class Chosen:
         processors: Processors = lambda columns: self.made(run, tokenizer, columns, "processor")  # noqa: E731
         name = self.leading or "majority"
         each, options = STRATEGIES[name], self.options.get(name, {})
+        if each.kind == "loop":
+            return self._generate(run, tokenizer, inputs, answer_of, Sampling(**sampling))
         if each.kind == "rounds":
             ask = Ask(run, tokenizer, chat=chat, processors=processors, **sampling)
             return each.call(ask, question, answer_of=answer_of, **options)
         more = {"answer_of": answer_of, "processors": processors} | sampling
         return each.call(run, tokenizer, inputs, **options, **more)
+
+    def _generate(
+        self, run: Run, tokenizer: Any, inputs: Any, answer_of: AnswerOf, sampling: Sampling
+    ) -> Result:
+        """One row by `generate`, whose loop a strategy replaces."""
+        ids = inputs["input_ids"].to(run.model.device)
+        columns, before = ids.shape[1], run.meter.steps
+        out = run.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            **sampling.for_generate(),
+            **self.generation(run, tokenizer, columns),
+        )
+        written = out[0, columns:].tolist()
+        text = tokenizer.decode(written, skip_special_tokens=False)
+        answer = answer_of(text)
+        return Result(
+            text=text,
+            answer=answer,
+            votes={} if answer is None else {answer: 1},
+            lengths=[len(written)],
+            sequential_tokens=columns + len(written),
+            total_tokens=columns + len(written),
+            steps=run.meter.steps - before,
+            finished=int(written[-1] in eos_of(run.model)),
+            rows=1,
+        )
