@@ -82,8 +82,8 @@ def generate(
     strategy: Annotated[
         list[str] | None,
         typer.Option(
-            help="Strategy that acts while decoding: cgrs, concise-hint, stop-scale or"
-            " budget-forcing; repeat for several.",
+            help="Strategy that acts while decoding: cgrs, concise-hint, stop-scale,"
+            " budget-forcing or stand; repeat for several.",
             metavar="NAME",
         ),
     ] = None,
@@ -111,10 +111,9 @@ def generate(
     where, kind = pick_device(device), pick_dtype(dtype)
     text = read_prompt(prompt)
 
-    import transformers
-
     from kvcomp.hf import patch
     from kvcomp.hf.compiled import for_generate
+    from kvcomp.thinking import GumbelNoise, Stand
 
     chosen = choose(strategy or [], options or [], while_decoding=True)
     network, tokenizer = load(model, where, kind)
@@ -123,11 +122,14 @@ def generate(
     if compiled:
         room = inputs["input_ids"].shape[1] + max_new_tokens
         sampling["compile_config"] = for_generate()
-    transformers.set_seed(seed)
     streamer = text_streamer(tokenizer)
     code = 0
     with patch(network, chosen_method, max_tokens=room) as run:
         more = chosen.generation(run, tokenizer, inputs["input_ids"].shape[1])
+        # A sampled answer is a function of the seed, with and without speculation.
+        more["logits_processor"] = [*more.get("logits_processor", []), GumbelNoise(seed)]
+        if isinstance(stand := more.get("custom_generate"), Stand):
+            stand.streamer = streamer  # which `generate` keeps from it
 
         def answer() -> None:
             nonlocal code
@@ -149,13 +151,14 @@ def choose(names: list[str], settings: list[str], *, while_decoding: bool = Fals
     Raises:
         ValueError: an unknown one, one that is not for this command, or a bad option.
     """
-    from kvcomp.thinking.strategies import STRATEGIES, WHILE_DECODING, Chosen
+    from kvcomp.thinking.strategies import DRIVEN, STRATEGIES, WHILE_DECODING, Chosen
 
-    known = WHILE_DECODING if while_decoding else list(STRATEGIES)
+    known = WHILE_DECODING if while_decoding else DRIVEN
     for name in names:
         if name not in known:
             wanted = f"expected one of {', '.join(known)}"
-            hint = "; use kvcomp think" if name in STRATEGIES else ""
+            other = "think" if while_decoding else "generate"
+            hint = f"; use kvcomp {other}" if name in STRATEGIES else ""
             raise ValueError(f"kvcomp: --strategy: {wanted}, got {name!r}{hint}")
     options: dict[str, dict[str, Any]] = {}
     for setting in settings:

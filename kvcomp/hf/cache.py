@@ -14,7 +14,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from kvcomp.cache import KVCache, LayerCache, Meter
 from kvcomp.hf.decoder import values_of
@@ -297,6 +302,10 @@ class Cache(TransformersCache):
             )
         if not self.rows:
             raise ValueError("kvcomp: stage: expected a cache that has seen the prompt")
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers):
+            raise ValueError(
+                "kvcomp: drafts: this model has linear layers, whose states cannot take tokens back"
+            )
         if not self.all_managed:
             self.activate_past_recording()
         self.staging = True

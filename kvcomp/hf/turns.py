@@ -42,11 +42,12 @@ class Turns:
         )
         text = given.repeat_interleave(copies, 0) if given.ndim == 2 else None
         self._check_text(kwargs["past_key_values"], text, mask, columns, len(given) * copies)
-        return self._logits_processor(
+        processors = self._logits_processor(
             generation_config=generation_config,
             input_ids_seq_length=input_ids_seq_length,
             **rest,
         )
+        return _drawing_last(processors, generation_config.do_sample)
 
     def _check_text(
         self, cache: Any, ids: Tensor | None, mask: Tensor | None, columns: int | None, rows: int
@@ -140,3 +141,10 @@ class Turns:
     def _read(self, cache: Any, ids: Tensor | None) -> None:
         """Note the ids [B, n] that come in; None: embeddings."""
         cache.read(ids)
+
+
+def _drawing_last(processors: Any, sampling: bool) -> Any:
+    """Those that draw a token (`comes_last`) behind the warpers, and only where one is drawn."""
+    drawing = [each for each in processors if getattr(each, "comes_last", False)]
+    others = [each for each in processors if each not in drawing]
+    return type(processors)([*others, *(drawing if sampling else [])])

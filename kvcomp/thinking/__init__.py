@@ -11,9 +11,11 @@ from kvcomp.thinking.concise_hint import ConciseHint
 from kvcomp.thinking.dser import dser
 from kvcomp.thinking.follow import Followed, follow_leader
 from kvcomp.thinking.many import think
+from kvcomp.thinking.noise import GumbelNoise
 from kvcomp.thinking.pdr import pdr, sr
 from kvcomp.thinking.rows import Row, Rows, Sampling
 from kvcomp.thinking.short_m import majority, short_m_at_k
+from kvcomp.thinking.stand import Stand
 from kvcomp.thinking.stopping import BudgetForcing, StopScale
 from kvcomp.thinking.strategies import STRATEGIES, Chosen
 from kvcomp.thinking.trajectory import LatentTrajectory, latent_trajectory
@@ -28,12 +30,14 @@ __all__ = [
     "Chosen",
     "ConciseHint",
     "Followed",
+    "GumbelNoise",
     "LatentTrajectory",
     "Reply",
     "Result",
     "Row",
     "Rows",
     "Sampling",
+    "Stand",
     "StopScale",
     "boxed",
     "dser",

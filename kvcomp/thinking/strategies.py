@@ -19,11 +19,17 @@ from kvcomp.thinking.dser import dser
 from kvcomp.thinking.pdr import pdr, sr
 from kvcomp.thinking.rows import Processors, Sampling, eos_of
 from kvcomp.thinking.short_m import majority, short_m_at_k
+from kvcomp.thinking.stand import Stand
 from kvcomp.thinking.stopping import BudgetForcing, StopScale
 from kvcomp.thinking.trajectory import latent_trajectory
 from kvcomp.thinking.votes import AnswerOf, Result
 
-NOT_OPTIONS = ("answer_of", "processors")  # keyword arguments that are no settings
+NOT_OPTIONS = (
+    "answer_of",
+    "processors",
+    "seed",
+    "streamer",
+)  # keyword arguments that are no settings
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ STRATEGIES: dict[str, Strategy] = {
     "concise-hint": Strategy("processor", ConciseHint, _by_prompt(ConciseHint)),
     "stop-scale": Strategy("processor", StopScale, _by_prompt(StopScale)),
     "budget-forcing": Strategy("processor", BudgetForcing, _by_prompt(BudgetForcing)),
+    "stand": Strategy("loop", Stand, lambda run, words, columns, o: Stand(**o), alone=True),
     "majority": Strategy("rows", majority),
     "short-m": Strategy("rows", short_m_at_k),
     "latent-trajectory": Strategy("rows", latent_trajectory),
@@ -72,6 +79,7 @@ STRATEGIES: dict[str, Strategy] = {
     "sr": Strategy("rounds", sr),
     "dser": Strategy("rounds", dser),
 }
+DRIVEN = [name for name, each in STRATEGIES.items() if each.kind != "loop"]
 WHILE_DECODING = [name for name, each in STRATEGIES.items() if each.kind in ("processor", "loop")]
 
 
@@ -146,6 +154,7 @@ class Chosen:
         """
         processors: Processors = lambda columns: self.made(run, tokenizer, columns, "processor")  # noqa: E731
         name = self.leading or "majority"
+        require(STRATEGIES[name].kind != "loop", "strategy", "one that drives rows", name)
         each, options = STRATEGIES[name], self.options.get(name, {})
         if each.kind == "loop":
             return self._generate(run, tokenizer, inputs, answer_of, Sampling(**sampling))

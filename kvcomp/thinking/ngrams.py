@@ -1,0 +1,77 @@
+"""NgramTable: what a model has said would come next, by the last tokens before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class NgramTable:
+    """Sparse next-token distributions by context, of arXiv 2506.04708 (STAND), section 3.1.
+
+    An entry holds the likeliest tokens and their probabilities. When a context is seen for the k-th
+    further time, the old distribution weighs k / (k + 1) and the new one 1 / (k + 1), and the
+    likeliest are kept.
+
+    Args:
+        orders: lengths of the contexts, the longest first.
+        top: tokens of an entry.
+    """
+
+    def __init__(self, orders: Sequence[int], top: int) -> None:
+        self.orders, self.top = tuple(orders), top
+        self.clear()
+
+    def clear(self) -> None:
+        self._rows: dict[int, int] = {}  # hash of a context -> its row
+        self._tokens = np.zeros((256, self.top), np.int32)
+        self._probs = np.zeros((256, self.top), np.float32)
+        self._seen = np.zeros(256, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the entries, without the index."""
+        return self._tokens.nbytes + self._probs.nbytes + self._seen.nbytes
+
+    def learn(self, ids: Sequence[int], tokens: Sequence[int], probs: Sequence[float]) -> None:
+        """Behind ids came these tokens, with these probabilities, the likeliest first."""
+        for order in self.orders:
+            if len(ids) < order:
+                continue
+            key = hash(tuple(ids[-order:]))
+            row = self._rows.get(key)
+            if row is None:
+                row = self._rows[key] = len(self._rows)
+                self._grow(row)
+                self._tokens[row], self._probs[row] = tokens, probs
+            else:
+                self._merge(row, tokens, probs)
+            self._seen[row] += 1
+
+    def find(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Tokens and probabilities [top] behind the longest context of ids that is known."""
+        for order in self.orders:
+            if len(ids) >= order:
+                row = self._rows.get(hash(tuple(ids[-order:])))
+                if row is not None:
+                    return self._tokens[row], self._probs[row]
+        return None
+
+    def _merge(self, row: int, tokens: Sequence[int], probs: Sequence[float]) -> None:
+        seen = int(self._seen[row])
+        known = zip(self._tokens[row].tolist(), self._probs[row].tolist(), strict=True)
+        both = {token: p * seen / (seen + 1) for token, p in known}
+        for token, p in zip(tokens, probs, strict=True):
+            both[token] = both.get(token, 0.0) + p / (seen + 1)
+        best = sorted(both.items(), key=lambda item: -item[1])[: self.top]
+        self._tokens[row], self._probs[row] = zip(*best, strict=True)
+
+    def _grow(self, row: int) -> None:
+        if row == len(self._seen):
+            for name in ("_tokens", "_probs", "_seen"):
+                old = getattr(self, name)
+                setattr(self, name, np.concatenate([old, np.zeros_like(old)]))
