@@ -45,7 +45,8 @@ Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Set any other field of the method; inner.FIELD=VALUE sets one of the inner method.",
+        help="Set any other field of the method; inner.FIELD=VALUE sets a field of the inner"
+        " method.",
         metavar="FIELD=VALUE",
     ),
 ]

@@ -41,7 +41,8 @@ def delethink(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Folder or hub name of the tokenizer; default: that of --model.", metavar="NAME"
+            help="Folder or hub name of the tokenizer; default: the tokenizer of --model.",
+            metavar="NAME",
         ),
     ] = None,
     tokens: Annotated[

@@ -108,7 +108,7 @@ def check_distinct(**files: Path | None) -> None:
 
 
 def deliver(*steps: Callable[[], None]) -> None:
-    """Take all steps, whichever are refused, and then raise one error for those that were."""
+    """Run all steps, even if some are refused, and then raise one error for the refused ones."""
     refused = []
     for step in steps:
         try:
@@ -120,7 +120,7 @@ def deliver(*steps: Callable[[], None]) -> None:
 
 
 def silence(*streams: IO[Any]) -> None:
-    """Let Python not complain at its exit about what a stream did not take."""
+    """Keep Python from complaining at exit about output that a stream refused."""
     for stream in streams:
         with contextlib.suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)

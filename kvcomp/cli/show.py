@@ -47,8 +47,8 @@ def demo(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="Method name; repeat for several, or 'all'. Default: all methods that are no"
-            " baselines, dense attention and two random ones.",
+            help="Method name; repeat for several, or 'all'. Default: all methods except"
+            " baselines, plus dense attention and two random ones.",
             metavar="NAME",
         ),
     ] = None,
@@ -127,6 +127,6 @@ def all_methods() -> list[str]:
 
 
 def main_methods() -> list[str]:
-    """Dense attention, the methods that are no baselines, and the two random baselines."""
+    """Dense attention, all methods except baselines, and the two random baselines."""
     shown = ("full", "random-pages", "random-eviction")
     return [name for name in all_methods() if name in shown or not METHODS[name].baseline]

@@ -201,7 +201,7 @@ def _download(requirement: str, target: Path, work: Path, tick: Callable[[int], 
                 break
             except subprocess.TimeoutExpired:
                 tick(_bytes_in(growing))
-    except BaseException:  # Ctrl-C: pip goes too, and the next call starts this wheel anew
+    except BaseException:  # Ctrl-C: pip ends too, and the next call starts this wheel again
         process.kill()
         process.wait()
         raise

@@ -59,7 +59,7 @@ def windows(
     """`count` windows of `tokens` tokens, spread evenly over the texts, text by text in turn.
 
     Args:
-        offset: tokens by which all windows are moved, for others than those of the tests.
+        offset: number of tokens by which all windows are moved, to get windows unlike the tests'.
 
     Raises:
         ValueError: the texts are too short for so many.

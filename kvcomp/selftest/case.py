@@ -28,7 +28,7 @@ class Case:
 
 
 HALF_AND_FULL = (torch.float32, torch.float16, torch.bfloat16)
-HALF_LOGITS = ("cpu",)  # who does not take them
+HALF_LOGITS = ("cpu",)  # backends that refuse them
 
 
 def generator_for(*key) -> torch.Generator:

@@ -11,7 +11,7 @@ from kvcomp.ops import OPS
 from kvcomp.selftest.attention_cases import attention_cases
 from kvcomp.selftest.case import HALF_AND_FULL, Case, generator_for, kv_cache, on
 
-NO_CODES = ("cuda", "cuda-host", "triton")  # who does not take them
+NO_CODES = ("cuda", "cuda-host", "triton")  # backends that refuse them
 CODED = {  # op -> the cases of it that are taken with codes, too
     "decode_attention": (
         "one-token",

@@ -20,8 +20,8 @@ from kvcomp.selftest.case import (
 
 
 def _kmeans_cases() -> list[Case]:
-    """Labels must be those of the truth, so no token may lie between two centres: random keys are
-    fp32 only, of seeds that leave a margin; those of all dtypes have clusters planted in them."""
+    """Labels must equal the exact ones, so no token may lie between two centres. Random keys are
+    fp32 only, with seeds that leave a margin; keys of all dtypes have planted clusters."""
 
     def build(name, heads, tokens, dim, ranges, size, window, iterations=3, layout="head", seed=0):
         def make(dtype, device):
