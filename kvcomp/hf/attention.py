@@ -21,6 +21,8 @@ from kvcomp.cache import HostMemoryError, LayerCache
 from kvcomp.hf.cache import Context, Layer, is_dummy
 from kvcomp.hf.latent import Latents
 from kvcomp.hf.outlast import outlasting
+from kvcomp.methods import Method
+from kvcomp.methods.base import definer
 from kvcomp.ops.append_attention import MOST_QUERIES as MOST
 
 if TYPE_CHECKING:
@@ -109,11 +111,14 @@ def _managed(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kv.sinks = kwargs.get("s_aux")
     latents: Latents | None = module.__dict__.get("_kvcomp_latents")
-    asked = query if latents is None else latents.absorb(query)  # what the cache is asked
+    decoding = query.shape[2] == 1 and not kv.first and not run.encoding
+    asked = query  # of the cache, in the space of what it holds
+    if latents is not None and (decoding or kv.staged or _reads_prompts(kv)):
+        asked = latents.absorb(query)
     if kv.staged:
         out = _verify(kv, asked, scale)
         return out if latents is None else latents.project(out)
-    if query.shape[2] == 1 and not kv.first and not run.encoding:
+    if decoding:
         out = _decode(kv, asked[:, :, 0], scale)
         return (out if latents is None else latents.project(out))[:, None]
     if kv.first:
@@ -171,6 +176,11 @@ def _refuse(module: torch.nn.Module, given: dict[str, Any]) -> None:
 @outlasting
 def _context(kv: LayerCache) -> Context:
     return kv.cache.method.context(kv)
+
+
+def _reads_prompts(kv: LayerCache) -> bool:
+    """Whether the method wants the queries of prompts, which are large where they are absorbed."""
+    return definer(type(kv.cache.method), "prefill") is not Method
 
 
 @outlasting
