@@ -12,6 +12,7 @@ from kvcomp.cache import KVCache
 from kvcomp.cache.background import DEPTH, Background
 from kvcomp.cache.host_pool import FIRST_ROWS, HostMemory, HostMemoryError, HostPool
 from kvcomp.cache.hosted import Hosted
+from kvcomp.cache.rows import Rows as Stored
 from kvcomp.cache.slab import FIRST_CAPACITY
 from kvcomp.cache.unit_index import FIRST_UNITS, UnitIndex
 from kvcomp.methods import Full
@@ -273,7 +274,7 @@ def test_tokens_are_exchanged_for_those_that_are_wanted():
     hosted = layer.hosted = new_hosted(layer)
     hosted.pool.reserve(20)
     for row in range(BATCH):
-        hosted.pool.write(row, 0, layer.keys[row], layer.values[row])
+        hosted.pool.write(row, 0, layer.stored().row(row))
     layer.keep(torch.tensor([[0, 6, 7, 8]] * BATCH), torch.full((BATCH,), 4, dtype=torch.int32))
     layer.limit(6, 1)
     rows.append(1)
@@ -315,7 +316,7 @@ def test_a_layer_settles_once_and_never_forgets_a_failure():
 
 def test_pool_of_several_blocks():
     like, memory = torch.zeros(2, HEADS, 0, DIM, dtype=torch.bfloat16), HostMemory()
-    pool, rows = HostPool(like, memory), 3 * FIRST_ROWS + 5
+    pool, rows = HostPool(Stored(like, like), memory), 3 * FIRST_ROWS + 5
     pool.reserve(FIRST_ROWS - 9)
     first = pool.blocks[0].data_ptr()
     for more in (FIRST_ROWS, FIRST_ROWS + 1, 2 * FIRST_ROWS, rows):
@@ -325,9 +326,9 @@ def test_pool_of_several_blocks():
     assert memory.used == pool.nbytes == pool.capacity * 2 * HEADS * 2 * DIM * 2
     k, v = torch.randn(2, 2, HEADS, rows, DIM).bfloat16()
     for row in range(2):
-        pool.write(row, 0, k[row], v[row])
+        pool.write(row, 0, Stored(k[row], v[row]))
     k[1, :, 200:600] = v[1, :, 200:600] = 7
-    pool.write(1, 200, k[1, :, 200:600], v[1, :, 200:600])
+    pool.write(1, 200, Stored(k[1, :, 200:600], v[1, :, 200:600]))
     for row, begin, end in ((0, 0, rows), (1, 0, rows), (1, 250, 520), (0, 4, 4), (1, 256, 512)):
         got = pool.read(row, begin, end)
         assert torch.equal(got[0], k[row, :, begin:end]) and torch.equal(
@@ -340,7 +341,7 @@ def test_pool_of_several_blocks():
         True
     ] * 3
     assert copied.memory is not memory and copied.memory.used == copied.nbytes
-    copied.write(0, 0, v[0], k[0])
+    copied.write(0, 0, Stored(v[0], k[0]))
     assert torch.equal(copied.read(0, 0, rows)[0], v[0])
     assert torch.equal(pool.read(2, 0, rows)[0], k[0])
 
@@ -349,10 +350,10 @@ def test_a_refused_pool_stays_as_it_is():
     like = torch.zeros(1, HEADS, 0, DIM)
     row_bytes = HEADS * 2 * DIM * 4
     memory = HostMemory(limit=2 * FIRST_ROWS * row_bytes)
-    pool, other = HostPool(like, memory), HostPool(like, memory)
+    pool, other = (HostPool(Stored(like, like), memory) for _ in range(2))
     for each in (pool, other):
         each.reserve(1)
-    pool.write(0, 0, torch.ones(HEADS, 1, DIM), torch.zeros(HEADS, 1, DIM))
+    pool.write(0, 0, Stored(torch.ones(HEADS, 1, DIM), torch.zeros(HEADS, 1, DIM)))
     for refused in (
         lambda: pool.reserve(FIRST_ROWS + 1),
         lambda: pool.select(torch.tensor([0, 0])),

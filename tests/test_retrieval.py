@@ -12,6 +12,7 @@ import kvcomp
 from kvcomp import METHODS, LessIsMore, LouisKV, PerTokenRetrieval, TidalDecode, reasoner
 from kvcomp.cache import host_pool, slab, unit_index
 from kvcomp.cache.host_pool import HostMemory, HostMemoryError, HostPool
+from kvcomp.cache.rows import Rows
 from kvcomp.methods.retrieval import Retrieval
 from slow.eviction import DIM, KV_HEADS, SCALE, new_cache
 from slow.retrieval import SLOW
@@ -155,7 +156,7 @@ def test_pieces_of_which_the_first_is_all_padding(name):
     for counts, seen in (((10, 0), (0, 0)), ((10, 2), (10, 0)), ((9, 7), (20, 2))):
         trace.fill(cache, counts, seen)
     for layer in cache.layers:
-        _, _, lens = method.context(layer)
+        _, lens = method.context(layer)
         layer.settle()
         assert layer.logical_lens.tolist() == [29, 9] and lens.tolist() == [29, 9]
     for step in range(trace.steps):
@@ -309,7 +310,7 @@ def test_a_further_turn_attends_to_all_there_ever_was(name):
         trace.decode(cache, step)
     more = [x[0, :, :, 59:64] for x in (trace.k, trace.v)]
     layer.append(*more)
-    k, v, lens = cache.method.context(layer)
+    (k, v, _), lens = cache.method.context(layer)
     assert lens.tolist() == [59 + 5, 31 + 5]
     for row, length in enumerate(lens.tolist()):
         for head in range(KV_HEADS):
@@ -339,14 +340,14 @@ def test_a_pool_holds_the_same_whichever_way_it_is_written():
     """From a GPU rows are laid out first; here by a pool that takes the CPU for one."""
     k, v = torch.randn(2, 2, 700, 32).unbind()
     for device in "cpu", "cuda":
-        pool = HostPool(k[None], HostMemory())
+        pool = HostPool(Rows(k[None], v[None]), HostMemory())
         pool.reserve(300)
         pool.reserve(703)
         assert len(pool.blocks) == 2
         pool.device = torch.device(device)
-        pool.write(0, 3, k, v)
+        pool.write(0, 3, Rows(k, v))
         pool.device = torch.device("cpu")
-        for found, want in zip(pool.read(0, 3, 703), (k, v), strict=True):
+        for found, want in zip(pool.read(0, 3, 703).parts, (k, v), strict=True):
             assert torch.equal(found, want)
 
 
@@ -368,7 +369,7 @@ def test_pinned_rows_that_are_selected_take_what_they_took(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **rest: plain(*shape, **rest))
     stream = SimpleNamespace(synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    pool = HostPool(torch.zeros(3, 2, 1, 32), HostMemory())
+    pool = HostPool(Rows(*torch.zeros(2, 3, 2, 1, 32)), HostMemory())
     pool.device = torch.device("cuda")
     pool.reserve(300)
     before = pool.memory.used

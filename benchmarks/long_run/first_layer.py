@@ -109,7 +109,7 @@ class FirstLayer:
         """The rows of the pool, of closed segments, and those on the device."""
         layer.settle()
         closed, held = int(layer.hosted.index.first_open()), int(layer.seq_lens)
-        pool_k, pool_v = layer.hosted.pool.read(0, 0, closed)
+        pool_k, pool_v, _ = layer.hosted.pool.read(0, 0, closed)
         for head, table in enumerate(layer.positions(pool_k.shape[0])[0].long()):
             place = torch.arange(len(context))  # of each row of the pool; the output in its order
             place[: len(self.prompt)] = self._order(pool_k[head, : len(self.prompt)], head)
@@ -136,7 +136,7 @@ def resident_rows_are_the_pools(kv: KVCache) -> bool:
             continue
         layer.settle()
         closed = int(layer.hosted.index.first_open())
-        pool = layer.hosted.pool.read(0, 0, closed)
+        pool = layer.hosted.pool.read(0, 0, closed).parts
         for head, table in enumerate(layer.positions(layer.keys.shape[1])[0].long()):
             there = table < closed
             for have, rows in zip((layer.keys, layer.values), pool, strict=True):

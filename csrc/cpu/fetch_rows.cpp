@@ -98,6 +98,12 @@ class Kernel {
            head % p_.num_heads * p_.stride_v_h;
   }
 
+  std::uint32_t* words(int head) const {
+    if (!p_.words) return nullptr;
+    return p_.words + head / p_.num_heads * p_.stride_words_b +
+           head % p_.num_heads * p_.stride_words_h;
+  }
+
   void make_plan(int head) const {
     const int batch = head / p_.num_heads;
     const Plan plan = this->plan(head);
@@ -164,7 +170,8 @@ class Kernel {
     const int last = std::min(first + kPiece, plan.num_missing());
     if (first >= last) return;
     const std::int64_t bytes = p_.row_bytes;
-    PoolHead pool(p_.pool, head, bytes);
+    PoolHead pool(p_.pool, head);
+    std::uint32_t* words = this->words(head);
     std::int32_t* held = slot_rows(head);
     char *k = this->k(head), *v = this->v(head);
     const int length = p_.seq_lens[head / p_.num_heads];
@@ -173,6 +180,7 @@ class Kernel {
       const std::int64_t slot = i < plan.num_free() ? plan.free[i] : length + (i - plan.num_free());
       std::memcpy(k + slot * p_.stride_k_t, row, bytes);
       std::memcpy(v + slot * p_.stride_v_t, row + bytes, bytes);
+      if (words) std::memcpy(words + slot, row + 2 * bytes, sizeof *words);
       held[slot] = plan.missing[i];
     }
   }
@@ -183,11 +191,13 @@ class Kernel {
     if (plan.num_missing() >= plan.num_free()) return;
     std::int32_t* held = slot_rows(head);
     char *k = this->k(head), *v = this->v(head);
+    std::uint32_t* words = this->words(head);
     const int length = p_.seq_lens[head / p_.num_heads];
     const std::int32_t *holes = plan.free + plan.num_missing(), *end = plan.free + plan.num_free();
     for_each_move(holes, end, length, [&](std::int64_t hole, std::int64_t survivor) {
       std::memcpy(k + hole * p_.stride_k_t, k + survivor * p_.stride_k_t, p_.row_bytes);
       std::memcpy(v + hole * p_.stride_v_t, v + survivor * p_.stride_v_t, p_.row_bytes);
+      if (words) words[hole] = words[survivor];
       held[hole] = held[survivor];
     });
     std::fill(held + length - (end - holes), held + length, 0);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -57,6 +58,12 @@ inline void check_inner_contiguous(const Boundary& at, const TensorView& view) {
   at.fail(view.name, "the last two dimensions contiguous",
           "a stride of " + std::to_string(view.strides[last - 1]) + " between rows of " +
               std::to_string(view.shape[last]));
+}
+
+// Turned by a Hadamard matrix: where there is one.
+inline void check_turn(const Boundary& at, const char* argument, std::int64_t head_dim) {
+  if (std::has_single_bit(static_cast<std::uint64_t>(head_dim))) return;
+  at.fail(argument, "False where the head size is no power of two", head_dim);
 }
 
 // The scales of codes k: [B, H, T] int32. No GPU kernel takes codes yet.

@@ -66,7 +66,7 @@ void check_values(const Boundary& at, const FetchRowsParams& p) {
 
 void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_rows_,
                 py::handle seq_lens_, py::handle rows_, py::handle first_local_, py::handle active_,
-                py::handle pool_, py::handle fetched_, std::int64_t num_sinks,
+                py::handle pool_, py::handle fetched_, std::int64_t num_sinks, py::handle words_,
                 std::uintptr_t stream) {
   const Boundary at{"fetch_rows"};
   const TensorView k = at.tensor("k", k_), v = at.tensor("v", v_);
@@ -77,7 +77,8 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
   const TensorView active = at.tensor("active", active_);
   const TensorView fetched = at.tensor("fetched", fetched_);
   at.device(backend, {&k, &v, &slot_rows, &seq_lens, &rows, &first_local, &active, &fetched});
-  at.dtype(k, {DType::f32, DType::f16, DType::bf16});
+  const std::optional<TensorView> words = at.optional("words", words_);
+  words ? at.dtype(k, {DType::i8}) : at.dtype(k, {DType::f32, DType::f16, DType::bf16});
   at.same_dtype(v, k);
   for (const TensorView* view : {&slot_rows, &rows, &fetched}) at.dtype(*view, {DType::i32});
   for (const TensorView* view : {&k, &v, &slot_rows}) at.last_contiguous(*view);
@@ -88,6 +89,7 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
   at.shape(v, {B, H, T, D});
   at.shape(slot_rows, {B, H, kAny});
   at.shape(rows, {B, H, K});
+  if (words) check_words(at, backend, *words, k, {B, H, kAny});
   at.shape(fetched, {B, H});
   for (const TensorView* view : {&seq_lens, &first_local, &active}) check_per_row(at, *view, B);
   if (B.size < 1) at.fail("k", "at least one sequence", B.size);
@@ -106,10 +108,12 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
   }
   const PoolBlocks pool = pool_blocks(at, pool_, k, B, H, D);
 
-  const std::int64_t size = k.dtype == DType::f32 ? 4 : 2;
+  const std::int64_t size = words ? 1 : k.dtype == DType::f32 ? 4 : 2;
+  const std::int64_t slots = std::min(slot_rows.shape[2], words ? words->shape[2] : T.size);
   const FetchRowsParams params{
       .k = k.data,
       .v = v.data,
+      .words = words ? words->as<std::uint32_t>() : nullptr,
       .slot_rows = slot_rows.as<std::int32_t>(),
       .seq_lens = seq_lens.as<std::int32_t>(),
       .rows = rows.as<std::int32_t>(),
@@ -123,11 +127,13 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
       .stride_v_b = v.strides[0] * size,
       .stride_v_h = v.strides[1] * size,
       .stride_v_t = v.strides[2] * size,
+      .stride_words_b = words ? words->strides[0] : 0,
+      .stride_words_h = words ? words->strides[1] : 0,
       .stride_rows_b = slot_rows.strides[0],
       .stride_rows_h = slot_rows.strides[1],
       .batch = static_cast<std::int32_t>(B.size),
       .num_heads = static_cast<std::int32_t>(H.size),
-      .num_slots = static_cast<std::int32_t>(std::min(T.size, slot_rows.shape[2])),
+      .num_slots = static_cast<std::int32_t>(std::min(T.size, slots)),
       .num_wanted = static_cast<std::int32_t>(K.size),
       .num_sinks = static_cast<std::int32_t>(num_sinks),
       .row_bytes = static_cast<std::int32_t>(D.size * size),

@@ -18,9 +18,11 @@ inline const char* pool_block_name(int i) {
   return names[i].c_str();
 }
 
-// A list of blocks [B, H, R, 2, D] of k's dtype. They are in host memory wherever k is; that they
-// are pinned where k is on a GPU is for the caller to see to: asking the driver costs more than the
-// rest of the call.
+constexpr std::int64_t kWordRoom = 16;  // bytes of a word in a row of codes, which stays aligned
+
+// A list of blocks [B, H, R, 2, D] of k's dtype, or of codes [B, H, R, 2 D + 16]. They are in host
+// memory wherever k is; that they are pinned where k is on a GPU is for the caller to see to:
+// asking the driver costs more than the rest of the call.
 inline PoolBlocks pool_blocks(const Boundary& at, py::handle list, const TensorView& k, Dim& B,
                               Dim& H, Dim& D) {
   if (!PyList_Check(list.ptr())) at.fail("pool", "a list of tensors", Py_TYPE(list.ptr())->tp_name);
@@ -35,13 +37,18 @@ inline PoolBlocks pool_blocks(const Boundary& at, py::handle list, const TensorV
     if (block.device.is_cuda) at.fail(block.name, "a tensor in host memory", "one on a GPU");
     at.same_dtype(block, k);
     at.contiguous(block);
-    at.shape(block, {B, H, kAny, 2, D});
+    k.dtype == DType::i8 ? at.shape(block, {B, H, kAny, 2 * D.size + kWordRoom})
+                         : at.shape(block, {B, H, kAny, 2, D});
     pool.data[i] = block.data;
     rows += block.shape[2];
     check_size(at, block, "rows in all blocks", rows);
     pool.first_row[i + 1] = static_cast<std::int32_t>(rows);
   }
   pool.num_blocks = static_cast<std::int32_t>(count);
+  const std::int64_t bytes = k.dtype == DType::i8    ? 2 * D.size + kWordRoom
+                             : k.dtype == DType::f32 ? 8 * D.size
+                                                     : 4 * D.size;
+  pool.row_bytes = static_cast<std::int32_t>(bytes);
   return pool;
 }
 

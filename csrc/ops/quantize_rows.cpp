@@ -1,6 +1,4 @@
 // Native entry of quantize_rows: checks, params, implementation.
-#include <bit>
-
 #include "ops/checks.h"
 #include "ops/run.h"
 
@@ -27,9 +25,7 @@ void quantize_rows(Backend backend, py::handle k_, py::handle v_, py::handle k_c
   at.last_contiguous(words);
   at.shape(words, {B, H, T});
   check_row_dim(at, "k", D.size);
-  if (turn && !std::has_single_bit(static_cast<std::uint64_t>(D.size))) {
-    at.fail("turn", "False where the head size is no power of two", D.size);
-  }
+  if (turn) check_turn(at, "turn", D.size);
   check_size(at, k, "tokens", T.size);
   const QuantizeRowsParams params{
       .dtype = at.scalar_type(k),

@@ -48,8 +48,8 @@ void check_values(const Boundary& at, const StoreSegmentsParams& p, std::int64_t
 
 void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle slot_rows_,
                     py::handle seq_lens_, py::handle starts_, py::handle num_units_,
-                    py::handle closed_, py::handle pool_, py::handle centroids_,
-                    std::uintptr_t stream) {
+                    py::handle closed_, py::handle pool_, py::handle centroids_, py::handle words_,
+                    bool turned, std::uintptr_t stream) {
   const Boundary at{"store_segments"};
   const TensorView k = at.tensor("k", k_), v = at.tensor("v", v_);
   const TensorView slot_rows = at.tensor("slot_rows", slot_rows_);
@@ -59,9 +59,10 @@ void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle sl
   const TensorView closed = at.tensor("closed", closed_);
   const TensorView centroids = at.tensor("centroids", centroids_);
   at.device(backend, {&k, &v, &slot_rows, &seq_lens, &starts, &num_units, &closed, &centroids});
-  at.dtype(k, {DType::f32, DType::f16, DType::bf16});
+  const std::optional<TensorView> words = at.optional("words", words_);
+  words ? at.dtype(k, {DType::i8}) : at.dtype(k, {DType::f32, DType::f16, DType::bf16});
   at.same_dtype(v, k);
-  at.same_dtype(centroids, k);
+  words ? at.dtype(centroids, {DType::f32, DType::f16, DType::bf16}) : at.same_dtype(centroids, k);
   at.dtype(slot_rows, {DType::i32});
   at.dtype(starts, {DType::i32});
   for (const TensorView* view : {&k, &v, &slot_rows, &starts}) at.last_contiguous(*view);
@@ -72,18 +73,23 @@ void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle sl
   at.shape(slot_rows, {B, H, kAny});
   at.shape(centroids, {B, H, U, D});
   at.shape(starts, {B, H, U.size + 1});
+  if (words) check_words(at, backend, *words, k, {B, H, kAny});
   for (const TensorView* view : {&seq_lens, &num_units, &closed}) check_per_row(at, *view, B);
   if (B.size < 1) at.fail("k", "at least one sequence", B.size);
   if (H.size < 1) at.fail("k", "at least one head", H.size);
   check_row_dim(at, "k", D.size);
+  if (turned) check_turn(at, "turned", D.size);
+  const std::int64_t slots =
+      std::min({T.size, slot_rows.shape[2], words ? words->shape[2] : T.size});
   check_size(at, k, "tokens", T.size);
   check_size(at, centroids, "units", U.size);
   const PoolBlocks pool = pool_blocks(at, pool_, k, B, H, D);
 
   const StoreSegmentsParams params{
-      .dtype = at.scalar_type(k),
+      .dtype = at.scalar_type(centroids),
       .k = k.data,
       .v = v.data,
+      .words = words ? words->as<std::uint32_t>() : nullptr,
       .slot_rows = slot_rows.as<std::int32_t>(),
       .seq_lens = seq_lens.as<std::int32_t>(),
       .starts = starts.as<std::int32_t>(),
@@ -97,6 +103,8 @@ void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle sl
       .stride_v_b = v.strides[0],
       .stride_v_h = v.strides[1],
       .stride_v_t = v.strides[2],
+      .stride_words_b = words ? words->strides[0] : 0,
+      .stride_words_h = words ? words->strides[1] : 0,
       .stride_rows_b = slot_rows.strides[0],
       .stride_rows_h = slot_rows.strides[1],
       .stride_starts_b = starts.strides[0],
@@ -106,10 +114,11 @@ void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle sl
       .batch = static_cast<std::int32_t>(B.size),
       .num_heads = static_cast<std::int32_t>(H.size),
       .head_dim = static_cast<std::int32_t>(D.size),
-      .num_slots = static_cast<std::int32_t>(std::min(T.size, slot_rows.shape[2])),
+      .num_slots = static_cast<std::int32_t>(slots),
       .max_units = static_cast<std::int32_t>(U.size),
+      .turned = turned,
   };
-  if (readable(backend)) check_values(at, params, std::min(T.size, slot_rows.shape[2]), U.size);
+  if (readable(backend)) check_values(at, params, slots, U.size);
   run<cpu::store_segments, cuda::store_segments>(at, backend, params, k.device, stream);
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvcomp import ops
 from kvcomp.cache.later import later
+from kvcomp.cache.rows import Rows
 from kvcomp.cache.slab import Slab
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ class Attended(Slab):
         return self.attend_over(
             q,
             scale,
-            self.keys,
-            self.values,
+            self.stored(),
             lens,
             page_ids=page_ids,
             page_size=page_size,
@@ -72,15 +72,15 @@ class Attended(Slab):
         self.cache.meter.attended(self.position, self.seq_lens)
         if self.is_shared:
             self._tokens = {"lens": self.seq_lens}
-        keys, values = self.keys, self.values
-        return ops.attend_and_select(q, keys, values, self.seq_lens, scale=scale, **selection)
+        k, v, words = self.stored()
+        q = self.query(q)
+        return ops.attend_and_select(q, k, v, self.seq_lens, scale=scale, words=words, **selection)
 
     def attend_over(
         self,
         q: Tensor,
         scale: float,
-        keys: Tensor,
-        values: Tensor,
+        rows: Rows,
         lens: Tensor,
         *,
         page_ids: Tensor | None = None,
@@ -90,7 +90,7 @@ class Attended(Slab):
         """`decode_attention` over a part of this layer, counted; out [B, Hq, D], lse [B, Hq]."""
         self.cache.meter.attended(self.position, lens)
         return self._over(
-            q, scale, keys, values, lens, page_ids=page_ids, page_size=page_size, logits=logits
+            q, scale, rows, lens, page_ids=page_ids, page_size=page_size, logits=logits
         )
 
     def attend_again(self, q: Tensor, scale: float) -> Tensor:
@@ -100,14 +100,13 @@ class Attended(Slab):
         Returns:
             out [B, Hq, D].
         """
-        return self._over(q, scale, self.keys, self.values, **self._tokens)[0]
+        return self._over(q, scale, self.stored(), **self._tokens)[0]
 
     def _over(
         self,
         q: Tensor,
         scale: float,
-        keys: Tensor,
-        values: Tensor,
+        rows: Rows,
         lens: Tensor,
         *,
         page_ids: Tensor | None = None,
@@ -115,14 +114,15 @@ class Attended(Slab):
         logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         out, lse = ops.decode_attention(
-            q,
-            keys,
-            values,
+            self.query(q),
+            rows.k,
+            rows.v,
             lens,
             page_ids=page_ids,
             page_size=page_size,
             scale=scale,
             logits=logits,
+            words=rows.words,
         )
         if self.sinks is None:
             return out, lse

@@ -6,10 +6,14 @@ If the cache is on a GPU, blocks are pinned, and kernels read and write them dir
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 
 import torch
 from torch import Tensor
+
+from kvcomp.cache.rows import Rows
+from kvcomp.ops.quantize_rows import WORD_ROOM, packed, unpacked
 
 FIRST_ROWS = 256  # smallest block, in rows per sequence and head
 GROWTH = 1 / 4  # a new block is at least this share of all rows
@@ -65,28 +69,33 @@ def taken(size: int, pinned: bool) -> int:
 
 
 class HostPool:
-    """Rows [B, Hkv, rows, 2, D] of one layer.
+    """Rows [B, Hkv, rows, 2, D] of one layer, or [B, Hkv, rows, 2 D + 16] of codes and words.
 
     Attributes:
-        blocks: [B, Hkv, R, 2, D] each, together rows 0, 1, ...
+        blocks: [B, Hkv, R, ...] each, together rows 0, 1, ...
+        row_bytes: bytes of a row.
         capacity: number of rows that fit, per sequence and head.
     """
 
-    def __init__(self, like: Tensor, memory: HostMemory) -> None:
+    def __init__(self, like: Rows, memory: HostMemory) -> None:
         """An empty pool for rows of the shape, dtype and device of `like` [B, Hkv, n, D]."""
+        k = like.k
         self.memory = memory
-        self.device = like.device
+        self.device = k.device
         self.blocks: list[Tensor] = []
         self.capacity = 0
-        self._shape = like.shape[0], like.shape[1], like.shape[3]
-        self._dtype = like.dtype
+        self._coded = like.words is not None
+        self._heads = k.shape[:2]  # B, Hkv
+        self._row = (2 * k.shape[3] + WORD_ROOM,) if self._coded else (2, k.shape[3])
+        self._dtype = k.dtype
+        self.row_bytes = math.prod(self._row) * k.element_size()
 
     def __deepcopy__(self, memo: dict) -> HostPool:
         copy = object.__new__(HostPool)
         memo[id(self)] = copy
         copy.__dict__.update(self.__dict__)
         copy.memory = deepcopy(self.memory, memo)
-        copy.select(torch.arange(self._shape[0]))  # a tensor's own deepcopy would not be pinned
+        copy.select(torch.arange(self._heads[0]))  # a tensor's own deepcopy would not be pinned
         return copy
 
     @property
@@ -106,33 +115,30 @@ class HostPool:
         if rows <= self.capacity:
             return
         more = max(rows - self.capacity, FIRST_ROWS, int(GROWTH * self.capacity))
-        batch, heads, dim = self._shape
-        self.blocks.append(self._empty(batch, heads, more, 2, dim))
+        self.blocks.append(self._empty(*self._heads, more, *self._row))
         self.capacity += more
         assert len(self.blocks) <= MAX_BLOCKS, "geometric growth keeps blocks few"
 
-    def write(self, row: int, first: int, k: Tensor, v: Tensor) -> None:
-        """Rows [first, first + n) of sequence `row` become k, v [Hkv, n, D]."""
-        if not self._pinned:
-            for block, inside, outside in self._spans(first, first + k.shape[1]):
-                for part, source in enumerate((k, v)):
-                    block[row, :, inside, part].copy_(source[:, outside])
-            return
-        # The rows are put together on the cache's device and copied head by head without gaps.
-        # Other copies would go through another host buffer, and the host would wait for them.
-        rows = torch.stack((k, v), 2)  # [Hkv, n, 2, D]
-        for block, inside, outside in self._spans(first, first + k.shape[1]):
+    def write(self, row: int, first: int, new: Rows) -> None:
+        """Rows [first, first + n) of sequence `row` become `new`, [Hkv, n, ...]."""
+        # Laid out as rows are, on the cache's device. To pinned memory they are copied head by head
+        # without gaps: anything else is staged in other host memory, and the host waits for it.
+        rows = packed(*new) if self._coded else torch.stack(new.parts, 2)
+        for block, inside, outside in self._spans(first, first + rows.shape[1]):
+            if not self._pinned:
+                block[row, :, inside].copy_(rows[:, outside])
+                continue
             for into, source in zip(block[row, :, inside], rows[:, outside], strict=True):
                 into.copy_(source, non_blocking=True)
 
-    def read(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """K and V [Hkv, last - first, D] of rows [first, last), on the cache's device."""
+    def read(self, row: int, first: int, last: int) -> Rows:
+        """Rows [first, last) of sequence `row`, [Hkv, last - first, ...], on the cache's device."""
         spans = self._spans(first, last)
         pieces = [block[row, :, inside].to(self.device) for block, inside, _ in spans]
-        _, heads, dim = self._shape
-        empty = torch.empty(heads, 0, 2, dim, dtype=self._dtype, device=self.device)
-        k, v = torch.cat([empty, *pieces], 1).unbind(2)
-        return k, v
+        shape = self._heads[1], 0, *self._row
+        empty = torch.empty(shape, dtype=self._dtype, device=self.device)
+        rows = torch.cat([empty, *pieces], 1)
+        return Rows(*(unpacked(rows) if self._coded else rows.unbind(2)))
 
     def select(self, rows: Tensor) -> None:
         """Sequences become `rows` ([B'] int64). This copies all blocks.
@@ -152,7 +158,7 @@ class HostPool:
             raise
         for block, new in zip(self.blocks, blocks, strict=True):
             torch.index_select(block, 0, rows, out=new)
-        self.blocks, self._shape = blocks, (len(rows), *self._shape[1:])
+        self.blocks, self._heads = blocks, (len(rows), self._heads[1])
 
     def _empty(self, *shape: int) -> Tensor:
         return self.memory.empty(shape, self._dtype, self._pinned)

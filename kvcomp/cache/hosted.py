@@ -49,16 +49,16 @@ class Hosted:
         self, layer: LayerCache, memory: HostMemory, background: Background, width: int, sinks: int
     ) -> None:
         """An empty pool for the tokens of `layer`, and no units; digests are `width` wide."""
-        keys = layer.keys
         self.pool = self._new_pool(layer, memory)
-        self.index = UnitIndex(keys.shape[0], keys.shape[1], width, keys)
+        like, _ = layer.decoded(layer.stored(1))
+        self.index = UnitIndex(*like.shape[:2], width, like)
         self.index.starts.fill_(sinks)
         self.sinks = sinks
         self.pending: Callable[[], None] | None = None
         self._background = background
 
     def _new_pool(self, layer: LayerCache, memory: HostMemory) -> HostPool:
-        return HostPool(layer.keys, memory)
+        return HostPool(layer.stored(), memory)
 
     def __getstate__(self) -> dict:
         """For copies: background work belongs to this object and not to its copy."""
@@ -83,7 +83,7 @@ class Hosted:
         `cutter` cuts those in [first, last), which go to the pool from row `first_row` on. The
         others stay local and become units in their order. All three are [B] int32.
         """
-        keys, values, pool, index = layer.keys, layer.values, self.pool, self.index
+        rows, keys, pool, index = layer.stored(), layer.keys, self.pool, self.index
         self.reserve(layer)
         clusters = cutter.unit_count(keys.shape[2])
         pieces = -(-cutter.num_newest // cutter.unit_size)
@@ -100,13 +100,13 @@ class Hosted:
             labels, digests, sizes = cutter.units(keys, first, last)
             for row, (unit, pool_row, begin, middle, stop) in enumerate(table):
                 sinks = slice(min(self.sinks, stop))
-                pool.write(row, 0, keys[row, :, sinks], values[row, :, sinks])
-                order = labels[row, :, begin:middle].argsort(dim=-1, stable=True)[..., None]
-                k, v = (x[row, :, begin:middle].take_along_dim(order, 1) for x in (keys, values))
-                pool.write(row, pool_row, k, v)
+                mine = rows.row(row)
+                pool.write(row, 0, mine.part(sinks))
+                order = labels[row, :, begin:middle].argsort(dim=-1, stable=True)
+                pool.write(row, pool_row, mine.part(slice(begin, middle)).take(order, 1))
                 index.write(row, unit, digests[row], sizes[row])
-                k, v = (x[row, :, middle:stop] for x in (keys, values))
-                pool.write(row, pool_row + middle - begin, k, v)
+                pool.write(row, pool_row + middle - begin, mine.part(slice(middle, stop)))
+                k = keys[row, :, middle:stop]
                 for piece in range(pieces):
                     tokens = k[:, piece * cutter.unit_size : (piece + 1) * cutter.unit_size]
                     size = sizes.new_full((len(k), 1), tokens.shape[1])
@@ -114,7 +114,7 @@ class Hosted:
                         tokens = keys[row, :, :1]
                     index.write(row, unit + clusters + piece, cutter.digest(tokens)[:, None], size)
 
-        tensors = keys, values, first, last, index.starts, index.digests
+        tensors = *rows.parts, keys, first, last, index.starts, index.digests
         self.pending = self._background.submit(work, *tensors)
 
     def store(self, layer: LayerCache, closed: Tensor, means: Tensor) -> None:
@@ -123,15 +123,18 @@ class Hosted:
         Args:
             means: [B, Hkv, U, D], gets the mean key of each such unit.
         """
+        rows = layer.moved
         ops.store_segments(
-            *layer.moved,
-            layer.positions(layer.keys.shape[1]),
+            *rows[:2],
+            layer.positions(layer.kv_heads),
             layer.seq_lens,
             self.index.starts,
             self.index.num_units,
             closed,
             self.pool.blocks,
             means,
+            words=rows.words,
+            turned=layer.eight_bits is not None and layer.eight_bits.turn,
         )
         layer.cache.meter.stored(layer, closed)
 
@@ -148,11 +151,10 @@ class Hosted:
         Returns:
             fetched [B, Hkv] int32: rows that came over the link.
         """
-        layer.positions(layer.keys.shape[1])  # brings them up to date
-        with layer.rewriting(min(most, layer.columns)) as (keys, values):
+        layer.positions(layer.kv_heads)  # brings them up to date
+        with layer.rewriting(min(most, layer.columns)) as slots:
             return ops.fetch_rows(
-                keys,
-                values,
+                *slots[:2],
                 layer.slots["position"],
                 layer.seq_lens,
                 rows,
@@ -160,6 +162,7 @@ class Hosted:
                 active,
                 self.pool.blocks,
                 num_sinks=self.sinks,
+                words=slots.words,
             )
 
     def recede(self, layer: LayerCache, columns: int, units: Tensor) -> None:

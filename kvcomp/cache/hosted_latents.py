@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcomp.cache.host_pool import HostMemory, HostPool
 from kvcomp.cache.hosted import Hosted
+from kvcomp.cache.rows import Rows
 
 if TYPE_CHECKING:
     from kvcomp.cache.latent import LatentLayer
@@ -19,32 +20,34 @@ class LatentPool(HostPool):
 
     Args:
         like: rows [B, 1, n, D].
-        rank: columns of a row that are its value.
     """
 
-    def __init__(self, like: Tensor, memory: HostMemory, rank: int) -> None:
-        super().__init__(like.chunk(2, -1)[0], memory)
-        self.rank = rank
+    def __init__(self, like: Rows, memory: HostMemory) -> None:
+        super().__init__(_halves(like), memory)
 
-    def write(self, row: int, first: int, k: Tensor, v: Tensor) -> None:
-        """Rows [first, first + n) of sequence `row` become k [1, n, D], of which v is a part."""
-        super().write(row, first, *k.chunk(2, -1))
+    def write(self, row: int, first: int, new: Rows) -> None:
+        super().write(row, first, _halves(new))
 
-    def read(self, row: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Rows [first, last): keys [1, n, D], and their values [1, n, rank]."""
-        rows = torch.cat(super().read(row, first, last), -1)
-        return rows, rows[..., : self.rank]
+    def read(self, row: int, first: int, last: int) -> Rows:
+        """Rows [first, last), [1, n, D], and no V."""
+        rows = torch.cat(super().read(row, first, last).parts, -1)
+        return Rows(rows, rows[..., :0])
+
+
+def _halves(rows: Rows) -> Rows:
+    first, second = rows.k.chunk(2, -1)
+    return Rows(first, second)
 
 
 class HostedLatents(Hosted):
     """As `Hosted`, for a layer of latents."""
 
     def _new_pool(self, layer: LatentLayer, memory: HostMemory) -> HostPool:
-        return LatentPool(layer.keys, memory, layer.rank)
+        return LatentPool(layer.stored(), memory)
 
     def store(self, layer: LatentLayer, closed: Tensor, means: Tensor) -> None:
         super().store(layer, closed, torch.empty_like(means[..., : layer.moved[0].shape[-1]]))
         for row in closed.nonzero().flatten().tolist():  # the op knows the mean of a half
             unit = int(self.index.num_units[row]) - 1
             begin, end = self.index.starts[row, 0, unit : unit + 2].tolist()
-            means[row, :, unit] = self.pool.read(row, begin, end)[0].mean(-2)
+            means[row, :, unit] = self.pool.read(row, begin, end).k.mean(-2)

@@ -12,6 +12,7 @@ from kvcomp.cache.latent import LatentLayer
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.meter import Meter
 from kvcomp.cache.ring import HostRing, Ring
+from kvcomp.cache.rows import EightBits, Rows
 from kvcomp.cache.view import Layer
 from kvcomp.ops.decode_attention import logits_dtype
 
@@ -31,7 +32,7 @@ class Policy(Protocol):
     def check(self, num_layers: int) -> None: ...
     def start(self, cache: KVCache) -> None: ...
     def prefill(self, layer: LayerCache, q: Tensor) -> None: ...
-    def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]: ...
+    def context(self, layer: LayerCache) -> tuple[Rows, Tensor]: ...
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor: ...
     def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor: ...
     def accept(self, layer: LayerCache, index: int) -> None: ...
@@ -64,6 +65,7 @@ class KVCache:
         meter: counts for this cache; several caches may share it.
         inv_freq: [R / 2] fp32, radians per position by which the model rotates its keys, for
             methods that move keys to other positions; None if they are not known.
+        eight_bits: how K and V are kept in eight bits; None: as the model makes them.
         folded: tokens of earlier contexts that each row has dropped.
         beside: other caches with a context of the same sequences; they are counted with this one.
         counted: False for those other caches.
@@ -84,10 +86,12 @@ class KVCache:
         meter: Meter | None = None,
         inv_freq: Tensor | None = None,
         rank: int | None = None,
+        eight_bits: EightBits | None = None,
     ) -> None:
         method.check(num_layers)
         self.method = method.attention
         self.inv_freq = inv_freq
+        self.eight_bits = eight_bits
         self.meter = Meter(num_layers) if meter is None else meter
         layer = self.layer_class if rank is None else partial(LatentLayer, rank=rank)
         self.layers = [layer(self, position) for position in range(num_layers)]

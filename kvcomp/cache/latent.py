@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcomp import ops
 from kvcomp.cache.hosted_latents import HostedLatents
 from kvcomp.cache.layer import LayerCache
+from kvcomp.cache.rows import Rows
 
 if TYPE_CHECKING:
     from kvcomp.cache.kv_cache import KVCache
@@ -35,14 +36,10 @@ class LatentLayer(LayerCache):
         return self.keys[..., : self.rank]
 
     @property
-    def moved(self) -> tuple[Tensor, Tensor]:
+    def moved(self) -> Rows:
         """The two halves of all rows: what moves a key and a value moves a row by its halves."""
         first, second = self._k.chunk(2, -1)
-        return first, second
-
-    def taken_in(self, slots: int) -> tuple[Tensor, Tensor]:
-        rows = self._k[:, :, :slots]
-        return rows[..., : self.rank], rows[..., self.rank :]
+        return Rows(first, second)
 
     def _as_kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of latents k [B, 1, n, rank] and rotated keys v [B, 1, n, R], and no V.
@@ -74,8 +71,7 @@ class LatentLayer(LayerCache):
         self,
         q: Tensor,
         scale: float,
-        keys: Tensor,
-        values: Tensor,
+        rows: Rows,
         lens: Tensor,
         *,
         page_ids: Tensor | None = None,
@@ -84,7 +80,7 @@ class LatentLayer(LayerCache):
     ) -> tuple[Tensor, Tensor]:
         """`latent_attention` over a part of this layer, counted; out [B, Hq, rank], lse [B, Hq]."""
         self.cache.meter.attended(self.position, lens)
-        return self._attend(q, scale, keys, lens, page_ids, page_size, logits)
+        return self._attend(q, scale, rows.k, lens, page_ids, page_size, logits)
 
     def attend_staged(
         self,

@@ -19,6 +19,7 @@ from kvcomp import ops
 from kvcomp.cache.arrivals import Arrivals
 from kvcomp.cache.hosted import Hosted
 from kvcomp.cache.later import forget, known, later
+from kvcomp.cache.rows import WORDS, Rows
 from kvcomp.cache.staged import Staged
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class LayerCache(Staged):
 
     def __init__(self, cache: KVCache, position: int) -> None:
         self.own(cache)
+        self.eight_bits = cache.eight_bits
         self.position = position
         self.is_shared = False
         self.reset()
@@ -124,16 +126,21 @@ class LayerCache(Staged):
         """
         k, v = self._as_kept(k.detach(), v.detach())
         self._check(k, v, valid)
-        k, v = self._repeated(k), self._repeated(v)
-        valid = None if valid is None else valid.to(k.device)
-        batch, _, count, _ = k.shape
         if not self.filled:
-            self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=k.device)
+            self._dtype = k.dtype
+        self._enter(self._encoded(k, v), valid)
+
+    def _enter(self, new: Rows, valid: Tensor | None) -> None:
+        """`append` of tokens as they are kept."""
+        valid = None if valid is None else valid.to(new.k.device)
+        batch, _, count, _ = new.k.shape
+        if not self.filled:
+            self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=new.k.device)
             self.logical_lens = self.seq_lens.clone()
-            self.token_bytes = k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
-            self.slot_bytes = self.token_bytes
-        self._reserve(k, self.max_len + count)
-        self.added = self._place(k, v, valid)
+        self._reserve(new.k, self.max_len + count)
+        if not self.token_bytes:
+            self._count_bytes()
+        self.added = self._place(new, valid)
         self.seq_lens += self.added
         self.logical_lens += self.added
         self.first = not self.columns
@@ -180,7 +187,7 @@ class LayerCache(Staged):
             shortest, longest: bounds of `kept_lens`, known on the host.
         """
         self.cache.meter.evicting(self, kept_lens)
-        ops.compact_kv(*self.moved, list(self.slots.values()), victims, self.seq_lens)
+        ops.compact_kv(*self.moved[:2], list(self.slots.values()), victims, self.seq_lens)
         torch.minimum(self.seq_lens, kept_lens, out=self.seq_lens)
         slot = torch.arange(shortest, self.max_len, device=self.seq_lens.device)
         free = slot >= self.seq_lens[:, None, None]
@@ -202,7 +209,7 @@ class LayerCache(Staged):
         self._recount(slots.shape[1])
 
     @contextmanager
-    def rewriting(self, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def rewriting(self, most: int) -> Iterator[Rows]:
         """K and V [B, Hkv, capacity, D] with room for `most` tokens in each row, to be written in
         place together with `slots` and `seq_lens`. No row is longer than `most` afterwards."""
         self._reserve(self._k[:, :, :1], most)
@@ -236,13 +243,14 @@ class LayerCache(Staged):
         other._require_whole("adopt")
         arrivals = other._arrivals.part(0, columns)
         lens = arrivals.tokens()
+        self._dtype = other._dtype
         self._reserve(other._k, room)
         if isinstance(lens, int):
             longest, valid = lens, None
         else:
             longest = int(lens.max())
             valid = torch.arange(longest, device=lens.device) < lens[:, None]
-        self.append(*other.taken_in(longest), valid)
+        self._enter(other.stored(longest), valid)
         self.columns, self.scale, self._arrivals = columns, other.scale, arrivals
 
     def truncate(self, columns: int, kept: int) -> None:
@@ -273,16 +281,36 @@ class LayerCache(Staged):
         step = torch.arange(moved, device=self.seq_lens.device)
         old = (self.seq_lens.long() - moved)[:, None] + step  # [B, moved] slots
         rows = torch.arange(len(old), device=old.device)[:, None]
-        k = self._k[rows, :, old].transpose(1, 2)  # [B, Hkv, moved, D], a copy
-        ops.rotate_keys(k, torch.full_like(self.seq_lens, -count), inv_freq)
-        self._k[rows, :, old - count] = k.transpose(1, 2)
-        self._v[rows, :, old - count] = self._v[rows, :, old]
+        kept = self.stored(self.capacity).parts
+        tokens = Rows(*(part[rows, :, old].transpose(1, 2) for part in kept))  # copies
+        tokens = self._rotated(tokens, torch.full_like(self.seq_lens, -count), inv_freq)
+        for part, value in zip(kept, tokens.parts, strict=True):
+            part[rows, :, old - count] = value.transpose(1, 2)
         before, behind = (self._arrivals.part(*x) for x in ((0, first), (last, self.columns)))
         self._arrivals = before.joined(behind)
         self.columns -= count
         self.seq_lens -= count
         self.logical_lens -= count
         self.max_len -= count
+
+    def replace_keys(self, keys: Tensor) -> None:
+        """The first n tokens get keys [B, Hkv, n, D] in place of theirs."""
+        old = self.stored(keys.shape[2])
+        if self.eight_bits is None:
+            old.k.copy_(keys)
+            return
+        new = self.eight_bits.with_keys(old, keys)
+        for part, value in zip(old.parts, new.parts, strict=True):
+            part.copy_(value)
+
+    def _rotated(self, tokens: Rows, shift: Tensor, inv_freq: Tensor) -> Rows:
+        """Tokens [B, Hkv, n, D] with their keys rotated, which may change these. V stays."""
+        if self.eight_bits is None:
+            ops.rotate_keys(tokens.k, shift, inv_freq)
+            return tokens
+        k, _ = self.eight_bits.decode(tokens, torch.float32)
+        ops.rotate_keys(k, shift, inv_freq)
+        return self.eight_bits.with_keys(tokens, k)
 
     def seen(self) -> Tensor:
         """[B, columns] bool: True for tokens, False for padding."""
@@ -308,7 +336,8 @@ class LayerCache(Staged):
             self._placed = self._placed[rows]
 
     def _require_whole(self, what: str) -> None:
-        if not self._whole or self.slots or self.state or self.is_hosted or self._copies > 1:
+        noted = self.slots.keys() - {WORDS}
+        if not self._whole or noted or self.state or self.is_hosted or self._copies > 1:
             raise ValueError(
                 f"kvcomp: {what}: expected a layer that keeps every token and no notes"
             )
@@ -334,30 +363,29 @@ class LayerCache(Staged):
             lens = self.seq_lens.tolist()
             self.max_len, self._uniform = max(lens), max(lens) == min(lens)
 
-    def _place(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor | int:
+    def _place(self, new: Rows, valid: Tensor | None = None) -> Tensor | int:
         """Write tokens behind the last one of each row. Returns their number per row."""
         if valid is not None or not self._uniform:
-            return self._scatter(k, v, valid)
-        count = k.shape[2]
-        self._k[:, :, self.max_len : self.max_len + count] = k
-        self._v[:, :, self.max_len : self.max_len + count] = v
-        return count
+            return self._scatter(new, valid)
+        end = self.max_len + new.k.shape[2]
+        for part, value in zip(self.stored(end).parts, new.parts, strict=True):
+            part[:, :, self.max_len :] = value
+        return new.k.shape[2]
 
-    def _scatter(self, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor | int:
+    def _scatter(self, new: Rows, valid: Tensor | None) -> Tensor | int:
         """Write the valid tokens of each row behind its last one. Returns their number per row."""
-        batch, _, count, _ = k.shape
-        rows = torch.arange(batch, device=k.device)[:, None]
-        steps = torch.arange(count, device=k.device)
+        batch, _, count, _ = new.k.shape
+        rows = torch.arange(batch, device=new.k.device)[:, None]
+        steps = torch.arange(count, device=new.k.device)
         added: Tensor | int = count
         if valid is not None:
             if count > 1:
                 order = (~valid).argsort(dim=1, stable=True)  # valid tokens first, in order
-                index = order[:, None, :, None]
-                k, v = (torch.take_along_dim(x, index, 2) for x in (k, v))
+                new = new.take(order[:, None], 2)
             added = valid.sum(1).int()
             self._uniform = False
         # A row's padding lands behind its valid tokens, where the next append overwrites it.
         slots = self.seq_lens.long()[:, None] + steps
-        self._k[rows, :, slots] = k.transpose(1, 2)
-        self._v[rows, :, slots] = v.transpose(1, 2)
+        for part, value in zip(self.stored(self.capacity).parts, new.parts, strict=True):
+            part[rows, :, slots] = value.transpose(1, 2)
         return added

@@ -138,8 +138,8 @@ class Meter:
 
     def stored(self, layer: LayerCache, tokens: Tensor) -> None:
         """tokens [B] of every KV head of `layer` go to the host."""
-        heads = layer.keys.shape[1]
-        self.row_bytes[layer.position] = layer.token_bytes // heads
+        heads = layer.kv_heads
+        self.row_bytes[layer.position] = layer.hosted.pool.row_bytes
         _add(self.stored_rows, layer.position, _total(tokens) * heads)
 
     def cut(self, closed: Tensor, longest: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.cache.later import forget, known, later
+from kvcomp.cache.rows import WORDS, EightBits, Rows
 
 GROWTH = 1.5  # a full slab is replaced by one this many times larger
 FIRST_CAPACITY = 256  # tokens
@@ -27,12 +28,14 @@ class Slab:
         note_bytes: bytes of what `slots` says about one token.
     """
 
+    eight_bits: EightBits | None = None  # how K and V are kept; None: as the model makes them
+    _dtype: torch.dtype = later("the first append")  # of K and V as the model makes them
     _k: Tensor = later("the first append")
     _v: Tensor = later("the first append")
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
-        forget(self, "_k", "_v")
+        forget(self, "_k", "_v", "_dtype")
         self.max_len = 0
         self.slots: dict[str, Tensor] = {}
         self.shared_sets = False
@@ -42,22 +45,44 @@ class Slab:
 
     @property
     def keys(self) -> Tensor:
-        """[B, Hkv, max_len, D]; row b is valid up to seq_lens[b]."""
+        """[B, Hkv, max_len, D]; row b is valid up to seq_lens[b]. Of eight bits, a copy."""
+        if self.eight_bits is not None:
+            return self.decoded(self.stored())[0]
         return self._k[:, :, : self.max_len]
 
     @property
     def values(self) -> Tensor:
-        """[B, Hkv, max_len, D]; row b is valid up to seq_lens[b]."""
+        """[B, Hkv, max_len, D]; row b is valid up to seq_lens[b]. Of eight bits, a copy."""
+        if self.eight_bits is not None:
+            return self.decoded(self.stored())[1]
         return self._v[:, :, : self.max_len]
 
-    @property
-    def moved(self) -> tuple[Tensor, Tensor]:
-        """K and V [B, Hkv, capacity, D] of all slots, as ops that move rows are given them."""
-        return self._k, self._v
+    def stored(self, end: int | None = None) -> Rows:
+        """What lies in slots [0, end), as ops take it; None: `max_len`."""
+        end = self.max_len if end is None else end
+        words = None if self.eight_bits is None else self.slots[WORDS][:, :, :end]
+        return Rows(self._k[:, :, :end], self._v[:, :, :end], words)
 
-    def taken_in(self, slots: int) -> tuple[Tensor, Tensor]:
-        """K and V of the first `slots` slots as `append` takes them."""
-        return self._k[:, :, :slots], self._v[:, :, :slots]
+    def query(self, q: Tensor) -> Tensor:
+        """q [..., D] as what is stored wants it."""
+        return q if self.eight_bits is None else self.eight_bits.query(q)
+
+    def decoded(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """K and V [..., n, D] as the model makes them."""
+        if self.eight_bits is None:
+            return rows.k, rows.v
+        return self.eight_bits.decode(rows, self._dtype)
+
+    def _encoded(self, k: Tensor, v: Tensor) -> Rows:
+        """New tokens [B, Hkv, n, D] as the slab keeps them."""
+        if self._copies > 1:
+            k, v = (x.repeat_interleave(self._copies, 1) for x in (k, v))
+        return Rows(k, v) if self.eight_bits is None else self.eight_bits.encode(k, v)
+
+    @property
+    def moved(self) -> Rows:
+        """What all slots hold, as ops that move rows are given it."""
+        return self.stored(self.capacity)
 
     @property
     def allocated(self) -> bool:
@@ -74,8 +99,13 @@ class Slab:
         return self._k.shape[1]
 
     @property
+    def head_dim(self) -> int:
+        return self._k.shape[3]
+
+    @property
     def note_bytes(self) -> int:
-        return sum(tensor.shape[1] * tensor.element_size() for tensor in self.slots.values())
+        noted = (tensor for name, tensor in self.slots.items() if name != WORDS)
+        return sum(tensor.shape[1] * tensor.element_size() for tensor in noted)
 
     def limit(self, budget: int, window: int) -> None:
         """At most `budget` tokens stay after an eviction, and `window` arrive before the next.
@@ -91,11 +121,18 @@ class Slab:
         """
         self._copies = heads // self._k.shape[1]
         self._k, self._v = (x.repeat_interleave(self._copies, 1) for x in (self._k, self._v))
-        self.slot_bytes = self.token_bytes * self._copies
+        if self.eight_bits is not None:
+            self.slots[WORDS] = self.slots[WORDS].repeat_interleave(self._copies, 1)
+        self._count_bytes()
 
-    def _repeated(self, x: Tensor) -> Tensor:
-        """New tokens [B, Hkv, n, D] as the slab keeps them."""
-        return x.repeat_interleave(self._copies, 1) if self._copies > 1 else x
+    def _count_bytes(self) -> None:
+        """What one token takes, from what the slab is made of."""
+        _, heads, _, dim = self._k.shape
+        both = dim + self._v.shape[3]
+        self.token_bytes = heads // self._copies * both * self._dtype.itemsize
+        self.slot_bytes = self.token_bytes * self._copies
+        if self.eight_bits is not None:
+            self.slot_bytes = self.eight_bits.token_bytes(heads, dim)
 
     def track(self, name: str, units: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """Add `slots[name]` [B, units, capacity] of zeros."""
@@ -104,6 +141,7 @@ class Slab:
         return self.slots[name]
 
     def _reserve(self, like: Tensor, length: int) -> None:
+        """Room for `length` tokens; `like` [B, H, n, D] are those that come, as they are kept."""
         if length <= self.capacity:
             return
         capacity = max(length, FIRST_CAPACITY, int(self.capacity * GROWTH))
@@ -114,6 +152,8 @@ class Slab:
                 capacity = max(length, budget + window) if step else max(length, budget) + window
         if not self.allocated:
             self._k, self._v = like[:, :, :0], like[:, :, :0, : self._value_dim(like.shape[3])]
+            if self.eight_bits is not None:
+                self.track(WORDS, like.shape[1])
         self._resize(capacity)
 
     def _shrink(self, longest: int) -> None:
@@ -179,7 +219,7 @@ class Slab:
             ("batch size", have.shape[0], got.shape[0]),
             ("KV heads", have.shape[1] // self._copies, got.shape[1]),
             ("head size", have.shape[3], got.shape[3]),
-            ("dtype", have.dtype, got.dtype),
+            ("dtype", self._dtype, got.dtype),
             ("device", have.device, got.device),
         ):
             if old != new:

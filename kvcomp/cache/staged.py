@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcomp import ops
 from kvcomp.cache.arrivals import Arrivals
 from kvcomp.cache.attended import Attended
+from kvcomp.cache.rows import Rows
 
 if TYPE_CHECKING:
     from kvcomp.cache.hosted import Hosted
@@ -50,7 +51,7 @@ class Staged(Attended):
         def cache(self) -> KVCache: ...
         def settle(self) -> None: ...
         def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None: ...
-        def _place(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor | int: ...
+        def _place(self, new: Rows, valid: Tensor | None = None) -> Tensor | int: ...
 
     def reset(self) -> None:
         super().reset()
@@ -69,9 +70,9 @@ class Staged(Attended):
         k, v = self._as_kept(*drafted)
         self._check(k, v, None)
         self._drafted, self.staged = drafted, k.shape[2]
-        k, v = self._repeated(k), self._repeated(v)
-        self._reserve(k[:, :, :1], self.max_len + self.staged)
-        self._place(k, v)
+        new = self._encoded(k, v)
+        self._reserve(new.k[:, :, :1], self.max_len + self.staged)
+        self._place(new)
 
     def accept(self, index: int, valid: Tensor | None) -> None:
         """Accept draft `index` in rows where valid [B] is True; None: in all rows."""
@@ -134,15 +135,17 @@ class Staged(Attended):
         end = self.max_len + self.staged
         lens = self.seq_lens + self.staged if seq_lens is None else seq_lens
         self.cache.meter.verified(self.position, lens, self.staged)
+        k, v, words = self.stored(end)
         out, lse = ops.append_attention(
-            q.transpose(1, 2),
-            self._k[:, :, :end],
-            self._v[:, :, :end],
+            self.query(q.transpose(1, 2)),
+            k,
+            v,
             lens,
             page_ids=page_ids,
             page_size=page_size,
             scale=scale,
             logits=logits,
+            words=words,
         )
         if self.sinks is None:
             return out, lse
@@ -170,8 +173,7 @@ class Staged(Attended):
             out, _ = self.attend_over(
                 q[:, :, index],
                 scale,
-                self._k[:, :, :end],
-                self._v[:, :, :end],
+                self.stored(end),
                 lens[:, index].contiguous(),
                 page_ids=page_ids[:, index].contiguous(),
                 page_size=page_size,

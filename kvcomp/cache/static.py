@@ -19,6 +19,7 @@ from kvcomp.cache.kv_cache import KVCache, Policy
 from kvcomp.cache.later import forget, known, later
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.ring import StaticRing
+from kvcomp.cache.rows import WORDS, EightBits
 from kvcomp.cache.static_meter import Sizes, StaticMeter
 from kvcomp.cache.view import Layer
 from kvcomp.ops.decode_attention import logits_dtype
@@ -35,6 +36,7 @@ class StaticLayerCache(LayerCache):
 
     # Kept between sequences: k, v, seq_lens, and logical_lens if it is another tensor.
     _slab: tuple[Tensor, ...] = later("the first append")
+    _words: Tensor = later("the first append")  # of K and V in eight bits
 
     if TYPE_CHECKING:
 
@@ -58,15 +60,12 @@ class StaticLayerCache(LayerCache):
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Add n tokens to every row, like `LayerCache.append`. The caller checks the room."""
         self._check(k, v, valid)
-        k, v = k.detach(), v.detach()
         self.first = not self.filled
         if self.first:
             self._open(k)
         elif self._most is not None and k.shape[2] > 1:
             self._fit(int(self.seq_lens.max()) + k.shape[2])
-        if self._copies > 1:
-            k, v = (x.repeat_interleave(self._copies, 1) for x in (k, v))
-        self.added = self._scatter(k, v, valid)
+        self.added = self._scatter(self._encoded(k.detach(), v.detach()), valid)
         self.seq_lens.add_(self.added)
         if self.logical_lens is not self.seq_lens:
             self.logical_lens.add_(self.added)
@@ -78,6 +77,7 @@ class StaticLayerCache(LayerCache):
             return
         super().repeat_heads(heads)
         self._bind((self._k, self._v, *self._slab[2:]))
+        self._keep_words()
 
     def remember(self, name: str, note: Tensor) -> Tensor:
         """Like `LayerCache.remember`, in the memory of earlier sequences if it fits."""
@@ -100,6 +100,7 @@ class StaticLayerCache(LayerCache):
             return
         self._bind(tuple(tensor[rows] for tensor in self._slab))
         self.slots = {name: tensor[rows] for name, tensor in self.slots.items()}
+        self._keep_words()
         self.state = {name: tensor[rows] for name, tensor in self.state.items()}
         for name in self._remembered.keys() & self.state.keys():
             self.remember(name, self.state[name])
@@ -118,19 +119,24 @@ class StaticLayerCache(LayerCache):
             self._copies = self._slab[0].shape[1] // heads
         heads *= self._copies
         shape = (batch, heads, room, dim)
-        if known(self, "_slab") and _has_room(self._slab[0], shape, k):
+        self._dtype = k.dtype
+        dtype = k.dtype if self.eight_bits is None else torch.int8
+        if known(self, "_slab") and _has_room(self._slab[0], shape, dtype, k.device):
             slab = self._slab
         else:
             forget(self, "_slab")  # before there is more
             # Zeros, because a mask does not stop the NaN that memory never written may hold.
             lens = torch.zeros(batch, dtype=torch.int32, device=k.device)
             both = (lens,) if self._most is None else (lens, lens.clone())
-            slab = *(k.new_zeros(shape) for _ in range(2)), *both
+            slab = *(k.new_zeros(shape, dtype=dtype) for _ in range(2)), *both
+            forget(self, "_words")
         self._bind(slab)
+        if self.eight_bits is not None:
+            self.slots[WORDS] = self._words if known(self, "_words") else self.track(WORDS, heads)
+            self._keep_words()
         for lens in slab[2:]:
             lens.zero_()
-        self.token_bytes = 2 * k.shape[1] * dim * k.element_size()
-        self.slot_bytes = self.token_bytes * self._copies
+        self._count_bytes()
         if self.position == 0:
             self.cache.open(k.device)
 
@@ -145,6 +151,13 @@ class StaticLayerCache(LayerCache):
         if (room := self._room(longest)) > self.capacity:
             self._resize(room)
             self._bind((self._k, self._v, *self._slab[2:]))
+            self._keep_words()
+
+    def _keep_words(self) -> None:
+        """For the next sequences, too."""
+        if self.eight_bits is not None:
+            self._words = self.slots[WORDS]
+            keep_address(self._words)
 
     def _shrink(self, longest: int) -> None:
         """Do nothing: memory and `max_len` stay."""
@@ -157,11 +170,13 @@ class StaticLayerCache(LayerCache):
             keep_address(tensor)
 
 
-def _has_room(memory: Tensor, shape: tuple[int, int, int, int], like: Tensor) -> bool:
-    """Whether `memory` has that shape, or more slots, and the dtype and device of `like`."""
+def _has_room(
+    memory: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether `memory` has that shape, or more slots, and that dtype and device."""
     batch, heads, slots, dim = memory.shape
     same = (batch, heads, dim) == (shape[0], shape[1], shape[3]) and slots >= shape[2]
-    return same and (memory.dtype, memory.device) == (like.dtype, like.device)
+    return same and (memory.dtype, memory.device) == (dtype, device)
 
 
 class StaticKVCache(KVCache):
@@ -180,13 +195,18 @@ class StaticKVCache(KVCache):
     meter: StaticMeter
 
     def __init__(
-        self, method: Policy, num_layers: int, meter: StaticMeter, max_tokens: int
+        self,
+        method: Policy,
+        num_layers: int,
+        meter: StaticMeter,
+        max_tokens: int,
+        eight_bits: EightBits | None = None,
     ) -> None:
         self.max_tokens = max_tokens
         self.columns = torch.zeros((), dtype=torch.int64)
         self.sizes: Sizes = (0, 0, 0)
         self._ring: StaticRing | None = None  # also between sequences
-        super().__init__(method, num_layers, meter)
+        super().__init__(method, num_layers, meter, eight_bits=eight_bits)
 
     def reset(self) -> None:
         """Forget the sequences and keep the memory."""

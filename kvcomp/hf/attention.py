@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcomp import ops
 from kvcomp.cache import HostMemoryError, LayerCache
+from kvcomp.cache.rows import Rows
 from kvcomp.hf.cache import Context, Layer, is_dummy
 from kvcomp.hf.latent import Latents
 from kvcomp.hf.outlast import outlasting
@@ -216,7 +217,7 @@ def attend_many(
     Returns:
         out [B, n, Hq, D], 0 for padding.
     """
-    keys, values, lens = kv.cache.method.context(kv) if context is None else context
+    rows, lens = kv.cache.method.context(kv) if context is None else context
     query, count = query.transpose(1, 2), query.shape[2]
     added = torch.full_like(lens, count)
     if valid is not None:
@@ -226,7 +227,7 @@ def attend_many(
         order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[..., None, None]
         query = torch.take_along_dim(query, order, 1)
     pieces = [
-        _piece(kv, query[:, first : first + MOST], keys, values, lens, added - first, scale)
+        _piece(kv, query[:, first : first + MOST], rows, lens, added - first, scale)
         for first in range(0, count, MOST)
     ]
     out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
@@ -238,15 +239,14 @@ def attend_many_latents(
     latents: Latents, kv: LayerCache, query: Tensor, valid: Tensor | None, scale: float
 ) -> Tensor:
     """As `attend_many`, over a layer of latents, which are expanded for all of the new tokens."""
-    rows, _, lens = kv.cache.method.context(kv)
+    (rows, *_), lens = kv.cache.method.context(kv)
     return latents.attend_many(query, rows, lens, kv.added, valid, scale)
 
 
 def _piece(
     kv: LayerCache,
     query: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    rows: Rows,
     lens: Tensor,
     left: Tensor,
     scale: float,
@@ -254,7 +254,9 @@ def _piece(
     """Attention of up to MOST queries [B, m, Hq, D]; rows have `left` new tokens from there on."""
     count = query.shape[1]
     own, behind = left.clamp(0, count), (left - count).clamp(min=0)
-    out, lse = ops.append_attention(query, keys, values, lens - behind, q_lens=own, scale=scale)
+    out, lse = ops.append_attention(
+        kv.query(query), rows.k, rows.v, lens - behind, q_lens=own, scale=scale, words=rows.words
+    )
     if kv.sinks is None:
         return out
     sinks = kv.sinks.detach().float().expand_as(lse).flatten(0, 1).contiguous()

@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 )
 
 from kvcomp.cache import KVCache, LayerCache, Meter
+from kvcomp.cache.rows import EightBits, Rows
 from kvcomp.hf.decoder import values_of
 from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.outlast import outlasting
@@ -41,7 +42,7 @@ KNOWN = {
     "DummyLayer",
 }
 WINDOW = "sliding_window"
-Context = tuple[Tensor, Tensor, Tensor]  # K, V and the tokens of each row, see `Method.context`
+Context = tuple[Rows, Tensor]  # and the tokens of each row, see `Method.context`
 
 
 class Layer(CacheLayerMixin):
@@ -192,6 +193,7 @@ class Cache(TransformersCache):
         method: the method that decides what to attend to and what to keep.
         meter: the counts, shared by the caches of one run.
         inv_freq: the rotation of the model's keys, see `kvcomp.hf.rotation`.
+        eight_bits: how K and V are kept in eight bits; None: as the model makes them.
 
     Raises:
         ValueError: no full-attention layer in the model, or parameters that do not fit its depth.
@@ -206,6 +208,7 @@ class Cache(TransformersCache):
         method: Method,
         meter: Meter | None = None,
         inv_freq: Tensor | None = None,
+        eight_bits: EightBits | None = None,
     ) -> None:
         layers = list(DynamicCache(config=config).layers)
         positions = values_of(config, "max_position_embeddings")
@@ -221,7 +224,8 @@ class Cache(TransformersCache):
                 f"kvcomp: {type(config).__name__} has no full-attention layer to manage: its cache"
                 f" layers are {', '.join(sorted(kinds))}"
             )
-        self.kv = self._new_kv(method, len(managed), meter, inv_freq, latent_rank(config))
+        rank = latent_rank(config)
+        self.kv = self._new_kv(method, len(managed), meter, inv_freq, rank, eight_bits)
         for kv, index in zip(self.kv.layers, managed, strict=True):
             layers[index] = self._new_layer(kv, layers[index])
         self.all_managed = all(type(layer) is self.layer_class for layer in layers)

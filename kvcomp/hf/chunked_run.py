@@ -31,11 +31,9 @@ class ChunkedRun(Run):
     cache_class = ChunkedCache
     method: Delethink
 
-    def __init__(
-        self, model: PreTrainedModel, method: Delethink, *, linear_rows: bool = True
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, method: Delethink, **options: Any) -> None:
         self._thread = threading.local()  # state of the forward or `generate` of each thread
-        super().__init__(model, method, linear_rows=linear_rows)
+        super().__init__(model, method, **options)
 
     @property
     def encoding(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from kvcomp.hf.chunked_run import ChunkedRun
@@ -16,6 +18,8 @@ def patch(
     *,
     max_tokens: int | None = None,
     linear_rows: bool = True,
+    kv: str = "model",
+    kv_rotate: bool | None = None,
 ) -> Run:
     """Decode with `method` until `undo()`, or within a `with` block.
 
@@ -31,6 +35,12 @@ def patch(
             `run.compile()` does so for your own loops. See `kvcomp.hf.StaticRun`.
         linear_rows: on a CPU, send linear layers with at most 8 rows of input, as decode steps have
             them, through the op `linear_rows`. False leaves them to torch.
+        kv: "int8" keeps K and V of the managed layers in eight bits, with an fp16 scale per token
+            and KV head: about half the bytes, under any method, on a CPU so far. The first forward
+            attends to exact K and V, what follows to those that are kept. "model": as the model
+            makes them.
+        kv_rotate: with kv="int8", turn keys and queries by a Hadamard matrix, which spreads what
+            few channels hold. None: where the head size is a power of two, which it takes.
 
     Raises:
         TypeError: `model` is no transformers model, `method` no method, `max_tokens` no integer, or
@@ -39,8 +49,9 @@ def patch(
             (soft-capped logits, latent attention, an unsupported head size), or the method's
             parameters do not fit its layers. The model stays as it was.
     """
+    options: dict[str, Any] = {"linear_rows": linear_rows, "kv": kv, "kv_rotate": kv_rotate}
     if max_tokens is not None:
-        return StaticRun(model, method, max_tokens, linear_rows=linear_rows)
+        return StaticRun(model, method, max_tokens, **options)
     if isinstance(method, Delethink):
-        return ChunkedRun(model, method, linear_rows=linear_rows)
-    return Run(model, method, linear_rows=linear_rows)
+        return ChunkedRun(model, method, **options)
+    return Run(model, method, **options)

@@ -29,6 +29,7 @@ from kvcomp.hf.cache import SKIPS, Cache, Layer
 from kvcomp.hf.checkpoints import without_cache, without_checkpoints
 from kvcomp.hf.decoder import attention_modules, decoder_of
 from kvcomp.hf.drafting import Drafts, refuse_assistants, refuse_itself
+from kvcomp.hf.eight_bits import eight_bits
 from kvcomp.hf.gate import Gate
 from kvcomp.hf.latent import EXPAND, Latents, as_stored, keeps_latents
 from kvcomp.hf.linear import LinearLayers, speed_up
@@ -60,7 +61,15 @@ class Run(Turns):
     cache_class: ClassVar[type[Cache | ChunkedCache]] = Cache  # held by the user
 
     @outlasting
-    def __init__(self, model: PreTrainedModel, method: Method, *, linear_rows: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        *,
+        linear_rows: bool = True,
+        kv: str = "model",
+        kv_rotate: bool | None = None,
+    ) -> None:
         model = unwrapped(model)
         if not isinstance(model, PreTrainedModel) or not isinstance(model, GenerationMixin):
             raise TypeError(
@@ -79,6 +88,7 @@ class Run(Turns):
         self.wrapper = Wrapper(model, self.decoder)
         self.inner_name = self.config._attn_implementation
         self.inv_freq = key_rotation(model) if method.moves_keys else None
+        self.eight_bits = eight_bits(model, kv, kv_rotate)
         first = Cache(self.config, method, None, self.inv_freq)
         self._refuse(first)
         self.meter = self.meter_class(len(first.kv.layers))
@@ -133,7 +143,7 @@ class Run(Turns):
 
     def _new_context(self) -> Cache:
         """The cache that the model's layers use."""
-        return Cache(self.config, self.method, self.meter, self.inv_freq)
+        return Cache(self.config, self.method, self.meter, self.inv_freq, self.eight_bits)
 
     def report(self, layers: bool = False) -> Report:
         """The report of everything decoded so far; `layers=True` adds numbers per layer."""

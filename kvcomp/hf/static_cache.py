@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kvcomp.cache import StaticKVCache, StaticMeter
+from kvcomp.cache.rows import EightBits
 from kvcomp.cache.static import StaticLayerCache
 from kvcomp.hf.cache import Cache, Layer
 from kvcomp.hf.outlast import outlasting
@@ -42,9 +43,16 @@ class StaticCache(Cache):
     layer_class = StaticLayer
     kv: StaticKVCache
 
-    def __init__(self, config, method: Method, meter: StaticMeter, max_tokens: int) -> None:
+    def __init__(
+        self,
+        config,
+        method: Method,
+        meter: StaticMeter,
+        max_tokens: int,
+        eight_bits: EightBits | None = None,
+    ) -> None:
         self.max_tokens = max_tokens
-        super().__init__(config, method, meter)
+        super().__init__(config, method, meter, eight_bits=eight_bits)
 
     @property
     def columns(self) -> int:
@@ -58,5 +66,8 @@ class StaticCache(Cache):
         yield
         outlasting(self.kv.leave)()
 
-    def _new_kv(self, method: Method, num_layers: int, meter: StaticMeter, *_) -> StaticKVCache:
-        return StaticKVCache(method, num_layers, meter, self.max_tokens)
+    def _new_kv(
+        self, method: Method, num_layers: int, meter: StaticMeter, *rest: Any
+    ) -> StaticKVCache:
+        *_, eight_bits = rest
+        return StaticKVCache(method, num_layers, meter, self.max_tokens, eight_bits)

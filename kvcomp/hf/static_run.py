@@ -58,6 +58,8 @@ class StaticRun(Run):
         max_tokens: int,
         *,
         linear_rows: bool = True,
+        kv: str = "model",
+        kv_rotate: bool | None = None,
     ) -> None:
         where = "kvcomp.patch: max_tokens"
         require(is_whole(max_tokens), where, "a number", max_tokens, TypeError)
@@ -67,7 +69,7 @@ class StaticRun(Run):
         self._decoding = False  # whether the running forward is a decode step
         self._inside = False  # whether a forward is running
         self._beside = False  # whether `_step` does the work of the host
-        super().__init__(model, method, linear_rows=linear_rows)
+        super().__init__(model, method, linear_rows=linear_rows, kv=kv, kv_rotate=kv_rotate)
         self._needs_host = type(method).between_steps is not Method.between_steps
 
     def report(self, layers: bool = False) -> Report:
@@ -109,7 +111,7 @@ class StaticRun(Run):
 
     def new_cache(self) -> StaticCache:
         """A new cache of this run with its own memory."""
-        return StaticCache(self.config, self.method, self.meter, self.max_tokens)
+        return StaticCache(self.config, self.method, self.meter, self.max_tokens, self.eight_bits)
 
     def _refuse(self, first: Cache) -> None:
         if not self.method.static:

@@ -17,10 +17,10 @@ def recall(layer: LayerCache, q: Tensor, scale: float, budget: int, sinks: int) 
     Returns:
         [B] fp32, the mean over KV heads; 1 if there is nothing to retrieve.
     """
-    positions = layer.positions(layer.keys.shape[1])
+    positions = layer.positions(layer.kv_heads)
     shares = []
     for row, end in enumerate(layer.hosted.index.first_local().tolist()):
-        keys, _ = layer.hosted.pool.read(row, sinks, end)  # [Hkv, n, D]
+        keys, _ = layer.decoded(layer.hosted.pool.read(row, sinks, end))  # [Hkv, n, D]
         if not keys.shape[1]:
             shares.append(q.new_ones((), dtype=torch.float32))
             continue

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
+from kvcomp.cache.rows import Rows
 from kvcomp.checks import require, require_one_of
 from kvcomp.methods.cost import Place, StepBytes
 from kvcomp.methods.fields import check_types
@@ -136,13 +137,13 @@ class Method:
     def prefill(self, layer: LayerCache, q: Tensor) -> None:
         """Called when a prompt is in `layer`; q [B, Hq, n, D] are its queries."""
 
-    def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
+    def context(self, layer: LayerCache) -> tuple[Rows, Tensor]:
         """The K and V that several new tokens attend to. They are in `layer` already and come last.
 
         Returns:
-            k, v [B, H, n, D] and lens [B] int32: row b is valid up to lens[b].
+            rows [B, H, n, ...] and lens [B] int32: row b is valid up to lens[b].
         """
-        return layer.keys, layer.values, layer.seq_lens
+        return layer.stored(), layer.seq_lens
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         """One decode step of a layer that has the new K and V: q [B, Hq, D] -> out [B, Hq, D]."""

@@ -78,7 +78,7 @@ class Eviction(Method):
 
     def num_units(self, layer: LayerCache) -> int:
         """U, which is 1 or the number of heads in the slab."""
-        return 1 if self.unit == "layer" else layer.keys.shape[1]
+        return 1 if self.unit == "layer" else layer.kv_heads
 
     def start(self, cache: KVCache) -> None:
         cache.state.prompt = 0  # tokens of the longest first prompt

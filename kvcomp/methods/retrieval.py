@@ -26,6 +26,7 @@ from kvcomp.cache.background import Background
 from kvcomp.cache.host_pool import HostMemory
 from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
+from kvcomp.cache.rows import Rows
 from kvcomp.methods.audit import watch
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
@@ -225,7 +226,7 @@ class Retrieval(Method):
             first_row = self._close_open(layer).clamp(min=self.sinks)
         first = layer.seq_lens - (layer.logical_lens - first_row).clamp(min=0)
         last = torch.maximum(layer.seq_lens - self.num_newest, first)  # slots [first, last) leave
-        layer.positions(layer.keys.shape[1])
+        layer.positions(layer.kv_heads)
         layer.hosted.absorb(layer, self, first_row, first, last)
         slot = torch.arange(self.num_newest, device=last.device)
         newest = (last[:, None] + slot).clamp(max=layer.max_len - 1)
@@ -239,7 +240,7 @@ class Retrieval(Method):
             layer.cache.state.prompt_columns = layer.columns
         layer.state.pop("recall", None)  # of `audit`, before this prompt
 
-    def context(self, layer: LayerCache) -> tuple[Tensor, Tensor, Tensor]:
+    def context(self, layer: LayerCache) -> tuple[Rows, Tensor]:
         if not layer.is_hosted:
             return super().context(layer)
         lens = self._close_open(layer).tolist()
@@ -249,11 +250,10 @@ class Retrieval(Method):
         )
         rows = []
         for row, (length, end, count) in enumerate(zip(lens, ends, new, strict=True)):
-            fresh = (x[row, :, end - count : end] for x in (layer.keys, layer.values))
-            pooled = layer.hosted.pool.read(row, 0, length)
+            fresh = layer.stored().row(row).part(slice(end - count, end)).parts
+            pooled = layer.hosted.pool.read(row, 0, length).parts
             rows.append([torch.cat(parts, 1) for parts in zip(pooled, fresh, strict=True)])
-        k, v = (_stacked(part) for part in zip(*rows, strict=True))
-        return k, v, layer.logical_lens
+        return Rows(*(_stacked(part) for part in zip(*rows, strict=True))), layer.logical_lens
 
     def attend(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         self._prepare(layer, q, scale, audit=self.audit)
@@ -317,10 +317,10 @@ class Retrieval(Method):
 
     def _begin(self, layer: LayerCache, q: Tensor) -> None:
         """Set up the pool. The first prompt is in `layer`, and the pool is empty."""
-        state, keys = layer.cache.state, layer.keys
+        state = layer.cache.state
         if state.background is None:
-            state.background = Background(keys.device)
-        width = self.digest(keys[:1, :1, :1]).shape[-1]
+            state.background = Background(q.device)
+        width = self.digest(q[:1, :1, :1]).shape[-1]
         layer.host(state.memory, state.background, width, self.sinks)
         layer.state["query"] = q.new_zeros(q.shape[0], q.shape[1], q.shape[3])
         layer.limit(self.most_resident - 1, 1)
@@ -344,8 +344,8 @@ class Retrieval(Method):
         lens = layer.logical_lens.tolist()
         for row, last in enumerate(lens):
             if 0 < last <= self.sinks:
-                k, v = (x[row, :, last - 1 : last] for x in (layer.keys, layer.values))
-                layer.hosted.pool.write(row, last - 1, k, v)
+                newest = layer.stored().row(row).part(slice(last - 1, last))
+                layer.hosted.pool.write(row, last - 1, newest)
         if layer.position == len(layer.cache.layers) - 1:
             layer.cache.state.lacks_sinks = min(lens) < self.sinks
 

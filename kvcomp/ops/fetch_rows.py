@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.ops._registry import bind, raw_stream
+from kvcomp.ops.quantize_rows import unpacked
 
 
 def fetch_rows(
@@ -22,6 +23,7 @@ def fetch_rows(
     pool: list[Tensor],
     *,
     num_sinks: int = 0,
+    words: Tensor | None = None,
 ) -> Tensor:
     """Exchange the contents of each sequence's slots: afterwards they hold the sinks, the local
     rows and the wanted rows.
@@ -53,10 +55,11 @@ def fetch_rows(
             range or order, heads that would differ in length, or too few slots. Nothing is changed
             in that case.
     """
-    return _op(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks)
+    return _op(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks, words)
 
 
-def reference(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks):
+def reference(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks, words=None):
+    moved = (k, v) if words is None else (k, v, words)
     fetched = torch.zeros(k.shape[:2], dtype=torch.int32, device=k.device)
     for row in active.nonzero().flatten().tolist():
         length = int(seq_lens[row])
@@ -70,7 +73,8 @@ def reference(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_si
             free = (~kept).nonzero().flatten()
             slots = torch.cat([free, torch.arange(length, length + len(missing), device=k.device)])
             into = slots[: len(missing)]
-            k[row, head, into], v[row, head, into] = _read(pool, row, head, missing, k.device)
+            for tensor, value in zip(moved, _read(pool, row, head, missing, k.device), strict=True):
+                tensor[row, head, into] = value
             held[into] = missing
             fetched[row, head] = len(missing)
             holes = free[len(missing) :]
@@ -79,7 +83,7 @@ def reference(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_si
             tail = torch.arange(new_length, end, device=k.device)
             movers = tail[~torch.isin(tail, holes)]
             holes = holes[holes < new_length]
-            for tensor in (k, v, slot_rows):
+            for tensor in (*moved, slot_rows):
                 tensor[row, head, holes] = tensor[row, head, movers]
             held[new_length:length] = 0
         seq_lens[row] = new_length
@@ -87,17 +91,17 @@ def reference(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_si
 
 
 def _read(pool: list[Tensor], row: int, head: int, rows: Tensor, device: torch.device):
-    """K and V [n, D] of pool rows."""
-    pieces = torch.cat([block[row, head] for block in pool])[rows.to(pool[0].device)]
-    return pieces.to(device).unbind(1)
+    """K and V [n, D] of pool rows, and of codes the words [n]."""
+    pieces = torch.cat([block[row, head] for block in pool])[rows.to(pool[0].device)].to(device)
+    return unpacked(pieces) if pool[0].ndim == 4 else pieces.unbind(1)
 
 
-def fake(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks):
+def fake(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks, words=None):
     return seq_lens.new_empty(k.shape[:2], dtype=torch.int32)
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
-    def run(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks):
+    def run(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks, words=None):
         fetched = fake(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks)
         extension.fetch_rows(
             backend,
@@ -111,6 +115,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
             pool,
             fetched,
             num_sinks,
+            words,
             raw_stream(k),
         )
         return fetched
@@ -121,7 +126,8 @@ def native(extension: ModuleType, backend: int) -> Callable:
 _op = bind(
     "fetch_rows",
     "(Tensor(a!) k, Tensor(b!) v, Tensor(c!) slot_rows, Tensor(d!) seq_lens, Tensor rows,"
-    " Tensor first_local, Tensor active, Tensor[] pool, int num_sinks) -> Tensor",
+    " Tensor first_local, Tensor active, Tensor[] pool, int num_sinks, Tensor(e!)? words=None)"
+    " -> Tensor",
     reference=reference,
     fake=fake,
     native=native,

@@ -11,6 +11,8 @@ from torch import Tensor
 from kvcomp.ops._registry import bind, raw_stream
 from kvcomp.ops.hadamard import reference as turned
 
+WORD_ROOM = 16  # bytes of a word in a row of a pool, which stays aligned
+
 
 def quantize_rows(
     k: Tensor, v: Tensor, k_codes: Tensor, v_codes: Tensor, words: Tensor, *, turn: bool = False
@@ -49,6 +51,19 @@ def dequantized(
         return codes.to(dtype) * scale.view(torch.float16)[..., None].to(dtype)
 
     return rows(k_codes, k_scale), rows(v_codes, v_scale)
+
+
+def packed(k_codes: Tensor, v_codes: Tensor, words: Tensor) -> Tensor:
+    """Codes [..., D] and words [...] as rows of a pool in host memory, [..., 2 D + 16] int8."""
+    word = words[..., None].contiguous().view(torch.int8)
+    return torch.cat([k_codes, v_codes, word, word.new_zeros(*words.shape, WORD_ROOM - 4)], -1)
+
+
+def unpacked(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and words of such rows."""
+    dim = (rows.shape[-1] - WORD_ROOM) // 2
+    k_codes, v_codes, word, _ = rows.split([dim, dim, 4, WORD_ROOM - 4], -1)
+    return k_codes, v_codes, word.contiguous().view(torch.int32)[..., 0]
 
 
 def reference(k, v, k_codes, v_codes, words, turn):

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from kvcomp.ops._registry import bind, raw_stream
+from kvcomp.ops.hadamard import reference as hadamard
+from kvcomp.ops.quantize_rows import dequantized, packed
 
 
 def store_segments(
@@ -20,6 +23,9 @@ def store_segments(
     closed: Tensor,
     pool: list[Tensor],
     centroids: Tensor,
+    *,
+    words: Tensor | None = None,
+    turned: bool = False,
 ) -> None:
     """Copy the tokens of each sequence's newest unit to the pool and compute its mean key.
 
@@ -44,10 +50,27 @@ def store_segments(
         TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also rows that
             the pool or the slots do not have. Nothing is changed in that case.
     """
-    _op(k, v, slot_rows, seq_lens, starts, num_units, closed, pool, centroids)
+    tensors = k, v, slot_rows, seq_lens, starts, num_units, closed, pool, centroids
+    _op(*tensors, words, bool(turned))
 
 
-def reference(k, v, slot_rows, seq_lens, starts, num_units, closed, pool, centroids):
+def reference(
+    k,
+    v,
+    slot_rows,
+    seq_lens,
+    starts,
+    num_units,
+    closed,
+    pool,
+    centroids,
+    words=None,
+    turned=False,
+):
+    keys = k
+    if words is not None:
+        keys = dequantized(k, v, words, centroids.dtype)[0]
+        keys = hadamard(keys) if turned else keys
     for row in closed.nonzero().flatten().tolist():
         unit = int(num_units[row]) - 1
         length = int(seq_lens[row])
@@ -55,25 +78,28 @@ def reference(k, v, slot_rows, seq_lens, starts, num_units, closed, pool, centro
             begin, end = starts[row, head, unit : unit + 2].tolist()
             held = slot_rows[row, head, :length]
             slots = ((held >= begin) & (held < end)).nonzero().flatten()
-            centroids[row, head, unit] = k[row, head, slots].mean(0)
+            centroids[row, head, unit] = keys[row, head, slots].mean(0)
             first = 0
             for block in pool:
                 here = held[slots] - first
                 inside = (here >= 0) & (here < block.shape[2])
-                for part, source in enumerate((k, v)):
-                    block[row, head, here[inside].to(block.device), part] = source[
-                        row, head, slots[inside]
-                    ].to(block.device)
+                parts = [x[row, head, slots[inside]] for x in (k, v)]
+                if words is None:
+                    rows = torch.stack(parts, 1)
+                else:
+                    rows = packed(*parts, words[row, head, slots[inside]])
+                block[row, head, here[inside].to(block.device)] = rows.to(block.device)
                 first += block.shape[2]
 
 
-def fake(k, v, slot_rows, seq_lens, starts, num_units, closed, pool, centroids):
+def fake(k, *rest):
     return None
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
-    def run(k, *rest):
-        extension.store_segments(backend, k, *rest, raw_stream(k))
+    def run(*args):
+        words = args[9:] or (None, False)
+        extension.store_segments(backend, *args[:9], *words, raw_stream(args[0]))
 
     return run
 
@@ -81,7 +107,8 @@ def native(extension: ModuleType, backend: int) -> Callable:
 _op = bind(
     "store_segments",
     "(Tensor k, Tensor v, Tensor slot_rows, Tensor seq_lens, Tensor starts, Tensor num_units,"
-    " Tensor closed, Tensor(a!)[] pool, Tensor(b!) centroids) -> ()",
+    " Tensor closed, Tensor(a!)[] pool, Tensor(b!) centroids, Tensor? words=None,"
+    " bool turned=False) -> ()",
     reference=reference,
     fake=fake,
     native=native,

@@ -72,7 +72,7 @@ def assert_holds(layer, row, slow, where):
     assert length < method.most_resident, where
     held = layer.positions(layer.keys.shape[1])[row, :, :length]
     stored = slow.seen - len(slow.open)
-    pool_k, pool_v = layer.hosted.pool.read(row, 0, stored)
+    pool_k, pool_v, _ = layer.hosted.pool.read(row, 0, stored)
     for head in range(slow.heads):
         of = f"{where}, head {head}"
         tokens = torch.tensor(slow.rows[head] + slow.open)  # of each pool row

@@ -249,19 +249,22 @@ struct SegmentBoundariesParams {
   int32_t shortest, longest, local;
 };
 
-// Rows of K and V in host memory: block i holds rows [first_row[i], first_row[i + 1]).
+// Rows of K and V in host memory: block i holds rows [first_row[i], first_row[i + 1]). A row is K
+// and V [2, D]; of codes, both, their word, and zeros up to a multiple of 16 bytes.
 struct PoolBlocks {
   static constexpr int kMaxBlocks = 32;
 
-  void* data[kMaxBlocks];             // [B, H, R, 2, D] each, contiguous
+  void* data[kMaxBlocks];             // [B, H, R, 2, D] or [B, H, R, 2 D + 16] each, contiguous
   int32_t first_row[kMaxBlocks + 1];  // ascending; first_row[num_blocks] is the number of rows
   int32_t num_blocks;
+  int32_t row_bytes;  // from one row to the next
 };
 
 struct StoreSegmentsParams {
-  ScalarType dtype;          // of k, v, pool and centroids
+  ScalarType dtype;          // of centroids; also of k, v and pool, unless they are codes
   const void* k;             // [B, H, T, D]
   const void* v;             // [B, H, T, D]
+  const uint32_t* words;     // [B, H, T'] scales of codes; nullptr: no codes
   const int32_t* slot_rows;  // [B, H, T'], last dimension contiguous
   const int32_t* seq_lens;   // [B]
   const int32_t* starts;     // [B, H, U + 1], last dimension contiguous
@@ -271,12 +274,14 @@ struct StoreSegmentsParams {
   PoolBlocks pool;
   int64_t stride_k_b, stride_k_h, stride_k_t;
   int64_t stride_v_b, stride_v_h, stride_v_t;
+  int64_t stride_words_b, stride_words_h;
   int64_t stride_rows_b, stride_rows_h;
   int64_t stride_starts_b, stride_starts_h;
   int64_t stride_centroids_b, stride_centroids_h;
   int32_t batch, num_heads, head_dim;
   int32_t num_slots;  // the lesser of T and T'
   int32_t max_units;  // U
+  bool turned;        // codes of K are of turned keys
 };
 
 struct UnitScoresParams {
@@ -311,6 +316,7 @@ struct SelectUnitsParams {
 struct FetchRowsParams {
   void* k;                     // [B, H, T, D]
   void* v;                     // [B, H, T, D]
+  uint32_t* words;             // [B, H, T'] scales of codes; nullptr: no codes
   int32_t* slot_rows;          // [B, H, T'], last dimension contiguous
   int32_t* seq_lens;           // [B]
   const int32_t* rows;         // [B, H, K], contiguous; ascending, then -1
@@ -320,7 +326,8 @@ struct FetchRowsParams {
   PoolBlocks pool;
   int64_t stride_k_b, stride_k_h, stride_k_t;  // in bytes, as those of v
   int64_t stride_v_b, stride_v_h, stride_v_t;
-  int64_t stride_rows_b, stride_rows_h;  // of slot_rows, in elements
+  int64_t stride_words_b, stride_words_h;  // in elements
+  int64_t stride_rows_b, stride_rows_h;    // of slot_rows, in elements
   int32_t batch, num_heads;
   int32_t num_slots;   // the lesser of T and T'
   int32_t num_wanted;  // K

@@ -77,12 +77,13 @@ class PagedRetrieval(Retrieval):
 
     def store(self, layer: LayerCache, closed: Tensor) -> None:
         index = layer.hosted.index
-        unused = layer.keys.new_empty(*index.digests.shape[:3], layer.keys.shape[-1])
+        unused = index.digests.new_empty(*index.digests.shape[:3], layer.head_dim)
         layer.hosted.store(layer, closed, unused)  # the mean is not this digest
         for row in closed.nonzero().flatten().tolist():
             unit = int(index.num_units[row]) - 1
             begin, end = index.starts[row, 0, unit : unit + 2].tolist()
-            index.digests[row, :, unit] = self.digest(layer.hosted.pool.read(row, begin, end)[0])
+            keys, _ = layer.decoded(layer.hosted.pool.read(row, begin, end))
+            index.digests[row, :, unit] = self.digest(keys)
 
     def scores(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> Tensor:
         return super().scores(layer, self.turned(q), scale, active)

@@ -30,7 +30,7 @@ def prompt_probabilities(layer: LayerCache, q: Tensor) -> Iterator[Tensor]:
     slot = torch.arange(layer.max_len, device=q.device)
     for first in range(0, count, QUERIES):
         part = slice(first, first + QUERIES)
-        grouped = q[:, :, part].unflatten(1, (layer.keys.shape[1], -1))
+        grouped = q[:, :, part].unflatten(1, (layer.kv_heads, -1))
         logits = dots(grouped, layer.keys[:, :, None]).flatten(1, 2) * layer.scale
         allowed = (slot <= own[:, part, None]) & valid[:, part, None]  # [B, queries, max_len]
         logits = logits.masked_fill(~allowed[:, None], -torch.inf)

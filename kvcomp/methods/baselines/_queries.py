@@ -71,7 +71,7 @@ class LastQueries(Eviction):
     def importance(self, layer: LayerCache, kernel: int) -> Tensor:
         """[B, U, max_len]: probabilities among the tokens older than the newest `recent`."""
         positions = layer.positions(self.num_units(layer))
-        grouped = layer.state["queries"].unflatten(1, (layer.keys.shape[1], -1))
+        grouped = layer.state["queries"].unflatten(1, (layer.kv_heads, -1))
         logits = alike.dots(grouped, layer.keys[:, :, None]).flatten(1, 2)  # [B, Hq, w, max_len]
         logits = logits.unflatten(1, (positions.shape[1], -1)).amax(2)
         logits = logits * layer.scale

@@ -63,7 +63,7 @@ class SinkEviction(Eviction):
         """
         if not self.sinks:
             return
-        keys, state = layer.keys[:, :, : self.sinks], layer.state
+        keys, state = layer.decoded(layer.stored(self.sinks))[0], layer.state
         if "sinks" in state:
             moved = (state["sink_shift"] > 0)[:, None, :, None]
             state["sinks"] = torch.where(moved, state["sinks"], keys)
@@ -73,4 +73,4 @@ class SinkEviction(Eviction):
         inv_freq = layer.cache.require_rotation().to(shift.device)
         single = state["sinks"].transpose(1, 2).flatten(0, 1)[:, :, None].contiguous()
         ops.rotate_keys(single, shift.flatten(), inv_freq)
-        keys.copy_(single[:, :, 0].unflatten(0, shift.shape).transpose(1, 2))
+        layer.replace_keys(single[:, :, 0].unflatten(0, shift.shape).transpose(1, 2))

@@ -81,18 +81,18 @@ class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
         """Split the newest unit of a row into clusters, in the pool, the index and the slots."""
         index, unit = layer.hosted.index, int(layer.hosted.index.num_units[row]) - 1
         begin, end = index.starts[row, 0, unit : unit + 2].tolist()
-        k, v = layer.hosted.pool.read(row, begin, end)
-        bounds = torch.tensor([[0], [end - begin]], dtype=torch.int32, device=k.device)
+        rows = layer.hosted.pool.read(row, begin, end)
+        keys, _ = layer.decoded(rows)
+        bounds = torch.tensor([[0], [end - begin]], dtype=torch.int32, device=keys.device)
         labels, digests, sizes = ops.kmeans(
-            k[None],
+            keys[None],
             *bounds,
             cluster_size=self.output_cluster,
             window=self.output_window,
             iterations=self.iterations,
         )
         order = labels[0].argsort(dim=-1, stable=True)  # [Hkv, tokens]
-        k, v = (x.take_along_dim(order[..., None], 1) for x in (k, v))
-        layer.hosted.pool.write(row, begin, k, v)
+        layer.hosted.pool.write(row, begin, rows.take(order, 1))
         index.write(row, unit, digests[0], sizes[0])
         index.num_units[row] += sizes.shape[-1] - 1
         moved = begin + order.argsort(-1).int()  # [Hkv, tokens], where each row is now

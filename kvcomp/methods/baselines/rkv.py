@@ -47,7 +47,7 @@ class RKV(LastQueries, name="r-kv", baseline=True):
         """[B, U, max_len]: the softmax over tokens of their mean cosine with all others."""
         positions, valid = layer.positions(self.num_units(layer)), valid_slots(layer)
         order = text_order(positions, valid)  # [B, U, m]
-        units, heads = order.shape[1], layer.keys.shape[1]
+        units, heads = order.shape[1], layer.kv_heads
         index = order.repeat_interleave(heads // units, 1)[..., None]
         keys = layer.keys.float().gather(2, index.expand(-1, -1, -1, layer.keys.shape[-1]))
         keys = keys / alike.total(keys.square(), -1).sqrt().clamp(min=1e-12)[..., None]
