@@ -1,4 +1,4 @@
-"""Latents in host memory: a pool row is a token's row by its halves, where others have K and V."""
+"""Latents in host memory. A pool row holds the two halves of a token's row in place of K and V."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvcomp.cache.hosted import Hosted
 from kvcomp.cache.rows import Rows
 
 if TYPE_CHECKING:
-    from kvcomp.cache.latent import LatentLayer
+    from kvcomp.cache.layer import LayerCache
 
 
 class LatentPool(HostPool):
@@ -40,14 +40,14 @@ def _halves(rows: Rows) -> Rows:
 
 
 class HostedLatents(Hosted):
-    """As `Hosted`, for a layer of latents."""
+    """Like `Hosted`, for a layer of latents."""
 
-    def _new_pool(self, layer: LatentLayer, memory: HostMemory) -> HostPool:
+    def _new_pool(self, layer: LayerCache, memory: HostMemory) -> HostPool:
         return LatentPool(layer.stored(), memory)
 
-    def store(self, layer: LatentLayer, closed: Tensor, means: Tensor) -> None:
+    def store(self, layer: LayerCache, closed: Tensor, means: Tensor) -> None:
         super().store(layer, closed, torch.empty_like(means[..., : layer.moved[0].shape[-1]]))
-        for row in closed.nonzero().flatten().tolist():  # the op knows the mean of a half
+        for row in closed.nonzero().flatten().tolist():  # the op computes the mean of a half only
             unit = int(self.index.num_units[row]) - 1
             begin, end = self.index.starts[row, 0, unit : unit + 2].tolist()
             means[row, :, unit] = self.pool.read(row, begin, end).k.mean(-2)

@@ -33,7 +33,8 @@ def keep_code() -> None:
 def for_generate() -> CompileConfig:
     """What `generate` takes as `compile_config` to run compiled steps on a CPU as well."""
     keep_code()
-    config = CompileConfig(fullgraph=True, mode=None)
+    none: Any = None  # torch.compile's default; the annotation has no None
+    config: Any = CompileConfig(fullgraph=True, mode=none)
     config._compile_all_devices = True  # transformers compiles on accelerators only
     return config
 

@@ -1,14 +1,13 @@
 """HybridLayer: a managed layer that also holds the states of a linear layer (Falcon-H1, Zamba 2).
 
-transformers keeps both in one cache layer, because one layer of the model has both. The states stay
-with the class of transformers; K and V belong to the method.
+transformers keeps both in one cache layer, because one layer of the model has both. transformers'
+class keeps the states; K and V belong to the method.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 from kvcomp.cache import LayerCache
@@ -21,7 +20,7 @@ class HybridLayer(LinearAttentionLayer, Layer):
     """A `Layer` with states.
 
     Args:
-        number_of_states: of convolutions and recurrences, as the model has them.
+        number_of_states: number of convolution and recurrence states in the model.
     """
 
     is_compileable = False
@@ -40,11 +39,12 @@ class HybridLayer(LinearAttentionLayer, Layer):
         LinearAttentionLayer.reset(self)
         Layer.reset(self)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Any) -> None:
         LinearAttentionLayer.reorder_cache(self, indices)
         Layer.batch_select_indices(self, indices)
 
-    reorder_cache = batch_select_indices
+    def reorder_cache(self, beam_idx: Any) -> None:
+        self.batch_select_indices(beam_idx)
 
     def activate_past_recording(self) -> None:
         raise ValueError(ONE_WAY)
