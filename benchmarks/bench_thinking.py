@@ -15,6 +15,8 @@ Parts:
     cgrs        what tentative answers cost: tokens fed for them, and time, with and without `lazy`
     stop        tokens of a thought against the bias of its end, and within a forced budget
     rounds      tokens and K/V of PDR and SR beside one row of as many tokens
+    stand       tokens per second of a method with Stand and without, in turn; with --text also of a
+                model that writes prose
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import kvcomp
 from harness.record import header, meta, write_json
 from kvcomp import reasoner, thinking
 from kvcomp.reasoner import task
+from speculation import stand
 
 NODES = 8
 SIGNALS = ("cumulative", "net", "aligned", "length")
@@ -265,7 +268,14 @@ def rounds(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[Row]
     return found
 
 
-PARTS = {"votes": votes, "signals": signals, "cgrs": cgrs, "stop": stop, "rounds": rounds}
+PARTS = {
+    "votes": votes,
+    "signals": signals,
+    "cgrs": cgrs,
+    "stop": stop,
+    "rounds": rounds,
+    "stand": stand,
+}
 
 
 def line(row: Row) -> str:
@@ -287,12 +297,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=8, metavar="K", help="of one problem")
     add("--steps", type=int, default=40, metavar="N", help="of a walk, at most; four tokens each")
     add("--at", type=int, default=40, metavar="N", help="tokens at which trajectories are ranked")
+    add("--text", metavar="MODEL", help="stand: a model that writes prose, such as smollm2-135m")
+    add("--contexts", type=int, nargs="+", default=[512, 6144], metavar="N", help="stand")
+    add("--new", type=int, default=256, metavar="N", help="stand: tokens of a row")
+    add("--rounds", type=int, default=3, metavar="N", help="stand: of the contenders in turn")
     add("--threads", type=int, default=1)
     add("--json", type=Path, metavar="FILE")
     add("--smoke", action="store_true", help="one problem, few rows, short walks")
     options = parser.parse_args(argv)
     if options.smoke:
         options.problems, options.rows, options.steps, options.at = 1, 4, 8, 16
+        options.contexts, options.new, options.rounds = [128], 24, 1
     return options
 
 

@@ -288,6 +288,13 @@ class Cache(TransformersCache):
         """The number of tokens that may be accepted at once, see `KVCache.room`."""
         return self.kv.room
 
+    @property
+    def drafts_refused(self) -> str | None:
+        """The reason why drafts cannot be checked over this cache; None: they can."""
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers):
+            return "the model has linear layers, whose states cannot take tokens back"
+        return self.kv.method.drafts_refused
+
     def stage(self) -> None:
         """Treat the tokens of the next forward as drafts. Each attends as its decode step would,
         and later forwards do not see them before `commit`. The first is the last sampled token.
@@ -299,19 +306,13 @@ class Cache(TransformersCache):
         Raises:
             ValueError: the method, or a layer that it does not manage, cannot handle drafts.
         """
-        if (reason := self.kv.method.drafts_refused) is not None:
+        if (reason := self.drafts_refused) is not None:
             raise ValueError(
                 f"kvcomp: {type(self.kv.method).__name__} cannot check several tokens at once:"
                 f" {reason}"
             )
         if not self.rows:
             raise ValueError("kvcomp: stage: expected a cache that has seen the prompt")
-        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers):
-            raise ValueError(
-                "kvcomp: drafts: this model has linear layers, whose states cannot take tokens back"
-            )
-        if not self.all_managed:
-            self.activate_past_recording()
         self.staging = True
 
     @outlasting

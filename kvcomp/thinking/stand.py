@@ -317,7 +317,7 @@ def _refuse(model: Any, cache: Any, config: Any) -> None:
     require(not scores, "Stand: output_scores, output_logits", "False", scores)
     context = cache.context if isinstance(cache, ChunkedCache) else cache
     method: Any = context.kv.method
-    if (reason := method.drafts_refused) is not None:
+    if (reason := context.drafts_refused) is not None:
         raise ValueError(
             f"kvcomp.thinking: Stand: {method.name} cannot check several tokens at once: {reason}"
         )
