@@ -91,6 +91,13 @@ def generate(
         list[str] | None,
         typer.Option("--with", help="Set an option of a strategy.", metavar="NAME.OPTION=VALUE"),
     ] = None,
+    kv: Annotated[
+        str,
+        typer.Option(
+            help="Keep K and V as the model makes them (model) or in eight bits (int8).",
+            metavar="KIND",
+        ),
+    ] = "model",
     compiled: Annotated[
         bool,
         typer.Option(
@@ -124,7 +131,7 @@ def generate(
         sampling["compile_config"] = for_generate()
     streamer = text_streamer(tokenizer)
     code = 0
-    with patch(network, chosen_method, max_tokens=room) as run:
+    with patch(network, chosen_method, max_tokens=room, kv=kv) as run:
         more = chosen.generation(run, tokenizer, inputs["input_ids"].shape[1])
         # A sampled answer is a function of the seed, with and without speculation.
         more["logits_processor"] = [*more.get("logits_processor", []), GumbelNoise(seed)]

@@ -46,6 +46,8 @@ def fetch_rows(
         active: [B] int32, 0 for sequences to leave unchanged.
         pool: blocks [B, H, R, 2, D] of k's dtype in host memory, as for `store_segments`.
         num_sinks: pool rows [0, num_sinks) always stay.
+        words: [B, H, T'] int32, the scales of int8 k and v, changed in place; blocks are then
+            [B, H, R, 2 D + 16] int8, as for `store_segments`.
 
     Returns:
         fetched [B, H] int32: rows copied from the pool.

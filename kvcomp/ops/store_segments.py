@@ -45,6 +45,9 @@ def store_segments(
         pool: 1 to 32 blocks [B, H, R, 2, D] of k's dtype in host memory, contiguous, pinned if k is
             on a GPU; changed in place. Together they hold rows 0, 1, ..., each K and then V.
         centroids: [B, H, U, D] of k's dtype, contiguous in the last two; changed in place.
+        words: [B, H, T'] int32, the scales of int8 k and v, as `quantize_rows` makes them. Blocks
+            are then [B, H, R, 2 D + 16] int8: both codes of a row, its word, and zeros.
+        turned: k are codes of turned keys; centroids are means of the keys before they were.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also rows that

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from kvcomp.ops import OPS
+from kvcomp.ops.quantize_rows import packed
 from kvcomp.selftest.attention_cases import attention_cases
 from kvcomp.selftest.case import HALF_AND_FULL, Case, generator_for, kv_cache, on
+from kvcomp.selftest.retrieval_cases import retrieval_cases
 
 NO_CODES = ("cuda", "cuda-host", "triton")  # backends that refuse them
 CODED = {  # op -> the cases of it that are taken with codes, too
@@ -102,6 +104,27 @@ def _hadamard_cases() -> list[Case]:
     ]
 
 
+def _pooled_cases() -> list[Case]:
+    """What moves rows between slots and pool, with codes in both."""
+    of = ("store_segments", "fetch_rows")
+
+    def coded(case: Case) -> Case:
+        def make(dtype, device):
+            args = list(case.make(dtype, "cpu"))
+            k, v, words = codes_of(args[0], args[1])
+            args[:2] = k, v
+            args[7] = [packed(*codes_of(*block.unbind(3))) for block in args[7]]
+            turned = [k.shape[-1] & (k.shape[-1] - 1) == 0] * (case.op == "store_segments")
+            return on(device, *args, words, *turned)
+
+        mutates = (*case.mutates, 9) if case.op == "fetch_rows" else case.mutates
+        return replace(
+            case, name=f"{case.name}-codes", make=make, mutates=mutates, refused_by=NO_CODES
+        )
+
+    return [coded(case) for case in retrieval_cases() if case.op in of and not case.blank]
+
+
 def code_cases() -> list[Case]:
     coded = [_coded(x) for x in attention_cases() if x.name in CODED.get(x.op, ())]
-    return [*coded, *_hadamard_cases(), *_quantize_rows_cases()]
+    return [*coded, *_hadamard_cases(), *_pooled_cases(), *_quantize_rows_cases()]
