@@ -123,7 +123,7 @@ class HostPool:
         """Rows [first, first + n) of sequence `row` become `new`, [Hkv, n, ...]."""
         # Laid out as rows are, on the cache's device. To pinned memory they are copied head by head
         # without gaps: anything else is staged in other host memory, and the host waits for it.
-        rows = packed(*new) if self._coded else torch.stack(new.parts, 2)
+        rows = packed(new.k, new.v, new.scales) if self._coded else torch.stack(new.parts, 2)
         for block, inside, outside in self._spans(first, first + rows.shape[1]):
             if not self._pinned:
                 block[row, :, inside].copy_(rows[:, outside])
@@ -158,7 +158,7 @@ class HostPool:
             raise
         for block, new in zip(self.blocks, blocks, strict=True):
             torch.index_select(block, 0, rows, out=new)
-        self.blocks, self._heads = blocks, (len(rows), self._heads[1])
+        self.blocks, self._heads = blocks, torch.Size((len(rows), self._heads[1]))
 
     def _empty(self, *shape: int) -> Tensor:
         return self.memory.empty(shape, self._dtype, self._pinned)

@@ -51,7 +51,7 @@ class Hosted:
         """An empty pool for the tokens of `layer`, and no units; digests are `width` wide."""
         self.pool = self._new_pool(layer, memory)
         like, _ = layer.decoded(layer.stored(1))
-        self.index = UnitIndex(*like.shape[:2], width, like)
+        self.index = UnitIndex(like.shape[0], like.shape[1], width, like)
         self.index.starts.fill_(sinks)
         self.sinks = sinks
         self.pending: Callable[[], None] | None = None

@@ -23,7 +23,13 @@ class Rows(NamedTuple):
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        return self[:2] if self.words is None else self
+        return (self.k, self.v) if self.words is None else (self.k, self.v, self.words)
+
+    @property
+    def scales(self) -> Tensor:
+        """The words of codes."""
+        assert self.words is not None, "only codes have scales"
+        return self.words
 
     def row(self, index: int) -> Rows:
         """One sequence of rows [B, ...]."""
@@ -56,21 +62,20 @@ class EightBits:
 
     def encode(self, k: Tensor, v: Tensor) -> Rows:
         """Rows of k, v [B, H, n, D]."""
-        codes = (torch.empty_like(x, dtype=torch.int8) for x in (k, v))
+        k_codes, v_codes = (torch.empty_like(x, dtype=torch.int8) for x in (k, v))
         words = k.new_empty(k.shape[:3], dtype=torch.int32)
-        rows = Rows(*codes, words)
-        ops.quantize_rows(k, v, *rows, turn=self.turn)
-        return rows
+        ops.quantize_rows(k, v, k_codes, v_codes, words, turn=self.turn)
+        return Rows(k_codes, v_codes, words)
 
     def with_keys(self, rows: Rows, k: Tensor) -> Rows:
         """`rows` with other keys [B, H, n, D]; V keeps its codes."""
         new = self.encode(k, k)
-        words = rows.words & ~0xFFFF | new.words & 0xFFFF  # K's scale is in the low half
+        words = rows.scales & ~0xFFFF | new.scales & 0xFFFF  # K's scale is in the low half
         return Rows(new.k, rows.v, words)
 
     def decode(self, rows: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """K and V that `rows` stand for, K as it was before it was turned."""
-        k, v = dequantized(rows.k, rows.v, rows.words, torch.float32)
+        k, v = dequantized(rows.k, rows.v, rows.scales, torch.float32)
         if self.turn:
             k = ops.hadamard(k.contiguous())
         return k.to(dtype), v.to(dtype)
