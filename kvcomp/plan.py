@@ -75,6 +75,9 @@ class Shape:
         fixed: bytes of weights that every step reads: linear layers and LM head, no routed expert.
         routed: bytes of all routed experts. Each layer has `experts`, a token uses `active`.
         windows: window of each sliding layer, in tokens.
+        window_row: values of K and V of a token in a sliding layer; None: as in the others.
+        shared: number of layers that read K and V of a full-attention layer, and hold none.
+        shared_windows: windows of those that read a sliding layer's.
         linear: number of layers whose state does not grow.
         positions: positions that the model knows; None: no limit.
         value_dim: values of V of a token and KV head; None: head_dim. 0 in latent attention (MLA),
@@ -95,6 +98,9 @@ class Shape:
     experts: int = 1
     active: int = 1
     windows: tuple[int, ...] = ()
+    window_row: int | None = None
+    shared: int = 0
+    shared_windows: tuple[int, ...] = ()
     linear: int = 0
     positions: int | None = None
     value_dim: int | None = None
@@ -113,9 +119,11 @@ class Shape:
         """Bytes of K and V per token, in all full-attention layers."""
         return self.layers * self.place(1, 0).token_bytes
 
-    def sliding_bytes(self, seen: float) -> float:
-        """Bytes of K and V of the sliding layers, one sequence."""
-        return sum(min(seen, window) for window in self.windows) * self.place(1, 0).token_bytes
+    def sliding_bytes(self, seen: float, windows: tuple[int, ...] | None = None) -> float:
+        """Bytes of K and V of the sliding layers, or of layers with other windows; one sequence."""
+        row = None if self.window_row is None else self.window_row * self.itemsize
+        tokens = sum(min(seen, window) for window in (self.windows if windows is None else windows))
+        return tokens * (self.place(1, 0).token_bytes if row is None else row)
 
     def place(self, seen: float, prompt: int) -> Place:
         sizes = self.layers, self.heads, self.kv_heads, self.head_dim, self.itemsize
@@ -305,7 +313,9 @@ class _Ledger:
 
     def read(self, seen: float) -> float:
         """Bytes of K and V that a step reads, one sequence."""
-        return self.step(seen).read + self.model.sliding_bytes(seen)
+        model = self.model
+        managed = self.step(seen).read * (model.layers + model.shared) / model.layers
+        return managed + model.sliding_bytes(seen, model.windows + model.shared_windows)
 
     def held(self, seen: float) -> float:
         """Bytes of K and V on the device, one sequence."""

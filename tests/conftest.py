@@ -33,7 +33,12 @@ def pytest_addoption(parser):
     parser.addoption(
         "--write-matrix",
         action="store_true",
-        help="write what test_model_matrix.py finds into docs/models.md",
+        help="write what test_model_matrix.py and test_every_model.py find into docs/models.md",
+    )
+    parser.addoption(
+        "--all-models",
+        action="store_true",
+        help="test_every_model.py: all types of models, not a sixteenth",
     )
 
 

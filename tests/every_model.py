@@ -75,6 +75,14 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "glm4v_moe_text": {
         "rope_parameters": {**ROPE, "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
     },
+    "bamba": {"mamba_n_heads": 16},
+    "granitemoehybrid": {"mamba_n_heads": 16},
+    "mamba2": {"num_heads": 16, "head_dim": 16},
+    "gptj": {"rotary_dim": 16},
+    "codegen": {"rotary_dim": 16},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "ernie4_5_moe": {"moe_k": 2, "moe_num_experts": 4},
+    "jamba": {"attn_layer_offset": 0, "attn_layer_period": 1, "expert_layer_offset": 1},
     "falcon_h1": {"mamba_d_ssm": 128},
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {"layer_types": ["mamba", "hybrid"] * 4, "num_hidden_layers": 8},
@@ -87,7 +95,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
 }
 
 
-MOST = 8_000_000  # parameters; a type with more has a size that `SIZES` does not know
+MOST = 16_000_000  # parameters; a type with more has a size that `SIZES` does not know
 
 
 def shrunken(default: Any, **more: Any) -> Any:
@@ -99,6 +107,8 @@ def shrunken(default: Any, **more: Any) -> Any:
             given[name] = shrunken(value)
         elif name in BY_NAME and (value is not None or name in BY_DEFAULT_NONE):
             given[name] = BY_NAME[name]
+    if "kv_lora_rank" in vars(default):  # latent attention
+        given |= {"num_key_value_heads": 4, "head_dim": 16}
     given |= layers_of(default)
     if isinstance(text := given.get("text_config"), PretrainedConfig):
         for name in given.keys() & {"hidden_size", "vocab_size"}:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 Cell = tuple[str, str, str]  # architecture, method, case
 EXACT = "exact"  # the outcome of a cell that holds; any other is the reason of a refusal
-BEGIN, END = "<!-- models: made by tests/test_model_matrix.py -->", "<!-- models: end -->"
+MARK = "models: made by tests/test_model_matrix.py"
 CASES = ("padded batch", "two turns", "beams")
 
 # What these architectures are known by; text models only.
@@ -81,15 +81,20 @@ def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def read(page: Path) -> str:
+def read(page: Path, mark: str = MARK) -> str:
     """What stands between the comments."""
-    return page.read_text().partition(BEGIN)[2].partition(END)[0].strip("\n")
+    begin, end = comments(mark)
+    return page.read_text().partition(begin)[2].partition(end)[0].strip("\n")
 
 
-def write(page: Path, table: str) -> None:
+def comments(mark: str) -> tuple[str, str]:
+    return f"<!-- {mark} -->", f"<!-- {mark.partition(':')[0]}: end -->"
+
+
+def write(page: Path, table: str, mark: str = MARK) -> None:
     """Put a table between them."""
-    before, begin, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = page.read_text().partition(comments(mark)[0])
+    _, end, after = rest.partition(comments(mark)[1])
     if not begin or not end:
-        raise ValueError(f"{page.name} has no place for the table: {BEGIN} ... {END}")
+        raise ValueError(f"{page.name} has no place for the table of {mark}")
     page.write_text(f"{before}{begin}\n{table}\n{end}{after}")

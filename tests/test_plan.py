@@ -14,8 +14,9 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+import every_model
 import kvcomp
 from kvcomp import METHODS, Delethink, Delta, Full, LazyEviction, LouisKV, PerTokenRetrieval, cli
 from kvcomp.cache import KVCache
@@ -533,3 +534,41 @@ def test_command_takes_the_size_of_quantized_weights(call, config_file):
     assert code == 0 and model["weights"] == 5e9
     assert model["fixed"] / model["weights"] == pytest.approx(15.136 / 16.381, rel=1e-3)
     assert agrees(model["parameters"] / 1e9, "7.57")
+
+
+# --- layers that share, and layers of several sizes
+
+
+def cached(model, tokens):
+    """Bytes of K and V that transformers' own cache holds, of full layers and of sliding ones."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.ones(1, tokens, dtype=torch.long), past_key_values=cache)
+    held = {False: 0, True: 0}
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            held[layer.is_sliding] += layer.keys.nbytes + layer.values.nbytes
+    return held[False], held[True]
+
+
+SHARING = {
+    "num_hidden_layers": 8,
+    "layer_types": ["sliding_attention", *["full_attention"] * 3] * 2,
+    "num_kv_shared_layers": 4,
+}
+
+
+@pytest.mark.parametrize(("kind", "more"), [("gemma4_text", SHARING), ("falcon_h1", {})])
+def test_bytes_are_those_of_a_real_cache(kind, more):
+    model = every_model.tiny(AutoModelForCausalLM, kind, **more)
+    shape = shape_of(model.config, dtype="float32")
+    full, sliding = cached(model, 40)
+    assert shape.kv_per_token * 40 == full
+    assert shape.sliding_bytes(15) == sliding  # a window less the token that comes next
+    dense = plan(shape, DEVICES["h100"], context=40).rows[0]
+    assert dense.kv_held == full + shape.sliding_bytes(40)
+    if more:
+        assert (shape.layers, shape.shared, shape.shared_windows) == (3, 3, (16,))
+        assert dense.kv_read == 2 * dense.kv_held, "each of four layers has one that reads it again"
+    else:
+        assert dense.kv_read == dense.kv_held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Embedding, Module
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -34,6 +36,7 @@ class ChunkedRun(Run):
     def __init__(self, model: PreTrainedModel, method: Delethink, **options: Any) -> None:
         self._thread = threading.local()  # state of the forward or `generate` of each thread
         super().__init__(model, method, **options)
+        self._counts_padding = counts_padding(self.model, self.decoder)
 
     @property
     def encoding(self) -> bool:
@@ -116,10 +119,21 @@ class ChunkedRun(Run):
         self._check_cache(cache)
         given = self.wrapper.with_ids(given)
         ids = given.get("input_ids")
+        self._refuse_padding(given)
         self._thread.count = 0 if ids is None else ids.shape[1]
         given = cache.enter(given, self._encode)
         self._thread.entered = cache
         return cache.context, given
+
+    def _refuse_padding(self, given: dict) -> None:
+        """Raise ValueError for padding in a model that counts it in the positions that it learned,
+        which differ from those of a context then."""
+        mask = given.get("attention_mask")
+        if self._counts_padding and isinstance(mask, Tensor) and not bool(mask.all()):
+            raise ValueError(
+                f"kvcomp: delethink: {type(self.model).__name__} counts padding as positions, so"
+                " rows with padding would change from context to context; give rows of one length"
+            )
 
     def _encode(self, cache: Cache, **given: Any) -> None:
         """Feed tokens to a context besides the user's own forward."""
@@ -143,13 +157,22 @@ class ChunkedRun(Run):
         if isinstance(output, ModelOutput):
             output["past_key_values"] = entered
             if self._thread.count == 1:  # the caller knows only the last token of the context
-                output["last_hidden_state"] = output["last_hidden_state"][:, -1:]
+                for name in {"last_hidden_state", "logits"} & output.keys():
+                    output[name] = output[name][:, -1:]
         return output
 
     def _end_forward(self) -> None:
         super()._end_forward()
         if not self.encoding:
             self._thread.entered = None
+
+
+def counts_padding(model: PreTrainedModel, decoder: Module) -> bool:
+    """Whether `generate` gives a model no positions, and it embeds those that it counts itself."""
+    return "position_ids" not in inspect.signature(model.forward).parameters and any(
+        isinstance(module, Embedding) and "position" in name
+        for name, module in decoder.named_modules()
+    )
 
 
 def refuse_chunks(model: PreTrainedModel, method: Delethink, cache: Cache) -> None:

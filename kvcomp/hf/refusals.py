@@ -29,6 +29,7 @@ def refuse(model: PreTrainedModel) -> None:
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "requires its own cache class": not generative._supports_default_dynamic_cache(),
         "says nothing of its layers (num_hidden_layers)": not hasattr(config, "num_hidden_layers"),
+        "uses the same attention modules in several layers": _reuses_attention(model),
         "caps its attention logits": any(values_of(config, "attn_logit_softcapping")),
         "computes eager attention by itself (reorder_and_upcast_attn)": eager
         and any(values_of(config, "reorder_and_upcast_attn")),
@@ -44,6 +45,14 @@ def refuse(model: PreTrainedModel) -> None:
         raise ValueError(
             f"kvcomp.patch: {name} has heads of size {unknown}; supported are {HEAD_SIZES}"
         )
+
+
+def _reuses_attention(model: PreTrainedModel) -> bool:
+    """Whether an attention module does not know its layer, because each call tells it one."""
+    return any(
+        "Attention" in type(module).__name__ and getattr(module, "layer_idx", 0) in (None, -1)
+        for module in decoder_of(model).modules()
+    )
 
 
 def _inherits(model: Any) -> bool:

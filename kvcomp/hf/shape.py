@@ -6,6 +6,8 @@ parameters are counted.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvcomp.hf.auto import auto_class
-from kvcomp.hf.cache import WINDOW, Cache, Layer
+from kvcomp.hf.cache import WINDOW, Cache, Layer, is_dummy
 from kvcomp.hf.decoder import values_of
 from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.refusals import refuse
@@ -44,7 +46,8 @@ def shape_of(
     """
     text = config.get_text_config(decoder=True)
     name = name or type(config).__name__
-    heads, kv_heads, head_dim = head_counts(text, name)
+    layers = per_layer(text)
+    head_counts(layers[0], name)
     if weights is None and getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"kvcomp.plan: {name} has quantized weights, and its config does not tell their"
@@ -61,6 +64,10 @@ def shape_of(
     refuse(model)
     managed = [index for index, layer in enumerate(cache.layers) if isinstance(layer, Layer)]
     sliding = [i for i, layer in enumerate(cache.layers) if getattr(layer, "is_sliding", False)]
+    heads, kv_heads, head_dim = the_same(name, [head_counts(layers[i], name) for i in managed])
+    rows = [head_counts(layers[i], name)[1:] for i in sliding] or [(kv_heads, head_dim)]
+    reading = [i for i, layer in enumerate(cache.layers) if is_dummy(layer)]
+    kinds = getattr(text, "layer_types", None) or [None] * len(layers)
     shape = Shape(
         name=name,
         dtype=str(kind).removeprefix("torch."),
@@ -70,12 +77,17 @@ def shape_of(
         kv_heads=kv_heads,
         head_dim=head_dim,
         windows=tuple(getattr(cache.layers[index], WINDOW) for index in sliding),
-        linear=len(cache.layers) - len(managed) - len(sliding),
+        window_row=2 * math.prod(the_same(name, rows)),
+        shared=sum(kinds[i] == "full_attention" for i in reading),
+        shared_windows=tuple(
+            layers[i].sliding_window for i in reading if kinds[i] == "sliding_attention"
+        ),
+        linear=sum(not is_dummy(layer) for layer in cache.layers) - len(managed) - len(sliding),
         positions=getattr(text, "max_position_embeddings", None),
         value_dim=None if latent_rank(text) is None else 0,
         **count_weights(model, text, name),
     )
-    check_heads(model, shape, {*managed, *sliding})
+    check_heads(model, name, {i: head_counts(layers[i], name) for i in (*managed, *sliding)})
     if weights is not None:
         share = weights / shape.weights
         shape = replace(
@@ -87,15 +99,29 @@ def shape_of(
     return shape
 
 
-def head_counts(config: Any, name: str) -> tuple[int, int, int]:
-    """Query heads, KV heads and head size of every attention layer; where layers cache latents for
-    all heads, one KV head of a row's size."""
+def per_layer(config: Any) -> list[Any]:
+    """The config of each layer."""
+    count = getattr(config, "num_hidden_layers", None)
     try:
-        heads: Any = getattr(config, "num_attention_heads", None)
-        kv_heads: Any = getattr(config, "num_key_value_heads", None) or heads
-        head_dim: Any = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
-    except RuntimeError as error:  # transformers raises it if layers differ
-        raise ValueError(f"kvcomp.plan: {name} has layers with heads of different sizes") from error
+        values_differ = bool(config.per_layer_config)
+    except Exception:  # of configs that say nothing of layers, and of older transformers
+        values_differ = False
+    return list(config.per_layer_config) if values_differ else [config] * (count or 1)
+
+
+def the_same(name: str, sizes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The sizes that all layers have; ValueError where they differ."""
+    if len(set(sizes)) > 1:
+        raise ValueError(f"kvcomp.plan: {name} has layers with heads of different sizes")
+    return sizes[0]
+
+
+def head_counts(config: Any, name: str) -> tuple[int, int, int]:
+    """Query heads, KV heads and head size of a layer, from its config; where layers cache latents
+    for all heads, one KV head of a row's size."""
+    heads: Any = getattr(config, "num_attention_heads", None)
+    kv_heads: Any = getattr(config, "num_key_value_heads", None) or heads
+    head_dim: Any = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
     if (rank := latent_rank(config)) is not None:
         kv_heads, head_dim = 1, rank + max(values_of(config, "qk_rope_head_dim"))
     if not all(isinstance(count, int) for count in (heads, kv_heads, head_dim)):
@@ -143,15 +169,17 @@ def count_weights(model: PreTrainedModel, config: Any, name: str) -> dict[str, i
     return {**counts, "parameters": passed // model.dtype.itemsize}
 
 
-def check_heads(model: PreTrainedModel, shape: Shape, layers: set[int]) -> None:
-    """Raise ValueError if the size of a layer's K or V differs from the config."""
-    expected = shape.kv_heads * shape.head_dim
+def check_heads(model: PreTrainedModel, name: str, layers: dict[int, tuple[int, int, int]]) -> None:
+    """Raise ValueError if the size of a layer's K or V differs from what its config says."""
     for module in model.modules():
-        if getattr(module, "layer_idx", None) not in layers:
+        index: Any = getattr(module, "layer_idx", None)
+        if index not in layers:
             continue
+        _, kv_heads, head_dim = layers[index]
+        expected = kv_heads * head_dim
         for projection in (getattr(module, "k_proj", None), getattr(module, "v_proj", None)):
             if isinstance(projection, nn.Linear) and projection.out_features != expected:
                 raise ValueError(
-                    f"kvcomp.plan: {shape.name}: layer {module.layer_idx} has K or V of"
+                    f"kvcomp.plan: {name}: layer {module.layer_idx} has K or V of"
                     f" {projection.out_features} values a token, where its config says {expected}"
                 )

@@ -1,0 +1,138 @@
+"""Every type of causal LM of transformers: exact under every method, or refused with a reason, or a
+model that stock transformers itself cannot run in a tiny size. Nothing else.
+
+A run takes a share of the types, another one each day; `--all-models` takes all of them, and with
+`--write-matrix` writes the table in docs/models.md that all runs compare with.
+"""
+
+import datetime
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging import version
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import every_model
+import kvcomp
+import model_tables
+from kvcomp import Delethink, Delta, Full, LazyEviction, LouisKV
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        version.parse(transformers.__version__) < version.parse("5.23"),
+        reason="the table is of the transformers that the project is built on",
+    ),
+]
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+MARK = "every model: made by tests/test_every_model.py"
+PARTS = 16  # of which a run takes one
+WIDTH, PAD, STEPS, NEVER = 24, 9, 6, 4096
+COVERING = {
+    "full": Full(),
+    "delta": Delta.example(256),
+    "lazy-eviction": LazyEviction.example(256),
+    "louis-kv": LouisKV.example(256),
+    "delethink": Delethink(64, 16, head=4),
+}
+FAILS = "stock transformers fails"
+OUTCOMES = {}
+
+
+def part_of(kind):
+    return int(hashlib.sha256(kind.encode()).hexdigest(), 16) % PARTS
+
+
+def decode(model):
+    """Tokens [2, STEPS] and their scores [2, STEPS, V]."""
+    ids = torch.randint(3, 100, (2, WIDTH), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    ids[0, :PAD] = mask[0, :PAD] = 0
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        eos_token_id=NEVER,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences, torch.stack(out.scores, 1)
+
+
+def outcome_of(kind):
+    try:
+        model = every_model.tiny(AutoModelForCausalLM, kind)
+        tokens, scores = decode(model)
+        assert bool(scores.isfinite().all())
+    except Exception:
+        return FAILS
+    reasons = {}
+    for name, method in COVERING.items():
+        try:
+            with kvcomp.patch(model, method) as run:
+                out = decode(model)
+        except ValueError as error:
+            reasons[name] = reason_of(error)
+            continue
+        assert torch.equal(out[0], tokens), f"{kind}: other tokens under {name}"
+        torch.testing.assert_close(out[1], scores, rtol=2e-3, atol=2e-3, msg=f"{kind}, {name}")
+        assert run.report().tokens_decoded == 2 * (STEPS - 1)
+    again = decode(model)
+    assert torch.equal(again[0], tokens), f"{kind}: undo left something behind"
+    if not reasons:
+        return model_tables.EXACT
+    if reasons.keys() == COVERING.keys() and len(set(reasons.values())) == 1:
+        return f"refused: {reasons['full']}"
+    said = "; ".join(f"`{name}`: {reason}" for name, reason in reasons.items())
+    return f"refused in part, else exact: {said}"
+
+
+def reason_of(error):
+    """Without the names of classes, which every type has of its own."""
+    text = re.sub(r"^kvcomp(\.\w+)?: (model: )?", "", str(error))
+    text = re.sub(
+        r"\b[A-Z]\w*(Config|LM|Model|LMHead|Attention\w*|Generation|Decoder)\b", "…", text
+    )
+    return text.replace("|", "/")
+
+
+@pytest.mark.parametrize("kind", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def test_a_model_is_exact_or_refused(kind, request):
+    today = datetime.date.today().toordinal() % PARTS
+    if not request.config.getoption("--all-models") and part_of(kind) != today:
+        pytest.skip("another day's")
+    OUTCOMES[kind] = outcome_of(kind)
+    if not request.config.getoption("--write-matrix"):
+        assert committed()[kind] == OUTCOMES[kind]
+
+
+def test_the_table_has_every_type(request):
+    if request.config.getoption("--write-matrix") and request.config.getoption("--all-models"):
+        assert OUTCOMES.keys() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys(), "some failed"
+        model_tables.write(PAGE, table(), MARK)
+    assert committed().keys() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+
+
+def table():
+    """A line for each outcome, the exact ones first and stock's failures last."""
+    order = sorted(set(OUTCOMES.values()), key=lambda x: (x != model_tables.EXACT, x == FAILS, x))
+    lines = ["| outcome | types | |", "|---|---|---|"]
+    for outcome in order:
+        kinds = sorted(kind for kind, found in OUTCOMES.items() if found == outcome)
+        lines.append(model_tables.row(outcome, str(len(kinds)), ", ".join(kinds)))
+    return "\n".join(lines)
+
+
+def committed():
+    found = {}
+    for line in model_tables.read(PAGE, MARK).splitlines()[2:]:
+        outcome, _, kinds = (part.strip() for part in line.strip("|").split("|"))
+        found |= dict.fromkeys(kinds.split(", "), outcome)
+    return found
