@@ -1,4 +1,4 @@
-"""HybridLayer: a managed layer that also holds the states of a linear layer (Falcon-H1, Zamba 2).
+"""HybridLayer: a managed layer that also holds the states of a linear layer (Falcon-H1, Zaya).
 
 transformers keeps both in one cache layer, because one layer of the model has both. transformers'
 class keeps the states; K and V belong to the method.
