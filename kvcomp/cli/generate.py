@@ -158,14 +158,13 @@ def choose(names: list[str], settings: list[str], *, while_decoding: bool = Fals
     Raises:
         ValueError: an unknown one, one that is not for this command, or a bad option.
     """
-    from kvcomp.thinking.strategies import DRIVEN, STRATEGIES, WHILE_DECODING, Chosen
+    from kvcomp.thinking.strategies import STRATEGIES, WHILE_DECODING, Chosen
 
-    known = WHILE_DECODING if while_decoding else DRIVEN
+    known = WHILE_DECODING if while_decoding else list(STRATEGIES)
     for name in names:
         if name not in known:
             wanted = f"expected one of {', '.join(known)}"
-            other = "think" if while_decoding else "generate"
-            hint = f"; use kvcomp {other}" if name in STRATEGIES else ""
+            hint = "; use kvcomp think" if name in STRATEGIES else ""
             raise ValueError(f"kvcomp: --strategy: {wanted}, got {name!r}{hint}")
     options: dict[str, dict[str, Any]] = {}
     for setting in settings:

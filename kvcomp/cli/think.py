@@ -47,7 +47,7 @@ def think(
         list[str] | None,
         typer.Option(
             help="cgrs, concise-hint, stop-scale, budget-forcing, and one of majority, short-m,"
-            " latent-trajectory, pdr, sr, dser; repeat for several.",
+            " latent-trajectory, pdr, sr, dser, stand; repeat for several.",
             metavar="NAME",
         ),
     ] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -79,7 +79,6 @@ STRATEGIES: dict[str, Strategy] = {
     "sr": Strategy("rounds", sr),
     "dser": Strategy("rounds", dser),
 }
-DRIVEN = [name for name, each in STRATEGIES.items() if each.kind != "loop"]
 WHILE_DECODING = [name for name, each in STRATEGIES.items() if each.kind in ("processor", "loop")]
 
 
@@ -154,10 +153,12 @@ class Chosen:
         """
         processors: Processors = lambda columns: self.made(run, tokenizer, columns, "processor")  # noqa: E731
         name = self.leading or "majority"
-        require(STRATEGIES[name].kind != "loop", "strategy", "one that drives rows", name)
         each, options = STRATEGIES[name], self.options.get(name, {})
         if each.kind == "loop":
-            return self._generate(run, tokenizer, inputs, answer_of, Sampling(**sampling))
+            drawn = Sampling(**sampling)
+            seeded = {"seed": drawn.seed, **options} if "seed" in each.options else options
+            chosen = replace(self, options={**self.options, name: seeded})
+            return chosen._generate(run, tokenizer, inputs, answer_of, drawn)
         if each.kind == "rounds":
             ask = Ask(run, tokenizer, chat=chat, processors=processors, **sampling)
             return each.call(ask, question, answer_of=answer_of, **options)
@@ -169,7 +170,7 @@ class Chosen:
     ) -> Result:
         """One row by `generate`, whose loop a strategy replaces."""
         ids = inputs["input_ids"].to(run.model.device)
-        columns, before = ids.shape[1], run.meter.steps
+        columns, before = ids.shape[1], _forwards(run)
         out = run.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -186,7 +187,12 @@ class Chosen:
             lengths=[len(written)],
             sequential_tokens=columns + len(written),
             total_tokens=columns + len(written),
-            steps=run.meter.steps - before,
+            steps=_forwards(run) - before,
             finished=int(written[-1] in eos_of(run.model)),
             rows=1,
         )
+
+
+def _forwards(run: Run) -> int:
+    """Decode forwards so far of runs of single rows: an accepted draft is a step without one."""
+    return run.meter.steps - run.meter.accepted_tokens
