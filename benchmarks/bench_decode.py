@@ -17,6 +17,9 @@ graph     a step as one CUDA graph: Full, Delta, LazyEviction with its share of 
           comparison of DELTA, over 18K tokens.
 peer      a step of llama.cpp beside one of ours, dense both: needs `pip install kvcomp[peers]`.
 
+`--method full-compiled full-frozen` adds full attention with a step that inductor has compiled,
+over weights as they are and over packed ones.
+
 A contender stands where it would after n tokens: LazyEviction keeps half of them, the others have
 the budgets of their papers; Delethink is in the middle of a chunk, and what encoding the carry of
 the next adds to a token is shown apart. LouisKV's prompt is clustered in one iteration.
@@ -40,11 +43,11 @@ from importlib.util import find_spec
 
 import torch
 
-from decode.contenders import OURS, STATIC
+from decode.contenders import COMPILED, OURS, STATIC
 from decode.generation import bench_generation
 from decode.graph import bench_graphs
 from decode.models import SHAPES
-from decode.peer import bench_peer
+from decode.peer import NAMES, bench_peer
 from decode.steps import bench_steps
 from harness.record import NOT_INSTALLED, OtherLoad, begin, conclude, meta, shown
 from ops.common import DTYPES
@@ -57,6 +60,9 @@ BENCHMARKS = {
 }
 
 
+PEER_SHAPES = [shape for shape, (kind, _) in SHAPES.items() if kind in NAMES]
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,7 +73,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="bf16")
     add("--tokens", type=int, nargs="+", default=[2048, 8192, 16384, 32768], metavar="N")
     add("--batch", type=int, nargs="+", default=[1], metavar="B")
-    add("--method", nargs="*", choices=(STATIC, *OURS), default=[STATIC, *OURS], metavar="NAME")
+    add(
+        "--method",
+        nargs="*",
+        choices=(STATIC, *OURS, *COMPILED),
+        default=[STATIC, *OURS],
+        metavar="NAME",
+    )
     add("--prompt", type=int, default=512, metavar="N", help="of a Delethink context")
     add("--rounds", type=int, default=24, help="most steps of a contender; a multiple of 8")
     add("--seconds", type=float, default=25.0, help="for all of a race; 8 rounds in any case")
@@ -80,6 +92,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if options.device == "cuda" and set(options.method) & set(COMPILED):
+        parser.error(f"--method {' '.join(COMPILED)}: for --device cpu")
+    if "peer" in options.part and options.shape not in PEER_SHAPES:
+        parser.error(f"--part peer: expected --shape {' or '.join(PEER_SHAPES)}")
     if options.rounds % 8 or options.rounds < 8:
         parser.error(f"--rounds: expected a multiple of 8, got {options.rounds}")
     if options.smoke:

@@ -13,11 +13,12 @@ from transformers.generation.streamers import BaseStreamer
 import kvcomp
 from decode.models import token_bytes, twin
 from kvcomp import METHODS, Delethink, Method
-from kvcomp.hf import Cache, Run
+from kvcomp.hf import Cache, Run, StaticRun
 from kvcomp.methods.eviction import Eviction
 from retrieval.common import now
 
 STOCK, STATIC = "hf dynamic", "hf static"
+COMPILED = {"full-compiled": False, "full-frozen": True}  # whether inductor packs weights
 OURS = ("full", "delta", "lazy-eviction", "louis-kv", "delethink")
 
 
@@ -71,7 +72,10 @@ class Contender:
     Attributes:
         layers: the cache that the model's layers call.
         parameters: what to know about it, for the table.
+        divisible: whether the parts of a step can be timed.
     """
+
+    divisible = True
 
     def __init__(
         self, name: str, model: PreTrainedModel, cache: DynamicCache | StaticCache, filling: Filling
@@ -154,6 +158,46 @@ class Patched(Contender):
         super().close()
 
 
+class OneSize(Patched):
+    """A method of ours on a cache with room for `room` tokens; see `patch(max_tokens=...)`."""
+
+    def __init__(self, method: Method, model: PreTrainedModel, filling: Filling, room: int) -> None:
+        self.room = room
+        super().__init__(method, model, filling)
+
+    def _patch(self, method: Method) -> StaticRun:
+        return kvcomp.patch(self.model, method, max_tokens=self.room)
+
+    def _new_cache(self) -> Cache:
+        cache = self.run.new_cache()
+        cache.kv.enter(self.filling.keys.shape[2])
+        for layer in cache.layers:
+            layer.is_initialized = True  # what a forward would have done
+        return cache
+
+
+class Compiled(OneSize):
+    """Full attention whose step inductor has compiled, in the constructor.
+
+    Args:
+        freeze: see `run.compile`.
+    """
+
+    divisible = False  # a compiled step shows nothing of its parts
+
+    def __init__(
+        self, name: str, model: PreTrainedModel, filling: Filling, room: int, freeze: bool
+    ) -> None:
+        super().__init__(kvcomp.Full(), model, filling, room)
+        self.name = name
+        self._compiled = self.run.compile(fullgraph=True, freeze=freeze)
+        self.step(filling.ids[:, -1:])
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        return self._compiled(ids, past_key_values=self.cache).logits
+
+
 def method_for(name: str, tokens: int, smoke: bool) -> Method:
     """As it would be used where `tokens` tokens have been seen."""
     if smoke:
@@ -200,5 +244,7 @@ def contender(
     if name == STATIC:
         cache = StaticCache(config=model.config, max_cache_len=tokens + room)
         return Contender(name, model, cache, filling)
+    if name in COMPILED:
+        return Compiled(name, model, filling, tokens + room, COMPILED[name])
     method = method_for(name, tokens, options.smoke)
     return Patched(method, model, filling.first(context_of(method, tokens, options.prompt)))

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, StaticCache
 
-import kvcomp
-from decode.contenders import STATIC, Contender, Filling, Patched, method_for
+from decode.contenders import STATIC, Contender, Filling, OneSize, method_for
 from decode.models import make_model, token_bytes, weight_bytes
 from harness.memory import free_memory
 from harness.timing import interleave
-from kvcomp import LazyEviction, Method
-from kvcomp.hf import Cache, StaticRun
+from kvcomp import LazyEviction
 from kvcomp.probe import bandwidth_probe
 from ops.common import DTYPES
 
@@ -29,24 +27,6 @@ EVICTING = "lazy-eviction"
 NAMES = (DENSE, "delta", EVICTING, STATIC)
 BETWEEN = "between steps"
 MEAN = "mean"  # over all contexts, as many tokens at each
-
-
-class OneSize(Patched):
-    """A method of ours on a cache with room for `room` tokens; see `patch(max_tokens=...)`."""
-
-    def __init__(self, method: Method, model: PreTrainedModel, filling: Filling, room: int) -> None:
-        self.room = room
-        super().__init__(method, model, filling)
-
-    def _patch(self, method: Method) -> StaticRun:
-        return kvcomp.patch(self.model, method, max_tokens=self.room)
-
-    def _new_cache(self) -> Cache:
-        cache = self.run.new_cache()
-        cache.kv.enter(self.filling.keys.shape[2])
-        for layer in cache.layers:
-            layer.is_initialized = True  # what a forward would have done
-        return cache
 
 
 class Evicting(OneSize):

@@ -36,6 +36,19 @@ SHAPES: dict[str, tuple[str, dict]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "smollm2-135m": (
+        "llama",
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
     "tiny": (
         "qwen3",
         {

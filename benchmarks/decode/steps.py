@@ -72,8 +72,8 @@ class StepRow:
 
     def line(self) -> str:
         parts = {name: getattr(self, f"{name}_ms") for name in (*PARTS, "rest")}
-        whole = sum(parts.values())
-        shares = "  ".join(f"{name} {ms / whole:4.0%}" for name, ms in parts.items())
+        whole = sum(parts.values())  # 0 for a compiled step
+        shares = "  ".join(f"{name} {ms / whole:4.0%}" for name, ms in parts.items() if whole)
         text = (
             f"{self.shape} {self.dtype} B={self.batch} n={self.tokens:<6} {self.name:14}"
             f" {self.ms:8.1f} ms (min {self.ms_min:7.1f})  stock {self.speedup:5.2f}x"
@@ -242,8 +242,11 @@ def _row(
 
 
 def split(player: Contender, filling: Filling, steps: int) -> dict[str, float]:
-    """ms per step of each part, over steps of which the first has a new token."""
+    """ms per step of each part, over steps of which the first has a new token; 0 where they cannot
+    be told apart."""
     token = filling.ids[:, -1:]
+    if not player.divisible:
+        return {f"{name}_ms": 0.0 for name in (*PARTS, "rest")}
     with watched(player) as seconds:
         start = now(player.device)
         for _ in range(steps):
