@@ -162,6 +162,20 @@ def test_the_loss_on_real_text(reproduce, name, corner):
         ]
 
 
+def test_answers_inside_a_text(reproduce):
+    from accuracy.intervals import wilson
+
+    found = {row["method"]: row["kinds"] for row in rows_of("language/answers")}
+    shown = table(RESULTS, "| answered |")
+    assert len(shown) == len(found)
+    for label, cells in shown.items():
+        counts = found[label.partition(" attention")[0]].values()
+        right, asked = map(sum, zip(*counts, strict=True))
+        low, high = wilson(right, asked)
+        total = f"{100 * right / asked:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+        assert cells == [*(f"{good} of {of}" for good, of in counts), total]
+
+
 def test_free_running(reproduce):
     from accuracy.intervals import bootstrap
 
