@@ -52,6 +52,13 @@ class NgramTable:
                 self._merge(row, tokens, probs)
             self._seen[row] += 1
 
+    def read(self, ids: Sequence[int]) -> None:
+        """A text that is given: what came next in it was sure."""
+        sure = [1.0] + [0.0] * (self.top - 1)
+        for place in range(min(self.orders), len(ids)):
+            before = ids[max(place - self.orders[0], 0) : place]
+            self.learn(before, [ids[place], *range(-1, -self.top, -1)], sure)  # none beside it
+
     def find(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
         """Tokens and probabilities [top] behind the longest context of ids that is known."""
         for order in self.orders:

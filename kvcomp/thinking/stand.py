@@ -172,6 +172,8 @@ class _Decoding:
             **model_kwargs,
         )
         logits = self.model(**inputs, return_dict=True).logits[:, -1:]
+        for row in self.rows[:1]:  # copies of one prompt, or one of several
+            self.stand.table.read(row)
         mask = model_kwargs.get("attention_mask")
         self._take(self._picked(logits, [[] for _ in self.rows]), streamer)
         while not all(self.ended):
