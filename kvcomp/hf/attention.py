@@ -19,8 +19,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvcomp import ops
 from kvcomp.cache import HostMemoryError, LayerCache
 from kvcomp.cache.rows import Rows
-from kvcomp.hf.cache import Context, Layer, is_dummy
+from kvcomp.hf.cache import is_dummy
 from kvcomp.hf.latent import Latents
+from kvcomp.hf.layer import Context, Layer
 from kvcomp.hf.outlast import outlasting
 from kvcomp.methods import Method
 from kvcomp.methods.base import definer

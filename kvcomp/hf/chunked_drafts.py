@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from kvcomp.hf.cache import Cache, taken_back
+from kvcomp.hf.cache import Cache
+from kvcomp.hf.layer import taken_back
 
 if TYPE_CHECKING:
     from collections.abc import Callable

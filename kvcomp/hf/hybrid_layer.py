@@ -6,12 +6,15 @@ class keeps the states; K and V belong to the method.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import LinearAttentionLayer
 
 from kvcomp.cache import LayerCache
-from kvcomp.hf.cache import Cache, Layer
+from kvcomp.hf.layer import Layer
+
+if TYPE_CHECKING:
+    from kvcomp.hf.cache import Cache
 
 ONE_WAY = "kvcomp: the states of a linear layer cannot take tokens back"
 

@@ -25,13 +25,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from kvcomp.cache import Meter, Report
 from kvcomp.checks import require
 from kvcomp.hf import attention
-from kvcomp.hf.cache import SKIPS, Cache, Layer
+from kvcomp.hf.cache import Cache
 from kvcomp.hf.checkpoints import without_cache, without_checkpoints
 from kvcomp.hf.decoder import attention_modules, decoder_of
 from kvcomp.hf.drafting import Drafts, refuse_assistants, refuse_itself
 from kvcomp.hf.eight_bits import eight_bits
 from kvcomp.hf.gate import Gate
 from kvcomp.hf.latent import EXPAND, Latents, as_stored, keeps_latents
+from kvcomp.hf.layer import SKIPS, Layer
 from kvcomp.hf.linear import LinearLayers, speed_up
 from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.refusals import refuse, refuse_prefixes, unwrapped

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvcomp.hf.auto import auto_class
-from kvcomp.hf.cache import WINDOW, Cache, Layer, is_dummy
+from kvcomp.hf.cache import WINDOW, Cache, is_dummy
 from kvcomp.hf.decoder import values_of
 from kvcomp.hf.latent import latent_rank
+from kvcomp.hf.layer import Layer
 from kvcomp.hf.refusals import refuse
 from kvcomp.methods import Method
 from kvcomp.plan import Shape

@@ -9,7 +9,8 @@ from typing import Any
 from kvcomp.cache import StaticKVCache, StaticMeter
 from kvcomp.cache.rows import EightBits
 from kvcomp.cache.static import StaticLayerCache
-from kvcomp.hf.cache import Cache, Layer
+from kvcomp.hf.cache import Cache
+from kvcomp.hf.layer import Layer
 from kvcomp.hf.outlast import outlasting
 from kvcomp.methods import Method
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from kvcomp.cache import Report, StaticKVCache, StaticMeter
 from kvcomp.checks import is_whole, require
-from kvcomp.hf.cache import Cache, Layer
+from kvcomp.hf.cache import Cache
 from kvcomp.hf.compiled import announced, frozen, keep_code
 from kvcomp.hf.latent import latent_rank
+from kvcomp.hf.layer import Layer
 from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.run import BROKEN, Run
 from kvcomp.hf.static_cache import StaticCache
