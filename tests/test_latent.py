@@ -226,6 +226,57 @@ def test_a_projection_that_cannot_be_absorbed_is_refused():
     assert "expand_kv" not in vars(attention)
 
 
+def hooked(projection):
+    projection.register_forward_hook(lambda module, given, out: 1.5 * out)
+
+
+def pre_hooked(projection):
+    projection.register_forward_pre_hook(lambda module, given: (1.5 * given[0],))
+
+
+def replaced(projection):
+    projection.forward = lambda x: 1.5 * nn.functional.linear(x, projection.weight)
+
+
+def offloaded(projection):
+    """Its weight is on the meta device between its calls."""
+    pytest.importorskip("accelerate").cpu_offload(projection, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("change", [hooked, pre_hooked, replaced, offloaded])
+def test_a_projection_that_does_more_than_its_weight_is_refused(change):
+    model = tiny_model("deepseek_v3")
+    change(model.model.layers[1].self_attn.kv_b_proj)
+    with pytest.raises(ValueError, match=r"layer 1 expands its latents .* hooks"):
+        kvcomp.patch(model, Full())
+    for layer in model.model.layers:
+        assert "expand_kv" not in vars(layer.self_attn)
+
+
+def test_a_projection_on_another_device_of_accelerate_is_absorbed():
+    """`device_map="auto"` over several devices gives each layer such a hook."""
+    model = tiny_model("deepseek_v3")
+    stock = generate(model, batch())
+    hooks = pytest.importorskip("accelerate.hooks")
+    hook = hooks.AlignDevicesHook("cpu")
+    hooks.add_hook_to_module(model.model.layers[1].self_attn.kv_b_proj, hook)
+    with kvcomp.patch(model, Full()):
+        assert torch.equal(generate(model, batch()), stock)
+
+
+def test_an_adapter_that_comes_in_a_run_is_refused():
+    """Absorbed steps would go on without it."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("deepseek_v3")
+    stock = generate(model, batch())
+    with kvcomp.patch(model, Full()):
+        tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules=["kv_b_proj"]))
+        with pytest.raises(ValueError, match=r"layer 0 expands its latents .*merge adapters"):
+            generate(tuned, batch())
+        tuned.unload()
+        assert torch.equal(generate(model, batch()), stock)
+
+
 def test_shapes_that_fit_no_latent_are_named():
     layer = KVCache(Full(), 1, rank=32).layers[0]
     with pytest.raises(ValueError, match=r"expected latents \[B, 1, n, 32\].*got \[2, 1, 5, 16\]"):

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module
+from torch.nn import Module
 
 from kvcomp.hf.decoder import attention_modules, values_of
+from kvcomp.hf.linear import is_linear
 
 EXPAND = "expand_kv"
 QUERIES = 512  # at a time, so that no [n, T] matrix of a long turn is formed
@@ -48,7 +49,12 @@ class Latents:
 
     @property
     def _weights(self) -> tuple[Tensor, Tensor]:
-        """W_UK [H, Dn, rank] and W_UV [H, Dv, rank], which make K and V of a latent."""
+        """W_UK [H, Dn, rank] and W_UV [H, Dv, rank], which make K and V of a latent.
+
+        Raises:
+            ValueError: the projection does more than multiply by them, since it was patched.
+        """
+        require_absorbable(self._module)
         sizes = self._module.qk_nope_head_dim, self._module.v_head_dim
         weight = self._module.kv_b_proj.weight
         w_uk, w_uv = weight.unflatten(0, (-1, sum(sizes))).split(sizes, 1)
@@ -115,11 +121,16 @@ def refuse_latents(model: Any) -> None:
                 f"kvcomp.patch: {name} expands its latents (MLA) before they are cached, or in a"
                 f" way of its own: {type(module).__name__} has no {EXPAND}"
             )
-        projection: Any = module.kv_b_proj
-        plain = type(projection) is Linear and projection.bias is None
-        if not plain or not projection.weight.is_floating_point():
-            raise ValueError(
-                f"kvcomp.patch: {name}: layer {module.layer_idx} expands its latents (MLA) by"
-                f" {type(projection).__name__}; a decode step absorbs it into the queries, which"
-                " takes a plain linear layer without a bias (merge adapters, leave it unquantized)"
-            )
+        require_absorbable(module)
+
+
+def require_absorbable(module: Any) -> None:
+    """Raise ValueError if an attention module's `kv_b_proj` is more than its weight."""
+    projection = module.kv_b_proj
+    if not is_linear(projection) or projection.bias is not None:
+        raise ValueError(
+            f"kvcomp: layer {module.layer_idx} expands its latents (MLA) by"
+            f" {type(projection).__name__}; a decode step absorbs it into the queries, which takes"
+            " a plain linear layer in memory, without a bias, hooks or another forward (merge"
+            " adapters, leave it unquantized)"
+        )

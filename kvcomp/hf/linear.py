@@ -65,6 +65,19 @@ def _is_plain(layer: nn.Linear) -> bool:
     )
 
 
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer multiplies by the weight that it holds and does nothing else, patched or not.
+    A hook of accelerate may bring its input to its device."""
+    own = layer.__dict__.get("forward")
+    brings = getattr(getattr(layer, "_hf_hook", None), "offload", True) is False
+    return (
+        type(layer) is nn.Linear
+        and layer.weight.is_floating_point()
+        and (own is None or brings or getattr(own, "__func__", None) is forward)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
 def forward(self: nn.Linear, input: Tensor) -> Tensor:
     """Replaces `nn.Linear.forward`. It sees all changes to the layer since the patch."""
     weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
