@@ -53,6 +53,33 @@ def test_what_keeps_all_decodes_as_dense_eight_bits(name, model, dense):
     assert report.kv_bytes_dense == plain.kv_bytes_dense
 
 
+def two_turns(model, method):
+    """Of a padded batch, so that rows have different lengths."""
+    more = torch.cat([MASK, torch.ones_like(MASK[:, :14])], 1)
+    with kvcomp.patch(model, method, kv="int8"):
+        first = model.generate(
+            IDS,
+            attention_mask=MASK,
+            max_new_tokens=8,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        ids = torch.cat([first.sequences, IDS[:, :6]], 1)
+        return model.generate(
+            ids,
+            attention_mask=more,
+            past_key_values=first.past_key_values,
+            max_new_tokens=8,
+            do_sample=False,
+        )
+
+
+def test_a_further_turn_attends_to_the_codes_of_the_one_before(model):
+    want = two_turns(model, Full())
+    for name in ("quest", "louis-kv", "lazy-eviction"):
+        assert torch.equal(two_turns(model, METHODS[name].example(128)), want), name
+
+
 def test_tokens_are_those_of_a_static_cache_and_of_half_the_chunks(model, dense):
     static, _ = generate(model, Full(), kv="int8", max_tokens=64)
     assert torch.equal(static, dense[0])

@@ -396,7 +396,9 @@ def _some(counts: Tensor) -> bool:
 
 
 def _stacked(pieces: tuple[Tensor, ...]) -> Tensor:
-    """[H, n_b, D] of each row -> [B, H, n, D], zeros behind."""
-    longest = max(piece.shape[1] for piece in pieces)
-    pad = torch.nn.functional.pad
-    return torch.stack([pad(x, (0, 0, 0, longest - x.shape[1])) for x in pieces])
+    """[H, n_b, ...] of each row -> [B, H, n, ...], zeros behind."""
+    like, longest = pieces[0], max(piece.shape[1] for piece in pieces)
+    out = like.new_zeros(len(pieces), like.shape[0], longest, *like.shape[2:])
+    for row, piece in zip(out, pieces, strict=True):
+        row[:, : piece.shape[1]] = piece
+    return out
