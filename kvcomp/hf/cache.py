@@ -168,6 +168,10 @@ class Cache(TransformersCache):
         if not self.rows:
             raise ValueError("kvcomp: stage: expected a cache that has seen the prompt")
         self.staging = True
+        for layer in self.layers:
+            # In newer transformers a window keeps what it could give back only if it is told to.
+            if not isinstance(layer, Layer) and hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
     @outlasting
     def commit(self, counts: int | Tensor) -> None:

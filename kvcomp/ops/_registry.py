@@ -194,6 +194,8 @@ def _float32_fallback(reference: Callable, fake: Callable, schema: str) -> Calla
         wide = in_float32(args)
         result = reference(*wide)
         for i in changed:
+            if i >= len(args):  # an optional one that was left out
+                continue
             given, computed = (x if isinstance(x, list) else [x] for x in (args[i], wide[i]))
             for into, value in zip(given, computed, strict=True):
                 if into is not value and into is not None:

@@ -190,14 +190,24 @@ class DecodeWarp {
     Stage& stage = stages_[tile % Tile::kStages];
     const int slot = lane_ < kTokens ? split_.slot(position(tile) + lane_, next_id_) : kSkipped;
     if (lane_ < kTokens) stage.slot[lane_] = slot;
-    int slots[kPieces];
+    const auto ask = [&](int i) { return __shfl_sync(kFullMask, slot, row_of(i)); };
+    if constexpr (D <= 256) {
+      int slots[kPieces];
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) slots[i] = __shfl_sync(kFullMask, slot, row_of(i));
-    copy_rows(stage.k, k_, stride_k_, slots);
-    end_copy_group();
-    copy_rows(stage.v, v_, stride_v_, slots);
-    end_copy_group();
+      for (int i = 0; i < kPieces; ++i) slots[i] = ask(i);
+      copy_keys_and_values(stage, [&](int i) { return slots[i]; });
+    } else {  // there are no registers for so many beside the output
+      copy_keys_and_values(stage, ask);
+    }
     next_id_ = load_id(tile + 1);
+  }
+
+  template <typename Slots>
+  __device__ void copy_keys_and_values(Stage& stage, const Slots& slot_of) const {
+    copy_rows(stage.k, k_, stride_k_, slot_of);
+    end_copy_group();
+    copy_rows(stage.v, v_, stride_v_, slot_of);
+    end_copy_group();
   }
 
   // Of the lane's pieces of a tile.
@@ -205,14 +215,16 @@ class DecodeWarp {
   __device__ int column_of(int i) const { return (i * 32 + lane_) % (D / 8) * 8; }
 
   // Rows of tokens that are not attended become zeros: their probabilities are, but 0 * NaN is not.
+  template <typename Slots>
   __device__ void copy_rows(uint16_t* rows, const T* base, int64_t stride,
-                            const int (&slots)[kPieces]) const {
+                            const Slots& slot_of) const {
     const auto for_each_piece = [&](const auto& copy) {
-#pragma unroll
+#pragma unroll(kPieces <= 16 ? kPieces : 4)
       for (int i = 0; i < kPieces; ++i) {
-        const auto row = static_cast<uint32_t>(max(slots[i], 0));  // 32 x 64 bits are two products
+        const int slot = slot_of(i);
+        const auto row = static_cast<uint32_t>(max(slot, 0));  // 32 x 64 bits are two products
         copy(rows + row_of(i) * Tile::kPitch + column_of(i), base + row * stride + column_of(i),
-             slots[i] >= 0);
+             slot >= 0);
       }
     };
     if (aligned_) {
@@ -229,7 +241,7 @@ class DecodeWarp {
     const uint16_t* row = stage.k + lane_ % 16 * Tile::kPitch + lane_ / 16 * 8;
     // A second chain, so that a product waits for every other one only.
     float odd[kFragments][4] = {};
-#pragma unroll
+#pragma unroll(kSteps <= 16 ? kSteps : 4)
     for (int step = 0; step < kSteps; ++step) {
       unsigned keys[4], q[kFragments][2];
       load_matrices(keys, row + step * 16);
