@@ -35,11 +35,6 @@ def pytest_addoption(parser):
         action="store_true",
         help="write what test_model_matrix.py and test_every_model.py find into docs/models.md",
     )
-    parser.addoption(
-        "--all-models",
-        action="store_true",
-        help="test_every_model.py: all types of models, not a sixteenth",
-    )
 
 
 @pytest.fixture

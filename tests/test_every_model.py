@@ -1,12 +1,9 @@
 """Every type of causal LM of transformers: exact under every method, or refused with a reason, or a
 model that stock transformers itself cannot run in a tiny size. Nothing else.
 
-A run takes a share of the types, another one each day; `--all-models` takes all of them, and with
 `--write-matrix` writes the table in docs/models.md that all runs compare with.
 """
 
-import datetime
-import hashlib
 import re
 from pathlib import Path
 
@@ -32,7 +29,6 @@ pytestmark = [
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 MARK = "every model: made by tests/test_every_model.py"
-PARTS = 16  # of which a run takes one
 WIDTH, PAD, STEPS, NEVER = 24, 9, 6, 4096
 COVERING = {
     "full": Full(),
@@ -43,10 +39,6 @@ COVERING = {
 }
 FAILS = "stock transformers fails"
 OUTCOMES = {}
-
-
-def part_of(kind):
-    return int(hashlib.sha256(kind.encode()).hexdigest(), 16) % PARTS
 
 
 def decode(model):
@@ -105,16 +97,13 @@ def reason_of(error):
 
 @pytest.mark.parametrize("kind", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 def test_a_model_is_exact_or_refused(kind, request):
-    today = datetime.date.today().toordinal() % PARTS
-    if not request.config.getoption("--all-models") and part_of(kind) != today:
-        pytest.skip("another day's")
     OUTCOMES[kind] = outcome_of(kind)
     if not request.config.getoption("--write-matrix"):
         assert committed()[kind] == OUTCOMES[kind]
 
 
 def test_the_table_has_every_type(request):
-    if request.config.getoption("--write-matrix") and request.config.getoption("--all-models"):
+    if request.config.getoption("--write-matrix"):
         assert OUTCOMES.keys() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys(), "some failed"
         model_tables.write(PAGE, table(), MARK)
     assert committed().keys() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
