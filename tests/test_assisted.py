@@ -84,12 +84,36 @@ def test_a_second_turn_is_assisted(llama):
     assert torch.equal(more.sequences, plain.sequences)
 
 
+def interrupting(cache):
+    """A logits processor: Ctrl-C between a forward over drafts and their commit."""
+
+    def interrupt(ids, scores):
+        if cache.kv.staged:
+            raise KeyboardInterrupt
+        return scores
+
+    return interrupt
+
+
+def test_an_interrupted_generation_leaves_no_drafts_to_the_next(llama):
+    with kvcomp.patch(llama, LAZY) as run:
+        plain, cache = generate(llama), run.new_cache()
+        more = {"past_key_values": cache, "logits_processor": [interrupting(cache)]}
+        with pytest.raises(KeyboardInterrupt):
+            generate(llama, **more, prompt_lookup_num_tokens=4)
+        ids = plain[:, : cache.get_seq_length() + 1]
+        left = plain.shape[1] - ids.shape[1]
+        again = generate(llama, ids, past_key_values=cache, max_new_tokens=left)
+    assert torch.equal(again, plain)
+
+
 def test_what_cannot_assist_is_refused(llama):
     """Before anything is decoded."""
     lookup = {"prompt_lookup_num_tokens": 3}
     for method, options, match in (
         (METHODS["h2o"](budget=32, window=1), lookup, "h2o cannot do: it evicts at every step"),
         (METHODS["lm-infinite"](budget=32), lookup, "lm-infinite cannot do"),
+        (Full(), lookup | {"guidance_scale": 1.5}, "which remembers each step"),
         (Full(), {"assistant_early_exit": 2}, "fewer layers than it has"),
         (LAZY, {"assistant_model": llama}, "the patched model itself"),
         (Full(), {"assistant_model": tiny_model("llama", vocab_size=96)}, "different tokenizers"),

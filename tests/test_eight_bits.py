@@ -184,6 +184,13 @@ def test_what_is_refused(options, words, model):
     kvcomp.patch(model, Full()).undo()  # nothing stayed patched
 
 
+def test_layers_with_heads_of_another_size_beside_those_managed():
+    """In Gemma 4 the sliding ones."""
+    out, report = generate(tiny_model("gemma4_text"), Full(), new=4, kv="int8")
+    assert out.shape[1] == IDS.shape[1] + 4
+    assert report.kv_bytes_kept * 4 * 2 * 64 == report.kv_bytes_dense * (2 * 64 + 4)
+
+
 def test_heads_of_no_power_of_two_are_not_turned():
     odd = tiny_model(
         "llama", num_hidden_layers=1, hidden_size=192, num_attention_heads=2, head_dim=96

@@ -10,10 +10,11 @@ import kvcomp
 from kvcomp import METHODS, Delethink, Delta, Full, LazyEviction, LouisKV, cli
 from kvcomp.reasoner import task
 from kvcomp.testing.models import tiny_model
-from kvcomp.thinking import GumbelNoise, Stand
+from kvcomp.thinking import Cgrs, GumbelNoise, Stand
 from kvcomp.thinking.ngrams import NgramTable
 from kvcomp.thinking.noise import gumbel
 from kvcomp.thinking.pace import PAUSE, TRIAL, Pace
+from toy_words import toy_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,6 +90,24 @@ def test_rows_end_where_they_end_without(llama):
         for options in ({"eos_token_id": ends}, {"max_new_tokens": 17}):
             plain, got, _ = both(llama, method, **options)
             assert torch.equal(got, plain)
+
+
+def test_processors_and_criteria_know_a_row_by_its_number(llama):
+    """Left padding counts per row in the penalty, and rows have words and ends of their own."""
+
+    def allowed(row, ids):
+        return range(3, 40) if row == 0 else range(60, 100)
+
+    def ended(ids, scores):
+        return torch.tensor([ids.shape[1] > most for most in (IDS.shape[1] + 9, 900)[: len(ids)]])
+
+    for options in (
+        {"repetition_penalty": 1.3},
+        {"prefix_allowed_tokens_fn": allowed},
+        {"stopping_criteria": [ended]},
+    ):
+        plain, got, _ = both(llama, Full(), **options)
+        assert torch.equal(got, plain), options
 
 
 def test_assisted_decoding_draws_the_same(llama):
@@ -209,6 +228,12 @@ def test_bad_input(llama):
             Stand(**given)
     with pytest.raises(ValueError, match=r"a model under kvcomp\.patch"):
         generate(llama, custom_generate=Stand())
+    with kvcomp.patch(llama, Full()) as run:
+        words = Cgrs(run, toy_tokenizer(), rate=0.5)
+        for options in ({"logits_processor": [words]}, {"guidance_scale": 1.5}):
+            with pytest.raises(ValueError, match="which remembers each step"):
+                generate(llama, custom_generate=Stand(), **options)
+        assert not run.report().tokens_decoded
     h2o = METHODS["h2o"](budget=32, window=1)
     for method, options, match in (
         (h2o, {}, "h2o cannot check several tokens at once: it evicts at every step"),

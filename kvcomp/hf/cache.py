@@ -204,6 +204,12 @@ class Cache(TransformersCache):
         """Drop the staged tokens."""
         self.commit(0)
 
+    def drop_drafts(self) -> None:
+        """Discard what a generation that was interrupted has staged."""
+        self.staging = False
+        if self.kv.staged and not self.broken:
+            self.discard()
+
     def require_settled(self) -> None:
         """Raise ValueError if staged tokens wait for `commit`."""
         if self.kv.staged:

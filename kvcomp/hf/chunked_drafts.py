@@ -88,6 +88,11 @@ class ChunkedDrafts:
         """The staged tokens have never been."""
         self.context.discard()
 
+    def drop_drafts(self) -> None:
+        """As `Cache.drop_drafts`."""
+        self.staging = False
+        self.context.drop_drafts()
+
     def crop(self, tokens: int) -> None:
         """Take back staged tokens, see `Cache.crop`; no others.
 

@@ -10,6 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers import (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from kvcomp.methods import Method
 
@@ -25,6 +29,19 @@ def refuse_assistants(method: Method) -> None:
             f"kvcomp: assisted decoding checks several tokens at once, which {method.name} cannot"
             f" do: {reason}"
         )
+
+
+def refuse_processors(processors: Any) -> None:
+    """Raise ValueError for logits processors that remember the steps before: they would take drafts
+    for steps that were made, also those that are dropped."""
+    stock = SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
+    for each in processors or ():
+        if isinstance(each, stock) or getattr(each, "stepwise", False):
+            raise ValueError(
+                f"kvcomp: generate: logits_processor: expected functions of the tokens alone where"
+                f" several are checked at once, got {type(each).__name__}, which remembers each"
+                " step"
+            )
 
 
 def refuse_itself(model: Any, assistant: Any, early_exit: int | None, method: Method) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvcomp.cache.rows import EightBits
 from kvcomp.hf.latent import latent_rank
-from kvcomp.hf.shape import head_counts
+from kvcomp.hf.refusals import head_sizes
 
 KINDS = ("model", "int8")
 
@@ -45,11 +45,11 @@ def eight_bits(model: Any, kv: str, kv_rotate: bool | None) -> EightBits | None:
         raise ValueError(
             f"kvcomp.patch: kv: expected 'model' for {name}, which caches latents, got 'int8'"
         )
-    _, _, dim = head_counts(config, name)
-    power = dim & (dim - 1) == 0
+    odd = [dim for dim in head_sizes(config) if dim & (dim - 1)]
+    power = not odd
     if kv_rotate and not power:
         raise ValueError(
-            f"kvcomp.patch: kv_rotate: expected False or None for {name}, whose head size of {dim}"
-            " is no power of two, got True"
+            f"kvcomp.patch: kv_rotate: expected False or None for {name}, whose head size of"
+            f" {odd[0]} is no power of two, got True"
         )
     return EightBits(turn=power if kv_rotate is None else kv_rotate)

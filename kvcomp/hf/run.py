@@ -28,7 +28,7 @@ from kvcomp.hf import attention
 from kvcomp.hf.cache import Cache
 from kvcomp.hf.checkpoints import without_cache, without_checkpoints
 from kvcomp.hf.decoder import attention_modules, decoder_of
-from kvcomp.hf.drafting import Drafts, refuse_assistants, refuse_itself
+from kvcomp.hf.drafting import Drafts, refuse_assistants, refuse_itself, refuse_processors
 from kvcomp.hf.eight_bits import eight_bits
 from kvcomp.hf.gate import Gate
 from kvcomp.hf.latent import EXPAND, Latents, as_stored, keeps_latents
@@ -250,11 +250,13 @@ class Run(Turns):
         if model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = self.new_cache()
         self._check_cache(model_kwargs["past_key_values"])
+        model_kwargs["past_key_values"].drop_drafts()
 
     def _candidates(self, make: Callable, *args: Any, **given: Any) -> Drafts:
         """In place of the model's own `_get_candidate_generator`."""
         config, assistant = given["generation_config"], given.get("assistant_model")
         refuse_itself(self.model, assistant, config.assistant_early_exit, self.method)
+        refuse_processors(given["logits_processor"])
         return Drafts(make(*args, **given), given["model_kwargs"]["past_key_values"])
 
     def _check_cache(self, cache: Any) -> None:

@@ -58,6 +58,8 @@ class Cgrs(LogitsProcessor):
         ValueError: a value out of range, a static run, or a model without such words.
     """
 
+    stepwise = True  # it probes the cache behind each token
+
     def __init__(
         self,
         run: Run,

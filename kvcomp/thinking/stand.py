@@ -17,16 +17,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from kvcomp.hf.cache import Cache
 from kvcomp.hf.chunked_cache import ChunkedCache
+from kvcomp.hf.drafting import refuse_processors
 from kvcomp.hf.rotation import changes_with_length
 from kvcomp.hf.static_cache import StaticCache
 from kvcomp.thinking.checks import is_count, is_number, require
 from kvcomp.thinking.ngrams import NgramTable
 from kvcomp.thinking.noise import GumbelNoise, gumbel
 from kvcomp.thinking.pace import Pace
+
+# Processors for which a row is like any other.
+OF_ANY_ROW = TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper
 
 
 class Stand:
@@ -87,12 +97,14 @@ class Stand:
         """What `generate(custom_generate=...)` calls: [B, tokens] ids, or an output with them.
 
         Raises:
-            ValueError: a model that is not patched, beams, scores as an output, or a method under
-                which drafts cannot be checked; before anything is decoded.
+            ValueError: a model that is not patched, beams, scores as an output, a method under
+                which drafts cannot be checked, or a logits processor that remembers the steps
+                before; before anything is decoded.
         """
-        cache = model_kwargs.get("past_key_values")
+        cache: Any = model_kwargs.get("past_key_values")
         streamer = self.streamer if streamer is None else streamer
         _refuse(model, cache, generation_config)
+        refuse_processors(logits_processor)
         words = model.config.get_text_config(decoder=True).vocab_size
         if self._words != words:
             self.table.clear()
@@ -100,7 +112,11 @@ class Stand:
         decoding = _Decoding(
             self, model, input_ids, logits_processor, stopping_criteria, generation_config
         )
-        decoding.run(cache, streamer, model_kwargs)
+        try:
+            decoding.run(cache, streamer, model_kwargs)
+        except BaseException:
+            cache.drop_drafts()
+            raise
         sequences = decoding.sequences()
         if streamer is not None:
             streamer.end()
@@ -270,11 +286,18 @@ class _Decoding:
         prefix = self.ids[number : number + 1, :end]
         scores = logits[number : number + 1, place].to(torch.float32, copy=True)
         for processor in self.processors:
-            scores = processor(prefix, scores)
+            if len(self.rows) == 1 or isinstance(processor, OF_ANY_ROW):
+                scores = processor(prefix, scores)
+            else:
+                scores = processor(self._in_place(prefix), self._in_place(scores))[[number]]
         if self.noise is None:
             return int(scores.argmax(-1)), scores[0]
         row = torch.tensor([number], device=scores.device)
         return int(self.noise.draw(scores, row, end)), scores[0]
+
+    def _in_place(self, row: Tensor) -> Tensor:
+        """A row [1, n] at each number [B, n], for what tells rows apart by their numbers."""
+        return row.repeat(len(self.rows), 1)
 
     def _learn(self, number: int, tokens: list[int], scores: Tensor) -> None:
         probs, ids = scores.float().softmax(-1).topk(min(self.stand.table.top, scores.shape[-1]))
@@ -294,7 +317,7 @@ class _Decoding:
                 self.ids[number, len(row)] = token
                 row.append(token)
                 prefix = self.ids[number : number + 1, : len(row)]
-                self.ended[number] = bool(self.stopping(prefix, None)[0])
+                self.ended[number] = bool(self.stopping(self._in_place(prefix), None)[number])
                 if streamer is not None:
                     streamer.put(torch.tensor([token]))
 
