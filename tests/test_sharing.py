@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import every_model
 import kvcomp
-from kvcomp import METHODS, Delethink, Delta, Full, LazyEviction, LouisKV
+from kvcomp import METHODS, Delethink, Delta, Full, LazyEviction, LouisKV, thinking
 from slow import delethink as slow_delethink
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,3 +111,11 @@ def test_k_and_v_from_nowhere_are_refused(monkeypatch):
         monkeypatch.setattr(cache, "source", lambda key: None)
         with torch.no_grad(), pytest.raises(ValueError, match="that no layer of the cache has"):
             model(IDS, past_key_values=cache)
+
+
+def test_drafts_are_refused():
+    model = gemma4()
+    with kvcomp.patch(model, Full()):
+        for way in ({"custom_generate": thinking.Stand()}, {"prompt_lookup_num_tokens": 3}):
+            with pytest.raises(ValueError, match="layers of the model share K and V"):
+                generate(model, IDS[1:], MASK[1:], **way)

@@ -156,6 +156,15 @@ def test_rounds_need_a_text(model, tmp_path):
     assert not (tmp_path / "log").exists()
 
 
+@pytest.mark.parametrize("ids", [[40, 10**6], [10**30]])
+def test_ids_that_the_model_does_not_know_are_named(model, tmp_path, ids):
+    found = [{"id": 1, "ids": [40]}, {"id": 2, "ids": ids}]
+    said = pytest.raises(ValueError, match=r"problem '2': expected .* ids below the")
+    with kvcomp.patch(model, kvcomp.Full()) as run, said:
+        thinking.think(run, toy_tokenizer(), found, Chosen([]), log=tmp_path / "log")
+    assert not (tmp_path / "log").exists()
+
+
 def test_a_loop_in_place_of_the_one_of_generate(folder, problems, tmp_path, monkeypatch):
     """transformers' own loop as one: the texts are those of one row."""
     plain = strategies.Strategy("loop", lambda: None, lambda run, *_: type(run.model)._sample)

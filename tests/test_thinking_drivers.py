@@ -85,6 +85,19 @@ def test_greedy_rows_are_those_of_generate(model, name):
     assert rows.steps == 29
 
 
+def test_rows_of_a_model_with_states_are_forked():
+    """Layers of transformers that hold states have no way of their own to repeat them."""
+    hybrid, ids = tiny_model("qwen3_next"), torch.arange(40, 60)[None]
+    with kvcomp.patch(hybrid, kvcomp.Full()) as run:
+        stock = hybrid.generate(ids, max_new_tokens=8, do_sample=False)
+        rows = Rows(run, {"input_ids": ids}, Sampling(temperature=0, max_new_tokens=8), copies=3)
+        rows.step()
+        rows.keep(rows.live[1:])
+        rows.finish()
+    for row in rows.all[1:]:
+        assert row.ids == stock[0, 20:].tolist()
+
+
 def test_draws_have_the_right_distribution(model):
     sampling = Sampling(temperature=0.8, top_p=0.9, seed=2, max_new_tokens=1)
     with kvcomp.patch(model, kvcomp.Full()) as run:

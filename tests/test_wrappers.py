@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 import every_model
 import kvcomp
-from kvcomp import Delethink, Delta, Full, LazyEviction, LouisKV
+from kvcomp import Delethink, Delta, Full, LazyEviction, LouisKV, thinking
 from slow import delethink as slow_delethink
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -150,3 +150,18 @@ def test_a_generate_of_its_own_is_refused_with_what_to_patch():
     model = every_model.tiny(AutoModelForImageTextToText, "blip-2")
     with pytest.raises(ValueError, match="patch its text model instead"):
         kvcomp.patch(model, Full())
+
+
+@pytest.mark.parametrize("kind", ["paligemma", "exaone4_5"])
+def test_drafts_and_rows_have_the_positions_of_the_model(kind):
+    """They begin at 1 in PaliGemma, and count padding in Exaone 4.5."""
+    model, stock = model_of(kind), stock_of(kind)
+    stand = thinking.Stand(sure=0.0, adapt=False)
+    with kvcomp.patch(model, Full()) as run:
+        assert torch.equal(generate(model, custom_generate=stand), stock)
+        inputs = {"input_ids": IDS, "attention_mask": MASK}
+        drawn = thinking.Sampling(temperature=0, max_new_tokens=STEPS)
+        rows = thinking.Rows(run, inputs, drawn, copies=2, eos=())
+        rows.finish()
+    found = torch.tensor([row.ids for row in rows.all])
+    assert torch.equal(found, stock[:, WIDTH:].repeat_interleave(2, 0))

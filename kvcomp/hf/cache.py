@@ -9,6 +9,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import (
@@ -147,6 +148,8 @@ class Cache(TransformersCache):
         """The reason why drafts cannot be checked over this cache; None: they can."""
         if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers):
             return "the model has linear layers, whose states cannot take tokens back"
+        if self.kv.layers[0].is_shared:
+            return "layers of the model share K and V"
         return self.kv.method.drafts_refused
 
     def stage(self) -> None:
@@ -230,6 +233,18 @@ class Cache(TransformersCache):
             self.drafts = ids
         else:
             self.text.add(ids, self.columns)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order; one may come several times."""
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.reorder_cache(cast("Any", indices))  # the same, for states
+            else:
+                layer.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(self.rows, device=self.kv.layers[0].seq_lens.device)
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def begin_anew(self) -> None:
         """Start again: prompt and output come in once more, as one prompt."""

@@ -13,6 +13,7 @@ from kvcomp.hf.cache import Cache
 from kvcomp.hf.chunked_run import ChunkedRun
 from kvcomp.hf.run import Run
 from kvcomp.hf.static_run import StaticRun
+from kvcomp.hf.wrapper import first_position
 
 
 class Trial:
@@ -25,6 +26,7 @@ class Trial:
 
     def __init__(self, run: Run, cache: Cache, rows: Tensor) -> None:
         self.run = run
+        self._begin = first_position(run.model)
         self.cache = deepcopy(cache, {id(cache.kv.beside): []})  # without those of the background
         self.cache.batch_select_indices(rows)
 
@@ -34,6 +36,7 @@ class Trial:
         seen = first.seen()
         mask = torch.cat([seen.long(), torch.ones_like(ids)], 1)
         places = seen.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device)
+        places = places + self._begin
         with torch.no_grad(), _beside(self.run):
             out = self.run.model(
                 input_ids=ids,

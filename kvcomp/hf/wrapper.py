@@ -139,6 +139,14 @@ class Wrapper(threading.local):
         return rest | {"input_ids": ids}
 
 
+def first_position(model: Any) -> int:
+    """The position that `generate` gives the first token of a text: 0, or 1 in PaliGemma."""
+    zero = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    given = {"position_ids": zero, "attention_mask": torch.ones_like(zero)}
+    told = model.prepare_inputs_for_generation(zero, **given).get("position_ids")
+    return 0 if told is None else int(told.flatten()[0])
+
+
 def one_of(mask: Any) -> Any:
     """A mask, where there is one for each kind of layer, and `StaticRun` has made them."""
     return next(iter(mask.values())) if isinstance(mask, dict) else mask

@@ -83,6 +83,14 @@ def think(
     wanted = list(problems)
     todo = prepare(wanted, tokenizer)
     kind = STRATEGIES[chosen.leading].kind if chosen.leading else "rows"
+    words = run.model.get_input_embeddings().num_embeddings
+    for problem in todo:
+        require(
+            bool(problem.ids) and max(problem.ids) < words,
+            f"problem {problem.id!r}",
+            f"at least one token, and ids below the {words} of the model",
+            max(problem.ids, default="none"),
+        )
     questions = {str(each["id"]): _question(each) for each in wanted}
     for name, (question, _) in questions.items():
         require(

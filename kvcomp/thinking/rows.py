@@ -23,6 +23,7 @@ from transformers import (
 from kvcomp.hf.chunked_cache import ChunkedCache
 from kvcomp.hf.run import Run
 from kvcomp.hf.static_run import StaticRun
+from kvcomp.hf.wrapper import first_position
 from kvcomp.methods import Delethink
 from kvcomp.thinking.checks import is_count, is_number, require
 
@@ -158,7 +159,7 @@ class Rows:
         self.cache: Any = run.new_cache()
         if isinstance(self.cache, ChunkedCache):
             self.cache.announce(self.columns)
-        self._ids, self._mask = ids, mask
+        self._ids, self._mask, self._begin = ids, mask, first_position(run.model)
         logits = self._forward(ids, 0)
         if copies > 1:
             self.cache.batch_repeat_interleave(copies)
@@ -220,6 +221,7 @@ class Rows:
         given: dict[str, Any] = {}
         if self._mask is not None:
             places = (self._mask.cumsum(1) - 1).clamp(min=0)[:, seen : seen + ids.shape[1]]
+            places = places + self._begin
             given = {"attention_mask": self._mask, "position_ids": places}
         if self.run.model._supports_logits_to_keep():
             given["logits_to_keep"] = 1

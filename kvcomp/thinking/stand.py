@@ -12,6 +12,7 @@ costs more time than it saves.
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any
 
@@ -173,21 +174,27 @@ class _Decoding:
 
     def run(self, cache: Any, streamer: Any, model_kwargs: dict) -> None:
         seen = int(cache.get_seq_length())
-        self.apart = not (
-            seen
-            or len(self.rows) == 1
-            or self.config.return_dict_in_generate  # a cache without gaps is given back
-            or isinstance(cache, ChunkedCache)
-            or cache.kv.method.in_step
-            or not cache.all_managed
-        )
         inputs = self.model.prepare_inputs_for_generation(
             self.ids[:, : self.prompt],
             next_sequence_length=self.prompt - seen if seen else None,
             is_first_iteration=True,
             **model_kwargs,
         )
+        last = _last_positions(self.model, inputs)
+        self.apart = not (
+            seen
+            or last is None
+            or len(self.rows) == 1
+            or self.config.return_dict_in_generate  # a cache without gaps is given back
+            or isinstance(cache, ChunkedCache)
+            or cache.kv.method.in_step
+            or not cache.all_managed
+        )
         logits = self.model(**inputs, return_dict=True).logits[:, -1:]
+        # Positions behind a row's tokens; None: the model finds them by itself.
+        self.offset: Tensor | None = None
+        if isinstance(cache, Cache) and last is not None:
+            self.offset = last + 1 - cache.kv.layers[0].logical_lens[:, None].to(last.device)
         for row in self.rows[:1]:  # copies of one prompt, or one of several
             self.stand.table.read(row)
         mask = model_kwargs.get("attention_mask")
@@ -245,8 +252,9 @@ class _Decoding:
             self.ids[number, len(row) : end] = ids[number, 1 : 1 + end - len(row)]
         given: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
         if isinstance(cache, Cache):
-            first = cache.kv.layers[0].logical_lens[:, None].to(device)
-            given["position_ids"] = first + torch.arange(width, device=device)
+            if self.offset is not None:
+                first = cache.kv.layers[0].logical_lens[:, None].to(device) + self.offset
+                given["position_ids"] = first + torch.arange(width, device=device)
             if not cache.all_managed and mask is not None:
                 more = cache.columns + width - mask.shape[1]
                 given["attention_mask"] = torch.nn.functional.pad(mask, (0, more), value=1)
@@ -325,6 +333,15 @@ class _Decoding:
         longest = max(map(len, self.rows))
         padded = [[*row, *[self.pad] * (longest - len(row))] for row in self.rows]
         return torch.tensor(padded, device=self.ids.device, dtype=self.ids.dtype)
+
+
+def _last_positions(model: Any, inputs: Any) -> Tensor | None:
+    """Positions [B, 1] of the last tokens that `generate` hands to a model; None: it takes none,
+    and counts columns."""
+    told = inputs.get("position_ids")
+    if told is None or "position_ids" not in inspect.signature(model.forward).parameters:
+        return None
+    return told.view(-1, *told.shape[-2:])[0, :, -1:]
 
 
 def _refuse(model: Any, cache: Any, config: Any) -> None:
