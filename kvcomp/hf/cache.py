@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
-    LinearAttentionCacheLayerMixin,
 )
 
 from kvcomp.cache import KVCache, LayerCache, Meter
@@ -146,7 +145,7 @@ class Cache(TransformersCache):
     @property
     def drafts_refused(self) -> str | None:
         """The reason why drafts cannot be checked over this cache; None: they can."""
-        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers):
+        if any(map(is_linear, self.layers)):
             return "the model has linear layers, whose states cannot take tokens back"
         if self.kv.layers[0].is_shared:
             return "layers of the model share K and V"
@@ -278,6 +277,11 @@ def _is_full(layer: Any, positions: list[int]) -> bool:
     if type(layer).__name__ == "DynamicSlidingWindowLayer":
         return bool(positions) and getattr(layer, WINDOW) >= max(positions)
     return type(layer) is DynamicLayer or type(layer).__name__ == HYBRID
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a layer holds the states of a linear layer. Older transformers have no such class."""
+    return any(kind.__name__ == "LinearAttentionCacheLayerMixin" for kind in type(layer).__mro__)
 
 
 def is_dummy(layer: Any) -> bool:
