@@ -35,7 +35,7 @@ NAMES = ["full", *(name for name, method in METHODS.items() if not method.baseli
 REASONS = {(kind, None, None): reason for kind, reason in REFUSED.items()}
 if OLD:
     REASONS["qwen3_next", None, None] = "requires its own cache class"
-    REASONS["deepseek_v3", None, None] = "expands its latents (MLA) before they are cached"
+    REASONS["deepseek_v3", None, None] = "before they are cached"
 REASONS[None, "delethink", "two turns"] = "a second turn cannot continue from this cache"
 REASONS[None, "delethink", "beams"] = "delethink has no beam search"
 OUTCOMES: dict[tuple[str, str, str], str] = {}  # what the cells of this run found
