@@ -50,8 +50,10 @@ def times(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
 
 
 def parts(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
-    """How a step divides, a panel per context; how long it takes behind each bar."""
-    for name, model, chosen in _models(rows, "step"):
+    """How a step divides, a panel per context; how long it takes behind each bar. A compiled step
+    has no parts that could be timed."""
+    divided = [r for r in rows if any(r.get(f"{key}_ms") for key in PARTS)]
+    for name, model, chosen in _models(divided, "step"):
         panels = by(chosen, "tokens")
         names = list(by(chosen, "name"))
         size = (1.6 + 2.6 * max(2, len(panels)), 1.4 + 0.3 * len(names))

@@ -236,10 +236,10 @@ class Cache(TransformersCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order; one may come several times."""
         for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                layer.reorder_cache(cast("Any", indices))  # the same, for states
+            if is_linear(layer):
+                cast("Any", layer).reorder_cache(indices)  # the same, for states
             else:
-                layer.batch_select_indices(indices)
+                cast("Any", layer).batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = torch.arange(self.rows, device=self.kv.layers[0].seq_lens.device)
