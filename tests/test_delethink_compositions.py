@@ -185,7 +185,7 @@ def test_a_long_question_stays_in_the_pool(llama, name, schedule):
             for row, (n, end, local) in enumerate(zip(lens, opens, locals_, strict=True)):
                 seen = int(layer.logical_lens[row])
                 assert seen == n + held(step)
-                k, v = pool.read(row, 0, end)
+                k, v, _ = pool.read(row, 0, end)
                 question = first.setdefault((layer.position, row), (k[:, :n], v[:, :n]))
                 assert torch.equal(k[:, :n], question[0]) and torch.equal(v[:, :n], question[1])
                 for kv_head in range(KV_HEADS):

@@ -507,7 +507,7 @@ def test_a_bad_line_is_refused_by_line_and_field(line, message, tmp_path):
     with pytest.raises(ValueError) as error:
         load(file)
     assert message in str(error.value)
-    assert str(error.value).startswith("kvcomp.")
+    assert str(error.value).startswith("kvcomp")
 
 
 def test_an_empty_or_missing_file_is_refused(tmp_path):

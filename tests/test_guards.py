@@ -180,7 +180,8 @@ def test_the_block_is_left_while_threads_generate(method, threads, stock):
         for _ in range(threads):
             some = threading.Event()
             streamer = Streamer(4, some.set)
-            running.append(by_thread(partial(model.generate, IDS[:1], **ONE, streamer=streamer)))
+            long = ONE | {"max_new_tokens": 2000}  # none ends by itself meanwhile
+            running.append(by_thread(partial(model.generate, IDS[:1], **long, streamer=streamer)))
             assert some.wait(60)
     assert torch.equal(generate(model), stock)
     for thread, found in running:

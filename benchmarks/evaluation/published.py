@@ -51,8 +51,8 @@ _DELTA = Preset(
         "arXiv 2510.09883 v2. Settings: the released scripts; the layers of the 14B model and all"
         " figures: notes of readers.",
         "Greedy, as the released code decodes; the paper's temperature was not found. It averages 8"
-        " runs, which differ by rounding alone if they are greedy. The limit of 16,384 tokens is"
-        " that of AIME, and stands in for the others'. Prompts were not found."
+        " runs, which differ by rounding alone if they are greedy. The paper gives the limit of"
+        " 16,384 tokens for AIME; it is used for the other tasks too. Prompts were not found."
         " DeepSeek-R1-Distill-Llama-8B is in the paper, but its layers were not found. Random pages"
         " are not in the paper.",
     ),
@@ -160,9 +160,9 @@ _DELETHINK = Preset(
         "The table does not print C and I. 8192 and 5, which is 24,576 tokens, are the paper's"
         " standard; 7 gives as many as LongCoT's 32K, and the figure stands beside that row. As in"
         " the released evaluation an answer counts only behind the end of the thinking. Of 256"
-        " samples the paper bootstraps its mean of 128. The prompt is that of the released models'"
-        " card. Budget forcing, the table's other baseline, is not in kvcomp, and for LiveCodeBench"
-        " there is no checker here.",
+        " samples the paper bootstraps its mean of 128. The prompt comes from the card of"
+        " the released models. Budget forcing, the table's other baseline, has no preset, and for"
+        " LiveCodeBench there is no checker here.",
     ),
     _concluded(AIME24),
     Sampling(max_new_tokens=32768, temperature=0.6, top_p=1.0, top_k=0, samples=256),

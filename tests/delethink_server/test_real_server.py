@@ -72,7 +72,8 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(server, tokenizer, tmp_path_factory):
     log = tmp_path_factory.mktemp("uninterrupted") / "log.jsonl"
-    return trace(server.url, tokenizer=tokenizer, log=log)
+    # A busy server may close a connection that was idle for long.
+    return trace(server.url, tokenizer=tokenizer, log=log, retries=3)
 
 
 def test_a_real_server_says_what_the_loop_on_the_model_says(uninterrupted, tokenizer, generate):
