@@ -69,6 +69,14 @@ def clustered(dtype, head_dim):
     return empty(2, 8, 32768, head_dim, dtype=dtype), LENS, LENS, 16, 8192, 1
 
 
+def latents(dtype, dim, value_dim, heads=128, page_size=0, logits=None):
+    """Arguments of latent_attention; page_size 0 is dense."""
+    q, rows = empty(2, heads, dim, dtype=dtype), empty(2, 16384, dim, dtype=dtype)
+    ids = empty(2, 1, 4096 // page_size, dtype=INT32) if page_size else None
+    side = None if logits is None else empty(2, heads, 16384, dtype=logits)
+    return q, rows, LENS, ids, max(page_size, 1), value_dim, dim**-0.5, side
+
+
 def units(dtype, head_dim, group=4):
     """Arguments of unit_scores, two KV heads."""
     q = empty(2, 2 * group, head_dim, dtype=dtype)
@@ -102,6 +110,12 @@ CALLS = [
     ("append_attention", "fp32 D64 m 8 tree", appended(FP32, 64, 8, tree=True)),
     ("append_attention", "fp32 D128 m 8 tree", appended(FP32, 128, 8, page_size=16, tree=True)),
     ("append_attention", "fp32 D256 m 4 tree", appended(FP32, 256, 4, tree=True)),
+    ("latent_attention", "bf16 576", latents(BF16, 576, 512)),
+    ("latent_attention", "bf16 576 page 1", latents(BF16, 576, 512, page_size=1)),
+    ("latent_attention", "bf16 576 H 16 logits", latents(BF16, 576, 512, 16, 64, FP16)),
+    ("latent_attention", "fp16 288 H 40", latents(FP16, 288, 256, 40, logits=FP32)),
+    ("latent_attention", "bf16 1024", latents(BF16, 1024, 1024)),
+    ("latent_attention", "fp32 576 page 16", latents(FP32, 576, 512, page_size=16)),
     ("merge_states", "bf16 D80", sides(BF16, 80)),
     ("merge_states", "fp16 D128", sides(FP16, 128)),
     ("merge_states", "fp32 D256", sides(FP32, 256)),

@@ -88,4 +88,5 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
+    triton=True,
 )
