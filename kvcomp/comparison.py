@@ -41,6 +41,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def dtypes(meta: dict[str, Any]) -> str:
+    """The data type of a result's model, and of its K and V where they have another."""
+    return meta["dtype"] + (", K and V in eight bits," if meta["kv"] == "int8" else "")
+
+
 def methods_table(headings: Iterable[str], rows: Iterable[tuple[str, ...]]) -> Table:
     """A table with the method's name first; each row has the name and a text per heading."""
     out = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")

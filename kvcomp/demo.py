@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from kvcomp import METHODS, Method
-from kvcomp.comparison import Bars, chart, machine, methods_table, steps_bar
+from kvcomp.comparison import Bars, chart, dtypes, machine, methods_table, steps_bar
 from kvcomp.hf import patch
 from kvcomp.reasoner import path, task
 
@@ -49,6 +49,7 @@ class Settings:
     budget: int | None = None
     device: str = "cpu"
     dtype: str | None = None  # float32 on a CPU, bfloat16 on a GPU
+    kv: str = "model"
 
 
 class Workload:
@@ -56,6 +57,7 @@ class Workload:
 
     def __init__(self, settings: Settings) -> None:
         self.device = torch.device(settings.device)
+        self.kv = settings.kv
         default = "bfloat16" if self.device.type == "cuda" else "float32"
         self.dtype = settings.dtype or default
         logging.disable_progress_bar()
@@ -85,12 +87,12 @@ class Workload:
     def warm_up(self, method: Method) -> None:
         """Continue the correct answers a little, so that the run finds everything compiled."""
         answered = self._tokens([f"{p.prompt} {p.gold()}" for p in self.problems])
-        with patch(self.model, method):
+        with patch(self.model, method, kv=self.kv):
             self.model.generate(**answered, do_sample=False, max_new_tokens=WARM_UP_TOKENS)
 
     def decode(self, method: Method, advance: Callable[[], None]) -> dict[str, Any]:
         """Decode and grade: one row of the result. Calls `advance` at each step."""
-        with patch(self.model, method) as run:
+        with patch(self.model, method, kv=self.kv) as run:
             output = self.model.generate(
                 **self.inputs,
                 do_sample=False,
@@ -173,13 +175,13 @@ def _meta(settings: Settings, work: Workload) -> dict[str, Any]:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """Problems, context, budget, data type and device, in one line."""
+    """Problems, context, budget, data types and device, in one line."""
     meta = result["meta"]
     return (
         f"{plural(meta['problems'], 'problem')} of {meta['nodes']} nodes,"
         f" {plural(meta['steps'], 'step')} each:"
         f" {meta['context']} tokens of context, budget {meta['budget']};"
-        f" {meta['dtype']} on {meta['device_name']}"
+        f" {dtypes(meta)} on {meta['device_name']}"
     )
 
 

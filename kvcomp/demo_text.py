@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kvcomp.comparison import Bars, chart, machine, methods_table, steps_bar
+from kvcomp.comparison import Bars, chart, dtypes, machine, methods_table, steps_bar
 from kvcomp.methods import Method
 from kvcomp.reading import Dense, read, scaled, windows
 
@@ -39,6 +39,7 @@ class Settings:
     budget: int | None = None
     device: str = "cpu"
     dtype: str | None = None
+    kv: str = "model"
 
 
 def run(
@@ -64,7 +65,7 @@ def run(
         dense = Dense(model, chosen, prompt)
         for method in methods:
             bar.update(total, description=method.name)
-            rows.append(_row(dense, method, lambda: bar.advance(total)))
+            rows.append(_row(dense, method, settings.kv, lambda: bar.advance(total)))
     meta = {
         **machine(model.device),
         "text": TEXT,
@@ -76,8 +77,8 @@ def run(
     return {"meta": meta, "rows": rows}
 
 
-def _row(dense: Dense, method: Method, tick: Any) -> dict[str, Any]:
-    hidden, report = read(dense.model, method, dense.ids, dense.prompt, tick)
+def _row(dense: Dense, method: Method, kv: str, tick: Any) -> dict[str, Any]:
+    hidden, report = read(dense.model, method, dense.ids, dense.prompt, tick, kv=kv)
     (found,) = dense.compare([hidden], slice(None))
     figures = report.to_dict()
     return {
@@ -90,12 +91,12 @@ def _row(dense: Dense, method: Method, tick: Any) -> dict[str, Any]:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """Model, text, budget, data type and device, in one line."""
+    """Model, text, budget, data types and device, in one line."""
     meta = result["meta"]
     return (
         f"{meta['model']}: {meta['windows']} windows of {meta['tokens']} tokens of the Python"
         f" reference, {meta['prompt']} of them the prompt; budget {meta['budget']};"
-        f" {meta['dtype']} on {meta['device_name']}"
+        f" {dtypes(meta)} on {meta['device_name']}"
     )
 
 

@@ -8,16 +8,20 @@ method can give; no kernel exceeds it.
 Each method states what it reads and holds (`Method.step_bytes`), for the full-attention layers.
 Sliding layers count with their window, for dense attention and methods alike; the states of linear
 layers are not counted.
+
+With K and V in eight bits, the first row has dense attention over them, and speed-ups are over
+dense attention as the model makes K and V.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from kvcomp.checks import require
+from kvcomp.cache.rows import KINDS
+from kvcomp.checks import require, require_one_of
 from kvcomp.methods import Full, Method
 from kvcomp.methods.cost import Place, StepBytes
 
@@ -82,6 +86,8 @@ class Shape:
         positions: positions that the model knows; None: no limit.
         value_dim: values of V of a token and KV head; None: head_dim. 0 in latent attention (MLA),
             whose one row a token is the key, and V a part of it.
+        kv: "int8": full-attention layers keep K and V in eight bits; "model": as the model makes
+            them. Sliding layers always do.
     """
 
     name: str
@@ -104,6 +110,7 @@ class Shape:
     linear: int = 0
     positions: int | None = None
     value_dim: int | None = None
+    kv: str = "model"
 
     def weights_read(self, tokens: int) -> float:
         """Bytes of weights that a step with this many tokens reads.
@@ -121,13 +128,13 @@ class Shape:
 
     def sliding_bytes(self, seen: float, windows: tuple[int, ...] | None = None) -> float:
         """Bytes of K and V of the sliding layers, or of layers with other windows; one sequence."""
-        row = None if self.window_row is None else self.window_row * self.itemsize
+        values = 2 * self.kv_heads * self.head_dim if self.window_row is None else self.window_row
         tokens = sum(min(seen, window) for window in (self.windows if windows is None else windows))
-        return tokens * (self.place(1, 0).token_bytes if row is None else row)
+        return tokens * values * self.itemsize
 
     def place(self, seen: float, prompt: int) -> Place:
         sizes = self.layers, self.heads, self.kv_heads, self.head_dim, self.itemsize
-        return Place(seen, prompt, *sizes, self.value_dim)
+        return Place(seen, prompt, *sizes, self.value_dim, self.kv == "int8")
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,8 @@ class Row:
             each query head has its own copy, every copy counts.
         kv_read: bytes of K and V that a step reads, for the whole batch, sliding layers included.
         floor_ms: lower bound for the time of a step, in ms.
-        speedup: upper bound for the speed-up over dense attention.
+        speedup: upper bound for the speed-up over dense attention, with K and V as the model makes
+            them.
         speedup_scored: the same, counting also what the method moves in order to select: logits,
             digests, page tables.
         kv_held: bytes of K and V on the device, per sequence.
@@ -218,6 +226,7 @@ def plan(
     batch: int = 1,
     prompt: int = 0,
     generate: int | None = None,
+    kv: str = "model",
 ) -> Plan:
     """Bounds for a decode step at `context` tokens, by method.
 
@@ -229,6 +238,7 @@ def plan(
         batch: number of sequences of that length.
         prompt: tokens of the context that belong to the prompt.
         generate: also average over a generation of this many tokens after the prompt.
+        kv: how K and V are kept, see `Shape`.
 
     Raises:
         ValueError: a number out of range, or a method whose parameters do not fit the model.
@@ -245,8 +255,13 @@ def plan(
     for name in ("bandwidth", "memory"):
         value = getattr(device, name)
         require(0 < value < math.inf, "kvcomp.plan: device", f"a {name} above 0", value)
+    require_one_of(KINDS, "kvcomp.plan: kv", kv)
+    expected = f"'model' for {model.name}, which caches latents"
+    require(kv == "model" or model.value_dim is None, "kvcomp.plan: kv", expected, repr(kv))
     for method in methods:
         method.check(model.layers)
+    plain = _Ledger(replace(model, kv="model"), device, Full(), prompt)
+    model = replace(model, kv=kv)
     dense = _Ledger(model, device, Full(), prompt)
     ledgers = [dense, *(_Ledger(model, device, m, prompt) for m in methods if m != Full())]
     per_sequence = dense.read(context)
@@ -265,13 +280,13 @@ def plan(
         kv_share=kv / (kv + weights),
         floor_ms=dense.seconds(context, batch) * 1e3,
         fits=dense.sequences(context) >= batch,
-        rows=[_row(each, dense, context, batch, generate) for each in ledgers],
+        rows=[_row(each, plain, context, batch, generate) for each in ledgers],
     )
 
 
-def _row(own: _Ledger, dense: _Ledger, context: int, batch: int, generate: int | None) -> Row:
+def _row(own: _Ledger, plain: _Ledger, context: int, batch: int, generate: int | None) -> Row:
     model, device = own.model, own.device
-    step, floor = own.step(context), dense.seconds(context, batch)
+    step, floor = own.step(context), plain.seconds(context, batch)
     kv_read, seconds = batch * own.read(context), own.seconds(context, batch)
     scored = seconds + batch * step.scoring / device.bandwidth
     fitting = own.sequences(context)
@@ -295,7 +310,7 @@ def _row(own: _Ledger, dense: _Ledger, context: int, batch: int, generate: int |
         encoded=step.encoded,
         encode_ms=device.flops and flops / device.flops * 1e3,
         speedup_generation=generate
-        and dense.generation(generate, batch) / own.generation(generate, batch),
+        and plain.generation(generate, batch) / own.generation(generate, batch),
     )
 
 

@@ -125,6 +125,25 @@ def test_lazy_eviction_at_half_of_the_bytes_keeps_the_steps(call, tmp_path):
     assert lazy["kv_bytes_peak"] <= full["kv_bytes_peak"] / 2
 
 
+def test_demo_in_eight_bits(call, tmp_path):
+    file = tmp_path / "demo.json"
+    size = ("--problems", 2, "--steps", 32, "--method", "full", "--method", "lazy-eviction")
+    assert call("demo", *size, "--json", file)[0] == 0
+    plain = json.loads(file.read_text())["rows"]
+    code, out, _ = call("demo", *size, "--kv", "int8", "--json", file)
+    assert code == 0 and "K and V in eight bits" in out
+    for eight, row in zip(json.loads(file.read_text())["rows"], plain, strict=True):
+        assert eight["kv_bytes_peak"] * 4 * 2 * 64 == row["kv_bytes_peak"] * (2 * 64 + 4)
+        assert eight["step_accuracy"] >= row["step_accuracy"] - 0.04
+
+
+@pytest.mark.parametrize("command", [("demo",), ("plan", "reasoner"), ("generate", "reasoner")])
+def test_an_unknown_kind_of_k_and_v(call, command):
+    more = ("--prompt", "Hi") if command[0] == "generate" else ()
+    code, _, err = call(*command, *more, "--kv", "int4")
+    assert code == 2 and "--kv: expected one of model, int8, got 'int4'" in err
+
+
 # --- generate -------------------------------------------------------------------------------------
 
 

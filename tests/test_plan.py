@@ -20,6 +20,7 @@ import every_model
 import kvcomp
 from kvcomp import METHODS, Delethink, Delta, Full, LazyEviction, LouisKV, PerTokenRetrieval, cli
 from kvcomp.cache import KVCache
+from kvcomp.cache.rows import EightBits
 from kvcomp.hf.shape import shape_of
 from kvcomp.methods.cost import Place
 from kvcomp.methods.eviction import Eviction, ObservingEviction
@@ -245,14 +246,19 @@ ATTENDING += [
     if not (method.moves_keys and "keep_prompt" in options)  # which must not stay where it is
 ]
 RUNS = [(method, 40) for method in ATTENDING]
+CODED = [(method, 40) for method in ATTENDING if not isinstance(method, Eviction)]
+CODED += [(METHODS[name].example(64), 100) for name in ("lazy-eviction", "h2o")]
 RUNS += [(method, 100) for method in ATTENDING if isinstance(method, Eviction)]  # over the budget
 
 
-@pytest.mark.parametrize("method, prompt", RUNS, ids=str)
-def test_formula_is_what_a_cache_counts(method, prompt):
+RUNS = [(*run, None) for run in RUNS] + [(*run, EightBits(True)) for run in CODED]
+
+
+@pytest.mark.parametrize("method, prompt, eight_bits", RUNS, ids=str)
+def test_formula_is_what_a_cache_counts(method, prompt, eight_bits):
     """Over whole periods of every method: what its steps read, and what it held at most."""
     steps = 128
-    cache = KVCache(method, LAYERS, inv_freq=INV_FREQ)
+    cache = KVCache(method, LAYERS, inv_freq=INV_FREQ, eight_bits=eight_bits)
     heads = {"k": KV_HEADS, "v": KV_HEADS, "q": HEADS}
     counted = [0]  # bytes read up to each step
     for step in range(steps + 1):
@@ -269,7 +275,7 @@ def test_formula_is_what_a_cache_counts(method, prompt):
             tokens = zip(meter.read_tokens, meter.slot_bytes, strict=True)
             counted.append(sum(int(n) * b for n, b in tokens))
     places = [
-        Place(prompt + step, prompt, LAYERS, HEADS, KV_HEADS, DIM, itemsize=4)
+        Place(prompt + step, prompt, LAYERS, HEADS, KV_HEADS, DIM, 4, coded=eight_bits is not None)
         for step in range(1, steps + 1)
     ]
     formulas = [method.step_bytes(place) for place in places]
@@ -314,8 +320,9 @@ def test_delethink_is_the_mean_of_its_contexts():
     assert nested.scoring > 0
 
 
+@pytest.mark.parametrize("kv", ["model", "int8"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe", "olmo3", "qwen3_next"])
-def test_bytes_of_a_real_model(kind):
+def test_bytes_of_a_real_model(kind, kv):
     """Weights and KV of a model that exists, against the plan from its config."""
     model = tiny_model(kind)
     shape = shape_of(model.config, dtype="float32")
@@ -325,13 +332,14 @@ def test_bytes_of_a_real_model(kind):
     assert shape.routed == experts
     assert shape.fixed == pytest.approx(sum(m.weight.nbytes for m in linear), rel=0.03)
     ids, new = torch.randint(3, 100, (2, 40)), 9
-    with kvcomp.patch(model, Full()) as run:
+    with kvcomp.patch(model, Full(), kv=kv) as run:
         cache = model.generate(
             ids, max_new_tokens=new + 1, do_sample=False, return_dict_in_generate=True
         ).past_key_values
     report = run.report()
-    assert report.kv_bytes_kept == 2 * (40 + new) * shape.kv_per_token
-    found = plan(shape, H200, context=40 + new, batch=2)
+    found = plan(shape, H200, context=40 + new, batch=2, kv=kv)
+    assert report.kv_bytes_kept == 2 * (40 + new) * found.kv_per_token
+    assert report.kv_bytes_dense == 2 * (40 + new) * shape.kv_per_token
     sliding = [layer for layer in cache.layers if getattr(layer, "is_sliding", False)]
     assert len(sliding) == len(shape.windows) == 3 * (kind == "olmo3")
     assert shape.linear == 3 * (kind == "qwen3_next")
@@ -339,6 +347,22 @@ def test_bytes_of_a_real_model(kind):
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in sliding)
     window = 16
     assert found.kv_total == report.kv_bytes_kept + stored * window / (window - 1)
+
+
+def test_eight_bits_are_compared_with_dense_attention_of_the_model(shapes):
+    """A row of 128 values is 260 bytes instead of 512, in host memory 272."""
+    shape, size = shapes[QWEN3], {"context": 32768, "batch": 8}
+    wide, eight = (plan(shape, H200, [LouisKV()], **size, kv=kv) for kv in ("model", "int8"))
+    assert eight.kv_total * 512 == wide.kv_total * 260
+    full, louis = eight.rows
+    assert full.kv_read == eight.kv_total and full.speedup == wide.floor_ms / eight.floor_ms > 1
+    assert louis.kv_host * 512 == wide.rows[1].kv_host * 272
+    assert louis.link_bytes * 512 == pytest.approx(wide.rows[1].link_bytes * 272)
+    with pytest.raises(ValueError, match="kv: expected one of model, int8, got 'int4'"):
+        plan(shape, H200, **size, kv="int4")
+    latents = dataclasses.replace(shape, value_dim=0)
+    with pytest.raises(ValueError, match="kv: expected 'model' for Qwen3-8B, which caches latents"):
+        plan(latents, H200, **size, kv="int8")
 
 
 def test_tied_embeddings_are_read():

@@ -93,6 +93,8 @@ def test_an_interrupted_run_goes_on_from_its_log(
     assert think(folder, problems, tmp_path, *more) == (0, whole)
     assert len(log.read_text().splitlines()) == 4
     before = log.read_text()
+    code, _ = think(folder, problems, tmp_path, *more, "--kv", "int8")
+    assert code == 2 and "kv was None and is" in capsys.readouterr().err
     code, _ = think(folder, problems, tmp_path, *more, "--seed", "4")
     assert code == 2 and "seed was 0 and is 4" in capsys.readouterr().err
     assert log.read_text() == before

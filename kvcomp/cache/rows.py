@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kvcomp import ops
-from kvcomp.ops.quantize_rows import dequantized
+from kvcomp.ops.quantize_rows import WORD_ROOM, dequantized
 
+KINDS = ("model", "int8")  # of K and V in a cache: as the model makes them, or in eight bits
 WORDS = "words"  # what `Slab.slots` calls the scales: they move as all that is noted about a token
 
 
@@ -88,3 +89,8 @@ class EightBits:
     def token_bytes(heads: int, dim: int) -> int:
         """Of K and V of one token, scales included."""
         return heads * (2 * dim + 4)
+
+    @staticmethod
+    def pool_bytes(heads: int, dim: int) -> int:
+        """Of one token in a `HostPool`."""
+        return heads * (2 * dim + WORD_ROOM)

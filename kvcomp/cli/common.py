@@ -13,6 +13,7 @@ import torch
 import typer
 
 from kvcomp import METHODS, Method, models
+from kvcomp.cache.rows import KINDS
 from kvcomp.checks import require_one_of
 from kvcomp.cli.output import say_aside
 from kvcomp.models import convert
@@ -39,6 +40,13 @@ Inner = Annotated[
     typer.Option(
         help="Delethink only: the method used within each chunk; --budget applies to it.",
         metavar="NAME",
+    ),
+]
+Kv = Annotated[
+    str,
+    typer.Option(
+        help="Keep K and V as the model makes them (model) or in eight bits (int8).",
+        metavar="KIND",
     ),
 ]
 Set = Annotated[
@@ -71,6 +79,11 @@ def pick_dtype(name: str | None) -> str | None:
     if name is not None:
         require_one_of(known, "kvcomp: --dtype", name)
     return name
+
+
+def pick_kv(kind: str) -> str:
+    require_one_of(KINDS, "kvcomp: --kv", kind)
+    return kind
 
 
 def pick_method(name: str) -> type[Method]:

@@ -18,11 +18,13 @@ from kvcomp.cli.common import (
     Device,
     Dtype,
     Inner,
+    Kv,
     Set,
     chunk_options,
     load,
     pick_device,
     pick_dtype,
+    pick_kv,
     pick_method,
 )
 from kvcomp.cli.output import deliver, say, say_aside
@@ -91,13 +93,7 @@ def generate(
         list[str] | None,
         typer.Option("--with", help="Set an option of a strategy.", metavar="NAME.OPTION=VALUE"),
     ] = None,
-    kv: Annotated[
-        str,
-        typer.Option(
-            help="Keep K and V as the model makes them (model) or in eight bits (int8).",
-            metavar="KIND",
-        ),
-    ] = "model",
+    kv: Kv = "model",
     compiled: Annotated[
         bool,
         typer.Option(
@@ -115,7 +111,7 @@ def generate(
         method, model, budget, settings or [], chunk_options(chunk, carry), inner
     )
     sampling = pick_sampling(temperature, top_p)
-    where, kind = pick_device(device), pick_dtype(dtype)
+    where, kind, kept = pick_device(device), pick_dtype(dtype), pick_kv(kv)
     text = read_prompt(prompt)
 
     from kvcomp.hf import patch
@@ -131,7 +127,7 @@ def generate(
         sampling["compile_config"] = for_generate()
     streamer = text_streamer(tokenizer)
     code = 0
-    with patch(network, chosen_method, max_tokens=room, kv=kv) as run:
+    with patch(network, chosen_method, max_tokens=room, kv=kept) as run:
         more = chosen.generation(run, tokenizer, inputs["input_ids"].shape[1])
         # A sampled answer is a function of the seed, with and without speculation.
         more["logits_processor"] = [*more.get("logits_processor", []), GumbelNoise(seed)]

@@ -19,9 +19,11 @@ from kvcomp.cli.common import (
     Carry,
     Chunk,
     Inner,
+    Kv,
     chunk_options,
     pick_device,
     pick_dtype,
+    pick_kv,
     pick_method,
     pretrained,
 )
@@ -89,6 +91,7 @@ def plan(
             metavar="NAME",
         ),
     ] = None,
+    kv: Kv = "model",
     weights: Annotated[
         float | None, typer.Option(help="Size of all weights in GB, if they are quantized.")
     ] = None,
@@ -99,7 +102,7 @@ def plan(
     The lower bound for the time of a step is the bytes it must read over the memory bandwidth. The
     upper bound for the speed-up of a method is the bound of dense attention over its own.
     """
-    kind = pick_dtype(dtype)
+    kind, kept = pick_dtype(dtype), pick_kv(kv)
     chunks = chunk_options(chunk, carry)
     name = model_name(model)
     methods = build_methods(method or [], name, budget, settings or [], chunks, inner)
@@ -121,6 +124,7 @@ def plan(
         batch=batch,
         prompt=prompt_tokens,
         generate=generate,
+        kv=kept,
     )
     if as_json:
         say(json.dumps(found.to_dict(), indent=2))

@@ -28,6 +28,7 @@ def headline(found: Plan) -> Iterator[str]:
     if model.weights > device.memory:
         verdict += ", nor do the weights alone"
     as_kv = found.weights_read / found.kv_per_token  # tokens
+    eight = "in eight bits, " if model.kv == "int8" else ""
     heads = f"{model.heads} query and {model.kv_heads} KV heads of {model.head_dim}"
     if model.value_dim == 0:
         heads = f"{model.heads} query heads over latents of {model.head_dim} values a token"
@@ -37,8 +38,9 @@ def headline(found: Plan) -> Iterator[str]:
         f" to the KV of {as_kv:,.0f} tokens"
     )
     yield (
-        f"KV       {found.kv_per_token / 1024:g} KiB per token, {_size(found.kv_per_sequence)} per"
-        f" sequence of {found.context} tokens, {_size(found.kv_total)} in all"
+        f"KV       {eight}{found.kv_per_token / 1024:g} KiB per token,"
+        f" {_size(found.kv_per_sequence)} per sequence of {found.context} tokens,"
+        f" {_size(found.kv_total)} in all"
     )
     yield (
         f"device   {device.name}: {device.bandwidth / 1e9:.4g} GB/s ({device.source}),"
@@ -83,9 +85,10 @@ def _cells(row: Row) -> Iterator[str]:
 
 def notes(found: Plan, methods: list[Method]) -> Iterator[str]:
     """What the columns mean, and what the bounds leave out."""
+    over = f" over full with K and V in {found.model.dtype}" if found.model.kv == "int8" else ""
     yield (
         "attended: tokens per full-attention layer; step: at least; at most: upper bound for the"
-        " speed-up; scored: the same, including what is read and written to select tokens"
+        f" speed-up{over}; scored: the same, including what is read and written to select tokens"
     )
     yield (
         f"KV held: on the device, per sequence; sequences: how many of {found.context} tokens fit;"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcomp import METHODS
-from kvcomp.cli.common import Device, Dtype, load, pick_device, pick_dtype, pick_method
+from kvcomp.cli.common import Device, Dtype, Kv, load, pick_device, pick_dtype, pick_kv, pick_method
 from kvcomp.cli.output import check_distinct, check_output, deliver, say, show, write
 from kvcomp.progress import stderr_console
 from kvcomp.reasoner import task
@@ -76,6 +76,7 @@ def demo(
     ] = 512,
     device: Device = None,
     dtype: Dtype = None,
+    kv: Kv = "model",
     seed: Annotated[int, typer.Option(help="Seed of the problems.", min=0)] = 0,
     json_file: Annotated[
         Path | None,
@@ -98,20 +99,20 @@ def demo(
     check_distinct(json=json_file, plot=plot_file)
     for file in (json_file, plot_file):
         check_output(file)
-    where, kind = pick_device(device), pick_dtype(dtype)
+    where, kind, kept = pick_device(device), pick_dtype(dtype), pick_kv(kv)
     if plot_file is not None:
         import matplotlib  # noqa: F401  (better missed now than after the work)
     work: Any
     if model == "reasoner":
         from kvcomp import demo as work
 
-        settings = work.Settings(problems, nodes, steps, seed, budget, where, kind)
+        settings = work.Settings(problems, nodes, steps, seed, budget, where, kind, kept)
         result = work.run(names, settings, stderr_console())
     else:
         from kvcomp import demo_text as work
 
         names = [name for name in names if name != "delethink"]  # a text is given: no new contexts
-        settings = work.Settings(model, tokens, windows, budget, where, kind)
+        settings = work.Settings(model, tokens, windows, budget, where, kind, kept)
         result = work.run(names, settings, *load(model, where, kind), stderr_console())
     picture = work.plot(result) if plot_file is not None else b""
     deliver(

@@ -15,11 +15,13 @@ from kvcomp.cli.common import (
     Device,
     Dtype,
     Inner,
+    Kv,
     Set,
     chunk_options,
     load,
     pick_device,
     pick_dtype,
+    pick_kv,
 )
 from kvcomp.cli.generate import build_method, choose
 from kvcomp.cli.output import check_distinct, check_output, deliver, say, say_aside, write
@@ -76,6 +78,7 @@ def think(
     seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
+    kv: Kv = "model",
     progress: Annotated[bool, typer.Option(help="Show a progress bar on standard error.")] = True,
 ) -> None:
     """Answer a file of problems by strategies of long reasoning, with a log to resume from.
@@ -84,7 +87,7 @@ def think(
     """
     chunks = chunk_options(chunk, carry)
     chosen_method = build_method(method, model, budget, settings or [], chunks, inner)
-    where, kind = pick_device(device), pick_dtype(dtype)
+    where, kind, kept = pick_device(device), pick_dtype(dtype), pick_kv(kv)
     check_distinct(problems=problems, log=log, out=out)
     check_output(log)
     check_output(out)
@@ -99,7 +102,7 @@ def think(
     )
     wanted = read_problems(problems)
     network, tokenizer = load(model, where, kind)
-    with patch(network, chosen_method) as run:
+    with patch(network, chosen_method, kv=kept) as run:
         try:
             found = thinking.think(
                 run, tokenizer, wanted, chosen,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvcomp.cache.rows import EightBits
+from kvcomp.cache.rows import KINDS, EightBits
 from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.refusals import head_sizes
-
-KINDS = ("model", "int8")
 
 
 def eight_bits(model: Any, kv: str, kv_rotate: bool | None) -> EightBits | None:

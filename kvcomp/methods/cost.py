@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvcomp.cache.rows import EightBits
+
 
 @dataclass(frozen=True)
 class Place:
@@ -20,6 +22,7 @@ class Place:
         itemsize: bytes of one value of K or V.
         value_dim: values of V of a token and KV head; None: head_dim. 0 in latent attention (MLA),
             where V is a part of K.
+        coded: K and V are kept in eight bits; see `EightBits`.
     """
 
     seen: float
@@ -30,12 +33,22 @@ class Place:
     head_dim: int
     itemsize: int
     value_dim: int | None = None
+    coded: bool = False
 
     @property
     def token_bytes(self) -> int:
         """Bytes of K and V of one token in one layer."""
+        if self.coded:
+            return EightBits.token_bytes(self.kv_heads, self.head_dim)
         value_dim = self.head_dim if self.value_dim is None else self.value_dim
         return self.kv_heads * (self.head_dim + value_dim) * self.itemsize
+
+    @property
+    def pool_bytes(self) -> int:
+        """The same in host memory, where rows of codes are padded."""
+        if self.coded:
+            return EightBits.pool_bytes(self.kv_heads, self.head_dim)
+        return self.token_bytes
 
     @property
     def logit_bytes(self) -> int:

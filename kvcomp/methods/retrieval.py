@@ -142,8 +142,8 @@ class Retrieval(Method):
             read=(whole + retrieving * attended) * at.token_bytes,
             held=(whole + retrieving * resident) * at.token_bytes + digests,
             scoring=self.selection_rate * digests,
-            link=self.selection_rate * retrieving * fetched * at.token_bytes,
-            host=retrieving * at.seen * at.token_bytes,
+            link=self.selection_rate * retrieving * fetched * at.pool_bytes,
+            host=retrieving * at.seen * at.pool_bytes,
         )
 
     @property

@@ -105,6 +105,7 @@ def think(
         "strategies": list(chosen.names),
         "options": {name: dict(each) for name, each in chosen.options.items()},
         "method": repr(run.method),
+        **({} if run.eight_bits is None else {"kv": repr(run.eight_bits)}),
         **dataclasses.asdict(drawn),
         **(settings or {}),
     }
