@@ -14,14 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcomp.ops._splits import MAX_SPLITS, MIN_SPLIT, num_multiprocessors, plan_splits
-from kvcomp.ops.triton import COMPILE, LOG2E, dot, on_its_device
-from kvcomp.ops.triton.decode_attention import (
+from kvcomp.ops._splits import MIN_SPLIT
+from kvcomp.ops.triton import COMPILE, dot, on_its_device
+from kvcomp.ops.triton._tile import (
     GROWING,
-    PROGRAMS_PER_SM,
+    Splits,
+    advance_softmax,
     config,
-    merge_splits_kernel,
+    list_strides,
     refuse_codes,
+    slots_of,
+    split_of,
+    store_logits,
+    store_state,
 )
 
 
@@ -65,8 +70,7 @@ def append_attention_kernel(
     BLOCK_N: tl.constexpr,
     MIN_PART: tl.constexpr,
 ):
-    i_tile, i_b, i_split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    num_splits = tl.num_programs(2)
+    i_tile, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles = tl.cdiv(num_queries * G, BLOCK_G)
     num_heads = tl.num_programs(0) // tiles * G
     i_kv = (i_tile // tiles).to(tl.int64)
@@ -87,78 +91,49 @@ def append_attention_kernel(
         b_tail = tl.where(o_m < 63, b_tail, -1)
     else:
         b_tail = tl.load(tail + i_b * stride_tail_b + o_m, mask=m_g, other=0)
-    # Equal parts of what this sequence has, whatever there is room for; at most split_size.
-    part = tl.cdiv(tl.cdiv(b_len, num_splits), BLOCK_N) * BLOCK_N
-    part = tl.minimum(tl.maximum(part, MIN_PART), split_size)
-    i_start = i_split * part
-    i_end = tl.minimum(i_start + part, b_len)
+    i_start, i_end = split_of(b_len, split_size, MIN_PART, BLOCK_N)
 
     p_q = q + i_b * stride_q_b + o_m[None, :].to(tl.int64) * stride_q_m
     p_q += o_h[None, :] * stride_q_h + o_d[:, None]
     b_q = tl.load(p_q, mask=m_d[:, None] & m_g[None, :], other=0.0)  # [BLOCK_D, BLOCK_G]
     p_k = k + i_b * stride_k_b + i_kv * stride_k_h + o_d[None, :]
     p_v = v + i_b * stride_v_b + i_kv * stride_v_h + o_d[:, None]
+    p_ids = page_ids
+    if page_ids is not None:
+        p_ids += i_b * stride_ids_b + i_kv * stride_ids_h
 
     b_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     b_sums = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)  # summed over tokens once, at the end
     b_out = tl.zeros([BLOCK_D, BLOCK_G], tl.float32)
     for i_n in range(i_start, i_end, BLOCK_N):
-        o_n = i_n + tl.arange(0, BLOCK_N)
-        m_len = o_n < b_len
-        if page_ids is None:
-            b_slot = o_n.to(tl.int64)
-            m_n = m_len
-        else:
-            # A page that holds whole blocks needs one id per block, smaller ones one per token.
-            o_page = i_n // PAGE_SIZE if PAGE_SIZE % BLOCK_N == 0 else o_n // PAGE_SIZE
-            p_ids = page_ids + i_b * stride_ids_b + i_kv * stride_ids_h + o_page
-            b_page = tl.load(p_ids, mask=o_page * PAGE_SIZE < b_len, other=-1).to(tl.int64)
-            b_slot = b_page * PAGE_SIZE + o_n % PAGE_SIZE
-            m_n = m_len & (b_slot >= 0) & (b_slot < num_slots)
+        b_slot, m_n, m_wild = slots_of(p_ids, i_n, b_len, num_slots, PAGE_SIZE, BLOCK_N)
         m_nd = m_n[:, None] & m_d[None, :]
         b_k = tl.load(p_k + b_slot[:, None] * stride_k_t, mask=m_nd, other=0.0)
         b_logits = dot(b_k, b_q, tl.zeros([BLOCK_N, BLOCK_G], tl.float32)) * scale
+        o_n = i_n + tl.arange(0, BLOCK_N)
         o_bit = tl.minimum(tl.maximum(o_n - i_new, 0), 63).to(tl.int64)
         m_seen = (o_n < i_new)[:, None] | ((b_tail[None, :] >> o_bit[:, None]) & 1 == 1)
         m_seen = m_seen & m_n[:, None] & m_q[None, :]
         b_logits = tl.where(m_seen, b_logits, float("-inf"))
         if page_ids is not None:  # an id out of range reads nothing and poisons the row
-            m_wild = m_len & ((b_page < -1) | (b_slot >= num_slots))
             b_logits = tl.where(m_wild[:, None], float("nan"), b_logits)
         if logits is not None:
             p_logits = logits + i_b * stride_logits_b + o_m[None, :] * stride_logits_m
             p_logits += o_h[None, :] * stride_logits_h
-            b_stored = b_logits
-            if logits.dtype.element_ty == tl.float16:  # finite logits stay so
-                m_finite = tl.abs(b_logits) < float("inf")
-                b_stored = tl.where(m_finite, tl.clamp(b_logits, -65504.0, 65504.0), b_logits)
-            b_stored = b_stored.to(logits.dtype.element_ty)
-            tl.store(p_logits + o_n[:, None], b_stored, mask=m_len[:, None] & m_g[None, :])
+            m_logits = (o_n < b_len)[:, None] & m_g[None, :]
+            store_logits(p_logits + o_n[:, None], b_logits, m_logits)
 
-        b_new = tl.maximum(b_max, tl.max(b_logits, 0))
-        b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_decay = tl.exp2((b_max - b_base) * LOG2E)
-        b_probs = tl.exp2((b_logits - b_base[None, :]) * LOG2E)
+        b_probs, b_decay, b_max = advance_softmax(b_logits, b_max)
         b_sums = b_sums * b_decay[None, :] + b_probs
         m_dn = m_d[:, None] & m_n[None, :]
         b_v = tl.load(p_v + b_slot[None, :] * stride_v_t, mask=m_dn, other=0.0)
         b_out = dot(b_v, b_probs.to(b_v.dtype), b_out * b_decay[None, :])
-        b_max = b_new
 
-    b_sum = tl.sum(b_sums, 0)
-    # Lengths that cannot be poison.
+    # Lengths that cannot be.
     m_wrong = (b_asked < 0) | (b_asked > num_positions) | (i_new < 0)
     m_wrong = m_wrong | (b_count < 0) | (b_count > num_queries)
-    b_sum = tl.where(m_wrong, float("nan"), b_sum)
-    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # nothing attended: b_out is 0
-    b_lse = b_max + tl.log(b_sum)  # -inf where nothing was attended
-    b_out = b_out / b_sum[None, :]
-    o_row = ((i_b * num_queries + o_m) * num_heads + o_h) * num_splits + i_split
-    tl.store(lse + o_row, b_lse, mask=m_g)
-    p_out = out + o_row[None, :] * D + o_d[:, None]
-    # The output of an empty split is never read, so not written; that of an empty row is.
-    m_out = m_g & (tl.where(num_splits > 1, b_lse, 0.0) != float("-inf"))
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_d[:, None] & m_out[None, :])
+    o_row = (i_b * num_queries + o_m) * num_heads + o_h
+    store_state(out, lse, b_max, b_sums, b_out, o_row, m_wrong, m_g, D, m_d)
 
 
 @on_its_device
@@ -186,22 +161,8 @@ def launch(
         most = max(4, min(32, 2048 // block_d))
         meta = meta | {"BLOCK_G": min(triton.next_power_of_2(count * group), most)}
     programs = num_kv_heads * -(-count * group // meta["BLOCK_G"])
-    num_splits, split_size = plan_splits(
-        batch * programs,
-        max(1, -(-num_positions // MIN_SPLIT)),
-        num_multiprocessors(q.device) * PROGRAMS_PER_SM,
-    )
-
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(batch, count, num_heads, dtype=torch.float32)
-    partial_out, partial_lse = out, lse
-    if num_splits > 1:
-        partial_out = lse.new_empty(batch, count, num_heads, num_splits, head_dim)
-        partial_lse = lse.new_empty(batch, count, num_heads, num_splits)
-    ids_strides = (0, 0) if page_ids is None else page_ids.stride()[:2]
-    if page_ids is not None and page_ids.shape[1] == 1:
-        ids_strides = ids_strides[0], 0
-    append_attention_kernel[(programs, batch, num_splits)](
+    splits = Splits.of(q, batch * programs, num_positions)
+    append_attention_kernel[(programs, batch, splits.count)](
         q,
         k,
         v,
@@ -210,19 +171,19 @@ def launch(
         tail,
         page_ids,
         logits,
-        partial_out,
-        partial_lse,
+        splits.partial_out,
+        splits.partial_lse,
         scale,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
         0 if tail is None else tail.stride(0),
-        *ids_strides,
+        *list_strides(page_ids),
         *((0, 0, 0) if logits is None else logits.stride()[:3]),
         count,
         num_slots,
         num_positions,
-        split_size,
+        splits.size,
         G=group,
         D=head_dim,
         PAGE_SIZE=page_size,
@@ -231,18 +192,4 @@ def launch(
         **meta,
         **COMPILE,
     )
-    if num_splits > 1:
-        merge_splits_kernel[(batch * count * num_heads,)](
-            partial_out,
-            partial_lse,
-            out,
-            lse,
-            num_splits,
-            D=head_dim,
-            BLOCK_D=block_d,
-            BLOCK_S=MAX_SPLITS,
-            CHUNK=8,
-            num_warps=4,
-            **COMPILE,
-        )
-    return out, lse
+    return splits.merged()

@@ -1,0 +1,212 @@
+"""What decode_attention and append_attention share: a tile of tokens, from the list of them to the
+softmax, and the splits, from their plan to their merge.
+
+S = K qᵀ [BLOCK_N, BLOCK_G] and Oᵀ = Vᵀ P [D, BLOCK_G]: tokens fill the rows that tensor cores
+insist on, the rows of q are their narrow side.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcomp.ops._splits import MAX_SPLITS, MIN_SPLIT, num_multiprocessors, plan_splits
+from kvcomp.ops.triton import COMPILE, LOG2E
+
+PROGRAMS_PER_SM = 2  # what shared memory and registers allow on Hopper
+
+# These grow while a sequence is decoded: no second compilation at a multiple of 16.
+GROWING = ["num_slots", "num_positions", "split_size", "stride_ids_b", "stride_ids_h"]
+GROWING += ["stride_logits_b", "stride_logits_h"]
+
+
+@cache
+def config(head_dim: int, dtype: torch.dtype, rows: int, paged: bool) -> dict[str, int]:
+    """Tiles and pipeline depth: 32 KiB of K and V a tile, three in flight, two programs per SM."""
+    block_g = triton.next_power_of_2(rows)
+    if dtype == torch.float32:  # full-precision products run on the CUDA cores: tests, small jobs
+        block_g, block_n, num_warps, num_stages = min(block_g, 4), 16, 4, 2
+    elif head_dim <= 64:
+        block_g, block_n, num_warps, num_stages = min(block_g, 32), 128, 4, 3
+    elif head_dim <= 128:
+        block_g, block_n, num_warps, num_stages = min(block_g, 32), 64, 4, 3
+    else:
+        block_g, block_n, num_warps, num_stages = min(block_g, 32), 32, 4, 3
+    return {
+        "BLOCK_G": block_g if dtype == torch.float32 else max(block_g, 16),  # 16: what wgmma takes
+        "BLOCK_N": block_n,
+        "num_warps": num_warps,
+        "num_stages": num_stages + 2 * paged,  # ids arrive two tiles ahead of K and V
+    }
+
+
+# --- a tile ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def split_of(b_len, split_size, MIN_PART: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Positions [start, end) of this program's split: equal parts of what the sequence has,
+    whatever there is room for; at most split_size."""
+    num_splits = tl.num_programs(2)
+    part = tl.cdiv(tl.cdiv(b_len, num_splits), BLOCK_N) * BLOCK_N
+    part = tl.minimum(tl.maximum(part, MIN_PART), split_size)
+    i_start = tl.program_id(2) * part
+    return i_start, tl.minimum(i_start + part, b_len)
+
+
+@triton.jit
+def slots_of(p_ids, i_n, b_len, num_slots, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Slots of the tile at position i_n, which of them there are, and which ids are out of range.
+
+    p_ids: the list of this sequence and head; None: dense.
+    """
+    o_n = i_n + tl.arange(0, BLOCK_N)
+    m_len = o_n < b_len
+    if p_ids is None:
+        return o_n.to(tl.int64), m_len, m_len & (o_n < 0)
+    else:
+        # A page that holds whole blocks needs one id per block, smaller ones one per token.
+        o_page = i_n // PAGE_SIZE if PAGE_SIZE % BLOCK_N == 0 else o_n // PAGE_SIZE
+        b_page = tl.load(p_ids + o_page, mask=o_page * PAGE_SIZE < b_len, other=-1).to(tl.int64)
+        b_slot = b_page * PAGE_SIZE + o_n % PAGE_SIZE
+        m_n = m_len & (b_slot >= 0) & (b_slot < num_slots)
+        return b_slot, m_n, m_len & ((b_page < -1) | (b_slot >= num_slots))
+
+
+@triton.jit
+def store_logits(p_logits, b_logits, mask):
+    if p_logits.dtype.element_ty == tl.float16:  # finite logits stay so
+        m_finite = tl.abs(b_logits) < float("inf")
+        b_logits = tl.where(m_finite, tl.clamp(b_logits, -65504.0, 65504.0), b_logits)
+    tl.store(p_logits, b_logits.to(p_logits.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def advance_softmax(b_logits, b_max):
+    """Probabilities relative to the new maximum, what that does to earlier ones, the maximum."""
+    b_new = tl.maximum(b_max, tl.max(b_logits, 0))
+    b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
+    b_decay = tl.exp2((b_max - b_base) * LOG2E)
+    return tl.exp2((b_logits - b_base[None, :]) * LOG2E), b_decay, b_new
+
+
+@triton.jit
+def store_state(out, lse, b_max, b_sums, b_out, o_row, m_wrong, m_g, D: tl.constexpr, m_d):
+    """Output and lse of the rows o_row of [rows, splits]; NaN where m_wrong."""
+    num_splits, i_split = tl.num_programs(2), tl.program_id(2)
+    b_sum = tl.where(m_wrong, float("nan"), tl.sum(b_sums, 0))
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # nothing attended: b_out is 0
+    b_lse = b_max + tl.log(b_sum)  # -inf where nothing was attended
+    b_out = b_out / b_sum[None, :]
+    o_row = o_row * num_splits + i_split
+    tl.store(lse + o_row, b_lse, mask=m_g)
+    o_d = tl.arange(0, b_out.shape[0])
+    p_out = out + o_row[None, :] * D + o_d[:, None]
+    # The output of an empty split is never read, so not written; that of an empty row is.
+    m_out = m_g & (tl.where(num_splits > 1, b_lse, 0.0) != float("-inf"))
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_d[:, None] & m_out[None, :])
+
+
+# --- the splits -----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def merge_splits_kernel(
+    partial_out,  # [rows, splits, D] fp32
+    partial_lse,  # [rows, splits]
+    out,  # [rows, D]
+    lse,  # [rows]
+    num_splits,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    o_s = tl.arange(0, BLOCK_S)
+    p_lse = partial_lse + i_row * num_splits
+    b_lse = tl.load(p_lse + o_s, mask=o_s < num_splits, other=float("-inf"))
+    b_max = tl.max(b_lse, 0)
+    b_base = tl.where(b_max == float("-inf"), 0.0, b_max)
+    b_sum = tl.sum(tl.exp2((b_lse - b_base) * LOG2E), 0)
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_out = tl.zeros([BLOCK_D], tl.float32)
+    for i_s in range(0, num_splits, CHUNK):
+        o_c = i_s + tl.arange(0, CHUNK)
+        b_part = tl.load(p_lse + o_c, mask=o_c < num_splits, other=float("-inf"))
+        m_c = b_part != float("-inf")  # empty splits are not read
+        p_part = partial_out + (i_row * num_splits + o_c[:, None]) * D + o_d[None, :]
+        b_part_out = tl.load(p_part, mask=m_c[:, None] & m_d[None, :], other=0.0)
+        b_weight = tl.where(m_c, tl.exp2((b_part - b_base) * LOG2E), 0.0)
+        b_out += tl.sum(b_part_out * b_weight[:, None], 0)
+    tl.store(lse + i_row, b_max + tl.log(b_sum))  # -inf where all splits are empty
+    tl.store(out + i_row * D + o_d, (b_out / b_sum).to(out.dtype.element_ty), mask=m_d)
+
+
+class Splits(NamedTuple):
+    """Where the programs of a launch leave their states: in out and lse, if there is one split."""
+
+    out: Tensor  # [..., D]
+    lse: Tensor  # [...]
+    count: int
+    size: int  # tokens
+    partial_out: Tensor
+    partial_lse: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, programs: int, num_positions: int) -> Splits:
+        """For q [..., D], whose rows `programs` programs share in each split."""
+        count, size = plan_splits(
+            programs,
+            max(1, -(-num_positions // MIN_SPLIT)),
+            num_multiprocessors(q.device) * PROGRAMS_PER_SM,
+        )
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        if count == 1:
+            return cls(out, lse, count, size, out, lse)
+        partial_lse = lse.new_empty(*lse.shape, count)
+        return cls(
+            out, lse, count, size, lse.new_empty(*partial_lse.shape, q.shape[-1]), partial_lse
+        )
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """out and lse."""
+        if self.count > 1:
+            head_dim = self.out.shape[-1]
+            merge_splits_kernel[(self.lse.numel(),)](
+                self.partial_out,
+                self.partial_lse,
+                self.out,
+                self.lse,
+                self.count,
+                D=head_dim,
+                BLOCK_D=triton.next_power_of_2(head_dim),
+                BLOCK_S=MAX_SPLITS,
+                CHUNK=8,
+                num_warps=4,
+                **COMPILE,
+            )
+        return self.out, self.lse
+
+
+def list_strides(page_ids: Tensor | None) -> tuple[int, int]:
+    """Of the sequences and the heads, 0 for a list that these share."""
+    if page_ids is None:
+        return 0, 0
+    return page_ids.stride(0), page_ids.stride(1) if page_ids.shape[1] > 1 else 0
+
+
+def refuse_codes(op: str, words: Tensor | None) -> None:
+    if words is not None:
+        raise ValueError(
+            f"kvcomp.{op}: argument 'words': expected None for Triton, whose kernels take no K and"
+            " V in eight bits, got a tensor"
+        )
