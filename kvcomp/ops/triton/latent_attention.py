@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvcomp.ops._splits import MAX_SPLITS, MIN_SPLIT, num_multiprocessors, plan_splits
 from kvcomp.ops.triton import COMPILE, LOG2E, dot, on_its_device
-from kvcomp.ops.triton.decode_attention import merge_splits_kernel
+from kvcomp.ops.triton._tile import merge_splits_kernel
 
 # These grow while a sequence is decoded: no second compilation at a multiple of 16.
 GROWING = ["num_slots", "num_positions", "split_size", "stride_ids_b"]
