@@ -72,6 +72,10 @@ def decode_attention(draw):
             room = page_ids.shape[-1] * page_size
         else:
             page_size = 1
+    if page_ids is not None and draw.int(0, 1):  # a pool of pages
+        pages = draw.int(1, 9)
+        shape, page_ids = (pages, kv_heads, page_size, dim), page_ids[:, 0] % pages
+        k, v = (kv_cache(shape, draw.dtype, draw.generator, layout) for _ in "kv")
     logits = torch.full((batch, kv_heads * group, room), torch.nan) if draw.int(0, 1) else None
     return q, k, v, ints(draw.lens(batch, room)), page_ids, page_size, dim**-0.5, logits
 

@@ -68,7 +68,7 @@ struct TileRows {
       for (int at = first, page = first / p.page_size; at < end; ++page) {
         const int length = std::min((page + 1) * p.page_size, end) - at;
         const std::int64_t offset = at - page * p.page_size;
-        if (ids[page] >= 0) add(at, ids[page] * std::int64_t{p.page_size} + offset, length);
+        if (ids[page] >= 0) add(at, ids[page] * std::int64_t{p.page_pitch} + offset, length);
         at += length;
       }
     }

@@ -6,13 +6,37 @@
 #include "ops/checks.h"
 
 namespace kvcomp {
+namespace {
+
+// How a pool of pages [pages, Hkv, P, D] lies in memory: in slots, of which page u has P from
+// u * pitch on.
+struct Pool {
+  std::int64_t stride_h, stride_t, pitch, num_slots;
+};
+
+Pool pool_of(const Boundary& at, const TensorView& view) {
+  const std::int64_t pages = view.shape[0], size = view.shape[2];
+  const std::int64_t stride_p = view.strides[0], stride_t = view.strides[2];
+  if (size == 1) return {view.strides[1], stride_p, 1, pages};
+  if (pages <= 1) return {view.strides[1], stride_t, size, pages * size};
+  if (stride_t <= 0 || stride_p % stride_t != 0 || stride_p / stride_t < size) {
+    at.fail(view.name, "pages that are a multiple of the stride of tokens apart, and at least P",
+            "strides of " + std::to_string(stride_p) + " and " + std::to_string(stride_t));
+  }
+  const std::int64_t pitch = stride_p / stride_t;
+  return {view.strides[1], stride_t, pitch, (pages - 1) * pitch + size};
+}
+
+}  // namespace
+
 void check_listed_tokens(const Boundary& at, const DecodeAttentionParams& p) {
   const std::int64_t limit =
       p.page_ids ? std::int64_t{p.num_listed} * p.page_size : std::int64_t{p.num_slots};
   check_seq_lens(at, p.seq_lens, p.batch, p.page_ids ? "K * page_size" : "T", limit);
   if (!p.page_ids) return;
   const int num_sets = p.stride_ids_h == 0 ? 1 : p.num_kv_heads;
-  const std::int32_t num_pages = p.num_slots / p.page_size;  // that lie in the cache whole
+  const std::int32_t num_pages =  // that lie in the cache whole
+      p.num_slots < p.page_size ? 0 : (p.num_slots - p.page_size) / p.page_pitch + 1;
   for (int b = 0; b < p.batch; ++b) {
     const int full = p.seq_lens[b] / p.page_size, rest = p.seq_lens[b] % p.page_size;
     for (int set = 0; set < num_sets; ++set) {
@@ -25,14 +49,15 @@ void check_listed_tokens(const Boundary& at, const DecodeAttentionParams& p) {
       bool good = low >= -1 && high < num_pages;
       if (rest > 0) {  // of the last page only the attended tokens must exist
         const std::int64_t id = ids[full];
-        good = good && id >= -1 && id * p.page_size + rest <= p.num_slots;
-        if (id >= 0 && id * p.page_size + rest > p.num_slots) high = ids[full];
+        good = good && id >= -1 && id * p.page_pitch + rest <= p.num_slots;
+        if (id >= 0 && id * p.page_pitch + rest > p.num_slots) high = ids[full];
         low = std::min(low, ids[full]);
       }
       if (good) continue;
       at.fail("page_ids",
-              "-1 or pages of " + std::to_string(p.page_size) +
-                  " within T=" + std::to_string(p.num_slots),
+              p.page_pitch == p.page_size ? "-1 or pages of " + std::to_string(p.page_size) +
+                                                " within T=" + std::to_string(p.num_slots)
+                                          : "-1 or one of " + std::to_string(num_pages) + " pages",
               std::to_string(low < -1 ? low : high) + " in row " + std::to_string(b));
     }
   }
@@ -60,8 +85,29 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
     several ? at.shape(view, {B, m, Hq, rest...}) : at.shape(view, {B, Hq, rest...});
   };
   shape_by_head(q, D);
-  at.shape(k, {B, Hkv, T, D});
-  at.shape(v, {B, Hkv, T, D});
+  const bool pooled = page_ids && page_ids->ndim == 2;
+  Pool k_pool{}, v_pool{};
+  if (pooled) {
+    Dim pages{"pages"}, P{"P"};
+    at.shape(k, {pages, Hkv, P, D});
+    at.shape(v, {pages, Hkv, P, D});
+    if (page_size != P.size) {
+      at.fail("page_size", "P=" + std::to_string(P.size) + " of k, a pool of pages", page_size);
+    }
+    if (words) at.fail("words", "None with a pool of pages", "a tensor");
+    k_pool = pool_of(at, k);
+    v_pool = pool_of(at, v);
+    if (v_pool.pitch != k_pool.pitch) {
+      at.fail("v", "pages as far apart as those of k, " + std::to_string(k_pool.pitch) + " tokens",
+              v_pool.pitch);
+    }
+    T.size = k_pool.num_slots;
+  } else {
+    at.shape(k, {B, Hkv, T, D});
+    at.shape(v, {B, Hkv, T, D});
+    k_pool = {k.strides[1], k.strides[2], page_size, T.size};
+    v_pool = {v.strides[1], v.strides[2], page_size, T.size};
+  }
   at.shape(seq_lens, {B});
   if (words) check_words(at, backend, *words, k, {B, Hkv, T});
   if (B.size < 1) at.fail("q", "at least one sequence", B.size);
@@ -77,7 +123,9 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
   if (page_ids) {
     at.dtype(*page_ids, {DType::i32});
     at.last_contiguous(*page_ids);
-    if (page_ids->ndim == 3 && page_ids->shape[1] == 1) {
+    if (pooled) {
+      at.shape(*page_ids, {B, K});
+    } else if (page_ids->ndim == 3 && page_ids->shape[1] == 1) {
       at.shape(*page_ids, {B, 1, K});
     } else {
       at.shape(*page_ids, {B, Hkv, K});
@@ -146,16 +194,16 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
       .arrived = nullptr,
       .stride_q_b = q.strides[0],
       .stride_q_h = q.strides[head],
-      .stride_k_b = k.strides[0],
-      .stride_k_h = k.strides[1],
-      .stride_k_t = k.strides[2],
-      .stride_v_b = v.strides[0],
-      .stride_v_h = v.strides[1],
-      .stride_v_t = v.strides[2],
+      .stride_k_b = pooled ? 0 : k.strides[0],
+      .stride_k_h = k_pool.stride_h,
+      .stride_k_t = k_pool.stride_t,
+      .stride_v_b = pooled ? 0 : v.strides[0],
+      .stride_v_h = v_pool.stride_h,
+      .stride_v_t = v_pool.stride_t,
       .stride_words_b = words ? words->strides[0] : 0,
       .stride_words_h = words ? words->strides[1] : 0,
       .stride_ids_b = page_ids ? page_ids->strides[0] : 0,
-      .stride_ids_h = page_ids && page_ids->shape[1] > 1 ? page_ids->strides[1] : 0,
+      .stride_ids_h = page_ids && !pooled && page_ids->shape[1] > 1 ? page_ids->strides[1] : 0,
       .stride_logits_b = logits ? logits->strides[0] : 0,
       .stride_logits_h = logits ? logits->strides[head] : 0,
       .batch = static_cast<std::int32_t>(B.size),
@@ -165,6 +213,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
       .num_slots = static_cast<std::int32_t>(T.size),
       .num_listed = page_ids ? static_cast<std::int32_t>(K.size) : 0,
       .page_size = static_cast<std::int32_t>(page_size),
+      .page_pitch = static_cast<std::int32_t>(k_pool.pitch),
       .num_splits = static_cast<std::int32_t>(S.size),
       .split_size = static_cast<std::int32_t>(given.split_size),
       .scale = static_cast<float>(given.scale),

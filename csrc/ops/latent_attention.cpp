@@ -84,7 +84,7 @@ void latent_attention(Backend backend, py::handle q_, py::handle latents_, py::h
   attention.head_dim = static_cast<std::int32_t>(D.size);
   attention.num_slots = static_cast<std::int32_t>(T.size);
   attention.num_listed = page_ids ? static_cast<std::int32_t>(K.size) : 0;
-  attention.page_size = static_cast<std::int32_t>(page_size);
+  attention.page_size = attention.page_pitch = static_cast<std::int32_t>(page_size);
   attention.num_splits = 1;
   attention.scale = static_cast<float>(scale);
   if (readable(backend)) {

@@ -11,7 +11,16 @@ from torch import Tensor
 from kvcomp import _C
 from kvcomp.ops._arguments import default_scale
 from kvcomp.ops._registry import bind, raw_stream
-from kvcomp.ops.decode_attention import attended, decoded, listed, logits_of, partials
+from kvcomp.ops.decode_attention import (
+    attended,
+    decoded,
+    given_or_made,
+    handed_over,
+    listed,
+    logits_of,
+    partials,
+    room,
+)
 
 MOST_QUERIES = 64  # bits of a mask
 
@@ -29,6 +38,8 @@ def append_attention(
     scale: float | None = None,
     logits: Tensor | None = None,
     words: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last m tokens of each sequence: a second turn, a piece of a prompt, the
     drafts that speculative decoding checks. K and V are read once for all of them.
@@ -45,20 +56,21 @@ def append_attention(
     Args:
         q: [B, m, Hq, D], 1 <= m <= 64; fp32, fp16 or bf16; D one of `HEAD_SIZES`.
         k, v: [B, Hkv, T, D] of q's dtype, or int8 with `words`; any strides on B, Hkv and T, D
-            contiguous.
+            contiguous. Or a pool [pages, Hkv, P, D], see `decode_attention`.
         seq_lens: [B] int32, tokens attended, the new ones included.
         q_lens: [B] int32, how many of its m queries a row has, in front; it has as many new
             tokens. The queries behind give 0 and -inf. None: all m.
         tail: [B, m] int64. Bit j of query i says whether it sees the j-th new token, itself
             included. None: causal.
-        page_ids: [B, 1, K] (one set for all heads) or [B, Hkv, K], int32: the list of tokens as in
-            `decode_attention`. The pages of the new tokens are in it, last.
+        page_ids: [B, 1, K] (one set for all heads) or [B, Hkv, K], int32; [B, K] with a pool: the
+            list of tokens as in `decode_attention`. The pages of the new tokens are in it, last.
         page_size: tokens in a page.
         scale: factor on q k^T; 1 / sqrt(D) by default.
         logits: optional output [B, m, Hq, N], N >= T (dense) or K * page_size (paged), of fp32 or,
             except on the CPU, fp16: receives the scaled logits of each attended position; others
             are left alone or set to -inf. See `decode_attention`.
         words: [B, Hkv, T] int32, scales of int8 k and v, as for `decode_attention`.
+        out, lse: where to write the results, contiguous; new tensors by default.
 
     Returns:
         out [B, m, Hq, D] of q's dtype, and lse [B, m, Hq] fp32, the natural log of the sum of exp.
@@ -74,10 +86,25 @@ def append_attention(
     """
     if scale is None:
         scale = default_scale(q)
-    return _op(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, words)
+    inputs = q, k, v, seq_lens, q_lens, tail, page_ids
+    return given_or_made(out, lse, _op(*inputs, page_size, scale, logits, words, out, lse))
 
 
-def reference(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, words=None):
+def reference(
+    q,
+    k,
+    v,
+    seq_lens,
+    q_lens,
+    tail,
+    page_ids,
+    page_size,
+    scale,
+    logits,
+    words=None,
+    out=None,
+    lse=None,
+):
     count = q.shape[1]
     q, k, v = decoded(q, k, v, words)
     k, v, valid = listed(k, v, seq_lens, page_ids, page_size)
@@ -86,7 +113,7 @@ def reference(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logit
     x = logits_of(q, k, scale).masked_fill(~allowed[..., None, :], -torch.inf)
     if logits is not None:
         logits[..., : x.shape[-1]] = x.flatten(2, 3)
-    return attended(x, v)
+    return handed_over(attended(x, v), out, lse)
 
 
 def visible(seq_lens, q_lens, tail, count, positions):
@@ -99,22 +126,37 @@ def visible(seq_lens, q_lens, tail, count, positions):
     return ((new < 0) | of_new) & (query < lens[:, None, None])
 
 
-def fake(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, words=None):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+def fake(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, *rest):
+    return room(q, *(rest[1:] or (None, None)))
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
-    def run(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, words=None):
+    def run(
+        q,
+        k,
+        v,
+        seq_lens,
+        q_lens,
+        tail,
+        page_ids,
+        page_size,
+        scale,
+        logits,
+        words=None,
+        out=None,
+        lse=None,
+    ):
         inputs = q, k, v, seq_lens, q_lens, tail, page_ids
-        out, lse = fake(*inputs, page_size, scale, logits)
+        made = room(q, out, lse)
+        out, lse = given_or_made(out, lse, made)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:
             partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
         outputs = logits, out, lse, page_size, scale, partial_out, partial_lse, size, words
         extension.append_attention(backend, *inputs, *outputs, raw_stream(q))
-        return out, lse
+        return made
 
     return run
 
@@ -122,8 +164,8 @@ def native(extension: ModuleType, backend: int) -> Callable:
 _op = bind(
     "append_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? q_lens, Tensor? tail,"
-    " Tensor? page_ids, int page_size, float scale, Tensor(a!)? logits, Tensor? words=None)"
-    " -> (Tensor, Tensor)",
+    " Tensor? page_ids, int page_size, float scale, Tensor(a!)? logits, Tensor? words=None,"
+    " Tensor(b!)? out=None, Tensor(c!)? lse=None) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
     native=native,

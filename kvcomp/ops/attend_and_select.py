@@ -11,8 +11,7 @@ from torch import Tensor
 from kvcomp import _C
 from kvcomp.ops._arguments import default_scale
 from kvcomp.ops._registry import bind, raw_stream
-from kvcomp.ops.decode_attention import fake as fake_attention
-from kvcomp.ops.decode_attention import partials
+from kvcomp.ops.decode_attention import given_or_made, partials, room
 from kvcomp.ops.decode_attention import reference as attend
 from kvcomp.ops.page_scores import is_max
 from kvcomp.ops.page_scores import reference as score
@@ -35,6 +34,8 @@ def attend_and_select(
     num_recent: int = 1,
     num_sink: int = 0,
     words: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`decode_attention`, `page_scores` of its logits and `select_pages` by these scores in one op.
 
@@ -42,9 +43,9 @@ def attend_and_select(
     launches (four beyond 2048 pages), and the host does not wait between them.
 
     Args:
-        q, k, v, seq_lens, page_ids, scale, words: as for `decode_attention`. With `page_ids` the
-            selected ids are positions in that list (columns of a block table), and an entry of -1
-            before a row's end gets no score.
+        q, k, v, seq_lens, page_ids, scale, words, out, lse: as for `decode_attention`. With
+            `page_ids` the selected ids are positions in that list (columns of a block table), and
+            an entry of -1 before a row's end gets no score.
         page_size: tokens in a page, also in a page of `page_ids`.
         num_pages: K, pages in a set.
         logits: [B, Hq, N] fp32, or fp16 except on the CPU, N >= T (dense) or K' * page_size (K'
@@ -63,21 +64,23 @@ def attend_and_select(
     use_max = is_max("attend_and_select", reduction)
     if scale is None:
         scale = default_scale(q)
-    rest = num_groups, use_max, num_recent, num_sink, words
-    return _op(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
+    rest = num_groups, use_max, num_recent, num_sink, words, out, lse
+    made = _op(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
+    return given_or_made(out, lse, made)
 
 
 def in_turn(attend: Callable, score: Callable, select: Callable) -> Callable:
     """The op built from an implementation of each of the three."""
 
     def run(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
-        num_groups, use_max, num_recent, num_sink, *words = rest
-        out, lse = attend(q, k, v, seq_lens, page_ids, page_size, scale, logits, *words)
-        positions = k.size(2) if page_ids is None else page_ids.size(2) * page_size
+        num_groups, use_max, num_recent, num_sink, *optional = rest
+        made = attend(q, k, v, seq_lens, page_ids, page_size, scale, logits, *optional)
+        lse = given_or_made(*(optional[1:] or (None, None)), made)[1]
+        positions = k.size(2) if page_ids is None else page_ids.size(-1) * page_size
         written = logits.narrow(2, 0, positions)
         scores = score(written, lse, seq_lens, page_size, num_groups, use_max)
         chosen = select(scores, seq_lens, page_size, num_pages, num_recent, num_sink)
-        return out, lse, scores, *chosen
+        return *made, scores, *chosen
 
     return run
 
@@ -87,9 +90,11 @@ reference = in_turn(attend, score, select)
 
 def fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
     # Sizes and shapes that make no sense reach the native checks, which say so.
-    out, lse = fake_attention(q, k, v, seq_lens, page_ids, page_size, scale, logits)
-    listed, per_page = (k, max(page_size, 1)) if page_ids is None else (page_ids, 1)
-    total = -(-listed.size(2) // per_page) if listed.ndim > 2 else 0
+    out, lse = room(q, *(rest[5:] or (None, None)))
+    if page_ids is None:
+        total = -(-k.size(2) // max(page_size, 1)) if k.ndim > 2 else 0
+    else:
+        total = page_ids.size(-1) if page_ids.ndim > 1 else 0
     sets = q.size(0), max(rest[0], 0)
     selected_ids = seq_lens.new_empty(*sets, max(num_pages, 0), dtype=torch.int32)
     return out, lse, lse.new_empty(*sets, total), selected_ids, torch.empty_like(seq_lens)
@@ -99,7 +104,8 @@ def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
     def run(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
-        outputs = fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
+        made = fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
+        outputs = given_or_made(*(rest[5:] or (None, None)), made)
         lse = outputs[1]
         partial_out, partial_lse, size, arrived = None, None, 0, None
         if in_splits:
@@ -107,9 +113,9 @@ def native(extension: ModuleType, backend: int) -> Callable:
             arrived = seq_lens.new_empty(lse.shape, dtype=torch.int32)
         extension.attend_and_select(
             *(backend, q, k, v, seq_lens, page_ids, logits, *outputs, page_size, scale, *rest[:4]),
-            *(partial_out, partial_lse, size, arrived, *(rest[4:] or [None]), raw_stream(q)),
+            *(partial_out, partial_lse, size, arrived, *(rest[4:5] or [None]), raw_stream(q)),
         )
-        return outputs
+        return made
 
     return run
 
@@ -118,7 +124,8 @@ _op = bind(
     "attend_and_select",
     "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? page_ids, int page_size,"
     " int num_pages, float scale, Tensor(a!) logits, int num_groups, bool use_max, int num_recent,"
-    " int num_sink, Tensor? words=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " int num_sink, Tensor? words=None, Tensor(b!)? out=None, Tensor(c!)? lse=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference,
     fake=fake,
     native=native,

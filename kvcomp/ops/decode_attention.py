@@ -29,6 +29,8 @@ def decode_attention(
     scale: float | None = None,
     logits: Tensor | None = None,
     words: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per sequence: softmax(scale * q k^T) v, grouped-query heads.
 
@@ -38,16 +40,20 @@ def decode_attention(
     stay counted, nothing is attended. So the partial page of a sequence must be listed last,
     which is how a serving engine's block table and `select_pages` list it.
 
+    With a table `page_ids` [B, K], K and V are a pool of pages that all sequences share,
+    [pages, Hkv, P, D], in whatever order it lies in memory.
+
     A row with nothing to attend to gives out = 0 and lse = -inf, the neutral element of
     `merge_states`.
 
     Args:
         q: [B, Hq, D]; fp32, fp16 or bf16; D one of `HEAD_SIZES`.
         k, v: [B, Hkv, T, D] of q's dtype, or int8 with `words`; any strides on B, Hkv and T, D
-            contiguous.
+            contiguous. Or a pool [pages, Hkv, P, D]: the stride of pages is a multiple of that of
+            tokens, the same multiple for k and v.
         seq_lens: [B] int32, tokens attended, at most T (dense) or K * page_size (paged).
-        page_ids: [B, 1, K] (one set for all heads) or [B, Hkv, K], int32.
-        page_size: tokens in a page: 1, 16, 32 or 64; any positive size works.
+        page_ids: [B, 1, K] (one set for all heads) or [B, Hkv, K], int32; [B, K] with a pool.
+        page_size: tokens in a page: 1, 16, 32 or 64; any positive size works. P with a pool.
         scale: factor on q k^T; 1 / sqrt(D) by default.
         logits: optional output [B, Hq, N], N >= T (dense) or K * page_size (paged), of fp32 or,
             except on the CPU, fp16: receives the scaled logits of each attended position; other
@@ -57,6 +63,7 @@ def decode_attention(
         words: [B, Hkv, T] int32, the scales of K and V in eight bits, k and v int8 then, as
             `quantize_rows` makes them. q takes part as integers of 14 bits and a sign, times the
             power of two that its largest element asks for: see `in_integers`. On a CPU so far.
+        out, lse: where to write the results, contiguous; new tensors by default.
 
     Returns:
         out [B, Hq, D] of q's dtype, and lse [B, Hq] fp32, the natural log of the sum of exp.
@@ -68,7 +75,8 @@ def decode_attention(
     """
     if scale is None:
         scale = default_scale(q)
-    return _op(q, k, v, seq_lens, page_ids, page_size, scale, logits, words)
+    made = _op(q, k, v, seq_lens, page_ids, page_size, scale, logits, words, out, lse)
+    return given_or_made(out, lse, made)
 
 
 def logits_dtype(q: Tensor) -> torch.dtype:
@@ -77,14 +85,50 @@ def logits_dtype(q: Tensor) -> torch.dtype:
     return torch.float16 if q.is_cuda and q.dtype != torch.float32 else torch.float32
 
 
-def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None):
+def room(q: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What an op of attention returns for q [..., D]: unwritten out and lse.
+
+    It may not return what the caller gave, so it returns an empty tensor in the place of that.
+    """
+    if out is not None:
+        made = q.new_empty(0)
+    else:
+        made = torch.empty_like(q) if q.is_contiguous() else q.new_empty(q.shape)
+    return made, q.new_empty(q.shape[:-1] if lse is None else (0,), dtype=torch.float32)
+
+
+def given_or_made(out: Tensor | None, lse: Tensor | None, made: tuple) -> tuple:
+    """The op's results, with the caller's own out and lse where there are such."""
+    if out is None and lse is None:
+        return made
+    return made[0] if out is None else out, made[1] if lse is None else lse, *made[2:]
+
+
+def handed_over(
+    made: tuple[Tensor, Tensor], out: Tensor | None, lse: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What a reference returns of out and lse, written where the caller wants them."""
+    given = out, lse
+    for value, into in zip(made, given, strict=True):
+        if into is not None:
+            into.copy_(value)
+    first, second = (
+        value if into is None else value.new_empty(0)
+        for value, into in zip(made, given, strict=True)
+    )
+    return first, second
+
+
+def reference(
+    q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None, out=None, lse=None
+):
     q, k, v = decoded(q, k, v, words)
     k, v, valid = listed(k, v, seq_lens, page_ids, page_size)
     x = logits_of(q[:, None], k, scale).masked_fill(~valid[:, None, :, None], -torch.inf)
-    out, lse = attended(x, v)
     if logits is not None:
         logits[..., : x.shape[-1]] = x.flatten(1, 3)
-    return out.flatten(1, 2), lse.flatten(1, 2)
+    made_out, made_lse = attended(x, v)
+    return handed_over((made_out.flatten(1, 2), made_lse.flatten(1, 2)), out, lse)
 
 
 def decoded(q, k, v, words):
@@ -106,6 +150,10 @@ def in_integers(q):
 def listed(k, v, seq_lens, page_ids, page_size):
     """K and V [B, Hkv, N, D] in the order in which they are listed, and which of them there are,
     [B, 1 or Hkv, N] bool; V is 0 where there is nothing."""
+    if page_ids is not None and page_ids.ndim == 2:  # a pool of pages [pages, Hkv, P, D]
+        shape = len(page_ids), k.shape[1], -1, k.shape[3]
+        k, v = (x.transpose(0, 1).flatten(1, 2).expand(shape) for x in (k, v))
+        page_ids = page_ids[:, None]
     if page_ids is None:
         valid = torch.arange(k.shape[2], device=k.device) < seq_lens[:, None, None]
     else:
@@ -134,16 +182,16 @@ def attended(x, v):
     return out.flatten(2, 3), lse.flatten(2, 3)
 
 
-def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None):
-    out = torch.empty_like(q) if q.is_contiguous() else q.new_empty(q.shape)
-    return out, q.new_empty(q.size(0), q.size(1), dtype=torch.float32)
+def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None, out=None, lse=None):
+    return room(q, out, lse)
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
-    def run(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None):
-        out, lse = fake(q, k, v, seq_lens, page_ids, page_size, scale, logits)
+    def run(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None, out=None, lse=None):
+        made = room(q, out, lse)
+        out, lse = given_or_made(out, lse, made)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:
             partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
@@ -165,7 +213,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
             words,
             raw_stream(q),
         )
-        return out, lse
+        return made
 
     return run
 
@@ -177,7 +225,7 @@ def partials(
 
     q [B, Hq, D] or [B, m, Hq, D]: the splits are the same for any m.
     """
-    positions = k.shape[2] if page_ids is None else page_ids.shape[2] * page_size
+    positions = k.shape[2] if page_ids is None else page_ids.shape[-1] * page_size
     splits, size = plan(q, k.shape[1], positions)
     if splits == 1:
         return None, None, size
@@ -205,7 +253,8 @@ def blocks_per_multiprocessor(device: torch.device, dtype: torch.dtype, head_dim
 _op = bind(
     "decode_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? page_ids, int page_size, float scale,"
-    " Tensor(a!)? logits, Tensor? words=None) -> (Tensor, Tensor)",
+    " Tensor(a!)? logits, Tensor? words=None, Tensor(b!)? out=None, Tensor(c!)? lse=None)"
+    " -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
     native=native,

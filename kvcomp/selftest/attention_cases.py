@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from kvcomp.selftest.case import (
@@ -11,6 +13,7 @@ from kvcomp.selftest.case import (
     attention_inputs,
     generator_for,
     ints,
+    kv_cache,
     on,
     scored_logits,
 )
@@ -57,6 +60,32 @@ def _paged(
     return _attention_case(name, make, logits)
 
 
+def _pool(name, batch, heads, kv_heads, pages, dim, page_size, order, logits=None, given="ol"):
+    """A pool of pages that `order` says how memory has, as vLLM calls it: N pages, P tokens, H
+    heads, and C, which is K and then V of a head; L: of two layers. `given`: of out and lse."""
+
+    def make(dtype, device):
+        generator = generator_for(name)
+        sizes = {"L": 2, "N": pages, "P": page_size, "H": kv_heads, "C": 2 * dim}
+        cache = torch.randn([sizes[x] for x in order], generator=generator).to(dtype)
+        cache = cache.permute([order.index(x) for x in "LNHPC" if x in order])
+        k, v = (cache[-1] if "L" in order else cache).split(dim, -1)
+        q = (torch.randn(batch, heads, dim, generator=generator) * 2).to(dtype)
+        table = torch.randint(pages, (batch, 5), generator=generator).int()
+        table[:, 1] = torch.tensor([-1, *range(1, batch)])
+        lens = torch.randint(1, 5 * page_size, (batch,), generator=generator).int()
+        lens[-1] = 4 * page_size
+        table[-1, -1] = 1 << 30  # behind the end of a row anything may be
+        buffer = _room(batch, heads, 5 * page_size, dtype=logits)
+        out = torch.full_like(q, torch.nan) if "o" in given else None
+        lse = torch.full((batch, heads), torch.nan) if "l" in given else None
+        scale = dim**-0.5
+        return on(device, q, k, v, lens, table, page_size, scale, buffer, None, out, lse)
+
+    case = _attention_case(name, make, logits)
+    return replace(case, mutates=(*case.mutates, *(9 + "ol".index(x) for x in given)))
+
+
 def _room(*shape, dtype) -> torch.Tensor | None:
     """Unwritten logits; None where no dtype asks for them."""
     return None if dtype is None else torch.full(shape, torch.nan, dtype=dtype)
@@ -101,7 +130,15 @@ def _decode_attention_cases() -> list[Case]:
         _paged("pages64-logits", 2, 4, 1, 400, 80, 64, 3, shared=True, logits=torch.float32),
         _paged("holes-half-logits", 3, 4, 2, 90, 64, 16, 5, False, "head", True, torch.float16),
     ]
-    return dense + paged
+    pools = [
+        _pool("pool-heads-inside", 2, 8, 2, 9, 64, 16, "NPHC"),
+        _pool("pool-heads-outside", 3, 4, 2, 9, 32, 16, "NHPC", logits=torch.float32),
+        _pool("pool-all-heads-first", 2, 4, 4, 7, 80, 8, "HNPC", given="o"),
+        _pool("pool-blocks-outermost", 2, 6, 3, 8, 128, 16, "NLPHC", given="l"),
+        _pool("pool-blocks-outermost-heads", 2, 4, 2, 8, 64, 4, "NHLPC"),
+        _pool("pool-tokens", 2, 4, 2, 40, 64, 1, "NHPC", given=""),
+    ]
+    return dense + paged + pools
 
 
 def _append_attention_cases() -> list[Case]:
@@ -119,8 +156,9 @@ def _append_attention_cases() -> list[Case]:
         shared=True,
         layout="head",
         logits=None,
+        pool=0,
     ):
-        """page_size 0: dense; else all pages, in any order."""
+        """page_size 0: dense; else all pages, in any order; or a table of a pool of so many."""
 
         def make(dtype, device):
             batch, generator = len(lens), generator_for(name)
@@ -134,6 +172,12 @@ def _append_attention_cases() -> list[Case]:
                     batch, 1 if shared else kv_heads, slots // page_size, generator=generator
                 )
                 page_ids = sets.argsort(-1).int()
+            if pool:
+                k, v = (
+                    kv_cache((pool, kv_heads, page_size, dim), dtype, generator, "token")
+                    for _ in "kv"
+                )
+                page_ids = page_ids[:, 0] % pool
             tail = None
             if tree:
                 tail = torch.randint(-(2**63), 2**63 - 1, (batch, count), generator=generator)
@@ -158,6 +202,7 @@ def _append_attention_cases() -> list[Case]:
         build("over-odd-spans", 4, 3, 1, 970, 80, [970, 481, 480]),
         build("pages", 5, 4, 2, 96, 64, [96, 6], page_size=16, logits=torch.float32),
         build("tokens-by-head", 4, 4, 2, 70, 64, [70, 9], None, True, 1, shared=False),
+        build("pool", 5, 4, 2, 96, 64, [96, 6], page_size=16, pool=4),
         build("wide", 3, 4, 2, 70, 256, [70, 33], page_size=7, layout="token"),
         build("half-logits", 4, 4, 2, 80, 64, [80, 41], tree=True, logits=torch.float16),
     ]
@@ -263,6 +308,7 @@ def _attend_and_select_cases() -> list[Case]:
         layout="head",
         listed=0,
         half=False,
+        pool=0,
     ):
         def make(dtype, device):
             batch = len(lens)
@@ -273,6 +319,11 @@ def _attend_and_select_cases() -> list[Case]:
             if listed:  # a block table, the pages in any order
                 order = torch.rand(batch, 1, slots // page_size, generator=generator_for(name))
                 page_ids, room = order.argsort(-1)[..., :listed].int(), listed * page_size
+            if pool:
+                shape, generator = (pool, kv_heads, page_size, dim), generator_for(name, pool)
+                k, v = (kv_cache(shape, dtype, generator, layout) for _ in "kv")
+                assert page_ids is not None
+                page_ids = page_ids[:, 0] % pool
             logits = _room(batch, heads, room + 4, dtype=torch.float16 if half else torch.float32)
             choice = groups, use_max, recent, sink
             return on(
@@ -290,6 +341,7 @@ def _attend_and_select_cases() -> list[Case]:
         build("one-token", [1], 1, 1, 1, 64, 16, 1),
         build("one-page", [5, 0, 9], 4, 2, 9, 32, 16, 3),
         build("one-split", [103, 17], 8, 2, 103, 64, 16, 3, recent=2),
+        build("pool", [90, 33], 4, 2, 96, 64, 16, 3, layout="token", listed=6, pool=5),
         build("splits", [601, 300], 6, 2, 601, 64, 16, 9, recent=3, sink=2),
         build("fits", [90, 31, 0], 4, 4, 96, 80, 16, 8, recent=8),
         build("sets-by-mass", [301, 9], 6, 2, 301, 32, 4, 20, 2, groups=2, use_max=False),

@@ -42,6 +42,21 @@ def paged(page_ids, page_size=16, **changes):
     return decode_attention(page_ids=page_ids, page_size=page_size, **{"seq_lens": lens, **changes})
 
 
+def pooled(**changes):
+    """A good call of decode_attention over a pool of pages."""
+    pool = torch.randn(5, 16, HKV, 2 * D).transpose(1, 2)
+    args = {
+        "k": pool[..., :D],
+        "v": pool[..., D:],
+        "seq_lens": ints(32, 16),
+        "page_ids": ints(3, 0, 4, 1).view(B, 2),
+        "page_size": 16,
+        "out": torch.zeros(B, HQ, D),
+        "lse": torch.zeros(B, HQ),
+    }
+    return decode_attention(**args | changes)
+
+
 def append_attention(count=3, **changes):
     """A good call of append_attention, all pages listed."""
     args = {

@@ -49,7 +49,7 @@ enum Slot : int { kSkipped = -1, kWild = -2 };  // kWild: an id out of range, wh
 // Which positions a block attends to, and where they are.
 struct DecodeSplit {
   const int32_t* ids;  // of this sequence and head; nullptr: dense
-  int page_size, num_slots;
+  int page_size, page_pitch, num_slots;
   int first, end;  // positions [first, end)
   bool wrong;      // a length that cannot be: the result is NaN
 
@@ -57,6 +57,7 @@ struct DecodeSplit {
       : ids(p.page_ids ? p.page_ids + sequence * p.stride_ids_b + kv_head * p.stride_ids_h
                        : nullptr),
         page_size(p.page_size),
+        page_pitch(p.page_pitch),
         num_slots(p.num_slots) {
     const int positions = ids ? p.num_listed * p.page_size : p.num_slots;
     const int length = p.seq_lens[sequence];
@@ -76,7 +77,7 @@ struct DecodeSplit {
   __device__ int slot(int position, int64_t id) const {
     if (position >= end) return kSkipped;
     if (!ids) return position;
-    const int64_t at = id * page_size + position % page_size;
+    const int64_t at = id * page_pitch + position % page_size;
     return id == -1 ? kSkipped : id < 0 || at >= num_slots ? kWild : static_cast<int>(at);
   }
   __device__ int slot(int position) const { return slot(position, load_id(position)); }

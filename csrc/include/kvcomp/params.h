@@ -14,7 +14,7 @@ struct DecodeAttentionParams {
   ScalarType q_dtype;       // of q and out
   ScalarType kv_dtype;      // of k and v: q_dtype or i8
   const void* q;            // [B, Hq, D]
-  const void* k;            // [B, Hkv, T, D]
+  const void* k;            // [B, Hkv, T, D]; page u begins at slot u * page_pitch
   const void* v;            // [B, Hkv, T, D]
   const uint32_t* words;    // [B, Hkv, T] scales of codes; nullptr: no codes
   const int32_t* seq_lens;  // [B] tokens attended
@@ -36,6 +36,7 @@ struct DecodeAttentionParams {
   int32_t num_slots;   // T
   int32_t num_listed;  // K
   int32_t page_size;
+  int32_t page_pitch;  // slots from one page to the next; page_size where they lie side by side
   int32_t num_splits, split_size;  // S, and positions of each
   float scale;
 };

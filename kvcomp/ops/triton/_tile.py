@@ -16,12 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcomp.ops._splits import MAX_SPLITS, MIN_SPLIT, num_multiprocessors, plan_splits
+from kvcomp.ops.decode_attention import given_or_made, room
 from kvcomp.ops.triton import COMPILE, LOG2E
 
 PROGRAMS_PER_SM = 2  # what shared memory and registers allow on Hopper
 
 # These grow while a sequence is decoded: no second compilation at a multiple of 16.
-GROWING = ["num_slots", "num_positions", "split_size", "stride_ids_b", "stride_ids_h"]
+GROWING = ["num_slots", "page_pitch", "num_positions", "split_size", "stride_ids_b", "stride_ids_h"]
 GROWING += ["stride_logits_b", "stride_logits_h"]
 
 
@@ -60,7 +61,9 @@ def split_of(b_len, split_size, MIN_PART: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def slots_of(p_ids, i_n, b_len, num_slots, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+def slots_of(
+    p_ids, i_n, b_len, num_slots, page_pitch, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Slots of the tile at position i_n, which of them there are, and which ids are out of range.
 
     p_ids: the list of this sequence and head; None: dense.
@@ -73,7 +76,7 @@ def slots_of(p_ids, i_n, b_len, num_slots, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.
         # A page that holds whole blocks needs one id per block, smaller ones one per token.
         o_page = i_n // PAGE_SIZE if PAGE_SIZE % BLOCK_N == 0 else o_n // PAGE_SIZE
         b_page = tl.load(p_ids + o_page, mask=o_page * PAGE_SIZE < b_len, other=-1).to(tl.int64)
-        b_slot = b_page * PAGE_SIZE + o_n % PAGE_SIZE
+        b_slot = b_page * page_pitch + o_n % PAGE_SIZE
         m_n = m_len & (b_slot >= 0) & (b_slot < num_slots)
         return b_slot, m_n, m_len & ((b_page < -1) | (b_slot >= num_slots))
 
@@ -159,26 +162,29 @@ class Splits(NamedTuple):
     size: int  # tokens
     partial_out: Tensor
     partial_lse: Tensor
+    made: tuple[Tensor, Tensor]  # what the op returns
 
     @classmethod
-    def of(cls, q: Tensor, programs: int, num_positions: int) -> Splits:
-        """For q [..., D], whose rows `programs` programs share in each split."""
+    def of(
+        cls, q: Tensor, programs: int, num_positions: int, out: Tensor | None, lse: Tensor | None
+    ) -> Splits:
+        """For q [..., D], whose rows `programs` programs share in each split; out and lse of the
+        caller, if it has any."""
         count, size = plan_splits(
             programs,
             max(1, -(-num_positions // MIN_SPLIT)),
             num_multiprocessors(q.device) * PROGRAMS_PER_SM,
         )
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        made = room(q, out, lse)
+        out, lse = given_or_made(out, lse, made)
         if count == 1:
-            return cls(out, lse, count, size, out, lse)
+            return cls(out, lse, count, size, out, lse, made)
         partial_lse = lse.new_empty(*lse.shape, count)
-        return cls(
-            out, lse, count, size, lse.new_empty(*partial_lse.shape, q.shape[-1]), partial_lse
-        )
+        partial_out = lse.new_empty(*partial_lse.shape, q.shape[-1])
+        return cls(out, lse, count, size, partial_out, partial_lse, made)
 
     def merged(self) -> tuple[Tensor, Tensor]:
-        """out and lse."""
+        """What the op returns, once the splits are in out and lse."""
         if self.count > 1:
             head_dim = self.out.shape[-1]
             merge_splits_kernel[(self.lse.numel(),)](
@@ -194,14 +200,34 @@ class Splits(NamedTuple):
                 num_warps=4,
                 **COMPILE,
             )
-        return self.out, self.lse
+        return self.made
 
 
-def list_strides(page_ids: Tensor | None) -> tuple[int, int]:
-    """Of the sequences and the heads, 0 for a list that these share."""
-    if page_ids is None:
-        return 0, 0
-    return page_ids.stride(0), page_ids.stride(1) if page_ids.shape[1] > 1 else 0
+class Places(NamedTuple):
+    """How the kernels find the tokens of K and V.
+
+    A pool [pages, Hkv, P, D] is slots like others, of which page u has P from a multiple of u on.
+    """
+
+    kv_strides: tuple[int, ...]  # of k, then of v: over B, Hkv and T
+    list_strides: tuple[int, int]  # of page_ids over B and Hkv; 0 for a list that heads share
+    slots: tuple[int, int]  # how many there are, and from one page to the next
+    num_positions: int  # T, or the listed pages' tokens
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, page_ids: Tensor | None, page_size: int) -> Places:
+        slots, strides = (k.shape[2], page_size), (*k.stride()[:3], *v.stride()[:3])
+        if page_ids is None:
+            return cls(strides, (0, 0), slots, k.shape[2])
+        num_positions = page_ids.shape[-1] * page_size
+        if page_ids.ndim == 3:
+            of_heads = page_ids.stride(1) if page_ids.shape[1] > 1 else 0
+            return cls(strides, (page_ids.stride(0), of_heads), slots, num_positions)
+        pages, size = k.shape[0], k.shape[2]
+        pitch = size if pages <= 1 or size == 1 else k.stride(0) // k.stride(2)
+        strides = sum(((0, x.stride(1), x.stride(0 if size == 1 else 2)) for x in (k, v)), ())
+        slots = (pages - 1) * pitch + size if pages else 0, pitch
+        return cls(strides, (page_ids.stride(0), 0), slots, num_positions)
 
 
 def refuse_codes(op: str, words: Tensor | None) -> None:

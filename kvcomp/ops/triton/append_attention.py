@@ -18,10 +18,10 @@ from kvcomp.ops._splits import MIN_SPLIT
 from kvcomp.ops.triton import COMPILE, dot, on_its_device
 from kvcomp.ops.triton._tile import (
     GROWING,
+    Places,
     Splits,
     advance_softmax,
     config,
-    list_strides,
     refuse_codes,
     slots_of,
     split_of,
@@ -60,6 +60,7 @@ def append_attention_kernel(
     stride_logits_h,
     num_queries,  # m
     num_slots,  # T
+    page_pitch,  # slots from one page to the next
     num_positions,  # T, or listed pages x PAGE_SIZE
     split_size,  # tokens, a multiple of BLOCK_N and of MIN_PART
     G: tl.constexpr,
@@ -106,7 +107,7 @@ def append_attention_kernel(
     b_sums = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)  # summed over tokens once, at the end
     b_out = tl.zeros([BLOCK_D, BLOCK_G], tl.float32)
     for i_n in range(i_start, i_end, BLOCK_N):
-        b_slot, m_n, m_wild = slots_of(p_ids, i_n, b_len, num_slots, PAGE_SIZE, BLOCK_N)
+        b_slot, m_n, m_wild = slots_of(p_ids, i_n, b_len, num_slots, page_pitch, PAGE_SIZE, BLOCK_N)
         m_nd = m_n[:, None] & m_d[None, :]
         b_k = tl.load(p_k + b_slot[:, None] * stride_k_t, mask=m_nd, other=0.0)
         b_logits = dot(b_k, b_q, tl.zeros([BLOCK_N, BLOCK_G], tl.float32)) * scale
@@ -149,19 +150,21 @@ def launch(
     scale: float,
     logits: Tensor | None,
     words: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     refuse_codes("append_attention", words)
     batch, count, num_heads, head_dim = q.shape
-    num_kv_heads, num_slots = k.shape[1:3]
+    num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
-    num_positions = num_slots if page_ids is None else page_ids.shape[2] * page_size
+    places = Places.of(k, v, page_ids, page_size)
     block_d = triton.next_power_of_2(head_dim)
     meta = config(head_dim, q.dtype, count * group, page_ids is not None)
     if q.dtype == torch.float32:  # more rows than a group has
         most = max(4, min(32, 2048 // block_d))
         meta = meta | {"BLOCK_G": min(triton.next_power_of_2(count * group), most)}
     programs = num_kv_heads * -(-count * group // meta["BLOCK_G"])
-    splits = Splits.of(q, batch * programs, num_positions)
+    splits = Splits.of(q, batch * programs, places.num_positions, out, lse)
     append_attention_kernel[(programs, batch, splits.count)](
         q,
         k,
@@ -175,14 +178,13 @@ def launch(
         splits.partial_lse,
         scale,
         *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        *places.kv_strides,
         0 if tail is None else tail.stride(0),
-        *list_strides(page_ids),
+        *places.list_strides,
         *((0, 0, 0) if logits is None else logits.stride()[:3]),
         count,
-        num_slots,
-        num_positions,
+        *places.slots,
+        places.num_positions,
         splits.size,
         G=group,
         D=head_dim,
