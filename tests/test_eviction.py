@@ -59,10 +59,10 @@ LAZY = {  # budget, window, prompts, steps
 
 @pytest.mark.parametrize(
     "unit, h1",
-    [("query_head", "code"), ("query_head", "paper"), ("kv_head", "paper"), ("layer", "paper")],
+    [("query_head", "code"), ("query_head", "paper"), ("kv_head", "lag"), ("layer", "lag")],
 )
 @pytest.mark.parametrize("case", LAZY)
-def test_lazy_eviction_follows_the_paper(case, unit, h1, poisoned_outputs):
+def test_lazy_eviction_follows_its_rule(case, unit, h1, poisoned_outputs):
     budget, window, lens, steps = LAZY[case]
     method = LazyEviction(budget=budget, window=window, alpha=0.02, unit=unit, h1=h1)
     trace = Trace(*lens, steps=steps, layers=2 if unit == "kv_head" else 1)
@@ -90,8 +90,8 @@ def test_lazy_eviction_can_keep_the_first_tokens():
     assert_follows(method, Trace(60, 20, 36, steps=75), SlowLazy, notes=("last_hit", "longest"))
 
 
-def test_lazy_eviction_without_an_alpha_takes_an_even_share():
-    assert LazyEviction(budget=50, window=9).threshold == 1 / 50
+def test_lazy_eviction_without_an_alpha_takes_a_quarter_of_an_even_share():
+    assert LazyEviction(budget=50, window=9).threshold == 1 / 200
     method = LazyEviction(budget=50, window=9)
     assert_follows(method, Trace(60, 20, 36, steps=75), SlowLazy, notes=("last_hit", "longest"))
 

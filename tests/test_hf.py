@@ -15,7 +15,8 @@ import kvcomp
 from kvcomp import METHODS, Delta, Full, LazyEviction, LouisKV, StreamingLLM, reasoner
 from kvcomp.cache import HostMemoryError
 from kvcomp.hf import answer_loss, decode_all
-from kvcomp.hf.calibrate import PageRecorder
+from kvcomp.hf.calibrate import PageRecorder, better
+from kvcomp.hf.decode import answer_losses
 from kvcomp.methods.retrieval import Retrieval
 from kvcomp.testing.models import tiny_model
 
@@ -407,6 +408,36 @@ def test_calibrate_finds_the_hits_that_matter_to_lazy_eviction():
     )
     dense = answer_loss(model, [problem.prompt], [given], Full(), tokenizer=tokenizer)
     assert dense < high < low
+
+
+def test_calibrate_keeps_the_default_unless_another_is_clearly_better():
+    default, lucky, good = (LazyEviction(budget=32, window=w) for w in (8, 4, 2))
+    noise = torch.randn(64 * 24, generator=torch.Generator().manual_seed(0))
+    even = (torch.arange(len(noise)) // 64 % 2 == 0).float()
+    losses = {default: 2 + noise, lucky: 2 + noise - 0.5 * even, good: 1.9 + noise}
+    assert better(default, [default], lambda method: [losses[method]]) == default
+    assert better(default, [lucky], lambda method: [losses[method]]) == default  # not confirmed
+    assert better(default, [good], lambda method: list(losses[method].split(500))) == good
+    losses[good] = 1.99 + noise.flip(0)  # no more than chance explains
+    assert better(default, [good], lambda method: [losses[method]]) == default
+
+
+def test_calibrations_read_given_answers(llama):
+    prompts = [list(range(3, 30)), list(range(90, 63, -1)), [5, 6, 7]]
+    answers = [torch.arange(40, 70), torch.arange(20, 50), torch.arange(99, 59, -1)]
+    fields = {"budget": 16, "window": 4}
+    found = answer_losses(llama, prompts, answers, LazyEviction(**fields))
+    single = [
+        answer_loss(llama, [prompt], [answer], LazyEviction(**fields))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    assert torch.allclose(torch.stack([x.mean() for x in found]), torch.tensor(single), atol=1e-4)
+    pages = {"budget": 16, "page_size": 4, "recent": 2, "num_delta": 1, "every": 5}
+    assert Delta.calibrate(llama, prompts, answers=answers, **pages).delta_layers == (2,)
+    lazy = LazyEviction.calibrate(llama, prompts, answers=answers, alphas=(0.05,), budget=16)
+    assert lazy.budget == 16 and lazy.window <= 4
+    tau = LouisKV.calibrate(llama, prompts, answers=answers, budget=16, local=4, sinks=1).tau
+    assert -1 <= tau <= 1
 
 
 # Retrieval from host memory.

@@ -74,7 +74,10 @@ def lazy(label, budget, window, alpha):
             "lazy-eviction",
             recurrence | {"unit": "query_head", "h1": "code", "keep_prompt": False},
         ),
-        f"lazy-eviction {label}": ("lazy-eviction", recurrence | {"unit": "kv_head"}),
+        f"lazy-eviction {label}": (
+            "lazy-eviction",
+            recurrence | {"unit": "kv_head", "h1": "paper"},
+        ),
         f"tova {label}": ("tova", every | {"unit": "layer"}),
         f"h2o {label}": ("h2o", every | {"num_recent": budget // 2}),
         f"raas {label}": ("raas", every | {"alpha": 1e-4, "keep_prompt": True}),

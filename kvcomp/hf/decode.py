@@ -57,7 +57,6 @@ def decode_all(
     return outputs
 
 
-@torch.no_grad()
 def answer_loss(
     model: PreTrainedModel,
     prompts: list,
@@ -75,16 +74,39 @@ def answer_loss(
     Returns:
         Nats per token, over all tokens but the first, which the prefill predicts.
     """
-    total, count = 0.0, 0
+    losses = torch.cat(answer_losses(model, prompts, answers, method, tokenizer=tokenizer))
+    return losses.double().mean().item() if len(losses) else 0.0
+
+
+@torch.no_grad()
+def answer_losses(
+    model: PreTrainedModel,
+    prompts: list,
+    answers: Sequence[Tensor],
+    method: Method,
+    *,
+    tokenizer: Any = None,
+) -> list[Tensor]:
+    """`answer_loss` of each answer and token: [tokens - 1] fp32 on the CPU. Prompts and answers of
+    the same lengths are read together."""
+    rows = [_ids(model, prompt, tokenizer)[0] for prompt in prompts]
+    alike: dict[tuple[int, int], list[int]] = {}
+    for place, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        alike.setdefault((len(row), len(answer)), []).append(place)
+    losses = [torch.zeros(0)] * len(rows)
     with patch(model, method) as run:
-        for prompt, answer in zip(prompts, answers, strict=True):
+        for places in alike.values():
             cache = run.new_cache()
-            run.decoder(_ids(model, prompt, tokenizer), past_key_values=cache)
-            for token, following in itertools.pairwise(answer):
-                out = model(token.view(1, 1), past_key_values=cache)
-                total -= out.logits[0, -1].float().log_softmax(-1)[following].item()
-            count += len(answer) - 1
-    return total / max(count, 1)
+            run.decoder(torch.stack([rows[place] for place in places]), past_key_values=cache)
+            given = torch.stack([answers[place] for place in places]).to(model.device)
+            found = []
+            for token, following in itertools.pairwise(given.T):
+                out = model(token[:, None], past_key_values=cache)
+                logs = out.logits[:, -1].float().log_softmax(-1)
+                found.append(-logs.gather(1, following[:, None])[:, 0].cpu())
+            for row, place in enumerate(places if found else ()):
+                losses[place] = torch.stack(found, 1)[row]
+    return losses
 
 
 def _ids(model: PreTrainedModel, prompt: Any, tokenizer: Any) -> Tensor:

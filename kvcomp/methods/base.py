@@ -96,10 +96,10 @@ class Method:
 
     @classmethod
     def calibrate(cls, model: Any, prompts: list, **options: Any) -> Self:
-        """An instance with the model-dependent fields measured on your own prompts, which are
-        decoded with dense attention. Do not use the prompts of your test.
+        """An instance with the model-dependent fields measured on your own prompts. What follows
+        them is decoded with dense attention, or given (`answers=`). Do not use your test's prompts.
 
-            Delta.calibrate(model, prompts, num_delta=3, max_new_tokens=1024, every=64)
+            Delta.calibrate(model, prompts, answers=answers, num_delta=3, every=64)
             LazyEviction.calibrate(model, prompts, max_new_tokens=1024, alphas=(1e-4, 1e-3))
             LouisKV.calibrate(model, prompts, rate=0.1, max_new_tokens=1024)
 

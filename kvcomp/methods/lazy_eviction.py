@@ -36,7 +36,7 @@ PUBLISHED: dict[str, tuple[float, dict[str, int]]] = {
     "Qwen3-4B": (1e-4, {}),
     "QwQ-32B": (1e-4, {}),
 }
-FORMS = ("paper", "code")
+FORMS = ("lag", "paper", "code")
 EPSILON = 1e-5  # the released code adds it to avoid a division by 0
 
 
@@ -48,17 +48,19 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
         budget: B, tokens that a unit keeps after an eviction, the newest W among them.
         window: W, steps between evictions, and newest tokens that always stay.
         alpha: probability at which a token counts as hit, under any head of its unit; None:
-            1 / budget. Far below that every step hits all tokens, and the oldest leave.
+            1 / (4 * budget). Far below that every step hits all tokens, and the oldest leave.
         unit: "kv_head", "query_head" (Hq / Hkv times the bytes) or "layer".
         h1: the first term of the score, which compares the current pause s with the longest
-            interval i: 2 sigmoid(-s / i) as in the "paper", or 2 sigmoid(-1 - s / i) as in the
-            released "code", which doubles the weight of the second term, roughly.
+            interval i: 2 sigmoid(-s / i) as in the "paper"; 2 sigmoid(-1 - s / i) as in the
+            released "code", which doubles the weight of the second term, roughly; or "lag",
+            2 sigmoid(-s / max(i, W)), 0 for a token that was never hit. In running text most
+            tokens have been seen too briefly for a long interval; the lag gives them W steps.
         keep_prompt: never evict the prompt; not in the paper.
         sinks: number of first tokens of a sequence that always stay; not in the paper.
     """
 
     window: int = 128  # W
-    h1: str = "paper"
+    h1: str = "lag"
     sinks: int = 0
 
     def __post_init__(self) -> None:
@@ -70,8 +72,8 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
 
     @classmethod
     def published(cls, model: Any, task: str, **fields: Any) -> Self:
-        """An instance with the published alpha and window for a task, such as "aime", and a model,
-        given as such or by name ("DeepSeek-R1-Distill-Qwen-7B").
+        """An instance with the published alpha, window and h1 for a task, such as "aime", and a
+        model, given as such or by name ("DeepSeek-R1-Distill-Qwen-7B").
 
         Raises:
             ValueError: nothing was published for that model or task; `calibrate` finds both.
@@ -90,7 +92,7 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
                 f"kvcomp.LazyEviction: no window published for {short} on {task!r}, {known};"
                 " LazyEviction.calibrate(model, prompts) measures it"
             )
-        return cls(**{"alpha": alpha, "window": windows[task], **fields})
+        return cls(**{"alpha": alpha, "window": windows[task], "h1": "paper", **fields})
 
     @classmethod
     def for_model(cls, model: Any, **fields: Any) -> Self:
@@ -101,11 +103,15 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
-        """At most `budget` tokens at any time, a quarter of them for the window. alpha is high, as
-        `calibrate` finds it for the bundled reasoner."""
+        """At most `budget` tokens at any time, a quarter of them for the window. alpha is high and
+        h1 the paper's, as suits the bundled reasoner, which looks facts up after long pauses."""
         budget = EXAMPLE_BUDGET if budget is None else budget
         window = budget // 4
-        return cls(budget=budget - window, window=window, alpha=EXAMPLE_ALPHA)
+        return cls(budget=budget - window, window=window, alpha=EXAMPLE_ALPHA, h1="paper")
+
+    @property
+    def threshold(self) -> float:
+        return 1 / (4 * self.budget) if self.alpha is None else self.alpha
 
     @property
     def num_recent(self) -> int:
@@ -124,6 +130,9 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
 
     def within(self, silence: Tensor, interval: Tensor) -> Tensor:
         """H1 falls as the pause outgrows the interval; about 0 for a token that was never hit."""
+        if self.h1 == "lag":
+            judged = interval.double().clamp(min=self.window)
+            return 2 * logistic(-silence / judged) * interval.clamp(max=1)
         if self.h1 == "paper":
             return 2 * logistic(-silence / interval.double().clamp(min=EPSILON))
         return 2 * logistic(-1 - silence / (interval.double() + EPSILON))

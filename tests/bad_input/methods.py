@@ -60,7 +60,10 @@ ROWS = [
     Bad(making(lambda: Delta(budget=128, sinks=1)), r"at least .recent . sinks. . page_size = 144"),
     Bad(making(lambda: LazyEviction(window=0)), "window: expected at least 1 step, got 0"),
     Bad(making(lambda: LazyEviction(unit="head")), "unit: expected one of kv_head.*, got 'head'"),
-    Bad(making(lambda: LazyEviction(h1="theirs")), "h1: expected one of paper, code, got 'theirs'"),
+    Bad(
+        making(lambda: LazyEviction(h1="theirs")),
+        "h1: expected one of lag.*, got 'theirs'",
+    ),
     Bad(making(lambda: LazyEviction.published("gpt-2", "aime")), "nothing published for 'gpt-2'"),
     Bad(
         making(lambda: LazyEviction.for_model(None)),
