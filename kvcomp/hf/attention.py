@@ -57,8 +57,7 @@ def attention(
             f"kvcomp: {type(module).__name__} is set to {NAME!r} attention without kvcomp.patch"
         )
     cache = run.current
-    index: Any = module.layer_idx
-    layer = cache.layers[index] if cache is not None else None
+    layer = None if cache is None else cache.layer_of(module.layer_idx, key)
     source = None if cache is None or isinstance(layer, Layer) else cache.source(key)
     if source is not None:
         return _shared(run, module, source, query, attention_mask, scaling, **kwargs), None

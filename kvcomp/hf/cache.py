@@ -259,6 +259,17 @@ class Cache(TransformersCache):
             if isinstance(layer, Layer):
                 layer.fresh = layer.shared = layer.context = None
 
+    def layer_of(self, index: Any, key: Tensor) -> Any:
+        """The layer that an attention module attends to, with its number in the model. A module
+        that serves several (Zamba2, HRM) attends to the one that has handed out K."""
+        own = self.layers[-1 if index is None else index]
+        if isinstance(own, Layer) and own.fresh is not None and own.fresh[0] is key:
+            return own
+        for layer in self.layers:
+            if isinstance(layer, Layer) and layer.fresh is not None and layer.fresh[0] is key:
+                return layer
+        return own
+
     def source(self, key: Tensor) -> Layer | None:
         """The layer of ours that has handed out K in the running forward, for one that has none."""
         for layer in self.layers:

@@ -16,8 +16,23 @@ def decoder_of(model: PreTrainedModel) -> Module:
 
 
 def attention_modules(module: Module) -> list[Module]:
-    """The attention modules of a decoder, which know the number of their layer."""
-    return [x for x in module.modules() if isinstance(getattr(x, "layer_idx", None), int)]
+    """The attention modules of a decoder, which know the number of their layer; -1 or None where
+    they serve several and each call tells it."""
+    return [x for x in module.modules() if _attends(x)]
+
+
+def _attends(module: Module) -> bool:
+    number = getattr(module, "layer_idx", "")
+    return isinstance(number, int) or (number is None and "Attention" in type(module).__name__)
+
+
+def head_size(config: Any) -> Any:
+    """Elements of a head in a layer with this config; None if it does not say."""
+    for name in ("attention_head_dim", "head_dim"):  # the former where attention is wider: Zamba2
+        if getattr(config, name, None):
+            return getattr(config, name)
+    heads, width = (getattr(config, x, None) for x in ("num_attention_heads", "hidden_size"))
+    return width // heads if width and heads else None
 
 
 def values_of(config: PretrainedConfig, name: str) -> list[Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from kvcomp.hf.attention import NAME
+from kvcomp.hf.branches import masks_by_name
 from kvcomp.hf.cache import Cache
-from kvcomp.hf.decoder import decoder_of, values_of
+from kvcomp.hf.decoder import attention_modules, decoder_of, head_size, values_of
 from kvcomp.hf.latent import latent_rank, refuse_latents
 from kvcomp.methods import Method
 from kvcomp.ops import HEAD_SIZES
@@ -19,6 +21,7 @@ def refuse(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     name, generative = type(model).__name__, cast("Any", model)
     eager = config._attn_implementation == "eager"
+    attentions = attention_modules(decoder_of(model))
     reasons = {
         "is patched already, or shares its config with a model that is; undo() the other run"
         " first": config._attn_implementation == NAME,
@@ -29,30 +32,29 @@ def refuse(model: PreTrainedModel) -> None:
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "requires its own cache class": not generative._supports_default_dynamic_cache(),
         "says nothing of its layers (num_hidden_layers)": not hasattr(config, "num_hidden_layers"),
-        "uses the same attention modules in several layers": _reuses_attention(model),
         "caps its attention logits": any(values_of(config, "attn_logit_softcapping")),
         "computes eager attention by itself (reorder_and_upcast_attn)": eager
         and any(values_of(config, "reorder_and_upcast_attn")),
+        "is in float64, which no kernel attends in; load it in float32": any(
+            x.dtype == torch.float64 for module in attentions for x in module.parameters()
+        ),
         "returns attention weights (output_attentions)": config.output_attentions,
     }
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(f"kvcomp.patch: {name} {reason}")
     Cache(config, Method())  # it refuses unknown layers
+    if (where := masks_by_name(decoder_of(model))) is not None:
+        raise ValueError(
+            f"kvcomp.patch: {name} makes another attention mask for some attention implementations"
+            f" ({where}), so that it would see other tokens: unsupported"
+        )
     if latent_rank(config) is not None:
         refuse_latents(model)
     elif unknown := ", ".join(map(str, head_sizes(config) - set(HEAD_SIZES))):
         raise ValueError(
             f"kvcomp.patch: {name} has heads of size {unknown}; supported are {HEAD_SIZES}"
         )
-
-
-def _reuses_attention(model: PreTrainedModel) -> bool:
-    """Whether an attention module does not know its layer, because each call tells it one."""
-    return any(
-        "Attention" in type(module).__name__ and getattr(module, "layer_idx", 0) in (None, -1)
-        for module in decoder_of(model).modules()
-    )
 
 
 def _inherits(model: Any) -> bool:
@@ -88,9 +90,7 @@ def head_sizes(config: PretrainedConfig) -> set[int]:
     """Head sizes of the layers that keep every token; empty if the config does not say."""
 
     def size(layer: PretrainedConfig) -> set[int]:
-        heads = getattr(layer, "num_attention_heads", None)
-        width = getattr(layer, "hidden_size", None)
-        known = getattr(layer, "head_dim", None) or (width and heads and width // heads)
+        known = head_size(layer)
         return {known} if known else set()
 
     try:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kvcomp.hf.auto import auto_class
 from kvcomp.hf.cache import WINDOW, Cache, is_dummy
-from kvcomp.hf.decoder import values_of
+from kvcomp.hf.decoder import head_size, values_of
 from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.layer import Layer
 from kvcomp.hf.refusals import refuse
@@ -122,7 +122,7 @@ def head_counts(config: Any, name: str) -> tuple[int, int, int]:
     for all heads, one KV head of a row's size."""
     heads: Any = getattr(config, "num_attention_heads", None)
     kv_heads: Any = getattr(config, "num_key_value_heads", None) or heads
-    head_dim: Any = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
+    head_dim: Any = head_size(config)
     if (rank := latent_rank(config)) is not None:
         kv_heads, head_dim = 1, rank + max(values_of(config, "qk_rope_head_dim"))
     if not all(isinstance(count, int) for count in (heads, kv_heads, head_dim)):
