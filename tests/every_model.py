@@ -127,9 +127,10 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 2, "H_cycles": 1, "L_cycles": 1},
     "dots3_note_vision_encoder": {
         **{"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]},
-        **{"num_experts_per_tok": 2, "per_layer_config": {}, "adapter_in_dim": 128},
+        **{"num_experts_per_tok": 2, "per_layer_config": {}},
+        **{"adapter_in_dim": 128, "adapter_out_dim": 128},
     },
-    "dots3_note_audio_encoder": {"adapter_input_size": 128},
+    "dots3_note_audio_encoder": {"adapter_input_size": 128, "adapter_out_dim": 128},
     "zaya": {"num_experts_per_tok": 1},
     "zamba2": {
         **{"num_hidden_layers": 5, "layers_block_type": ["linear_attention", *["hybrid"] * 4]},

@@ -42,7 +42,7 @@ def stock_of(kind):
 
 
 @pytest.mark.parametrize("name", COVERING)
-@pytest.mark.parametrize("kind", ["falcon_h1", "zaya"])
+@pytest.mark.parametrize("kind", ["falcon_h1", "zaya", "zamba2"])
 def test_tokens_are_those_of_the_model(kind, name):
     model, stock = model_of(kind), stock_of(kind)
     assert stock[:, WIDTH:].unique().numel() > 4, "the model is degenerate"
