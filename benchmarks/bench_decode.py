@@ -15,7 +15,11 @@ graph     a step as one CUDA graph: Full, Delta, LazyEviction with its share of 
           transformers' StaticCache, and their means over the contexts; with --device cuda --shape
           r1-distill-qwen-1.5b --batch 64 --tokens 1843 5530 9216 12902 16589 the published
           comparison of DELTA, over 18K tokens.
-peer      a step of llama.cpp beside one of ours, dense both: needs `pip install kvcomp[peers]`.
+peer      a step of other engines beside kvcomp's and stock transformers', dense attention all, the
+          same weights; each engine has a process of its own, and takes its steps in turn:
+          `--model smollm2-135m --peer vllm=/path/to/python openvino=... llama.cpp=...`. NAME alone
+          means this Python. It also compares the first greedy tokens with those of transformers.
+          With --json, a run that was interrupted goes on where it was.
 
 `--method full-compiled full-frozen` adds full attention with a step that inductor has compiled,
 over weights as they are and over packed ones.
@@ -37,9 +41,11 @@ rows of `generate`; `and 1.7 ms per token for carries` comes on top of a Delethi
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -47,9 +53,9 @@ from decode.contenders import COMPILED, OURS, STATIC
 from decode.generation import bench_generation
 from decode.graph import bench_graphs
 from decode.models import SHAPES
-from decode.peer import NAMES, bench_peer
+from decode.peer import bench_peer, is_peer, named
 from decode.steps import bench_steps
-from harness.record import NOT_INSTALLED, OtherLoad, begin, conclude, meta, shown
+from harness.record import NOT_INSTALLED, OtherLoad, begin, conclude, meta, shown, write_json
 from ops.common import DTYPES
 
 BENCHMARKS = {
@@ -58,9 +64,6 @@ BENCHMARKS = {
     "graph": bench_graphs,
     "peer": bench_peer,
 }
-
-
-PEER_SHAPES = [shape for shape, (kind, _) in SHAPES.items() if kind in NAMES]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,6 +83,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[STATIC, *OURS],
         metavar="NAME",
     )
+    add("--model", metavar="NAME", help="peer: real weights, of `kvcomp get`; else --shape")
+    add(
+        "--peer",
+        nargs="*",
+        type=named,
+        default=[named("llama.cpp")],
+        metavar="NAME[=PYTHON]",
+        help="llama.cpp, openvino, vllm, and the Python of their environments",
+    )
     add("--prompt", type=int, default=512, metavar="N", help="of a Delethink context")
     add("--rounds", type=int, default=24, help="most steps of a contender; a multiple of 8")
     add("--seconds", type=float, default=25.0, help="for all of a race; 8 rounds in any case")
@@ -94,32 +106,52 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--device cuda: torch sees no GPU")
     if options.device == "cuda" and set(options.method) & set(COMPILED):
         parser.error(f"--method {' '.join(COMPILED)}: for --device cpu")
-    if "peer" in options.part and options.shape not in PEER_SHAPES:
-        parser.error(f"--part peer: expected --shape {' or '.join(PEER_SHAPES)}")
+    if "peer" in options.part and (options.device, options.dtype) != ("cpu", "bf16"):
+        parser.error("--part peer: expected --device cpu and --dtype bf16")
     if options.rounds % 8 or options.rounds < 8:
         parser.error(f"--rounds: expected a multiple of 8, got {options.rounds}")
     if options.smoke:
         options.shape, options.tokens, options.prompt = "tiny", [256], 32
         options.rounds, options.generate = 8, 8
+    options.done = set()
     return options
+
+
+def begun(options: argparse.Namespace, facts: dict) -> list[dict]:
+    """The rows of an earlier run of the same command; they are not measured again.
+
+    Raises:
+        ValueError: the file is from another command.
+    """
+    file = options.json and Path(options.json)
+    if "peer" not in options.part or not file or not file.exists():
+        return []
+    content = json.loads(file.read_text())
+    if content["meta"]["command"] != facts["command"]:
+        raise ValueError(f"{file} is from another command: {content['meta']['command']}")
+    options.done = {(row["batch"], row["tokens"]) for row in content["rows"]}
+    return content["rows"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if "peer" in options.part and not (find_spec("llama_cpp") and find_spec("gguf")):
-        print("bench_decode: --part peer needs: pip install 'kvcomp[peers]'", file=sys.stderr)
-        return NOT_INSTALLED
     load = OtherLoad()
     names = ("part", "shape", "dtype", "batch", "tokens", "rounds", "generate")
     facts = meta("decode", options.device, **{name: getattr(options, name) for name in names})
+    facts["command"] = re.sub(r" (\S+)=\S*python\S*", r" \1", facts["command"])
     begin(facts, options.smoke)
-    rows = []
+    rows = begun(options, facts)
     for part in options.part:
         print(f"\n{part}", flush=True)
-        rows += shown(BENCHMARKS[part](options))
+        for row in shown(BENCHMARKS[part](options)):
+            rows.append(row)
+            if options.json:  # what is there survives an interruption
+                write_json(options.json, facts, rows)
     conclude(options.json, facts, rows, load)
+    if options.part == ["peer"] and options.peer and not any(map(is_peer, rows)):
+        return NOT_INSTALLED
     return 0
 
 

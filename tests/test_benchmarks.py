@@ -202,6 +202,26 @@ def test_steps_on_caches_of_one_size():
     assert all(row.ms > 0 and not row.in_graph and row.line() for row in rows)
 
 
+def test_peers_take_turns_in_their_own_processes(tmp_path, capsys):
+    bench, file = script("bench_decode"), tmp_path / "peer.json"
+    command = ["--smoke", "--part", "peer", "--peer", "vllm=/no/such/python", "--json", str(file)]
+    assert bench.main(command) == bench.NOT_INSTALLED
+    assert "vllm: skipped: /no/such/python: No such file" in capsys.readouterr().err
+    content = json.loads(file.read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    assert set(rows) == {"kvcomp", "kvcomp, int8", "hf dynamic"}
+    assert rows["kvcomp"]["kvcomp_ahead"] == 1
+    for name, row in rows.items():
+        assert row["agreed"] == 16 or name == "kvcomp, int8"
+        assert 0 < row["ms_min"] <= row["ms"] and row["steps"] >= 8
+        assert row["attention_ms"] > 0 and row["linear_ms"] > 0 and row["norm_ms"] > 0
+    options = bench.parse(command)
+    assert bench.begun(options, content["meta"]) == content["rows"]
+    assert options.done == {(1, 256)} and list(bench.bench_peer(options)) == []
+    with pytest.raises(ValueError, match="from another command"):
+        bench.begun(options, {"command": "bench_decode.py --part peer --peer openvino"})
+
+
 def test_a_step_reads_what_its_method_attends_to(decode):
     rows = json.loads(decode.read_text())["rows"]
     steps = {r["name"]: r for r in rows if r["part"] == "step"}
@@ -214,7 +234,7 @@ def test_a_step_reads_what_its_method_attends_to(decode):
     assert steps["lazy-eviction"]["kv_bytes"] < steps["full"]["kv_bytes"] / 2
     assert steps["delethink"]["boundary_ms"] > 0 and 0 < steps["louis-kv"]["retrieval_rate"] <= 1
     for row in steps.values():
-        parts = [row[f"{part}_ms"] for part in ("attention", "update", "linear", "rest")]
+        parts = [row[f"{part}_ms"] for part in ("attention", "update", "linear", "norm", "rest")]
         assert all(part > 0 for part in parts) and row["ceiling_ms"] > 0
         assert row["weight_bytes"] == stock["weight_bytes"] > 512 * 64 * 2
     generated = {r["name"]: r for r in rows if r["part"] == "generate"}

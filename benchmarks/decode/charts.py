@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator
 
 from drawing import COLORS, by, legend, plt, short, title
 
-PARTS = {"attention": 5, "update": 1, "linear": 2, "rest": 6}  # and their colours
+PARTS = {"attention": 5, "update": 1, "linear": 2, "norm": 3, "rest": 6}  # and their colours
 STOCK = "hf dynamic"
 
 
@@ -60,11 +60,10 @@ def parts(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
         figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
         for axis, (tokens, part) in zip(axes[0], panels.items(), strict=True):
             y = [names.index(r["name"]) for r in part]
-            whole = [sum(max(r[f"{key}_ms"], 0.0) for key in PARTS) for r in part]
+            lengths = [{key: max(r.get(f"{key}_ms", 0.0), 0.0) for key in PARTS} for r in part]
             left = [0.0] * len(part)
             for key, color in PARTS.items():
-                shares = [max(r[f"{key}_ms"], 0.0) / w for r, w in zip(part, whole, strict=True)]
-                widths = [100 * share for share in shares]
+                widths = [100 * ms[key] / sum(ms.values()) for ms in lengths]
                 bars = axis.barh(y, widths, 0.65, left=left, color=COLORS[color], label=key)
                 left = [a + b for a, b in zip(left, widths, strict=True)]
             texts = [f"{short(r['ms'])} ms, {short(r['speedup'])}x" for r in part]

@@ -124,9 +124,14 @@ class Patched(Contender):
     """A method of ours, on a twin of the model."""
 
     def __init__(self, method: Method, model: PreTrainedModel, filling: Filling) -> None:
-        self.name, self.parameters, self.filling = method.name, repr(method), filling
+        self.name, self.parameters, self.method = method.name, repr(method), method
         self.model, self.device = twin(model), model.device.type
         self.run = self._patch(method)
+        self.fill(filling)
+
+    def fill(self, filling: Filling) -> None:
+        """A new cache, which stands behind this filling."""
+        self.filling, method = filling, self.method
         self.cache = self.layers = self._new_cache()
         if isinstance(method, Delethink):
             self.cache.enter({"input_ids": filling.ids[:, :-1]}, encode=lambda *args: None)

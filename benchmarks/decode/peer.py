@@ -1,204 +1,251 @@
-"""llama.cpp beside ours: the same weights, the same K and V, dense attention, one process."""
+"""Other engines beside ours: the same weights, each in a process of its own, steps in turn."""
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import json
+import os
+import random
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from decode.contenders import Filling, contender
+from decode.contenders import STOCK
 from decode.models import make_model
-from decode.steps import WARM_UP, race
-from kvcomp.probe import bandwidth_probe
+from decode.steps import PARTS
+from decode.weights import NAMES, write_gguf
+from kvcomp import models
 from ops.common import DTYPES
 
-NAMES = {"qwen3": "QWEN3", "qwen2": "QWEN2"}  # of architectures, in gguf
+ENGINES = {
+    "kvcomp": "kvcomp_engine",
+    "llama.cpp": "llama_cpp_engine",
+    "openvino": "openvino_engine",
+    "vllm": "vllm_engine",
+}
+OURS = "kvcomp"
+STEPS = 5  # of a contender in a round, of which the first is not counted
+PAUSE = 0.02  # seconds before a turn, in which the threads of others stop spinning
+PROMPT = "The capital of France is Paris, and the capital of Germany is Berlin. The Rhine flows"
+GREEDY = 16  # tokens behind it that are compared
+# Threads of those that wait must not spin, or they would take the cores from those in work.
+QUIET = {"KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True)
 class PeerRow:
+    """Times in ms, of steps that take every sequence one token further."""
+
     part: str
-    shape: str
-    dtype: str
+    model: str
     batch: int
-    tokens: int
+    tokens: int  # seen by each sequence
     name: str
+    version: str
     ms: float
     ms_min: float
-    full_ms: float  # of ours, in the same rounds
-    full_ms_min: float
-    ahead: float  # how many times faster ours is; below 1 it is slower
-    ahead_min: float
-    logit_error: float  # between the two, over the norm
-    version: str
+    steps: int
+    kvcomp_ahead: float  # how many times faster kvcomp's eager step is; below 1 it is slower
+    kvcomp_ahead_min: float  # by minima
+    agreed: int  # greedy tokens as those of transformers, of GREEDY
+    attention_ms: float | None = None  # of a step that is looked into; None: it shows no parts
+    update_ms: float | None = None
+    linear_ms: float | None = None
+    norm_ms: float | None = None
+    rest_ms: float | None = None
 
     def line(self) -> str:
-        return (
-            f"{self.shape} {self.dtype} B={self.batch} n={self.tokens:<6} {self.name}"
-            f" {self.version} {self.ms:8.1f} ms (min {self.ms_min:7.1f})  full {self.full_ms:8.1f}"
-            f" ms (min {self.full_ms_min:7.1f}), {self.ahead:.2f}x as fast"
-            f" (min {self.ahead_min:.2f}x)  logits differ by {self.logit_error:.1%}"
+        text = (
+            f"{self.model} B={self.batch} n={self.tokens:<6} {self.name:22} {self.version:10}"
+            f" {self.ms:8.2f} ms (min {self.ms_min:7.2f})  kvcomp {self.kvcomp_ahead:5.2f}x"
+            f" (min {self.kvcomp_ahead_min:5.2f}x)  greedy {self.agreed}/{GREEDY}"
         )
+        parts = {name: getattr(self, f"{name}_ms") for name in (*PARTS, "rest")}
+        if any(parts.values()):
+            text += "".join(f"  {name} {ms:.2f}" for name, ms in parts.items())
+        return text
+
+
+class Worker:
+    """An engine's process; see `engines/worker.py`.
+
+    Raises:
+        RuntimeError: it does not start, or a call fails, with the reason.
+    """
+
+    def __init__(self, engine: str, python: str, job: dict[str, Any]) -> None:
+        self.engine = engine
+        script = Path(__file__).parent / "engines" / "worker.py"
+        environment = os.environ | QUIET | {"OMP_NUM_THREADS": str(job["threads"])}
+        environment.pop("PYTHONPATH", None)
+        try:
+            self.process = subprocess.Popen(
+                [python, str(script), ENGINES[engine]],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=environment,
+            )
+        except OSError as problem:
+            raise RuntimeError(f"{python}: {problem.strerror}") from None
+        self.versions: dict[str, str] = self.ask("load", job)
+
+    def ask(self, *call: object) -> Any:
+        try:
+            self.process.stdin.write(json.dumps(call) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        answer = json.loads(line or f'{{"error": "its process ended at `{call[0]}`"}}')
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["value"]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def is_peer(row: dict) -> bool:
+    return row["part"] == "peer" and not row["name"].startswith((OURS, STOCK))
+
+
+def named(text: str) -> tuple[str, str]:
+    """NAME or NAME=PYTHON, of `--peer`."""
+    name, _, python = text.partition("=")
+    if name not in ENGINES or name == OURS:
+        known = ", ".join(sorted(set(ENGINES) - {OURS}))
+        raise argparse.ArgumentTypeError(f"expected one of {known}, with =PYTHON or without")
+    return name, python or sys.executable
 
 
 def bench_peer(options: argparse.Namespace) -> Iterator[PeerRow]:
-    import llama_cpp
-
-    model = make_model(options.shape, DTYPES[options.dtype], "cpu", options.seed)
-    probe = bandwidth_probe("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.gguf"
-        write_gguf(model, path)
-        for tokens in options.tokens:
-            filling = Filling.make(model, 1, tokens, options.seed)
-            room = WARM_UP + options.rounds + 8
-            peers = [LlamaCpp(path, filling, room, flash) for flash in (False, True)]
-            full = contender("full", model, filling, room, options)
-            token = filling.ids[:, -1:]
-            ours = full.step(token).flatten().float()
-            apart = [(peer.step(token) - ours).norm() / ours.norm() for peer in peers]
-            times, _ = race([full, *peers], probe, filling, options)
-            full_ms, full_ms_min = (times["full"].mean(pick) * 1e3 for pick in (median, min))
-            for peer, error in zip(peers, apart, strict=True):
-                peer.close()
-                ms, ms_min = (times[peer.name].mean(pick) * 1e3 for pick in (median, min))
-                yield PeerRow(
-                    part="peer",
-                    shape=options.shape,
-                    dtype=options.dtype,
-                    batch=1,
-                    tokens=tokens,
-                    name=peer.name,
-                    ms=ms,
-                    ms_min=ms_min,
-                    full_ms=full_ms,
-                    full_ms_min=full_ms_min,
-                    ahead=ms / full_ms,
-                    ahead_min=ms_min / full_ms_min,
-                    logit_error=error.item(),
-                    version=llama_cpp.__version__,
-                )
-            full.close()
+    """All batch sizes and lengths; those in `options.done` are left out."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, prompt = _weights(options, Path(place))
+        for batch in options.batch:
+            lengths = [n for n in options.tokens if (batch, n) not in options.done]
+            if not lengths:
+                continue
+            job = {
+                "model": str(folder),
+                "gguf": str(Path(place) / "model.gguf"),
+                "batch": batch,
+                "room": max(*lengths, 64) + 2 * STEPS * options.rounds,
+                "threads": torch.get_num_threads(),
+                "compile": not options.smoke,
+            }
+            with ExitStack() as stack:
+                workers = list(_start(options.peer, job, stack))
+                agreed = _agreed(workers, prompt)
+                for tokens in sorted(lengths):
+                    for worker in workers:
+                        worker.ask("stand", tokens)
+                    seconds = _race(workers, options)
+                    yield from list(_rows(workers, seconds, agreed, batch, tokens, options))
 
 
-def write_gguf(model: PreTrainedModel, path: Path) -> None:
-    """The weights as they are, norms and biases in fp32, without a vocabulary."""
-    import gguf
+def _weights(options: argparse.Namespace, place: Path) -> tuple[Path, list[int]]:
+    """A folder for transformers, with `place`/model.gguf, and the ids of a prompt."""
+    if options.model is None:
+        model = make_model(options.shape, torch.bfloat16, "cpu", options.seed)
+        folder, prompt, vocabulary = place / "model", list(range(5, 25)), None
+        model.save_pretrained(folder)
+    else:
+        folder = Path(models.path(options.model))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES["bf16"])
+        prompt = AutoTokenizer.from_pretrained(folder)(PROMPT).input_ids
+        vocabulary = folder / "tokenizer.json"
+    if options.peer:
+        _check(model)
+        write_gguf(model, place / "model.gguf", vocabulary)
+    return folder, prompt
 
-    config, kind = model.config, model.config.model_type
-    writer = gguf.GGUFWriter(str(path), kind)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    dim = model.get_decoder().layers[0].self_attn.head_dim
-    writer.add_key_length(dim)
-    writer.add_value_length(dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
-    names = gguf.get_tensor_name_map(
-        getattr(gguf.MODEL_ARCH, NAMES[kind]), config.num_hidden_layers
-    )
-    stored = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[model.dtype]
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+
+def _check(model: PreTrainedModel) -> None:
+    if model.config.model_type not in NAMES:
+        raise ValueError(f"bench_decode: --peer: no GGUF of {model.config.model_type} is known")
+
+
+def _start(peers: list[tuple[str, str]], job: dict[str, Any], stack: ExitStack) -> Iterator[Worker]:
+    for name, python in [(OURS, sys.executable), *peers]:
+        try:
+            worker = Worker(name, python, job)
+        except RuntimeError as problem:
+            if name == OURS:
+                raise
+            print(f"{name}: skipped: {problem}", file=sys.stderr, flush=True)
             continue
-        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if tensor.ndim == 1:
-            writer.add_tensor(known, tensor.float().numpy())
-        else:
-            raw = getattr(gguf.GGMLQuantizationType, stored)
-            writer.add_tensor(known, tensor.view(torch.uint8).numpy(), raw_dtype=raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        stack.callback(worker.close)
+        yield worker
 
 
-class LlamaCpp:
-    """A context of llama.cpp that stands behind the filling; K and V in fp16, its default."""
-
-    def __init__(self, path: Path, filling: Filling, room: int, flash: bool) -> None:
-        import llama_cpp
-
-        self.lib, tokens = llama_cpp, filling.keys.shape[2]
-        self.name = f"llama.cpp, flash {'on' if flash else 'off'}"
-        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self._quiet, None)
-        settings = llama_cpp.llama_model_default_params()
-        settings.n_gpu_layers = 0
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
-        if not self.model:
-            raise RuntimeError(f"llama.cpp {llama_cpp.__version__} does not load {path.name}")
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = tokens + room, 1
-        params.n_threads = params.n_threads_batch = torch.get_num_threads()
-        params.flash_attn_type = getattr(
-            llama_cpp, f"LLAMA_FLASH_ATTN_TYPE_{'ENABLED' if flash else 'DISABLED'}"
-        )
-        self.context = llama_cpp.llama_init_from_model(self.model, params)
-        self.vocabulary = llama_cpp.llama_vocab_n_tokens(
-            llama_cpp.llama_model_get_vocab(self.model)
-        )
-        self._fill(filling, flash)
-
-    def step(self, ids: Tensor) -> Tensor:
-        """ids [1, 1] -> logits [vocabulary]."""
-        token = (ctypes.c_int32 * 1)(int(ids))
-        if self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(token, 1)):
-            raise RuntimeError("llama.cpp: llama_decode failed")
-        logits = self.lib.llama_get_logits(self.context)
-        return torch.from_numpy(np.ctypeslib.as_array(logits, (self.vocabulary,)).copy())
-
-    def counts(self) -> tuple[int, int]:
-        return 0, 0
-
-    def close(self) -> None:
-        self.lib.llama_free(self.context)
-        self.lib.llama_model_free(self.model)
-
-    def _fill(self, filling: Filling, flash: bool) -> None:
-        """Through the state of a sequence: that of one token is the pattern for that of n."""
-        get, put = self.lib.llama_state_seq_get_data, self.lib.llama_state_seq_set_data
-        self.step(filling.ids[:, :1])
-        one = np.empty(self.lib.llama_state_seq_get_size(self.context, 0), np.uint8)
-        get(self.context, _pointer(one), len(one), 0)
-        k, v = (
-            x[0].transpose(0, 1).flatten(1).half().numpy() for x in (filling.keys, filling.values)
-        )
-        if not flash:  # which wants V as [Hkv * D, n]
-            v = v.T.copy()
-        tokens, row, parts = len(k), k[0].nbytes, 2 * self.lib.llama_model_n_layer(self.model)
-        # Header and number of cells, the cells, 8 bytes about the data, the parts: K of all layers
-        # and then V, each 12 bytes about it and its rows.
-        behind = len(one) - parts * (12 + row) - 8
-        cell, width = one[16:behind], 12 + k.nbytes
-        state = np.empty(16 + tokens * len(cell) + 8 + parts * width, np.uint8)
-        state[:12], state[12:16] = one[:12], np.array([tokens], np.uint32).view(np.uint8)
-        cells, data = np.split(state[16:], [tokens * len(cell)])
-        cells = cells.reshape(tokens, -1)
-        cells[:] = cell
-        cells[:, :4] = np.arange(tokens, dtype=np.int32).view(np.uint8).reshape(tokens, 4)
-        data[:8], data = one[behind : behind + 8], data[8:].reshape(parts, width)
-        data[:, :12] = one[behind + 8 :].reshape(parts, 12 + row)[:, :12]
-        data[: parts // 2, 12:] = k.view(np.uint8).reshape(-1)
-        data[parts // 2 :, 12:] = v.view(np.uint8).reshape(-1)
-        if put(self.context, _pointer(state), len(state), 0) != len(state):
-            raise RuntimeError("llama.cpp: its state has another layout than expected")
+def _agreed(workers: list[Worker], prompt: list[int]) -> dict[str, int]:
+    """How many of the tokens behind the prompt each contender has in common with transformers."""
+    found: dict[str, list[int]] = {}
+    for worker in workers:
+        found |= worker.ask("greedy", prompt, GREEDY)
+    want = found[STOCK]
+    pairs = {name: zip(tokens, want, strict=True) for name, tokens in found.items()}
+    return {name: sum(a == b for a, b in pair) for name, pair in pairs.items()}
 
 
-def _pointer(buffer: np.ndarray) -> object:
-    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+def _race(workers: list[Worker], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds by contender, who take turns in an order that changes."""
+    players = [(worker, name) for worker in workers for name in worker.versions]
+    seconds: dict[str, list[float]] = {name: [] for _, name in players}
+    order, began = random.Random(options.seed), time.perf_counter()
+    for turn in range(options.rounds + 1):
+        if turn > 2 and time.perf_counter() - began > options.seconds:
+            break
+        for worker, name in order.sample(players, len(players)):
+            time.sleep(PAUSE)
+            found = worker.ask("step", name, STEPS)
+            if turn:  # in the first round everybody warms up
+                seconds[name] += found[1:]
+    return seconds
+
+
+def _rows(
+    workers: list[Worker],
+    seconds: dict[str, list[float]],
+    agreed: dict[str, int],
+    batch: int,
+    tokens: int,
+    options: argparse.Namespace,
+) -> Iterator[PeerRow]:
+    ours = seconds[OURS]
+    for worker in workers:
+        for name in worker.versions:
+            own = seconds[name]
+            yield PeerRow(
+                part="peer",
+                model=options.model or options.shape,
+                batch=batch,
+                tokens=tokens,
+                name=name,
+                version=worker.versions[name],
+                ms=median(own) * 1e3,
+                ms_min=min(own) * 1e3,
+                steps=len(own),
+                kvcomp_ahead=median(own) / median(ours),
+                kvcomp_ahead_min=min(own) / min(ours),
+                agreed=agreed[name],
+                **(worker.ask("parts", name) or {}),
+            )

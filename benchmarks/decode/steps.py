@@ -36,7 +36,7 @@ TURN = 8  # steps with the same token; then queries turn, and LouisKV retrieves
 WARM_UP = 2
 STOCK_SPLITS = 3  # steps of stock that are looked into, which are long
 PROBE = "probe"
-PARTS = ("attention", "update", "linear")
+PARTS = ("attention", "update", "linear", "norm")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class StepRow:
     attention_ms: float  # of a step that is looked into, not of those timed
     update_ms: float
     linear_ms: float
+    norm_ms: float
     rest_ms: float
     parameters: str
     retrieval_rate: float  # of steps
@@ -258,8 +259,8 @@ def split(player: Contender, filling: Filling, steps: int) -> dict[str, float]:
 
 @contextmanager
 def watched(player: Contender) -> Iterator[dict[str, float]]:
-    """Seconds spent in attention (with all that a method does there), cache update and linear
-    layers, LM head included, while the block runs."""
+    """Seconds spent in attention (with all that a method does there), cache update, linear layers,
+    LM head included, and norms, while the block runs."""
     model, layers, device = player.model, player.layers, player.device
     seconds = dict.fromkeys(PARTS, 0.0)
 
@@ -275,14 +276,16 @@ def watched(player: Contender) -> Iterator[dict[str, float]]:
     name = model.config._attn_implementation
     attention = ALL_ATTENTION_FUNCTIONS[name]
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     AttentionInterface.register(name, timed("attention", attention))
     layers.update = timed("update", layers.update)
-    for module in linear:
-        module.forward = timed("linear", module.forward)
+    for part, modules in (("linear", linear), ("norm", norms)):
+        for module in modules:
+            module.forward = timed(part, module.forward)
     try:
         yield seconds
     finally:
         AttentionInterface.register(name, attention)
         del layers.update
-        for module in linear:
+        for module in (*linear, *norms):
             del module.forward

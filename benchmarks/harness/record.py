@@ -188,7 +188,8 @@ class OtherLoad:
             return None
         hertz = os.sysconf("SC_CLK_TCK")
         idle = ticks[3] + ticks[4]
-        return sum(ticks) / hertz, (sum(ticks) - idle) / hertz, time.process_time()
+        own = sum(os.times()[:4])  # with that of children that have ended
+        return sum(ticks) / hertz, (sum(ticks) - idle) / hertz, own
 
 
 def _commit() -> str | None:
