@@ -17,6 +17,7 @@ void compact_kv(const CompactKvParams& params, int device, std::uintptr_t stream
 void decode_attention(const DecodeAttentionParams& params, int device, std::uintptr_t stream);
 int decode_attention_blocks(ScalarType dtype, int head_dim, int device);  // of an SM at once
 void fetch_rows(const FetchRowsParams& params, int device, std::uintptr_t stream);
+void latent_attention(const LatentAttentionParams& params, int device, std::uintptr_t stream);
 void page_scores(const PageScoresParams& params, int device, std::uintptr_t stream);
 void recurrence_update(const RecurrenceUpdateParams& params, int device, std::uintptr_t stream);
 void segment_boundaries(const SegmentBoundariesParams& params, int device, std::uintptr_t stream);

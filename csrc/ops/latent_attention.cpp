@@ -9,7 +9,9 @@ namespace kvcomp {
 
 void latent_attention(Backend backend, py::handle q_, py::handle latents_, py::handle seq_lens_,
                       py::handle page_ids_, py::handle logits_, py::handle out_, py::handle lse_,
-                      std::int64_t page_size, std::int64_t value_dim, double scale) {
+                      std::int64_t page_size, std::int64_t value_dim, double scale,
+                      py::handle partial_out_, py::handle partial_lse_, std::int64_t split_size,
+                      std::uintptr_t stream) {
   const Boundary at{"latent_attention"};
   const TensorView q = at.tensor("q", q_), latents = at.tensor("latents", latents_);
   const TensorView seq_lens = at.tensor("seq_lens", seq_lens_);
@@ -60,6 +62,23 @@ void latent_attention(Backend backend, py::handle q_, py::handle latents_, py::h
   at.shape(lse, {B, Hq});
   at.contiguous(out);
   at.contiguous(lse);
+  const std::optional<TensorView> partial_out = at.optional("partial_out", partial_out_);
+  const std::optional<TensorView> partial_lse = at.optional("partial_lse", partial_lse_);
+  Dim S{"S"};
+  S.size = 1;
+  if (partial_out && partial_lse) {
+    S.size = -1;
+    at.device(backend, {&q, &*partial_out, &*partial_lse});
+    at.dtype(*partial_out, {DType::f32});
+    at.dtype(*partial_lse, {DType::f32});
+    at.shape(*partial_out, {B, Hq, S, value_dim});
+    at.shape(*partial_lse, {B, Hq, S});
+    at.contiguous(*partial_out);
+    at.contiguous(*partial_lse);
+  }
+  if (backend == Backend::cuda && S.size * split_size < positions) {
+    at.fail("split_size", "splits of all " + std::to_string(positions) + " positions", split_size);
+  }
 
   DecodeAttentionParams attention{};
   attention.q_dtype = attention.kv_dtype = at.scalar_type(q);
@@ -85,16 +104,19 @@ void latent_attention(Backend backend, py::handle q_, py::handle latents_, py::h
   attention.num_slots = static_cast<std::int32_t>(T.size);
   attention.num_listed = page_ids ? static_cast<std::int32_t>(K.size) : 0;
   attention.page_size = attention.page_pitch = static_cast<std::int32_t>(page_size);
-  attention.num_splits = 1;
+  attention.partial_out = partial_out ? partial_out->as<float>() : nullptr;
+  attention.partial_lse = partial_lse ? partial_lse->as<float>() : nullptr;
+  attention.num_splits = static_cast<std::int32_t>(S.size);
+  attention.split_size = static_cast<std::int32_t>(split_size);
   attention.scale = static_cast<float>(scale);
   if (readable(backend)) {
     // As in attention_params: an empty list has no memory.
     if (page_ids && K.size == 0) check_seq_lens(at, attention.seq_lens, B.size, "K * page_size", 0);
     check_listed_tokens(at, attention);
   }
-  run<cpu::latent_attention>(at, backend,
-                             LatentAttentionParams{attention, static_cast<std::int32_t>(value_dim)},
-                             q.device);
+  run<cpu::latent_attention, cuda::latent_attention>(
+      at, backend, LatentAttentionParams{attention, static_cast<std::int32_t>(value_dim)}, q.device,
+      stream);
 }
 
 KVCOMP_OP(latent_attention);

@@ -8,8 +8,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kvcomp.ops._registry import bind
+from kvcomp import _C
+from kvcomp.ops._registry import bind, raw_stream
+from kvcomp.ops._splits import MIN_SPLIT, num_multiprocessors, plan_splits
 from kvcomp.ops.decode_attention import attended, listed, logits_of
+
+BLOCKS_PER_MULTIPROCESSOR = 2  # of the CUDA kernel, see latent_attention.cuh
 
 
 def latent_attention(
@@ -41,15 +45,17 @@ def latent_attention(
         scale: factor on q k^T: of the heads before absorption, so that D does not tell it.
         page_ids: [B, 1, K] int32.
         page_size: tokens in a page.
-        logits: optional output [B, Hq, N] fp32, N >= T (dense) or K * page_size (paged): receives
-            the scaled logits of each attended position; others are left alone or set to -inf.
+        logits: optional output [B, Hq, N], N >= T (dense) or K * page_size (paged), of fp32 or,
+            except on the CPU, fp16: receives the scaled logits of each attended position; others
+            are left alone or set to -inf.
 
     Returns:
         out [B, Hq, Dv] of q's dtype, and lse [B, Hq] fp32, the natural log of the sum of exp.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout. Values of `seq_lens` and
-            `page_ids` are checked on the CPU.
+            `page_ids` are checked on the CPU; on a GPU, where reading them would stall, an id out
+            of range gives NaN.
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
     """
@@ -72,13 +78,45 @@ def fake(q, latents, seq_lens, page_ids, page_size, value_dim, scale, logits):
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
+    in_splits = backend == _C.Backend.cuda
+
     def run(q, latents, seq_lens, page_ids, page_size, value_dim, scale, logits):
-        inputs = q, latents, seq_lens, page_ids
-        out, lse = fake(*inputs, page_size, value_dim, scale, logits)
-        extension.latent_attention(backend, *inputs, logits, out, lse, page_size, value_dim, scale)
+        out, lse = fake(q, latents, seq_lens, page_ids, page_size, value_dim, scale, logits)
+        partial_out, partial_lse, size = None, None, 0
+        if in_splits:
+            positions = latents.shape[1] if page_ids is None else page_ids.shape[2] * page_size
+            splits, size = plan(q, value_dim, positions)
+            if splits > 1:
+                partial_lse = lse.new_empty(*lse.shape, splits)
+                partial_out = lse.new_empty(*partial_lse.shape, value_dim)
+        extension.latent_attention(
+            backend,
+            q,
+            latents,
+            seq_lens,
+            page_ids,
+            logits,
+            out,
+            lse,
+            page_size,
+            value_dim,
+            scale,
+            partial_out,
+            partial_lse,
+            size,
+            raw_stream(q),
+        )
         return out, lse
 
     return run
+
+
+def plan(q: Tensor, value_dim: int, positions: int) -> tuple[int, int]:
+    """How many splits of how many positions the CUDA kernel makes."""
+    heads = 32 if q.shape[2] <= 576 and value_dim <= 512 else 16  # of a block
+    blocks = q.shape[0] * -(-q.shape[1] // heads)
+    chunks = max(1, -(-positions // MIN_SPLIT))
+    return plan_splits(blocks, chunks, num_multiprocessors(q.device) * BLOCKS_PER_MULTIPROCESSOR)
 
 
 _op = bind(
@@ -88,5 +126,6 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
+    backends=("cpu", "cuda"),
     triton=True,
 )

@@ -80,7 +80,7 @@ struct AppendAttentionParams {
 
 // One row of `k` a token, for all heads: its key, whose first value_dim columns are its value.
 struct LatentAttentionParams {
-  DecodeAttentionParams attention;  // one KV head, v = k, out [B, Hq, value_dim]
+  DecodeAttentionParams attention;  // one KV head, v = k, out and partial_out [..., value_dim]
   int32_t value_dim;
 };
 

@@ -1,0 +1,11 @@
+#include "cuda/kernels.h"
+#include "cuda/launch.h"
+#include "kvcomp/latent_attention.cuh"
+
+namespace kvcomp::cuda {
+
+void latent_attention(const LatentAttentionParams& params, int device, std::uintptr_t stream) {
+  launch_latent_attention(params, Launch("latent_attention", device, stream));
+}
+
+}  // namespace kvcomp::cuda
