@@ -54,6 +54,7 @@ def latent_cases() -> list[Case]:
         build("no-rotated-part", [70], 4, 70, 64, 64, layout="crooked"),
         build("odd-heads", [66, 70], 23, 70, 80, 48, layout="slab", logits=True),
         build("deepseek", [333], 16, 333, 576, 512),
+        build("wide", [40], 19, 40, 656, 640, logits=True),
         build("spans", [4500, 300], 3, 4500, 48, 32, logits=True),
         build("tokens", [37, 5], 20, 90, 64, 32, 1, 40, logits=True),
         build("pages", [96, 50], 8, 330, 128, 96, 16, 6, layout="slab"),
