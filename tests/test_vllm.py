@@ -127,8 +127,8 @@ def test_a_block_table_gives_what_a_cache_gives(tokens, sinks):
         for x, of in zip(pool, (k, v), strict=True):
             of = torch.nn.functional.pad(of, (0, 0, 0, pages * 4 - longest))
             x[:, table] = of.unflatten(2, (pages, 4)).transpose(0, 1)
-        pool_k, pool_v = pool.flatten(2, 3)[:, None].expand(-1, rows, -1, -1, -1)
-        got = there.decode(query, pool_k, pool_v, step, scale)
+        got = torch.empty_like(query)
+        there.decode(query, *pool.transpose(1, 2), step, scale, got)
         torch.testing.assert_close(got, cache.attend(layer, query, scale))
 
 
@@ -170,8 +170,9 @@ def test_a_block_table_loses_what_a_cache_loses():
                 write(index, row, prompts[row] + step, kv[row])
                 cache.layers[index].append(*kv[row][:, None])
                 expected.append(cache.attend(cache.layers[index], q[row : row + 1], scale))
-            k, v = pool[index][:, None].expand(-1, 2, -1, -1, -1)
-            got = placed.layers[index].decode(q, k, v, plan, scale)
+            k, v = pool[index].unflatten(2, (-1, page)).transpose(1, 2)
+            got = torch.empty_like(q)
+            placed.layers[index].decode(q, k, v, plan, scale, got)
             torch.testing.assert_close(got, torch.cat(expected))
         for row, prompt in enumerate(prompts):
             first = -(-method.budget // block)

@@ -78,7 +78,7 @@ def _shape(options, heads, kv_heads, size, layers, batch, tokens) -> Iterator[Ro
 
     ours = torch.zeros(blocks * BLOCK // page, kv_heads, page, 2 * size, dtype=dtype)
     pages.write(ours, key, value, slots)
-    k, v = pages.keys_and_values(ours, batch)
+    k, v = pages.keys_and_values(ours)
     expanded = (table[:, :, None] * (BLOCK // page) + torch.arange(BLOCK // page)).flatten(1).int()
     logits = torch.empty(batch, heads, expanded.shape[1] * page)
     parts = PlacedModel(delta, layers).layers
@@ -89,15 +89,16 @@ def _shape(options, heads, kv_heads, size, layers, batch, tokens) -> Iterator[Ro
     def step() -> Step:
         return Step(expanded, lens, longest=tokens, page_size=page, logits=logits)
 
-    out = selects.decode(q, k, v, step(), scale)
+    out = torch.empty_like(q)
+    selects.decode(q, k, v, step(), scale, out)
     vllm_kernel()
     torch.testing.assert_close(out, stock, atol=1e-2, rtol=2e-2)
     kept = step()
     runs = {
         "vllm": vllm_kernel,
-        "kvcomp dense": lambda: dense.decode(q, k, v, kept, scale),
-        "kvcomp delta, selecting": lambda: selects.decode(q, k, v, kept, scale),
-        "kvcomp delta, sparse": lambda: sparse.decode(q, k, v, kept, scale),
+        "kvcomp dense": lambda: dense.decode(q, k, v, kept, scale, out),
+        "kvcomp delta, selecting": lambda: selects.decode(q, k, v, kept, scale, out),
+        "kvcomp delta, sparse": lambda: sparse.decode(q, k, v, kept, scale, out),
     }
     times = interleave(runs, options.repeats, budget=options.seconds)
 

@@ -35,8 +35,8 @@ from kvcomp.engines.vllm.prompts import PromptPlanner, Prompts
 from kvcomp.engines.vllm.settings import Settings, SinkWindow
 from kvcomp.engines.vllm.sink_window import kept_pages
 from kvcomp.engines.vllm.step import PlacedLayer, PlacedModel, Step
+from kvcomp.ops import HEAD_SIZES
 
-HEAD_SIZES = (32, 64, 80, 96, 128, 256)  # that kvcomp's kernels have
 logger = init_logger(f"vllm.{__name__}")  # below vLLM's own, or nothing would print it
 
 _asked: Settings | None = None  # by the server of this process; vLLM runs one model in a worker
@@ -213,9 +213,9 @@ class KvcompImpl(CPUAttentionBackendImpl):
             )
         count, step = attn_metadata.num_decodes, attn_metadata.step
         if step is not None:
-            k, v = pages.keys_and_values(kv_cache, count)
+            k, v = pages.keys_and_values(kv_cache)
             assert self.placed is not None, "the builder places all layers before the first step"
-            output[:count] = self.placed.decode(query[:count], k, v, step, self.scale)
+            self.placed.decode(query[:count], k, v, step, self.scale, output[:count])
         if attn_metadata.prompts is not None:
             attn_metadata.prompts.attend(query, kv_cache, output, self.scale)
         return output

@@ -110,7 +110,7 @@ class LazyStep(Step):
             longest=max(totals),
             page_size=page,
             logits=logits[..., : order.shape[1] * page],
-            kept=(listed[:, None].contiguous(), held),
+            kept=(listed, held),
             slots=(ids.long()[:, :, None] * page + torch.arange(page)).flatten(1),
             held=held,
             first=[row for row, (total, prompt) in enumerate(whole) if total == prompt + 1],
@@ -132,22 +132,23 @@ class LazyLayer(PlacedLayer):
     last_hit: Tensor | None = None  # [slots, Hkv] int32
     longest: Tensor | None = None
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float, out: Tensor
+    ) -> None:
         assert isinstance(step, LazyStep) and step.logits is not None
         method = self.cache.method
         assert isinstance(method, LazyEviction)
-        self.step, self.k, self.v = step, k, v
+        self.step, self.k, self.v, self.out = step, k, v, out
         ids, held = step.kept or (None, None)
         assert ids is not None and held is not None
-        out, lse = self._read(q, scale, held, ids, step.logits)
+        _, lse = self._read(q, scale, held, ids, step.logits)
         if self.last_hit is None or self.longest is None:
-            self.last_hit = torch.zeros(k.shape[2], k.shape[1], dtype=torch.int32)
+            self.last_hit = torch.zeros(k.shape[0] * k.shape[2], k.shape[1], dtype=torch.int32)
             self.longest = torch.zeros_like(self.last_hit)
         self._begin(step, self.last_hit, self.longest)
         self._count(step, lse, method.threshold, self.last_hit, self.longest)
         for row in step.cut:
             self._cut(step, row, method, self.last_hit, self.longest)
-        return out
 
     @staticmethod
     def _begin(step: LazyStep, last_hit: Tensor, longest: Tensor) -> None:
@@ -197,5 +198,8 @@ class LazyLayer(PlacedLayer):
         kept = stays.nonzero()[:, 1].view(-1, method.budget)  # [Hkv, B]
         source, goal = slots[kept], slots[: method.budget]
         head = torch.arange(len(kept))[:, None]
-        for rows in (self.k[0], self.v[0], last_hit.T, longest.T):
-            rows[head, goal] = rows[head, source]
+        size = step.page_size
+        for pool in (self.k, self.v):
+            pool[goal // size, head, goal % size] = pool[source // size, head, source % size]
+        for state in (last_hit.T, longest.T):
+            state[head, goal] = state[head, source]

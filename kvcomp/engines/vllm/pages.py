@@ -16,11 +16,11 @@ def rows(cache: Tensor) -> Tensor:
     return cache.view(pages * size, heads, width)
 
 
-def keys_and_values(cache: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """K and V [batch, Hkv, pages * P, D] of all pages: views, with stride 0 over the batch."""
-    pool = rows(cache).transpose(0, 1)[None].expand(batch, -1, -1, -1)
-    half = pool.shape[-1] // 2
-    return pool[..., :half], pool[..., half:]
+def keys_and_values(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V of all pages, pools [pages, Hkv, P, D]: views."""
+    pages, heads, size, width = cache.shape
+    pool = cache.view(pages, size, heads, width).transpose(1, 2)
+    return pool[..., : width // 2], pool[..., width // 2 :]
 
 
 def write(cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:

@@ -12,7 +12,7 @@ from kvcomp.engines.vllm.settings import SinkWindow
 def kept_pages(
     table: Tensor, lens: Tensor, page: int, block: int, method: SinkWindow
 ) -> tuple[Tensor, Tensor]:
-    """What a decode row attends to: page ids [B, 1, K] int32, and their tokens [B] int32.
+    """What a decode row attends to: page ids [B, K] int32, and their tokens [B] int32.
 
     Args:
         table: [B, pages] int32.
@@ -28,4 +28,4 @@ def kept_pages(
     count = kept.sum(1)
     order = kept.logical_not().int().argsort(dim=1, stable=True)[:, : int(count.max())]
     ids = torch.where(torch.arange(order.shape[1]) < count[:, None], table.gather(1, order), -1)
-    return ids[:, None].contiguous(), (lens - (used - count) * page).int()
+    return ids, (lens - (used - count) * page).int()

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvcomp import Delta, ops
@@ -29,8 +28,8 @@ class Step:
         longest: the largest of them, known on the host.
         page_size: tokens in a page.
         logits: [B, Hq, pages * page_size] fp32, for layers that select.
-        kept: page ids [B, 1, K] and lengths [B], where every layer attends to the same part of
-            the table; None: to all of it.
+        kept: page ids [B, K] and lengths [B], where every layer attends to the same part of the
+            table; None: to all of it.
     """
 
     table: Tensor
@@ -42,10 +41,10 @@ class Step:
     _chosen: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def pages_of(self, columns: Tensor) -> Tensor:
-        """The selected columns [B, 1, K] int32 as page ids of this table, -1 where none is."""
+        """Selected columns [B, 1, K] int32 as page ids [B, K] of this table; -1 stays."""
         if self._chosen is None or self._chosen[0] is not columns:
-            ids = self.table[:, None].gather(2, columns.clamp(min=0).long())
-            self._chosen = columns, torch.where(columns < 0, -1, ids)
+            ids = self.table.gather(1, columns[:, 0].clamp(min=0).long())
+            self._chosen = columns, ids.masked_fill_(columns[:, 0] < 0, -1)
         return self._chosen[1]
 
 
@@ -53,8 +52,9 @@ class PlacedLayer:
     """One attention layer of an engine, as a method sees it (`kvcomp.cache.view.Layer`).
 
     Attributes:
-        step, k, v: the batch being decoded, and the pool of all pages [B, Hkv, T, D] that its table
-            points into.
+        step, k, v: the batch being decoded, and the pools [pages, Hkv, P, D] that its table points
+            into.
+        out: [B, Hq, D], where its results go.
     """
 
     sinks: Tensor | None = None
@@ -62,6 +62,7 @@ class PlacedLayer:
     step: Step
     k: Tensor
     v: Tensor
+    out: Tensor
 
     def __init__(self, cache: PlacedModel, position: int) -> None:
         self.cache = cache
@@ -83,15 +84,18 @@ class PlacedLayer:
     def capacity(self) -> int:
         return self.step.table.shape[1] * self.step.page_size
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
-        """q [B, Hq, D] over the pages of k, v [B, Hkv, T, D]; out [B, Hq, D]."""
-        self.step, self.k, self.v = step, k, v
+    def decode(
+        self, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float, out: Tensor
+    ) -> None:
+        """q [B, Hq, D] over the pools k, v [pages, Hkv, P, D], into out [B, Hq, D]."""
+        self.step, self.k, self.v, self.out = step, k, v, out
         if step.kept is not None:
             ids, lens = step.kept
-            return self._read(q, scale, lens, ids)[0]
-        if isinstance(self.cache.method, Delta):
-            return self.cache.method.attend(self, q, scale)
-        return self.attend(q, scale)[0]
+            self._read(q, scale, lens, ids)
+        elif isinstance(self.cache.method, Delta):
+            self.cache.method.attend(self, q, scale)
+        else:
+            self.attend(q, scale)
 
     def attend(
         self,
@@ -106,22 +110,30 @@ class PlacedLayer:
         """As `Layer.attend`; pages of the table are the only ones there are."""
         lens = self.step.lens if seq_lens is None else seq_lens
         if page_ids is None:
-            return self._read(q, scale, lens, self.step.table[:, None], logits)
+            return self._read(q, scale, lens, self.step.table, logits)
         assert page_size == self.step.page_size, "the engine cuts pages as the method does"
         return self._read(q, scale, lens, self.step.pages_of(page_ids), logits)
 
     def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
-        table = self.step.table[:, None]
+        step = self.step
         return ops.attend_and_select(
-            q, self.k, self.v, self.step.lens, page_ids=table, scale=scale, **selection
+            *(q, self.k, self.v, step.lens),
+            page_ids=step.table,
+            scale=scale,
+            out=self.out,
+            **selection,
         )
 
     def _read(
         self, q: Tensor, scale: float, lens: Tensor, ids: Tensor, logits: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        size = self.step.page_size
         return ops.decode_attention(
-            q, self.k, self.v, lens, page_ids=ids, page_size=size, scale=scale, logits=logits
+            *(q, self.k, self.v, lens),
+            page_ids=ids,
+            page_size=self.step.page_size,
+            scale=scale,
+            logits=logits,
+            out=self.out,
         )
 
 
