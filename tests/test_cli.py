@@ -45,7 +45,7 @@ def test_info_names_every_op_and_package(call):
     assert code == 0
     for word in (*OPS, "kvcomp", "torch", "transformers", "triton", "CPU kernels", "CUDA kernels"):
         assert word in out
-    assert f"linear_rows ({kvcomp._C.cpu_isa()}) for up to 8 rows" in out
+    assert f"linear_rows ({kvcomp._C.cpu_isa()}) for up to 32 rows" in out
 
 
 def test_info_json(call):
@@ -54,7 +54,7 @@ def test_info_json(call):
     assert code == 0
     assert set(info) == {"versions", "cpu", "gpus", "cuda", "build", "ops"}
     assert info["cpu"]["isa"] in info["cpu"]["isas_built"]
-    assert info["cpu"]["threads"] >= 1 and info["cpu"]["linear_rows"] == 8
+    assert info["cpu"]["threads"] >= 1 and info["cpu"]["linear_rows"] == 32
     for name, op in info["ops"].items():
         assert op["bound"] == OPS[name].bound
         assert set(op["bound"].values()) <= set(op["implementations"]) == set(OPS[name].impls)

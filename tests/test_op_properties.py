@@ -120,7 +120,7 @@ def latent_attention(draw):
 
 def linear_rows(draw):
     draw.dtype = draw.of(st.sampled_from(HALF_AND_FULL))
-    rows, outputs, width = draw.int(0, 8), draw.int(0, 40), draw.int(0, 300)
+    rows, outputs, width = draw.int(0, 20), draw.int(0, 40), draw.int(0, 300)
     gap_x, gap = draw.int(0, 3), draw.int(0, 3)
     x = draw.normal(rows, width + gap_x)[:, gap_x:]
     weight = draw.normal(outputs, width + gap)[:, gap:]

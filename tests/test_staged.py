@@ -114,10 +114,12 @@ def test_accepted_drafts_were_decode_steps(llama, name, right):
     method = small(name)
     with kvcomp.patch(llama, method) as run:
         truth, cache = one_by_one(llama, run)
-        plain = run.report()
+        plain, meter = run.report(), run.meter
     with kvcomp.patch(llama, method) as run:
         got, again = speculated(llama, run, truth, right)
         report = run.report()
+    for counted in ("dense_tokens", "sum_len", "steps", "peak_len"):
+        assert int(getattr(run.meter, counted)) == int(getattr(meter, counted)), counted
     assert torch.equal(got, truth)
     assert again.kv.steps == cache.kv.steps == STEPS
     for one, other in zip(cache.kv.layers, again.kv.layers, strict=True):

@@ -1,6 +1,7 @@
 """Stand: the tokens of decoding one by one, in fewer forwards; and draws that are the seed's."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from kvcomp.testing.models import tiny_model
 from kvcomp.thinking import Cgrs, GumbelNoise, Stand
 from kvcomp.thinking.ngrams import NgramTable
 from kvcomp.thinking.noise import gumbel
-from kvcomp.thinking.pace import PAUSE, TRIAL, Pace
+from kvcomp.thinking.pace import Pace
 from toy_words import toy_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,22 +196,32 @@ def test_a_table_averages_what_it_has_seen():
     assert len(table) == 301 and table.find([250, 251])[0].tolist() == [1, 2]
 
 
-def test_drafting_pauses_where_it_loses():
-    """Forwards with drafts that take twice the time and bring one token; then it tries again."""
-    pace = Pace()
-    for _ in range(3):
-        pace.note(False, 1.0, 1)
-    for _ in range(TRIAL):
-        assert pace.drafts()
-        pace.note(True, 2.0, 1)
-    pauses = 0
-    while not pace.drafts():
-        pace.note(False, 1.0, 1)
-        pauses += 1
-    assert pauses == PAUSE - 1
-    for _ in range(3 * TRIAL):
-        pace.note(True, 2.0, 3)
-        assert pace.drafts()
+def paced(seconds, hopes, right, forwards=400):
+    """The drafts of the last forwards, which take seconds(drafts); a share of drafts is right."""
+    pace, found = Pace(7), []
+    for _ in range(forwards):
+        drafts = pace.drafts(1, hopes)
+        found.append(drafts)
+        pace.note(drafts, seconds(drafts), sum(hopes[:drafts]), right * sum(hopes[:drafts]))
+    return found[forwards // 2 :]
+
+
+def test_as_many_drafts_as_pay_are_checked():
+    sure, unsure = [0.95**n for n in range(1, 8)], [0.5**n for n in range(1, 8)]
+    assert statistics.mode(paced(lambda drafts: 1 + 0.05 * drafts, sure, 1.0)) == 7
+    assert statistics.mode(paced(lambda drafts: 1 + 0.2 * drafts, unsure, 1.0)) in (1, 2)
+    assert statistics.mode(paced(lambda drafts: 1.0, unsure, 1.0)) == 7
+
+
+def test_nothing_is_drafted_where_it_loses():
+    """Few drafts are right, or forwards take too long; it is tried again now and then."""
+    sure = [0.95**n for n in range(1, 8)]
+    for seconds, right in (
+        (lambda drafts: 1 + drafts, 1.0),
+        (lambda drafts: 1.2 + drafts / 9, 0.0),
+    ):
+        found = paced(seconds, sure, right)
+        assert found.count(0) > 0.85 * len(found) and any(found)
 
 
 def test_bad_input(llama):

@@ -6,6 +6,7 @@ from copy import deepcopy
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from kvcomp.cache.latent import LatentLayer
@@ -29,6 +30,8 @@ class Policy(Protocol):
     def attention(self) -> Policy: ...
     @property
     def drafts_refused(self) -> str | None: ...
+    @property
+    def notes_steps(self) -> bool: ...
     def check(self, num_layers: int) -> None: ...
     def start(self, cache: KVCache) -> None: ...
     def prefill(self, layer: LayerCache, q: Tensor) -> None: ...
@@ -212,18 +215,43 @@ class KVCache:
                 f" expected one number for all, got {given}"
             )
         self.meter.drafted(self, given)
-        for index in range(most):
-            valid = None
-            if isinstance(counts, Tensor) and index >= least:
-                valid = counts.to(self.layers[0].seq_lens.device) > index
-            for layer in self.layers:
-                layer.accept(index, valid)
-                self.method.accept(layer, index)
-            self._end_step(sum(count > index for count in given) if valid is not None else None)
+        chosen = counts.to(self.layers[0].seq_lens.device) if most > least else None
+        if most and not self.method.notes_steps:
+            self._accept_many(given, chosen)
+        else:
+            self._accept_each(given, chosen)
         self.discard()
         if most > least:
             for layer in self.layers:
                 layer.level()
+
+    def _accept_each(self, given: list[int], counts: Tensor | None) -> None:
+        """Take the drafts step by step; counts [B], or None if all rows take as many."""
+        for index in range(max(given)):
+            valid = counts > index if counts is not None and index >= min(given) else None
+            for layer in self.layers:
+                layer.accept(index, valid)
+                self.method.accept(layer, index)
+            self._end_step(sum(count > index for count in given) if valid is not None else None)
+
+    def _accept_many(self, given: list[int], counts: Tensor | None) -> None:
+        """Take all drafts at once."""
+        most, rows = max(given), len(self.layers[0].seq_lens)
+        added: int | Tensor = most
+        valid = None
+        if counts is not None:
+            added, step = counts.int(), torch.arange(most, device=counts.device)
+            valid = step < counts[:, None]
+        for layer in self.layers:
+            device = layer.seq_lens.device  # layers may be spread
+            layer.accept_many(
+                most,
+                added.to(device) if isinstance(added, torch.Tensor) else added,
+                None if valid is None else valid.to(device),
+            )
+        self.steps += most
+        self.meter.accepted(self, given * rows if len(given) == 1 else given)
+        self.method.end_step(self)
 
     def discard(self) -> None:
         """Drop the staged tokens as if they had never been there."""

@@ -123,6 +123,18 @@ class Meter:
         self.sum_len += sum(layer.max_len for layer in cache.layers)
         self.observe(cache)
 
+    def accepted(self, cache: KVCache, counts: list[int]) -> None:
+        """`cache` has taken accepted drafts at once, counts [B], as it would have step by step."""
+        most, seen = max(counts), cache.layers[0].logical_lens + cache.folded
+        # In step i of `most`, a row that takes c tokens is max(c - i, 0) tokens shorter than now.
+        missing = sum(count * (count - 1) // 2 for count in counts)
+        self.tokens_decoded += sum(counts)
+        self.dense_tokens = self.dense_tokens.to(seen.device) + most * seen.sum() - missing
+        self.steps += most
+        longest = sum(layer.max_len for layer in cache.layers)
+        self.sum_len += most * longest - len(cache.layers) * most * (most - 1) // 2
+        self.observe(cache)
+
     def evicting(self, layer: LayerCache, kept_lens: Tensor) -> None:
         """Rows of `layer` are about to be cut to kept_lens [B]."""
         gone = (layer.seq_lens - kept_lens).clamp(min=0).sum()

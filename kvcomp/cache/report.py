@@ -51,7 +51,7 @@ class Report:
             that it paused there, boundary_median: median pause.
         tokens_reencoded: tokens encoded again at boundaries, over all rows.
         linear_rows_layers: linear layers of the model that go through the op `linear_rows` where
-            they have at most 8 rows of input; other_linear_layers: those left to torch. Both are 0
+            they have at most 32 rows of input; other_linear_layers: those left to torch. Both are 0
             with `patch(linear_rows=False)`.
         layers: per managed layer: position, tokens_attended, kept and evicted tokens, bytes read
             and fetched, retrieval rate.

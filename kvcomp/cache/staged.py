@@ -2,7 +2,8 @@
 
 The K and V of m drafts are written into the slots behind `seq_lens`, where the next append
 overwrites them. Nothing else changes, so nothing has to be undone: `accept` appends accepted drafts
-one by one, as decode steps would, and `unstage` drops the others. This allows speculative decoding
+one by one, as decode steps would, for methods that note each step; `accept_many` takes them at once
+for the others; and `unstage` drops the rest. This allows speculative decoding
 with methods that evict or retrieve.
 """
 
@@ -41,7 +42,11 @@ class Staged(Attended):
     if TYPE_CHECKING:
         position: int
         columns: int
+        first: bool
+        added: int | Tensor
         seq_lens: Tensor
+        logical_lens: Tensor
+        _arrivals: Arrivals
         sinks: Tensor | None
         hosted: Hosted
 
@@ -78,6 +83,20 @@ class Staged(Attended):
         """Accept draft `index` in rows where valid [B] is True; None: in all rows."""
         k, v = (x[:, :, index : index + 1] for x in self._drafted)
         self.append(k, v, None if valid is None else valid[:, None])
+
+    def accept_many(self, count: int, added: int | Tensor, valid: Tensor | None) -> None:
+        """Accept the first `count` drafts, in rows where valid [B, count] is True, at once: they
+        lie where they belong already.
+
+        Args:
+            added: of each row, a number or [B] int32.
+        """
+        self.added, self.first = added, False
+        self.seq_lens += added
+        self.logical_lens += added
+        self.max_len += count
+        self.columns += count
+        self._arrivals.add(count, valid)
 
     @contextmanager
     def trying(self) -> Iterator[None]:
@@ -167,19 +186,20 @@ class Staged(Attended):
         Returns:
             [B, m, Hq, D].
         """
-        outs = []
-        for index in range(self.staged):
-            end = self.max_len + index + 1
+        stored, outs = self.stored(self.max_len + self.staged), []
+        for row, asked in enumerate(q.transpose(1, 2)):
+            # Its drafts are the rows of a batch, over the same memory.
+            parts = (part.expand(self.staged, *part.shape) for part in stored.row(row).parts)
             out, _ = self.attend_over(
-                q[:, :, index],
+                asked,
                 scale,
-                self.stored(end),
-                lens[:, index].contiguous(),
-                page_ids=page_ids[:, index].contiguous(),
+                Rows(*parts),
+                lens[row],
+                page_ids=page_ids[row],
                 page_size=page_size,
             )
             outs.append(out)
-        return torch.stack(outs, 1)
+        return torch.stack(outs)
 
 
 def _copied(value: Any) -> Any:

@@ -125,9 +125,13 @@ def _managed(
     if kv.first:
         if latents is not None:
             key, value = latents.expand(key, value)
-        out, _ = _inner(run, module)(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        given = (_inner(run, module), module, query, key, value, attention_mask)
+        packing = layer.owner.packing
+        if packing is not None:
+            out = packing.attend(*given, scaling=scaling, **kwargs)
+            asked = packing.rows(asked, 2)
+        else:
+            out, _ = given[0](*given[1:], scaling=scaling, **kwargs)
     elif latents is not None:
         out = attend_many_latents(latents, kv, query, valid, scale)
     else:

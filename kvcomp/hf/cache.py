@@ -23,6 +23,7 @@ from kvcomp.hf.decoder import values_of
 from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.layer import Layer
 from kvcomp.hf.outlast import outlasting
+from kvcomp.hf.packing import Packing
 from kvcomp.hf.text import Text
 from kvcomp.methods import Method
 
@@ -86,6 +87,7 @@ class Cache(TransformersCache):
         for kv in self.kv.layers:
             kv.is_shared = any(map(is_dummy, layers))
         self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward
+        self.packing: Packing | None = None  # of the prompts in the one row of the next forward
         self.masks: list[Any] = []  # attention masks that the forward got or made
         self.entered = False  # whether a forward of the patched model is using it
         self.broken = False  # whether a forward has failed halfway
@@ -230,6 +232,8 @@ class Cache(TransformersCache):
         self.require_settled()
         if self.staging:
             self.drafts = ids
+        elif self.packing is not None:
+            self.text.add(None if ids is None else self.packing.rows(ids, 1), 0)
         else:
             self.text.add(ids, self.columns)
 
@@ -253,7 +257,7 @@ class Cache(TransformersCache):
 
     def leave(self) -> None:
         """Called when the forward that uses the cache is over."""
-        self.entered, self.padding, self.staging = False, None, False
+        self.entered, self.padding, self.packing, self.staging = False, None, None, False
         self.masks.clear()
         for layer in self.layers:
             if isinstance(layer, Layer):

@@ -92,7 +92,10 @@ class Layer(CacheLayerMixin):
         if self.owner.staging:
             self.kv.stage(key, value)
         else:
-            self.kv.append(key, value, self.owner.padding)
+            packing, valid = self.owner.packing, self.owner.padding
+            if packing is not None:
+                key, value, valid = packing.rows(key, 2), packing.rows(value, 2), packing.valid
+            self.kv.append(key, value, valid)
 
     @property
     def keys(self) -> Tensor:

@@ -33,8 +33,8 @@ def patch(
         max_tokens: preallocate the cache for this many tokens, prompt and output together. Decode
             steps then compile to one graph: transformers compiles them on a GPU, and
             `run.compile()` does so for your own loops. See `kvcomp.hf.StaticRun`.
-        linear_rows: on a CPU, send linear layers with at most 8 rows of input, as decode steps have
-            them, through the op `linear_rows`. False leaves them to torch.
+        linear_rows: on a CPU, send linear layers with at most 32 rows of input, as decode steps
+            have them, through the op `linear_rows`. False leaves them to torch.
         kv: "int8" keeps K and V of the managed layers in eight bits, with an fp16 scale per token
             and KV head: about half the bytes, under any method, on a CPU so far. The first forward
             attends to exact K and V, what follows to those that are kept. "model": as the model

@@ -159,6 +159,12 @@ class Method:
         """Draft `index` has become the newest token of `layer`. Store the notes that `attend` would
         have stored in its step. `end_step` and `between_steps` are called afterwards, as always."""
 
+    @property
+    def notes_steps(self) -> bool:
+        """Whether something is noted or done in each step, so that accepted drafts are taken one by
+        one. A method that says what `accept` or `between_steps` do does."""
+        return any(definer(type(self), name) is not Method for name in ("accept", "between_steps"))
+
     def end_verify(self, cache: KVCache) -> None:
         """Called when no drafts are staged any more."""
 

@@ -10,18 +10,18 @@ from torch.nn import functional
 
 from kvcomp.ops._registry import bind
 
-MAX_ROWS = 8
+MAX_ROWS = 32
 
 
 def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b for at most 8 rows of x, summed in fp32.
+    """x W^T + b for at most 32 rows of x, summed in fp32.
 
     With so few rows the time of a linear layer is the time to read its weights. They are read once
     for all rows, in their own layout, neither packed nor copied. The result of a row has the same
     bits for any other rows and any number of threads.
 
     Args:
-        x: [..., in], fp32, fp16 or bf16, `in` contiguous; at most 8 rows.
+        x: [..., in], fp32, fp16 or bf16, `in` contiguous; at most 32 rows.
         weight: [out, in] of the same dtype, any stride between its rows.
         bias: [out], contiguous, or None.
 
@@ -29,7 +29,7 @@ def linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         [..., out] of the inputs' dtype.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or layout, or more than 8 rows.
+        TypeError, ValueError: wrong dtype, shape, device or layout, or more than 32 rows.
     """
     return _op(x, weight, bias)
 

@@ -42,17 +42,19 @@ class GumbelNoise(LogitsProcessor):
         drawn = self.draw(scores, rows, input_ids.shape[1])
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
 
-    def draw(self, scores: Tensor, rows: Tensor, position: int) -> Tensor:
-        """A token of each row: scores [R, V], -inf for what must not come, rows [R] -> [R]."""
+    def draw(self, scores: Tensor, rows: Tensor, position: int | Tensor) -> Tensor:
+        """A token of each row: scores [R, V], -inf for what must not come, rows [R], one position
+        or [R] -> [R]."""
         row, token = torch.isfinite(scores).nonzero(as_tuple=True)
         noisy = scores.new_full(scores.shape, -torch.inf, dtype=torch.float64)
-        noise = gumbel(self.seed, rows[row], position, token)
+        places = position if isinstance(position, int) else position[row]
+        noise = gumbel(self.seed, rows[row], places, token)
         noisy[row, token] = scores[row, token].double() + noise
         return noisy.argmax(-1)
 
 
-def gumbel(seed: int, rows: Tensor, position: int, tokens: Tensor) -> Tensor:
-    """Standard Gumbel noise [n] fp64 for tokens [n] of rows [n] at a position, int64."""
+def gumbel(seed: int, rows: Tensor, position: int | Tensor, tokens: Tensor) -> Tensor:
+    """Standard Gumbel noise [n] fp64 for tokens [n] of rows [n] at one position or [n], int64."""
     key = mixed(torch.full_like(rows, _signed(seed * STEP)))
     key = mixed(key + rows)
     key = mixed(key + position)

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from kvcomp.hf.chunked_cache import ChunkedCache
+from kvcomp.hf.prefill import packs, prefill
 from kvcomp.hf.run import Run
 from kvcomp.hf.static_run import StaticRun
 from kvcomp.hf.wrapper import first_position
@@ -160,7 +161,11 @@ class Rows:
         if isinstance(self.cache, ChunkedCache):
             self.cache.announce(self.columns)
         self._ids, self._mask, self._begin = ids, mask, first_position(run.model)
-        logits = self._forward(ids, 0)
+        if mask is not None and packs(run):
+            rows = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
+            self.cache, logits = prefill(run, rows)
+        else:
+            logits = self._forward(ids, 0)
         if copies > 1:
             self.cache.batch_repeat_interleave(copies)
         self._ids = ids.repeat_interleave(copies, 0)

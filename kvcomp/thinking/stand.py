@@ -6,16 +6,20 @@ without, greedy or drawn by noise (see `noise`), under every method that can che
 
 Departures from the paper: a chain of drafts, where it has a tree tuned on samples; a draft is kept
 where the check draws the very same token from the same noise, where the paper accepts by rejection
-sampling; a chain ends where it has become unlikely; and nothing is drafted for a while where that
-costs more time than it saves.
+sampling; and the number of drafts in a forward is the one that wins most tokens per second, by
+what forwards have taken so far and drafts have won, down to none.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import time
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -53,7 +57,7 @@ class Stand:
         seed: of the draws, where `generate` samples.
         streamer: gets the tokens of a single row. `generate` keeps its own from a
             `custom_generate`, so give it to both.
-        adapt: stop drafting for a while where it is no gain. The tokens are the same.
+        adapt: check as many drafts as pay, see `pace`, which may be none. The tokens are the same.
 
     Raises:
         ValueError: a value out of range.
@@ -126,30 +130,50 @@ class Stand:
         ids: Any = sequences  # by its annotation a LongTensor, which no tensor is
         return GenerateDecoderOnlyOutput(sequences=ids, past_key_values=cache)
 
-    def draft(self, context: list[int], row: int, place: int, most: int, noise: Any) -> list[int]:
-        """The likely next tokens of a row behind its last ones, at most so many.
+    def draft(
+        self,
+        contexts: list[list[int]],
+        numbers: list[int],
+        places: list[int],
+        most: int,
+        noise: Any,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """The likely next tokens of rows behind their last ones, and how likely each is right.
 
         Args:
-            place: tokens of the row so far.
+            contexts: the last tokens of each row.
+            numbers: of the rows.
+            places: tokens of each row so far.
+            most: drafts of a row, at most.
             noise: a `GumbelNoise`; None: the likeliest.
         """
-        drafts: list[int] = []
-        likely = 1.0
-        while len(drafts) < most and (entry := self.table.find(context)) is not None:
-            tokens, probs = entry
-            best = 0
-            if noise is not None:
-                known = torch.from_numpy(tokens).long()
-                scores = torch.from_numpy(probs).double().log()
-                rows = torch.full_like(known, row)
-                scores += gumbel(noise.seed, rows, place + len(drafts), known)
-                best = int(scores.argmax())
-            likely *= float(probs[best]) if noise is None else float(probs[0])
-            if likely < self.sure:
+        drafts: list[list[int]] = [[] for _ in contexts]
+        likely: list[list[float]] = [[] for _ in contexts]
+        contexts, alive = list(contexts), list(range(len(contexts)))
+        for depth in range(most):
+            found = {row: self.table.find(contexts[row]) for row in alive}
+            entries = {row: entry for row, entry in found.items() if entry is not None}
+            if not entries:
                 break
-            drafts.append(int(tokens[best]))
-            context = [*context[1:], drafts[-1]]
-        return drafts
+            alive = list(entries)
+            best = [0] * len(alive)
+            if noise is not None:
+                known = torch.from_numpy(np.stack([tokens for tokens, _ in entries.values()]))
+                scores = torch.from_numpy(np.stack([probs for _, probs in entries.values()]))
+                at = torch.tensor([(numbers[row], places[row] + depth) for row in alive])
+                rows, ends = at.repeat_interleave(known.shape[1], 0).unbind(1)
+                drawn = gumbel(noise.seed, rows, ends, known.flatten().long())
+                best = (scores.double().log() + drawn.view_as(known)).argmax(1).tolist()
+            for row, choice in zip(list(alive), best, strict=True):
+                tokens, probs = entries[row]
+                chance = (likely[row][-1] if depth else 1.0) * float(probs[0])
+                if chance < self.sure:
+                    alive.remove(row)
+                    continue
+                likely[row].append(chance)
+                drafts[row].append(int(tokens[choice]))
+                contexts[row] = [*contexts[row][1:], drafts[row][-1]]
+        return drafts, likely
 
 
 class _Decoding:
@@ -170,7 +194,7 @@ class _Decoding:
         self.ended = [False] * len(self.rows)
         pad = getattr(config, "_pad_token_tensor", None)
         self.pad = 0 if pad is None else int(pad)
-        self.pace = Pace() if stand.adapt else None
+        self.pace = Pace(stand.depth) if stand.adapt else None
 
     def run(self, cache: Any, streamer: Any, model_kwargs: dict) -> None:
         seen = int(cache.get_seq_length())
@@ -200,8 +224,8 @@ class _Decoding:
         mask = model_kwargs.get("attention_mask")
         self._take(self._picked(logits, [[] for _ in self.rows]), streamer)
         while not all(self.ended):
-            drafts = self._drafts(cache)
             began, active = time.perf_counter(), self.ended.count(False)
+            drafts, expected = self._drafts(cache)
             width = 1 + max(map(len, drafts))
             logits = self._forward(cache, drafts, width, mask)
             picked = self._picked(logits, drafts)
@@ -215,28 +239,42 @@ class _Decoding:
                 cache.commit(torch.tensor(counts) if self.apart else counts[0])
             self.ahead = [each[n:] for each, n in zip(picked, counts, strict=True)]
             new = [each[:n] for each, n in zip(picked, counts, strict=True)]
-            if self.pace is not None:
-                self.pace.note(width > 1, time.perf_counter() - began, sum(map(len, new)) / active)
             self._take(new, streamer)
+            if self.pace is not None:
+                right = sum(map(len, new)) - active
+                self.pace.note(width - 1, time.perf_counter() - began, expected, right)
 
-    def _drafts(self, cache: Any) -> list[list[int]]:
-        """Of each row, behind its newest token."""
+    def _drafts(self, cache: Any) -> tuple[list[list[int]], float]:
+        """Of each row, behind its newest token; and how many of all to expect to be right."""
         longest = self.stand.table.orders[0]
         left = [self.most - len(row) for row in self.rows]
-        most = int(min(self.stand.depth, cache.room - 1, max(left) - 1))
-        if self.pace is not None and not self.pace.drafts():
-            most = min(most, max(map(len, self.ahead)))
-        drafts: list[list[int]] = []
-        for number, (row, known) in enumerate(zip(self.rows, self.ahead, strict=True)):
-            if self.ended[number]:
-                drafts.append([])
-                continue
-            more = max(most - len(known), 0)
-            place = len(row) + len(known)
-            context = [*row[-longest:], *known][-longest:]
-            guessed = self.stand.draft(context, number, place, more, self.noise)
-            drafts.append([*known, *guessed][: max(most, 0)])
-        return drafts
+        most = max(int(min(self.stand.depth, cache.room - 1, max(left) - 1)), 0)
+        drafts: list[list[int]] = [[] for _ in self.rows]
+        numbers = [number for number, ended in enumerate(self.ended) if not ended]
+        ahead = [self.ahead[number] for number in numbers]
+        contexts = [
+            [*self.rows[number][-longest:], *known][-longest:]
+            for number, known in zip(numbers, ahead, strict=True)
+        ]
+        places = [
+            len(self.rows[number]) + len(known)
+            for number, known in zip(numbers, ahead, strict=True)
+        ]
+        guessed, likely = self.stand.draft(contexts, numbers, places, most, self.noise)
+        chances = [
+            [*[1.0] * len(known), *chance][:most]
+            for known, chance in zip(ahead, likely, strict=True)
+        ]
+        hopes = [self._hope(column) for column in zip_longest(*chances, fillvalue=0.0)]
+        if self.pace is not None:
+            most = max(self.pace.drafts(len(numbers), hopes), *map(len, ahead))
+        for number, known, more in zip(numbers, ahead, guessed, strict=True):
+            drafts[number] = [*known, *more][:most]
+        return drafts, sum(hopes[:most])
+
+    def _hope(self, chances: Sequence[float]) -> float:
+        """How many rows take a draft that each takes with a chance of its own."""
+        return sum(chances) if self.apart else len(chances) * math.prod(chances)
 
     def _forward(
         self, cache: Any, drafts: list[list[int]], width: int, mask: Tensor | None
@@ -266,54 +304,73 @@ class _Decoding:
 
     def _picked(self, logits: Tensor, drafts: list[list[int]]) -> list[list[int]]:
         """Of each row, the drafts that are right and the token behind them."""
-        best = None
-        if self.noise is None and not self.processors:
-            best = logits.argmax(-1).tolist()
-        picked = []
-        for number, own in enumerate(drafts):
-            tokens: list[int] = []
-            scores = []
-            for place in range(len(own) + 1):
-                if self.ended[number]:
-                    break
-                if best is not None:
-                    token, score = best[number][place], logits[number, place]
-                else:
-                    token, score = self._pick(number, place, logits)
-                tokens.append(token)
-                scores.append(score)
-                if place < len(own) and own[place] != token:
-                    break
-            if scores:
-                self._learn(number, tokens, torch.stack(scores))
-            picked.append(tokens)
+        picked: list[list[int]] = [[] for _ in drafts]
+        places, scores = [], []
+        alive = [number for number, ended in enumerate(self.ended) if not ended]
+        plain = self.noise is None and not self.processors
+        best = logits.argmax(-1).tolist() if plain else None
+        for place in range(logits.shape[1]):
+            rows = torch.tensor(alive, device=logits.device)
+            found = logits[rows, place].float()
+            if best is None:
+                tokens, found = self._pick(alive, rows, place, found)
+            else:
+                tokens = [best[number][place] for number in alive]
+            places += [(number, place) for number in alive]
+            scores.append(found)
+            for number, token in zip(alive, tokens, strict=True):
+                picked[number].append(token)
+            alive = [
+                number
+                for number in alive
+                if drafts[number][place : place + 1] == picked[number][-1:]
+            ]
+            if not alive:
+                break
+        self._learn(places, picked, torch.cat(scores))
         return picked
 
-    def _pick(self, number: int, place: int, logits: Tensor) -> tuple[int, Tensor]:
-        end = len(self.rows[number]) + place
+    def _pick(
+        self, alive: list[int], rows: Tensor, place: int, scores: Tensor
+    ) -> tuple[list[int], Tensor]:
+        """The tokens of some rows by scores [R, V] behind their drafts up to `place`, and the
+        scores that logits processors leave."""
+        ends = [len(self.rows[number]) + place for number in alive]
+        if all(isinstance(each, OF_ANY_ROW) for each in self.processors):
+            for processor in self.processors:
+                scores = processor(self.ids[rows], scores)
+        else:
+            parts = zip(alive, ends, scores.split(1), strict=True)
+            scores = torch.cat([self._processed(*part) for part in parts])
+        if self.noise is None:
+            return scores.argmax(-1).tolist(), scores
+        positions = torch.tensor(ends, device=scores.device)
+        return self.noise.draw(scores, rows, positions).tolist(), scores
+
+    def _processed(self, number: int, end: int, scores: Tensor) -> Tensor:
+        """Scores [1, V] of a row of `end` tokens as the logits processors leave them."""
         prefix = self.ids[number : number + 1, :end]
-        scores = logits[number : number + 1, place].to(torch.float32, copy=True)
         for processor in self.processors:
             if len(self.rows) == 1 or isinstance(processor, OF_ANY_ROW):
                 scores = processor(prefix, scores)
             else:
                 scores = processor(self._in_place(prefix), self._in_place(scores))[[number]]
-        if self.noise is None:
-            return int(scores.argmax(-1)), scores[0]
-        row = torch.tensor([number], device=scores.device)
-        return int(self.noise.draw(scores, row, end)), scores[0]
+        return scores
 
     def _in_place(self, row: Tensor) -> Tensor:
         """A row [1, n] at each number [B, n], for what tells rows apart by their numbers."""
         return row.repeat(len(self.rows), 1)
 
-    def _learn(self, number: int, tokens: list[int], scores: Tensor) -> None:
-        probs, ids = scores.float().softmax(-1).topk(min(self.stand.table.top, scores.shape[-1]))
-        context = self.rows[number][-self.stand.table.orders[0] :]
-        known = len(self.ahead[number])  # learnt when they were checked first
-        for place, (each, p) in enumerate(zip(ids.tolist(), probs.tolist(), strict=True)):
-            if place >= known:
-                self.stand.table.learn([*context, *tokens[:place]], each, p)
+    def _learn(
+        self, places: list[tuple[int, int]], picked: list[list[int]], scores: Tensor
+    ) -> None:
+        """Scores [n, V] of rows behind so many of their picked tokens."""
+        table = self.stand.table
+        probs, ids = scores.softmax(-1).topk(min(table.top, scores.shape[-1]))
+        for (number, place), each, p in zip(places, ids.tolist(), probs.tolist(), strict=True):
+            if place >= len(self.ahead[number]):  # or learnt when they were checked first
+                context = self.rows[number][-table.orders[0] :]
+                table.learn([*context, *picked[number][:place]], each, p)
 
     def _take(self, new: list[list[int]], streamer: Any) -> None:
         """Tokens of each row are true, up to where it ends."""

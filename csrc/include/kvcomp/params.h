@@ -85,7 +85,7 @@ struct LatentAttentionParams {
 };
 
 struct LinearRowsParams {
-  static constexpr int kMaxRows = 8;
+  static constexpr int kMaxRows = 32;
 
   ScalarType dtype;         // of x, weight, bias and out
   const void* x[kMaxRows];  // rows [width]
