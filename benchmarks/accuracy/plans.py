@@ -12,7 +12,7 @@ from accuracy.sizes import Room, fit
 from accuracy.summary import Row
 from evaluation.preset import Preset
 from kvcomp import METHODS, Method
-from kvcomp.cli.generate import parse
+from kvcomp.cli.settings import parse
 
 WHOLE, PUBLISHED = "1", "as published"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from accuracy.sizes import Room, keeps_all
 from kvcomp import METHODS, Method
 from kvcomp.cache import Report
-from kvcomp.cli.generate import parse
+from kvcomp.cli.settings import parse
 from kvcomp.hf.shape import shape_of
 from kvcomp.methods.cost import Place
 from kvcomp.reading import read

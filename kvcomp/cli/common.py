@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from kvcomp import METHODS, Method, models
+from kvcomp import models
 from kvcomp.cache.rows import KINDS
 from kvcomp.checks import require_one_of
 from kvcomp.cli.output import say_aside
@@ -26,36 +26,11 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, float16 or bfloat16; default: the model's own.", metavar="NAME"),
 ]
-Chunk = Annotated[
-    int | None, typer.Option(help="Delethink only: tokens that the first chunk generates.")
-]
-Carry = Annotated[
-    int | None,
-    typer.Option(
-        help="Delethink only: output tokens carried into the next chunk; default: half of --chunk."
-    ),
-]
-Inner = Annotated[
-    str | None,
-    typer.Option(
-        help="Delethink only: the method used within each chunk; --budget applies to it.",
-        metavar="NAME",
-    ),
-]
 Kv = Annotated[
     str,
     typer.Option(
         help="Keep K and V as the model makes them (model) or in eight bits (int8).",
         metavar="KIND",
-    ),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Set any other field of the method; inner.FIELD=VALUE sets a field of the inner"
-        " method.",
-        metavar="FIELD=VALUE",
     ),
 ]
 
@@ -84,16 +59,6 @@ def pick_dtype(name: str | None) -> str | None:
 def pick_kv(kind: str) -> str:
     require_one_of(KINDS, "kvcomp: --kv", kind)
     return kind
-
-
-def pick_method(name: str) -> type[Method]:
-    require_one_of(METHODS, "kvcomp: --method", name)
-    return METHODS[name]
-
-
-def chunk_options(chunk: int | None, carry: int | None) -> dict[str, int | None]:
-    """--chunk and --carry; a carry that is not given is half a chunk."""
-    return {"chunk": chunk, "carry": chunk // 2 if chunk and carry is None else carry}
 
 
 def load(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:

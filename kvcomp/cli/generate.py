@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
-import types
-import typing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcomp import Method
-from kvcomp.cli.common import (
+from kvcomp.cli.common import Device, Dtype, Kv, load, pick_device, pick_dtype, pick_kv
+from kvcomp.cli.output import deliver, say, say_aside
+from kvcomp.cli.settings import (
+    Budget,
     Carry,
     Chunk,
-    Device,
-    Dtype,
     Inner,
-    Kv,
     Set,
+    With,
+    build_method,
+    choose,
     chunk_options,
-    load,
-    pick_device,
-    pick_dtype,
-    pick_kv,
-    pick_method,
 )
-from kvcomp.cli.output import deliver, say, say_aside
 from kvcomp.cli.stopping import Stopped, exit_code
 
 if TYPE_CHECKING:
-    from kvcomp.thinking import Chosen
+    pass
 
 
 def generate(
@@ -50,10 +43,7 @@ def generate(
             metavar="NAME",
         ),
     ] = "delta",
-    budget: Annotated[
-        int | None,
-        typer.Option(help="Tokens a layer keeps or attends to; default: the method's own."),
-    ] = None,
+    budget: Budget = None,
     chunk: Chunk = None,
     carry: Carry = None,
     inner: Inner = None,
@@ -89,10 +79,7 @@ def generate(
             metavar="NAME",
         ),
     ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--with", help="Set an option of a strategy.", metavar="NAME.OPTION=VALUE"),
-    ] = None,
+    options: With = None,
     kv: Kv = "model",
     compiled: Annotated[
         bool,
@@ -148,35 +135,6 @@ def generate(
     raise typer.Exit(code)
 
 
-def choose(names: list[str], settings: list[str], *, while_decoding: bool = False) -> Chosen:
-    """The strategies of the options --strategy and --with.
-
-    Raises:
-        ValueError: an unknown one, one that is not for this command, or a bad option.
-    """
-    from kvcomp.thinking.strategies import STRATEGIES, WHILE_DECODING, Chosen
-
-    known = WHILE_DECODING if while_decoding else list(STRATEGIES)
-    for name in names:
-        if name not in known:
-            wanted = f"expected one of {', '.join(known)}"
-            hint = "; use kvcomp think" if name in STRATEGIES else ""
-            raise ValueError(f"kvcomp: --strategy: {wanted}, got {name!r}{hint}")
-    options: dict[str, dict[str, Any]] = {}
-    for setting in settings:
-        name, _, rest = setting.partition(".")
-        option, _, text = rest.partition("=")
-        if name not in names:
-            raise ValueError(f"kvcomp: --with: expected NAME.OPTION=VALUE, got {setting!r}")
-        kinds = STRATEGIES[name].options
-        if option not in kinds:
-            has = ", ".join(kinds)
-            raise ValueError(f"kvcomp: --with: {name!r} has no option {option!r}; it has: {has}")
-        value = parse(setting, kinds[option], text, "--with")
-        options.setdefault(name, {})[option] = value
-    return Chosen(names, options)
-
-
 def read_prompt(prompt: str) -> str:
     """The text of --prompt, from standard input if it is "-".
 
@@ -208,61 +166,6 @@ def text_streamer(tokenizer: Any) -> Any:
             say(text, end="\n" if stream_end else "")
 
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def build_method(
-    name: str,
-    model: str,
-    budget: int | None,
-    settings: list[str],
-    chunks: dict[str, int | None],
-    inner: str | None,
-) -> Method:
-    """The method `name` with its published settings for the model and the options given."""
-    cls = pick_method(name)
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-    given: dict[str, Any] = {}
-    if inner is not None:
-        own = [text for text in settings if not text.startswith("inner.")]
-        rest = [text.removeprefix("inner.") for text in settings if text not in own]
-        given["inner"] = build_method(inner, model, budget, rest, {}, None)
-        budget, settings = None, own
-    options = {name: value for name, value in chunks.items() if value is not None}
-    for option, value in (options if budget is None else {**options, "budget": budget}).items():
-        if option not in fields:
-            raise ValueError(f"kvcomp: --{option}: method {name!r} has none")
-        given[option] = value
-    if "inner" in given and "inner" not in fields:
-        raise ValueError(f"kvcomp: --inner: method {name!r} has none")
-    for setting in settings:
-        field, _, text = setting.partition("=")
-        if field not in fields:
-            known = ", ".join(fields) or "none"
-            raise ValueError(f"kvcomp: --set: {name!r} has no field {field!r}; it has: {known}")
-        given[field] = parse(setting, fields[field], text)
-    return cls.for_model(model, **given)
-
-
-def parse(setting: str, hint: Any, text: str, option: str = "--set") -> Any:
-    """`text` as a value of a field's type: a number, word, flag, tuple (1,2,3) or none."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    options = typing.get_args(hint) if is_union else (hint,)
-    if type(None) in options and text.lower() == "none":
-        return None
-    kind = next(option for option in options if option is not type(None))
-    try:
-        if typing.get_origin(kind) is tuple:
-            return tuple(typing.get_args(kind)[0](part) for part in text.split(","))
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        if kind in (int, float, str):
-            return kind(text)
-    except (ValueError, KeyError):
-        pass
-    raise ValueError(
-        f"kvcomp: {option} {setting}: expected a value of type {getattr(hint, '__name__', hint)}"
-    )
 
 
 def pick_sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:

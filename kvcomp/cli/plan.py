@@ -15,21 +15,17 @@ import typer
 from kvcomp import METHODS, Method
 from kvcomp import plan as work
 from kvcomp.checks import require
-from kvcomp.cli.common import (
+from kvcomp.cli.common import Kv, pick_device, pick_dtype, pick_kv, pretrained
+from kvcomp.cli.output import say, show
+from kvcomp.cli.plan_table import headline, notes, table
+from kvcomp.cli.settings import (
     Carry,
     Chunk,
     Inner,
-    Kv,
+    build_method,
     chunk_options,
-    pick_device,
-    pick_dtype,
-    pick_kv,
     pick_method,
-    pretrained,
 )
-from kvcomp.cli.generate import build_method
-from kvcomp.cli.output import say, show
-from kvcomp.cli.plan_table import headline, notes, table
 
 
 def plan(

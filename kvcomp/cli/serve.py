@@ -13,9 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from kvcomp import models
-from kvcomp.cli.common import Set
-from kvcomp.cli.generate import parse
 from kvcomp.cli.output import say
+from kvcomp.cli.settings import Budget, Set, parse
 from kvcomp.engines.vllm import check
 from kvcomp.engines.vllm.settings import METHODS, Settings
 
@@ -28,10 +27,7 @@ def serve(
     method: Annotated[
         str, typer.Option(help=f"Method name: {', '.join(METHODS)}.", metavar="NAME")
     ] = "delta",
-    budget: Annotated[
-        int | None,
-        typer.Option(help="Tokens a layer keeps or attends to; default: the method's own."),
-    ] = None,
+    budget: Budget = None,
     settings: Set = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print vLLM's command line and exit.")

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from kvcomp import METHODS
-from kvcomp.cli.common import Device, Dtype, Kv, load, pick_device, pick_dtype, pick_kv, pick_method
+from kvcomp.cli.common import Device, Dtype, Kv, load, pick_device, pick_dtype, pick_kv
 from kvcomp.cli.output import check_distinct, check_output, deliver, say, show, write
+from kvcomp.cli.settings import pick_method
 from kvcomp.progress import stderr_console
 from kvcomp.reasoner import task
 

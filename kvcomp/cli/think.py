@@ -1,4 +1,4 @@
-"""kvcomp think, and what it shares with kvcomp generate: options of strategies."""
+"""kvcomp think."""
 
 from __future__ import annotations
 
@@ -9,22 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcomp.cli.common import (
+from kvcomp.cli.common import Device, Dtype, Kv, load, pick_device, pick_dtype, pick_kv
+from kvcomp.cli.output import check_distinct, check_output, deliver, say, say_aside, write
+from kvcomp.cli.settings import (
+    Budget,
     Carry,
     Chunk,
-    Device,
-    Dtype,
     Inner,
-    Kv,
     Set,
+    With,
+    build_method,
+    choose,
     chunk_options,
-    load,
-    pick_device,
-    pick_dtype,
-    pick_kv,
 )
-from kvcomp.cli.generate import build_method, choose
-from kvcomp.cli.output import check_distinct, check_output, deliver, say, say_aside, write
 from kvcomp.cli.stopping import Stopped
 
 if TYPE_CHECKING:
@@ -53,16 +50,10 @@ def think(
             metavar="NAME",
         ),
     ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--with", help="Set an option of a strategy.", metavar="NAME.OPTION=VALUE"),
-    ] = None,
+    options: With = None,
     out: Annotated[Path | None, typer.Option(help="Write the results to this JSONL file.")] = None,
     method: Annotated[str, typer.Option(help="Method name.", metavar="NAME")] = "full",
-    budget: Annotated[
-        int | None,
-        typer.Option(help="Tokens a layer keeps or attends to; default: the method's own."),
-    ] = None,
+    budget: Budget = None,
     chunk: Chunk = None,
     carry: Carry = None,
     inner: Inner = None,
