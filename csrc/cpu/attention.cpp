@@ -272,7 +272,11 @@ class Kernel {
                    const State& state, const Scratch& scratch) const {
     if (rows.count == 0) return;
     float k_scale[kTile], v_scale[kTile];
-    if (coded_) rows_.codes.split_words(rows.words, rows.count, k_scale, v_scale);
+    if (coded_) {
+      std::uint32_t words[kTile];
+      rows.read_words(words);
+      rows_.codes.split_words(words, rows.count, k_scale, v_scale);
+    }
     // Rows of q behind the first few find the tile in L1, and what is next on its way.
     const auto *fetch_k = layout_.scattered ? next.k : rows.v,
                *fetch_v = layout_.scattered ? next.v : next.k;

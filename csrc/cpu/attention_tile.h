@@ -15,6 +15,7 @@ using simd::kTile;
 struct Layout {
   int heads_together;  // KV heads: where memory holds those of one token together, all of them
   bool scattered;      // whether a head's rows lie about in pieces under 2 KiB
+  bool coded;          // K and V are codes
   int tile_size;       // tokens
   int span_size;       // tokens, a multiple of tile_size
 
@@ -23,12 +24,15 @@ struct Layout {
         scattered(
             p.stride_k_t != p.head_dim ||
             (p.page_ids && std::int64_t{p.page_size} * p.head_dim * size_of(p.kv_dtype) < 2048)),
+        coded(p.kv_dtype == ScalarType::i8),
         tile_size(std::clamp(elements() / p.head_dim / 16 * 16, 16, kTile)),
         span_size((heads_together > 1 ? 256 : 512) / tile_size * tile_size) {}
 
  private:
-  // Of a head that make a tile: several heads of a token are many bytes as it is.
-  int elements() const { return heads_together > 1 ? 2048 : scattered ? 8192 : 4096; }
+  // Of a head that make a tile: several heads of a token are many bytes as it is, and codes few.
+  int elements() const {
+    return (heads_together > 1 ? 2048 : scattered ? 8192 : 4096) * (coded ? 2 : 1);
+  }
 };
 
 // A tile's rows of one KV head.
@@ -36,7 +40,13 @@ struct TileRows {
   int count;  // tokens attended; holes are left out
   int position[kTile];
   const void *k[kTile], *v[kTile];
-  std::uint32_t words[kTile];  // of codes
+  // Words of codes, in pieces: asked for with the rows, and read when the tile is in work.
+  struct Piece {
+    const std::uint32_t* words;
+    int length;
+  };
+  Piece pieces[kTile];
+  int num_pieces;
 
   // Tokens [first, end) of a sequence; end - first <= tile_size.
   void gather(const DecodeAttentionParams& p, int batch, int head, int first, int end,
@@ -49,26 +59,38 @@ struct TileRows {
     const std::int64_t step_k = p.stride_k_t * size, step_v = p.stride_v_t * size;
     const std::uint32_t* words_base =
         p.words ? p.words + batch * p.stride_words_b + head * p.stride_words_h : nullptr;
-    count = 0;
-    const auto add = [&](int position_, std::int64_t slot, int length) {
+    count = num_pieces = 0;
+    const auto add = [&](int token, std::int64_t slot, int length) {
       const char *next_k = k_base + slot * step_k, *next_v = v_base + slot * step_v;
       const int begin = count;  // and pointers in registers: lists are written, nothing is read
       for (int i = 0; i < length; ++i, next_k += step_k, next_v += step_v) {
-        position[begin + i] = position_ + i;
+        position[begin + i] = token + i;
         k[begin + i] = next_k;
         v[begin + i] = next_v;
       }
-      if (words_base) std::copy_n(words_base + slot, length, words + begin);
+      if (words_base) {
+        touch(words_base + slot);
+        pieces[num_pieces++] = {words_base + slot, length};
+      }
       count = begin + length;
     };
-    if (!p.page_ids) {
+    const std::int32_t* ids =
+        p.page_ids ? p.page_ids + batch * p.stride_ids_b + head * p.stride_ids_h : nullptr;
+    if (!ids) {
       add(first, first, end - first);
+    } else if (p.page_size == 1) {
+      for (int at = first; at < end; ++at) {
+        if (ids[at] >= 0) add(at, ids[at] * std::int64_t{p.page_pitch}, 1);
+      }
     } else {
-      const std::int32_t* ids = p.page_ids + batch * p.stride_ids_b + head * p.stride_ids_h;
       for (int at = first, page = first / p.page_size; at < end; ++page) {
         const int length = std::min((page + 1) * p.page_size, end) - at;
-        const std::int64_t offset = at - page * p.page_size;
-        if (ids[page] >= 0) add(at, ids[page] * std::int64_t{p.page_pitch} + offset, length);
+        const std::int64_t slot = ids[page] * std::int64_t{p.page_pitch} + at - page * p.page_size;
+        if (ids[page] >= 0) {
+          touch(k_base + slot * step_k, (length - 1) * step_k);
+          touch(v_base + slot * step_v, (length - 1) * step_v);
+          add(at, slot, length);
+        }
         at += length;
       }
     }
@@ -76,6 +98,26 @@ struct TileRows {
       k[i] = count ? k[count - 1] : k_base;
       v[i] = count ? v[count - 1] : v_base;
     }
+  }
+
+  void read_words(std::uint32_t* words) const {
+    for (int i = 0; i < num_pieces; ++i) {
+      const Piece& piece = pieces[i];
+      if (piece.length == 1) {
+        *words++ = *piece.words;
+      } else {
+        words = std::copy_n(piece.words, piece.length, words);
+      }
+    }
+  }
+
+ private:
+  // Starts to fetch where a piece begins and, `last` bytes behind, ends. A piece that lies by
+  // itself takes an address translation of its own, which is the slowest part of it: a page's comes
+  // in time only if it is asked for before its rows are.
+  [[gnu::always_inline]] static void touch(const void* piece, std::int64_t last = 0) {
+    __builtin_prefetch(piece, 0, 2);
+    if (last > 0) __builtin_prefetch(static_cast<const char*>(piece) + last, 0, 2);
   }
 };
 
