@@ -21,7 +21,7 @@ from compiled.cubins import Kernel, read_usage
 # and 12.0, which are given the same kernels and have less room than the 163 KB of 8.0.
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-INT32, INT64 = torch.int32, torch.int64
+INT8, INT32, INT64 = torch.int8, torch.int32, torch.int64
 
 
 def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
@@ -38,6 +38,19 @@ def attention(dtype, head_dim, group=4, page_size=0, logits=None):
     side = None if logits is None else empty(2, 2 * group, 16384, dtype=logits)
     q = empty(2, 2 * group, head_dim, dtype=dtype)
     return q, kv, kv, LENS, ids, max(page_size, 1), head_dim**-0.5, side
+
+
+def coded(arguments):
+    """Arguments of an attention op with its K and V in eight bits."""
+    q, kv = arguments[:2]
+    codes = empty(*kv.shape, dtype=INT8)
+    return q, codes, codes, *arguments[3:], empty(*kv.shape[:3], dtype=INT32)
+
+
+def made(dtype, head_dim, turn):
+    """Arguments of quantize_rows."""
+    rows, codes = (empty(2, 8, 4096, head_dim, dtype=x) for x in (dtype, INT8))
+    return rows, rows, codes, codes, empty(2, 8, 4096, dtype=INT32), turn
 
 
 def appended(dtype, head_dim, count, group=4, page_size=0, logits=None, tree=False):
@@ -102,6 +115,11 @@ CALLS = [
     ("decode_attention", "fp32 D64 G 1", attention(FP32, 64, group=1)),
     ("decode_attention", "fp32 D128 logits", attention(FP32, 128, logits=FP32)),
     ("decode_attention", "fp32 D256 page 16 G 40", attention(FP32, 256, 40, page_size=16)),
+    ("decode_attention", "codes bf16 D64", coded(attention(BF16, 64))),
+    ("decode_attention", "codes bf16 D128", coded(attention(BF16, 128))),
+    ("decode_attention", "codes bf16 D128 page 16", coded(attention(BF16, 128, page_size=16))),
+    ("decode_attention", "codes fp16 D256 logits", coded(attention(FP16, 256, logits=FP16))),
+    ("decode_attention", "codes fp32 D128", coded(attention(FP32, 128))),
     ("append_attention", "bf16 D64 m 4", appended(BF16, 64, 4)),
     ("append_attention", "bf16 D128 m 8 page 16", appended(BF16, 128, 8, page_size=16)),
     ("append_attention", "bf16 D128 m 64 tree", appended(BF16, 128, 64, tree=True)),
@@ -116,6 +134,13 @@ CALLS = [
     ("latent_attention", "fp16 288 H 40", latents(FP16, 288, 256, 40, logits=FP32)),
     ("latent_attention", "bf16 1024", latents(BF16, 1024, 1024)),
     ("latent_attention", "fp32 576 page 16", latents(FP32, 576, 512, page_size=16)),
+    ("append_attention", "codes bf16 D128 m 8", coded(appended(BF16, 128, 8, page_size=16))),
+    ("append_attention", "codes bf16 D128 tree", coded(appended(BF16, 128, 64, tree=True))),
+    ("append_attention", "codes fp32 D128 tree", coded(appended(FP32, 128, 8, tree=True))),
+    ("hadamard", "bf16 D128", (empty(2, 32, 128, dtype=BF16),)),
+    ("hadamard", "fp32 D512", (empty(2, 32, 512),)),
+    ("quantize_rows", "bf16 D128 turned", made(BF16, 128, True)),
+    ("quantize_rows", "fp16 D80", made(FP16, 80, False)),
     ("merge_states", "bf16 D80", sides(BF16, 80)),
     ("merge_states", "fp16 D128", sides(FP16, 128)),
     ("merge_states", "fp32 D256", sides(FP32, 256)),
@@ -198,7 +223,14 @@ DIVISIBLE = [["tt.divisibility", 16]]
 
 def specialize(kernel, values, keywords) -> tuple[dict, dict, dict]:
     """What Triton's launcher derives from arguments: types, constants, which divide by 16."""
-    pointers = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32", INT32: "*i32", INT64: "*i64"}
+    pointers = {
+        BF16: "*bf16",
+        FP16: "*fp16",
+        FP32: "*fp32",
+        INT8: "*i8",
+        INT32: "*i32",
+        INT64: "*i64",
+    }
     bound = {**keywords, **dict(zip(kernel.arg_names, values, strict=False))}
     signature, constants, hints = {}, {}, {}
     for index, parameter in enumerate(kernel.params):

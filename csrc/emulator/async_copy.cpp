@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <string>
 #include <vector>
 
 #include "emulator/access.h"
@@ -11,11 +12,10 @@
 namespace kvcomp::emulator::async_copy {
 namespace {
 
-constexpr std::size_t kBytes = 16;
-
 struct Copy {
   void* to;
   const void* from;  // nullptr: zeros
+  std::size_t bytes;
   Time asked;
 };
 
@@ -31,22 +31,23 @@ Thread& mine() {
   return threads[thread_rank()];
 }
 
-bool is_aligned(const void* pointer) {
-  return reinterpret_cast<std::uintptr_t>(pointer) % kBytes == 0;
+bool is_aligned(const void* pointer, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
 }
 
 }  // namespace
 
 void begin_block() { threads.clear(); }
 
-void ask(void* shared, const void* from, bool wanted, Where where) {
-  if (!is_aligned(shared) || !is_aligned(from)) {
-    fail("copy_async: an address that is not aligned to 16 bytes", &where);
+void ask(void* shared, const void* from, std::size_t bytes, bool wanted, Where where) {
+  if (!is_aligned(shared, bytes) || !is_aligned(from, bytes)) {
+    fail("copy_async: an address that is not aligned to " + std::to_string(bytes) + " bytes",
+         &where);
   }
-  shared_memory::blur(shared, kBytes);
-  if (wanted) access(from, kBytes, Access::read);
+  shared_memory::blur(shared, bytes);
+  if (wanted) access(from, bytes, Access::read);
   order::advance();
-  mine().asked.push_back({shared, wanted ? from : nullptr, order::now()});
+  mine().asked.push_back({shared, wanted ? from : nullptr, bytes, order::now()});
 }
 
 void end_group() {
@@ -59,12 +60,12 @@ void wait(int later) {
   Thread& thread = mine();
   for (; thread.groups.size() > static_cast<std::size_t>(later); thread.groups.pop_front()) {
     for (const Copy& copy : thread.groups.front()) {
-      access(copy.to, kBytes, Access::write);
+      access(copy.to, copy.bytes, Access::write);
       if (copy.from) {
-        late_read(copy.from, kBytes, copy.asked);
-        std::memcpy(copy.to, copy.from, kBytes);
+        late_read(copy.from, copy.bytes, copy.asked);
+        std::memcpy(copy.to, copy.from, copy.bytes);
       } else {
-        std::memset(copy.to, 0, kBytes);
+        std::memset(copy.to, 0, copy.bytes);
       }
     }
   }

@@ -9,7 +9,7 @@
 namespace kvcomp::emulator::async_copy {
 
 void begin_block();
-void ask(void* shared, const void* from, bool wanted, Where where);  // 16 bytes, or zeros
+void ask(void* shared, const void* from, std::size_t bytes, bool wanted, Where where);  // or zeros
 void end_group();
 void wait(int later);  // for all groups of the running thread but the `later` latest
 

@@ -12,7 +12,11 @@ namespace kvcomp {
 
 inline void copy_async(void* shared, const void* from, bool wanted,
                        emulator::Where where = emulator::Where::current()) {
-  emulator::async_copy::ask(shared, from, wanted, where);
+  emulator::async_copy::ask(shared, from, 16, wanted, where);
+}
+inline void copy_word_async(void* shared, const void* from, bool wanted,
+                            emulator::Where where = emulator::Where::current()) {
+  emulator::async_copy::ask(shared, from, 4, wanted, where);
 }
 inline void end_copy_group() { emulator::async_copy::end_group(); }
 template <int kLater>

@@ -27,6 +27,7 @@ inline void check_row_dim(const Boundary& at, const char* argument, std::int64_t
           head_dim);
 }
 
+inline constexpr std::int64_t kMostTurned = 512;   // columns of a row that is made into codes
 inline constexpr std::int64_t kMostLatent = 1024;  // columns of a row that all heads share
 
 // One int32 per sequence.
@@ -66,13 +67,10 @@ inline void check_turn(const Boundary& at, const char* argument, std::int64_t he
   at.fail(argument, "False where the head size is no power of two", head_dim);
 }
 
-// The scales of codes k: [B, H, T] int32. No GPU kernel takes codes yet.
+// The scales of codes k: [B, H, T] int32.
 inline void check_words(const Boundary& at, Backend backend, const TensorView& words,
                         const TensorView& k, std::initializer_list<Size> shape) {
   at.device(backend, {&k, &words});
-  if (backend == Backend::cuda || k.device.is_cuda) {
-    at.fail(words.name, "None on a GPU, whose kernels take no K and V in eight bits", "a tensor");
-  }
   at.dtype(words, {DType::i32});
   at.last_contiguous(words);
   at.shape(words, shape);

@@ -32,15 +32,16 @@ void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
                                                      stream);
 }
 
-// How many blocks of the kernel for q's dtype and head size a multiprocessor of its GPU takes.
-int decode_attention_blocks(py::handle q_) {
+// How many blocks of the kernel for k's dtype and head size a multiprocessor of its GPU takes.
+int decode_attention_blocks(py::handle k_) {
   const Boundary at{"decode_attention"};
-  const TensorView q = at.tensor("q", q_);
-  at.device(Backend::cuda, {&q});
-  check_head_dim(at, "q", q.shape[q.ndim - 1]);
+  const TensorView k = at.tensor("k", k_);
+  at.device(Backend::cuda, {&k});
+  const std::int64_t head_dim = k.shape[k.ndim - 1];
+  check_head_dim(at, "k", head_dim);
   if constexpr (kWithCuda) {
-    return cuda::decode_attention_blocks(at.scalar_type(q), static_cast<int>(q.shape[q.ndim - 1]),
-                                         q.device.index);
+    const ScalarType dtype = k.dtype == DType::i8 ? ScalarType::i8 : at.scalar_type(k);
+    return cuda::decode_attention_blocks(dtype, static_cast<int>(head_dim), k.device.index);
   }
   return 0;
 }

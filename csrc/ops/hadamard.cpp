@@ -6,7 +6,7 @@
 
 namespace kvcomp {
 
-void hadamard(Backend backend, py::handle x_, py::handle out_, std::uintptr_t) {
+void hadamard(Backend backend, py::handle x_, py::handle out_, std::uintptr_t stream) {
   const Boundary at{"hadamard"};
   const TensorView x = at.tensor("x", x_), out = at.tensor("out", out_);
   at.device(backend, {&x, &out});
@@ -16,7 +16,7 @@ void hadamard(Backend backend, py::handle x_, py::handle out_, std::uintptr_t) {
   at.contiguous(x);
   at.contiguous(out);
   const std::int64_t head_dim = x.shape[x.ndim - 1];
-  check_row_dim(at, "x", head_dim);
+  check_row_dim(at, "x", head_dim, kMostTurned);
   if (!std::has_single_bit(static_cast<std::uint64_t>(head_dim))) {
     at.fail("x", "a head size that is a power of two", head_dim);
   }
@@ -29,7 +29,7 @@ void hadamard(Backend backend, py::handle x_, py::handle out_, std::uintptr_t) {
       .num_rows = num_rows,
       .head_dim = static_cast<std::int32_t>(head_dim),
   };
-  run<cpu::hadamard>(at, backend, params);
+  run<cpu::hadamard, cuda::hadamard>(at, backend, params, x.device, stream);
 }
 
 KVCOMP_OP(hadamard);

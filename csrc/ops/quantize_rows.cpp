@@ -5,7 +5,7 @@
 namespace kvcomp {
 
 void quantize_rows(Backend backend, py::handle k_, py::handle v_, py::handle k_codes_,
-                   py::handle v_codes_, py::handle words_, bool turn, std::uintptr_t) {
+                   py::handle v_codes_, py::handle words_, bool turn, std::uintptr_t stream) {
   const Boundary at{"quantize_rows"};
   const TensorView k = at.tensor("k", k_), v = at.tensor("v", v_);
   const TensorView k_codes = at.tensor("k_codes", k_codes_);
@@ -24,7 +24,7 @@ void quantize_rows(Backend backend, py::handle k_, py::handle v_, py::handle k_c
   }
   at.last_contiguous(words);
   at.shape(words, {B, H, T});
-  check_row_dim(at, "k", D.size);
+  check_row_dim(at, "k", D.size, kMostTurned);
   if (turn) check_turn(at, "turn", D.size);
   check_size(at, k, "tokens", T.size);
   const QuantizeRowsParams params{
@@ -54,7 +54,7 @@ void quantize_rows(Backend backend, py::handle k_, py::handle v_, py::handle k_c
       .head_dim = static_cast<std::int32_t>(D.size),
       .turn = turn,
   };
-  run<cpu::quantize_rows>(at, backend, params);
+  run<cpu::quantize_rows, cuda::quantize_rows>(at, backend, params, k.device, stream);
 }
 
 KVCOMP_OP(quantize_rows);

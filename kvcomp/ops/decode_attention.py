@@ -226,19 +226,19 @@ def partials(
     q [B, Hq, D] or [B, m, Hq, D]: the splits are the same for any m.
     """
     positions = k.shape[2] if page_ids is None else page_ids.shape[-1] * page_size
-    splits, size = plan(q, k.shape[1], positions)
+    splits, size = plan(q, k, positions)
     if splits == 1:
         return None, None, size
     partial_lse = lse.new_empty(*lse.shape, splits)
     return lse.new_empty(*partial_lse.shape, q.shape[-1]), partial_lse, size
 
 
-def plan(q: Tensor, num_kv_heads: int, positions: int) -> tuple[int, int]:
+def plan(q: Tensor, k: Tensor, positions: int) -> tuple[int, int]:
     """How many splits of how many positions the CUDA kernel makes."""
-    group = q.shape[-2] // num_kv_heads
-    blocks = q.shape[0] * num_kv_heads * -(-group // HEADS_PER_BLOCK)
+    group = q.shape[-2] // k.shape[1]
+    blocks = q.shape[0] * k.shape[1] * -(-group // HEADS_PER_BLOCK)
     chunks = max(1, -(-positions // MIN_SPLIT))
-    resident = blocks_per_multiprocessor(q.device, q.dtype, q.shape[-1])
+    resident = blocks_per_multiprocessor(k.device, k.dtype, k.shape[-1])
     return plan_splits(blocks, chunks, num_multiprocessors(q.device) * resident)
 
 

@@ -52,4 +52,12 @@ def native(extension: ModuleType, backend: int) -> Callable:
     return run
 
 
-_op = bind("hadamard", "(Tensor x) -> Tensor", reference=reference, fake=fake, native=native)
+_op = bind(
+    "hadamard",
+    "(Tensor x) -> Tensor",
+    reference=reference,
+    fake=fake,
+    native=native,
+    backends=("cpu", "cuda"),
+    triton=True,
+)

@@ -97,4 +97,6 @@ _op = bind(
     reference=reference,
     fake=fake,
     native=native,
+    backends=("cpu", "cuda"),
+    triton=True,
 )

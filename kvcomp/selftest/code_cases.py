@@ -13,7 +13,6 @@ from kvcomp.selftest.attention_cases import attention_cases
 from kvcomp.selftest.case import HALF_AND_FULL, Case, generator_for, kv_cache, on
 from kvcomp.selftest.retrieval_cases import retrieval_cases
 
-NO_CODES = ("cuda", "cuda-host", "triton")  # backends that refuse them
 CODED = {  # op -> the cases of it that are taken with codes, too
     "decode_attention": (
         "one-token",
@@ -41,7 +40,7 @@ def _coded(case: Case) -> Case:
         q, k, v, *rest = case.make(dtype, "cpu")
         return on(device, q, *(coded := codes_of(k, v))[:2], *rest, coded[2])
 
-    return replace(case, name=f"{case.name}-codes", make=make, refused_by=NO_CODES)
+    return replace(case, name=f"{case.name}-codes", make=make)
 
 
 def codes_of(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,9 +117,7 @@ def _pooled_cases() -> list[Case]:
             return on(device, *args, words, *turned)
 
         mutates = (*case.mutates, 9) if case.op == "fetch_rows" else case.mutates
-        return replace(
-            case, name=f"{case.name}-codes", make=make, mutates=mutates, refused_by=NO_CODES
-        )
+        return replace(case, name=f"{case.name}-codes", make=make, mutates=mutates)
 
     return [coded(case) for case in retrieval_cases() if case.op in of and not case.blank]
 

@@ -73,10 +73,10 @@ class AppendColumns {
 };
 
 template <typename T, int D, int kFragments>
-__global__ void __launch_bounds__(DecodeTile<D, kFragments>::kThreads,
-                                  DecodeTile<D, kFragments>::kBlocks)
+__global__ void __launch_bounds__(TileOf<T, D, kFragments>::Type::kThreads,
+                                  TileOf<T, D, kFragments>::Type::kBlocks)
     append_attention_kernel(const __grid_constant__ AppendAttentionParams p) {
-  constexpr int kColumns = DecodeTile<D, kFragments>::kColumns;
+  constexpr int kColumns = TileOf<T, D, kFragments>::Type::kColumns;
   const int rows = p.num_queries * (p.attention.num_heads / p.attention.num_kv_heads);
   const int tiles = (rows + kColumns - 1) / kColumns;
   const int sequence = blockIdx.y, kv_head = blockIdx.x / tiles;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(DecodeTile<D, kFragments>::kThreads,
 
 template <typename T, int D, int kFragments, typename Launch>
 void launch_append_attention(const AppendAttentionParams& p, int rows, const Launch& launch) {
-  using Tile = DecodeTile<D, kFragments>;
+  using Tile = typename TileOf<T, D, kFragments>::Type;
   const int tiles = (rows + Tile::kColumns - 1) / Tile::kColumns;
   const DecodeAttentionParams& attention = p.attention;
   launch(append_attention_kernel<T, D, kFragments>,
@@ -96,14 +96,13 @@ void launch_append_attention(const AppendAttentionParams& p, int rows, const Lau
 
 // As many fragments as the rows of a KV head fill. One in fp32, for tests and small jobs, and with
 // heads of 256, of which a thread has registers for no more.
-template <typename Launch>
-void launch_append_attention(const AppendAttentionParams& p, const Launch& launch) {
+template <typename T, typename Launch>
+void launch_append_attention(T, const AppendAttentionParams& p, const Launch& launch) {
   const DecodeAttentionParams& attention = p.attention;
   const int rows = p.num_queries * (attention.num_heads / attention.num_kv_heads);
-  with_types(attention, [&](auto type, auto head_dim) {
-    using T = decltype(type);
+  with_head_size(attention.head_dim, [&](auto head_dim) {
     constexpr int D = head_dim();
-    if constexpr (std::is_same_v<T, float> || D > 128) {
+    if constexpr (kQueriesInFull<T> || D > 128) {
       launch_append_attention<T, D, 1>(p, rows, launch);
     } else if (rows <= 8) {
       launch_append_attention<T, D, 1>(p, rows, launch);

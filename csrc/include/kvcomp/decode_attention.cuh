@@ -30,18 +30,18 @@ namespace kvcomp {
 template <typename T, int D, int kFragments, typename Columns>
 __device__ void attend_split(const DecodeAttentionParams& p, const Columns& columns, int sequence,
                              int kv_head, int split_index) {
-  using Tile = DecodeTile<D, kFragments>;
+  using Tile = typename TileOf<T, D, kFragments>::Type;
+  using Warp = DecodeWarp<T, D, kFragments, Columns>;
   const DecodeSplit split(p, sequence, kv_head, split_index);
   if (columns.count() > 0) {
     auto* stages = dynamic_shared<typename Tile::Stage>() + threadIdx.x / 32 * Tile::kStages;
     uint16_t* queries = nullptr;
-    if constexpr (Tile::kShareQueries) {
+    if constexpr (Tile::kQueries > 0) {
       queries = dynamic_shared<uint16_t>() + Tile::kStates / sizeof(uint16_t);
-      Queries<T, D, kFragments>::share(p, columns, queries);
+      Warp::share(p, columns, queries);
       __syncthreads();
     }
-    DecodeWarp<T, D, kFragments, Columns> warp(p, split, columns, sequence, kv_head, stages,
-                                               queries);
+    Warp warp(p, split, columns, sequence, kv_head, stages, queries);
     warp.run();
     __syncthreads();
     warp.leave(*dynamic_shared<typename Tile::States>());
@@ -65,7 +65,7 @@ __device__ void attend_split(const DecodeAttentionParams& p, const Columns& colu
     const float value = merge.sum == 0 ? 0.0f : out / merge.sum;
     const int64_t row = columns.out(column);
     if (p.num_splits == 1) {
-      from_float(value, static_cast<T*>(p.out)[row * D + element]);
+      store_as(p.q_dtype, value, p.out, row * D + element);
       if (element == 0) p.lse[row] = merge.lse();
     } else {
       const int64_t partial = row * p.num_splits + split_index;
@@ -77,9 +77,9 @@ __device__ void attend_split(const DecodeAttentionParams& p, const Columns& colu
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(DecodeTile<D>::kThreads, DecodeTile<D>::kBlocks)
+__global__ void __launch_bounds__(TileOf<T, D, 1>::Type::kThreads, TileOf<T, D, 1>::Type::kBlocks)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
-  constexpr int kColumns = DecodeTile<D>::kColumns;
+  constexpr int kColumns = TileOf<T, D, 1>::Type::kColumns;
   const int sequence = blockIdx.y, group = p.num_heads / p.num_kv_heads;
   const int tiles = (group + kColumns - 1) / kColumns;
   const int kv_head = blockIdx.x / tiles;
@@ -105,26 +105,14 @@ void launch_merge_splits(const DecodeAttentionParams& p, int rows, const Launch&
 
 // --- launches ------------------------------------------------------------------------------------
 
-// start(T{}, std::integral_constant<int, D>{}) with the type and head size of p.
-template <typename Start>
-void with_types(const DecodeAttentionParams& p, const Start& start) {
+// Starts the kernels over rows of type T through `launch(kernel, grid, block, shared_bytes,
+// args...)`.
+template <typename T, typename Launch>
+void launch_decode_attention(T, const DecodeAttentionParams& p, const Launch& launch) {
   with_head_size(p.head_dim, [&](auto head_dim) {
-    switch (p.kv_dtype) {
-      case ScalarType::f32: return start(float{}, head_dim);
-      case ScalarType::f16: return start(__half{}, head_dim);
-      case ScalarType::bf16: return start(__nv_bfloat16{}, head_dim);
-      case ScalarType::i8: break;  // the boundary has refused them
-    }
-  });
-}
-
-// Starts the kernels through `launch(kernel, grid, block, shared_bytes, args...)`.
-template <typename Launch>
-void launch_decode_attention(const DecodeAttentionParams& p, const Launch& launch) {
-  with_types(p, [&](auto type, auto head_dim) {
-    using Tile = DecodeTile<head_dim()>;
+    using Tile = typename TileOf<T, head_dim(), 1>::Type;
     const int tiles = (p.num_heads / p.num_kv_heads + Tile::kColumns - 1) / Tile::kColumns;
-    launch(decode_attention_kernel<decltype(type), head_dim()>,
+    launch(decode_attention_kernel<T, head_dim()>,
            dim3(p.num_kv_heads * tiles, p.batch, p.num_splits), dim3(Tile::kThreads), Tile::kShared,
            p);
     launch_merge_splits<head_dim()>(p, p.batch * p.num_heads, launch);

@@ -1,35 +1,117 @@
-// A warp of decode_attention and append_attention in fp32, on the CUDA cores: for tests and small
-// jobs.
+// A warp of decode_attention and append_attention with q in fp32, over rows in fp32 or codes, on
+// the CUDA cores: for tests and small jobs.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "kvcomp/codes.cuh"
 #include "kvcomp/decode_split.cuh"
 
 namespace kvcomp {
 
+struct CodesInFull {};  // the type of codes whose q is in fp32
+
+template <typename T>
+inline constexpr bool kQueriesInFull = std::is_same_v<T, float> || std::is_same_v<T, CodesInFull>;
+
+// What a lane has of rows of D elements: every 32nd.
+template <int D>
+inline constexpr int kLaneParts = (D + 31) / 32;
+
+template <typename T, int D>
+__device__ void load_parts(const T* row, float (&to)[kLaneParts<D>]) {
+#pragma unroll
+  for (int i = 0; i < kLaneParts<D>; ++i) {
+    const int at = i * 32 + static_cast<int>(threadIdx.x % 32);
+    to[i] = at < D ? static_cast<float>(row[at]) : 0.0f;
+  }
+}
+
+// Rows of K and V of a sequence and head, and its queries as these rows want them.
+template <typename T, int D>
+class LaneRows {
+ public:
+  template <typename Columns>
+  __device__ LaneRows(const DecodeAttentionParams& p, const Columns&, int sequence, int kv_head)
+      : p_(p),
+        k_(static_cast<const T*>(p.k) + sequence * p.stride_k_b + kv_head * p.stride_k_h),
+        v_(static_cast<const T*>(p.v) + sequence * p.stride_v_b + kv_head * p.stride_v_h) {}
+
+  __device__ void load(int64_t slot, float (&k)[kLaneParts<D>], float (&v)[kLaneParts<D>]) const {
+    load_parts<T, D>(k_ + slot * p_.stride_k_t, k);
+    load_parts<T, D>(v_ + slot * p_.stride_v_t, v);
+  }
+  __device__ float query(int, float element) const { return element; }
+
+ private:
+  const DecodeAttentionParams& p_;
+  const T *k_, *v_;
+};
+
+// A code times its scale is exact in fp32.
+template <int D>
+class LaneRows<CodesInFull, D> {
+  static constexpr int kColumns = DecodeTile<D>::kColumns;
+
+ public:
+  template <typename Columns>
+  __device__ LaneRows(const DecodeAttentionParams& p, const Columns& columns, int sequence,
+                      int kv_head)
+      : codes_(p, columns, sequence, kv_head),
+        words_(p.words + sequence * p.stride_words_b + kv_head * p.stride_words_h) {
+#pragma unroll
+    for (int column = 0; column < kColumns; ++column) {
+      if (column >= columns.count()) continue;
+      float q[kLaneParts<D>];
+      load_parts<float, D>(static_cast<const float*>(p.q) + columns.q(column), q);
+      uint32_t top = 0;
+#pragma unroll
+      for (int i = 0; i < kLaneParts<D>; ++i) top = max(top, magnitude(q[i]));
+      top_[column] = __reduce_max_sync(kFullMask, top);
+    }
+  }
+
+  __device__ void load(int64_t slot, float (&k)[kLaneParts<D>], float (&v)[kLaneParts<D>]) const {
+    codes_.load(slot, k, v);
+    const float2 scales = scales_of(words_[slot]);
+#pragma unroll
+    for (int i = 0; i < kLaneParts<D>; ++i) k[i] *= scales.x, v[i] *= scales.y;
+  }
+  __device__ float query(int column, float element) const {
+    const QueryStep step(top_[column]);
+    return step.integer(element) * step.step();
+  }
+
+ private:
+  const LaneRows<int8_t, D> codes_;
+  const uint32_t* words_;
+  uint32_t top_[kColumns] = {};  // of each query: the largest magnitude, as bits
+};
+
 // A warp takes one token at a time, a lane every 32nd element of its row.
-template <int D, typename Columns>
-class DecodeWarp<float, D, 1, Columns> {
+template <typename T, int D, typename Columns>
+class LaneWarp {
   using Tile = DecodeTile<D>;
-  static constexpr int kParts = (D + 31) / 32;
+  static constexpr int kParts = kLaneParts<D>;
   static constexpr bool kHoldsQueries = kParts <= 8;  // in registers, else read for every token
 
  public:
-  __device__ DecodeWarp(const DecodeAttentionParams& p, const DecodeSplit& split,
-                        const Columns& columns, int sequence, int kv_head, typename Tile::Stage*,
-                        const uint16_t*)
-      : p_(p),
-        split_(split),
-        columns_(columns),
-        k_(static_cast<const float*>(p.k) + sequence * p.stride_k_b + kv_head * p.stride_k_h),
-        v_(static_cast<const float*>(p.v) + sequence * p.stride_v_b + kv_head * p.stride_v_h),
-        logits_(p) {
+  __device__ static void share(const DecodeAttentionParams&, const Columns&, uint16_t*) {}
+
+  __device__ LaneWarp(const DecodeAttentionParams& p, const DecodeSplit& split,
+                      const Columns& columns, int sequence, int kv_head, typename Tile::Stage*,
+                      const uint16_t*)
+      : p_(p), split_(split), columns_(columns), rows_(p, columns, sequence, kv_head), logits_(p) {
 #pragma unroll
     for (int column = 0; column < Tile::kColumns; ++column) {
       max_[column] = -INFINITY;
       if (column >= columns.count()) continue;
-      if constexpr (kHoldsQueries) load(query(column), q_[column]);
+      if constexpr (kHoldsQueries) {
+        load_parts<float, D>(query(column), q_[column]);
+#pragma unroll
+        for (int i = 0; i < kParts; ++i) q_[column][i] = rows_.query(column, q_[column][i]);
+      }
     }
   }
 
@@ -37,7 +119,7 @@ class DecodeWarp<float, D, 1, Columns> {
     for (int at = split_.first + threadIdx.x / 32; at < split_.end; at += Tile::kWarps) {
       const int slot = split_.slot(at);
       float k[kParts] = {}, v[kParts] = {};
-      if (slot >= 0) load(k_ + slot * p_.stride_k_t, k), load(v_ + slot * p_.stride_v_t, v);
+      if (slot >= 0) rows_.load(slot, k, v);
 #pragma unroll
       for (int column = 0; column < Tile::kColumns; ++column) {
         if (column >= columns_.count()) break;
@@ -46,7 +128,9 @@ class DecodeWarp<float, D, 1, Columns> {
           for (int i = 0; i < kParts; ++i) s += q_[column][i] * k[i];
         } else {
           const float* q = query(column);
-          for (int i = 0; i < kParts; ++i) s += q[i * 32 + threadIdx.x % 32] * k[i];
+          for (int i = 0; i < kParts; ++i) {
+            s += rows_.query(column, q[i * 32 + threadIdx.x % 32]) * k[i];
+          }
         }
         s = group_sum(s, 32) * p_.scale;
         s = slot == kSkipped ? -INFINITY : slot == kWild ? NAN : s;
@@ -80,21 +164,22 @@ class DecodeWarp<float, D, 1, Columns> {
     return static_cast<const float*>(p_.q) + columns_.q(column);
   }
 
-  __device__ static void load(const float* row, float (&to)[kParts]) {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      const int at = i * 32 + static_cast<int>(threadIdx.x % 32);
-      to[i] = at < D ? row[at] : 0.0f;
-    }
-  }
-
   const DecodeAttentionParams& p_;
   const DecodeSplit& split_;
   const Columns& columns_;
-  const float *k_, *v_;
+  const LaneRows<T, D> rows_;
   const LogitsOut logits_;
   float q_[Tile::kColumns][kHoldsQueries ? kParts : 1] = {};
   float max_[Tile::kColumns], sum_[Tile::kColumns] = {}, out_[Tile::kColumns][kParts] = {};
+};
+
+template <int D, typename Columns>
+class DecodeWarp<float, D, 1, Columns> : public LaneWarp<float, D, Columns> {
+  using LaneWarp<float, D, Columns>::LaneWarp;
+};
+template <int D, typename Columns>
+class DecodeWarp<CodesInFull, D, 1, Columns> : public LaneWarp<CodesInFull, D, Columns> {
+  using LaneWarp<CodesInFull, D, Columns>::LaneWarp;
 };
 
 }  // namespace kvcomp

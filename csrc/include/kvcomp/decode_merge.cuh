@@ -38,15 +38,6 @@ __device__ inline DecodeMerge weigh_splits(const DecodeAttentionParams& p, int64
   return merge;
 }
 
-__device__ inline void store_as(ScalarType dtype, float value, void* out, int64_t at) {
-  switch (dtype) {
-    case ScalarType::f32: return from_float(value, static_cast<float*>(out)[at]);
-    case ScalarType::f16: return from_float(value, static_cast<__half*>(out)[at]);
-    case ScalarType::bf16: return from_float(value, static_cast<__nv_bfloat16*>(out)[at]);
-    case ScalarType::i8: break;
-  }
-}
-
 // out and lse of query head `row`, by the whole block: 4 * D bytes of each split.
 __device__ inline void merge_head(const DecodeAttentionParams& p, int64_t row) {
   const DecodeMerge merge = weigh_splits(p, row);

@@ -10,10 +10,34 @@
 namespace kvcomp {
 
 // kFragments fragments of S are 8 rows of q each: a block's columns.
-template <int D, int kFragments = 1>
-struct DecodeTile {
+template <int D, int kFragments>
+struct DecodeShape {
   static constexpr int kTokens = 16, kColumns = 8 * kFragments, kSteps = D / 16;
   static constexpr int kWarps = D <= 128 ? 4 : 2, kThreads = kWarps * 32;
+
+  // After the last token the pipelines' memory holds the states that are merged.
+  struct States {
+    float max[kWarps][kColumns], sum[kWarps][kColumns];
+    float out[kWarps][kColumns][D];
+  };
+
+ protected:
+  static constexpr std::size_t with_states(std::size_t pipeline) {
+    return pipeline > sizeof(States) ? pipeline : sizeof(States);
+  }
+  // What an SM of 9.0 has room for, which registers must allow: 1 KB of each block is the system's.
+  static constexpr int blocks(std::size_t shared, int registers) {
+    const int by_shared_memory = 228 * 1024 / static_cast<int>(shared + 1024);
+    const int by_registers = 65536 / (kThreads * registers);
+    return by_shared_memory < by_registers ? by_shared_memory : by_registers;
+  }
+};
+
+// Of rows in 16 bits; those in fp32 need no more.
+template <int D, int kFragments = 1>
+struct DecodeTile : DecodeShape<D, kFragments> {
+  using Shape = DecodeShape<D, kFragments>;
+  using Shape::kColumns, Shape::kSteps, Shape::kTokens, Shape::kWarps;
   // As many as keep a block under 82 KB: three of most sizes share an SM of 9.0, two one of 8.0.
   static constexpr int kStages = D <= 64 ? 4 : D <= 96 ? 3 : 2;
   // 16 bytes more than D elements: the 8 rows of a matrix then lie in different banks.
@@ -26,22 +50,19 @@ struct DecodeTile {
     alignas(16) uint16_t v[kTokens * kPitch];
     int slot[kTokens];  // where the tokens come from; < 0: not attended, see Slot
   };
-  // After the last token the pipelines' memory holds the states that are merged.
-  struct States {
-    float max[kWarps][kColumns], sum[kWarps][kColumns];
-    float out[kWarps][kColumns][D];
-  };
-  static constexpr std::size_t kPipeline = sizeof(Stage) * kStages * kWarps;
-  static constexpr std::size_t kStates = kPipeline > sizeof(States) ? kPipeline : sizeof(States);
+  static constexpr std::size_t kStates = Shape::with_states(sizeof(Stage) * kStages * kWarps);
   // Behind them, with kShareQueries, q [kColumns, kPitch] in 16 bits.
   static constexpr std::size_t kQueries = kShareQueries ? 2 * kColumns * kPitch : 0;
   static constexpr std::size_t kShared = kStates + kQueries;
-  // What an SM of 9.0 has room for, which registers must allow: 1 KB of each block is the system's.
-  static constexpr int kBySharedMemory = 228 * 1024 / (kShared + 1024);
   // A thread's sums, its part of q, and its part of S and P; some 60 registers besides.
   static constexpr int kRegisters = 60 + kFragments * (kSteps * (kShareQueries ? 4 : 6) + 26);
-  static constexpr int kByRegisters = 65536 / (kThreads * kRegisters);
-  static constexpr int kBlocks = kBySharedMemory < kByRegisters ? kBySharedMemory : kByRegisters;
+  static constexpr int kBlocks = Shape::blocks(kShared, kRegisters);
+};
+
+// The tile of rows of type T; that of codes is in decode_codes.cuh.
+template <typename T, int D, int kFragments>
+struct TileOf {
+  using Type = DecodeTile<D, kFragments>;
 };
 
 enum Slot : int { kSkipped = -1, kWild = -2 };  // kWild: an id out of range, which poisons the row

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "kvcomp/decode_softmax.cuh"
 #include "kvcomp/decode_split.cuh"
 #include "kvcomp/matrix.cuh"
 
@@ -69,7 +70,6 @@ class Queries<T, D, kFragments, true> {  // in shared memory
                  : queries + (threadIdx.x % 8 + threadIdx.x % 32 / 16 * 8) * Tile::kPitch +
                        threadIdx.x / 8 % 2 * 8) {}
 
-  // By the whole block, before its warps are made.
   template <typename Columns>
   __device__ static void share(const DecodeAttentionParams& p, const Columns& columns,
                                uint16_t* queries) {
@@ -110,6 +110,12 @@ class DecodeWarp {
   static_assert(kTokens * D / 8 % 32 == 0);
 
  public:
+  // By the whole block, before its warps are made.
+  __device__ static void share(const DecodeAttentionParams& p, const Columns& columns,
+                               uint16_t* queries) {
+    if constexpr (Tile::kShareQueries) Queries<T, D, kFragments>::share(p, columns, queries);
+  }
+
   // `queries` is read with kShareQueries.
   __device__ DecodeWarp(const DecodeAttentionParams& p, const DecodeSplit& split,
                         const Columns& columns, int sequence, int kv_head, Stage* stages,
@@ -283,25 +289,6 @@ class DecodeWarp {
           logits_.store(columns_.logits(column), at, s[f][i]);
         }
       }
-    }
-  }
-
-  // s becomes probabilities, relative to the maximum so far; decay what that does to earlier ones.
-  __device__ static void advance_softmax(float (&s)[4], float (&decay)[2], float (&max)[2],
-                                         float (&sum)[2]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float top = fmaxf(s[i], s[i + 2]);
-      for (int lanes = 4; lanes < 32; lanes *= 2) {
-        top = fmaxf(top, __shfl_xor_sync(kFullMask, top, lanes));
-      }
-      top = fmaxf(top, max[i]);
-      const float base = top == -INFINITY ? 0.0f : top;
-      decay[i] = exp2f((max[i] - base) * kLog2e);
-      s[i] = exp2f((s[i] - base) * kLog2e);
-      s[i + 2] = exp2f((s[i + 2] - base) * kLog2e);
-      sum[i] = sum[i] * decay[i] + s[i] + s[i + 2];
-      max[i] = top;
     }
   }
 

@@ -89,6 +89,26 @@ void with_logit_type(ScalarType dtype, const Start& start) {
   dtype == ScalarType::f16 ? start(__half{}) : start(float{});
 }
 
+// start(T{}) with the floating type of `dtype`.
+template <typename Start>
+void with_float_type(ScalarType dtype, const Start& start) {
+  switch (dtype) {
+    case ScalarType::f32: return start(float{});
+    case ScalarType::f16: return start(__half{});
+    case ScalarType::bf16: return start(__nv_bfloat16{});
+    case ScalarType::i8: break;  // no floating type: boundaries do not let it through
+  }
+}
+
+__device__ inline void store_as(ScalarType dtype, float value, void* out, int64_t at) {
+  switch (dtype) {
+    case ScalarType::f32: return from_float(value, static_cast<float*>(out)[at]);
+    case ScalarType::f16: return from_float(value, static_cast<__half*>(out)[at]);
+    case ScalarType::bf16: return from_float(value, static_cast<__nv_bfloat16*>(out)[at]);
+    case ScalarType::i8: break;
+  }
+}
+
 // Sum over aligned groups of `width` lanes (a power of two), in all of its lanes.
 __device__ inline float group_sum(float value, int width) {
   for (int lanes = width / 2; lanes > 0; lanes /= 2) {

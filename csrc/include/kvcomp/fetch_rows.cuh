@@ -30,6 +30,24 @@ struct FetchMove {
   char* to[2];
 };
 
+// The word of such a row, on its way in the lane that has planned the move.
+struct FetchWord {
+  uint32_t value = 0;
+  uint32_t* to = nullptr;  // null where there is none
+
+  __device__ void load(const void* from, uint32_t* where) {
+    to = where;
+    if (reinterpret_cast<std::uintptr_t>(from) % 4 == 0) {
+      value = __ldcs(static_cast<const uint32_t*>(from));
+    } else {
+      for (int i = 0; i < 4; ++i) value |= static_cast<const uint8_t*>(from)[i] << 8 * i;
+    }
+  }
+  __device__ void store() const {
+    if (to) *to = value;
+  }
+};
+
 struct FetchRowsTile {
   static constexpr int kWarps = 32, kThreads = kWarps * 32;
   static constexpr int kLoads = 4;  // vectors in flight per thread
@@ -161,16 +179,19 @@ __global__ void __launch_bounds__(FetchRowsTile::kThreads, 1)
   // The moves: first the missing rows, then the slots from new_length on.
   char* const k = static_cast<char*>(p.k) + sequence * p.stride_k_b + head * p.stride_k_h;
   char* const v = static_cast<char*>(p.v) + sequence * p.stride_v_b + head * p.stride_v_h;
+  uint32_t* const scales =
+      p.words ? p.words + sequence * p.stride_words_b + head * p.stride_words_h : nullptr;
   const int num_moves = num_missing + max(length - new_length, 0);
-  const auto plan = [&](int i) -> FetchMove {
+  const auto plan = [&](int i, FetchWord& word) -> FetchMove {
     const char *from_k = nullptr, *from_v = nullptr;
     int64_t to = 0;
     if (i < num_missing) {
       const int row = wanted[bits.find(num_free + i) - slot_words * 32];
       to = i < num_free ? bits.find(i) : length + i - num_free;
       held[to] = row;
-      from_k = pool_row(p.pool, pair, row, p.row_bytes);
+      from_k = pool_row(p.pool, pair, row);
       from_v = from_k ? from_k + p.row_bytes : nullptr;
+      if (from_k && scales) word.load(from_v + p.row_bytes, scales + to);
     } else if (i < num_moves) {
       const int64_t slot = new_length + i - num_missing;
       if (!bits.has(slot)) {
@@ -179,6 +200,7 @@ __global__ void __launch_bounds__(FetchRowsTile::kThreads, 1)
         held[to] = held[slot];
         from_k = k + slot * p.stride_k_t;
         from_v = v + slot * p.stride_v_t;
+        if (scales) word.load(scales + slot, scales + to);
       }
       held[slot] = 0;
     }
@@ -188,7 +210,8 @@ __global__ void __launch_bounds__(FetchRowsTile::kThreads, 1)
   const FetchMove* const moves = shared.moves[warp];
   for (int first = warp; first < num_moves; first += kThreads) {
     __syncwarp();  // those before are done
-    shared.moves[warp][lane] = plan(first + lane * kWarps);
+    FetchWord word;
+    shared.moves[warp][lane] = plan(first + lane * kWarps, word);
     __syncwarp();
     const int end = min((num_moves - first + kWarps - 1) / kWarps, 32);
     int move = lane / both, at = lane % both;  // of this lane; then 32 vectors on
@@ -211,6 +234,7 @@ __global__ void __launch_bounds__(FetchRowsTile::kThreads, 1)
         if (to[i]) *to[i] = data[i];
       }
     }
+    word.store();
   }
 }
 
@@ -229,7 +253,8 @@ void launch_fetch_rows(const FetchRowsParams& p, const Launch& launch) {
   }
   const auto kernel = bits % 16 == 0  ? fetch_rows_kernel<uint4>
                       : bits % 4 == 0 ? fetch_rows_kernel<uint32_t>
-                                      : fetch_rows_kernel<uint16_t>;
+                      : bits % 2 == 0 ? fetch_rows_kernel<uint16_t>
+                                      : fetch_rows_kernel<uint8_t>;
   const int capacity = Tile::num_words(p);
   launch(kernel, dim3(p.num_heads, p.batch), dim3(Tile::kThreads),
          sizeof(Tile) + capacity * (sizeof(unsigned) + sizeof(int)), p, capacity);

@@ -24,6 +24,12 @@ __device__ inline void copy_async(void* shared, const void* from, bool wanted) {
                "l"(from), "r"(wanted ? 16 : 0)
                : "memory");
 }
+// The same for 4 bytes.
+__device__ inline void copy_word_async(void* shared, const void* from, bool wanted) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+               "l"(from), "r"(wanted ? 4 : 0)
+               : "memory");
+}
 // What this thread has asked for since the last time is a group.
 __device__ inline void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all of this thread's groups but the kLater latest.

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "kvcomp/codes.cuh"
 #include "kvcomp/device.cuh"
 #include "kvcomp/params.h"
 #include "kvcomp/pool_rows.cuh"
@@ -23,6 +24,33 @@ struct StoreSegmentsTile {
   static constexpr int kRows = 64;  // of a segment at a time
   static constexpr int kLoads = 4;  // vectors in flight per thread
 };
+
+// A row's word, and zeros up to the next row.
+template <typename Vector>
+__device__ void store_word(uint32_t word, char* to) {
+  if constexpr (sizeof(Vector) == 16) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(word, 0, 0, 0);
+  } else {
+    for (int i = 0; i < 16; ++i) to[i] = static_cast<char>(i < 4 ? word >> 8 * i : 0);
+  }
+}
+
+// A row in shared memory times the Hadamard matrix, by the whole block; back to the threads that
+// have its elements.
+__device__ inline void turn_shared(float* row, int head_dim) {
+  for (int half = 1; half < head_dim; half *= 2) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < head_dim / 2; i += StoreSegmentsTile::kThreads) {
+      const int at = i / half * 2 * half + i % half;
+      const float a = row[at], b = row[at + half];
+      row[at] = a + b;
+      row[at + half] = a - b;
+    }
+  }
+  __syncthreads();
+  const float factor = 1.0f / sqrtf(static_cast<float>(head_dim));
+  for (int d = threadIdx.x; d < head_dim; d += StoreSegmentsTile::kThreads) row[d] *= factor;
+}
 
 template <typename T, typename Vector>
 __global__ void __launch_bounds__(StoreSegmentsTile::kThreads, 5)
@@ -48,7 +76,8 @@ __global__ void __launch_bounds__(StoreSegmentsTile::kThreads, 5)
   const int64_t pool_head = static_cast<int64_t>(sequence) * p.num_heads + head;
   constexpr int kPerVector = sizeof(Vector) / sizeof(T);
   const int vectors = p.head_dim / kPerVector;  // of K or V of a row
-  const int row_bytes = p.head_dim * static_cast<int>(sizeof(T));
+  const uint32_t* words =
+      p.words ? p.words + sequence * p.stride_words_b + head * p.stride_words_h : nullptr;
 
   for (int d = thread; d < p.head_dim; d += kThreads) sums[d] = 0;
   int stored = 0;
@@ -76,8 +105,15 @@ __global__ void __launch_bounds__(StoreSegmentsTile::kThreads, 5)
       for (int i = 0; i < kLoads; ++i) {
         const int index = base + i * kThreads, row = index / (2 * vectors);
         if (index >= total || slots[row] < 0) continue;
-        char* to = pool_row(p.pool, pool_head, first + row, row_bytes);
+        char* to = pool_row(p.pool, pool_head, first + row);
         reinterpret_cast<Vector*>(to)[index % (2 * vectors)] = data[i];
+      }
+    }
+    if constexpr (std::is_same_v<T, int8_t>) {
+      for (int row = thread; row < rows; row += kThreads) {
+        if (slots[row] < 0) continue;
+        char* to = pool_row(p.pool, pool_head, first + row) + 2 * p.head_dim;
+        store_word<Vector>(words[slots[row]], to);
       }
     }
     for (int d = thread; d < p.head_dim; d += kThreads) {
@@ -85,7 +121,12 @@ __global__ void __launch_bounds__(StoreSegmentsTile::kThreads, 5)
 #pragma unroll 8
       for (int row = 0; row < rows; ++row) {
         const int64_t slot = slots[row];
-        if (slot >= 0) sum += to_float(k[slot * p.stride_k_t + d]);
+        if (slot < 0) continue;
+        if constexpr (std::is_same_v<T, int8_t>) {
+          sum += k[slot * p.stride_k_t + d] * scales_of(words[slot]).x;
+        } else {
+          sum += to_float(k[slot * p.stride_k_t + d]);
+        }
       }
       sums[d] = sum;
     }
@@ -93,10 +134,13 @@ __global__ void __launch_bounds__(StoreSegmentsTile::kThreads, 5)
     __syncthreads();
   }
 
-  T* centroid = static_cast<T*>(p.centroids) + sequence * p.stride_centroids_b +
-                head * p.stride_centroids_h + static_cast<int64_t>(unit) * p.head_dim;
   if (stored == 0) return;
-  for (int d = thread; d < p.head_dim; d += kThreads) from_float(sums[d] / stored, centroid[d]);
+  if (p.turned) turn_shared(sums, p.head_dim);
+  const int64_t centroid = sequence * p.stride_centroids_b + head * p.stride_centroids_h +
+                           static_cast<int64_t>(unit) * p.head_dim;
+  for (int d = thread; d < p.head_dim; d += kThreads) {
+    store_as(p.dtype, sums[d] / stored, p.centroids, centroid + d);
+  }
 }
 
 // Chooses types and vectors and starts the kernel through `launch(kernel, grid, block,
@@ -104,7 +148,7 @@ __global__ void __launch_bounds__(StoreSegmentsTile::kThreads, 5)
 template <typename Launch>
 void launch_store_segments(const StoreSegmentsParams& p, const Launch& launch) {
   if (p.batch == 0 || p.num_heads == 0) return;
-  const int size = p.dtype == ScalarType::f32 ? 4 : 2;
+  const int size = p.words ? 1 : p.dtype == ScalarType::f32 ? 4 : 2;
   // 16-byte vectors where every row of K and V and of the pool begins and ends with one.
   std::uint64_t bits =
       reinterpret_cast<std::uintptr_t>(p.k) | reinterpret_cast<std::uintptr_t>(p.v);
@@ -118,7 +162,8 @@ void launch_store_segments(const StoreSegmentsParams& p, const Launch& launch) {
   const auto kernel = [&]<typename T>(T) {
     return aligned ? store_segments_kernel<T, uint4> : store_segments_kernel<T, T>;
   };
-  launch(p.dtype == ScalarType::f32   ? kernel(float{})
+  launch(p.words                      ? kernel(int8_t{})
+         : p.dtype == ScalarType::f32 ? kernel(float{})
          : p.dtype == ScalarType::f16 ? kernel(__half{})
                                       : kernel(__nv_bfloat16{}),
          dim3(p.num_heads, p.batch), dim3(StoreSegmentsTile::kThreads), p.head_dim * sizeof(float),

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from kvcomp.ops._splits import MAX_SPLITS, MIN_SPLIT, num_multiprocessors, plan_splits
 from kvcomp.ops.decode_attention import given_or_made, room
-from kvcomp.ops.triton import COMPILE, LOG2E
+from kvcomp.ops.triton import COMPILE, LOG2E, dot
 
+HEADROOM = tl.constexpr(32768.0)  # below the largest fp16
 PROGRAMS_PER_SM = 2  # what shared memory and registers allow on Hopper
 
 # These grow while a sequence is decoded: no second compilation at a multiple of 16.
 GROWING = ["num_slots", "page_pitch", "num_positions", "split_size", "stride_ids_b", "stride_ids_h"]
-GROWING += ["stride_logits_b", "stride_logits_h"]
+GROWING += ["stride_logits_b", "stride_logits_h", "stride_words_b", "stride_words_h"]
 
 
 @cache
@@ -79,6 +80,48 @@ def slots_of(
         b_slot = b_page * page_pitch + o_n % PAGE_SIZE
         m_n = m_len & (b_slot >= 0) & (b_slot < num_slots)
         return b_slot, m_n, m_len & ((b_page < -1) | (b_slot >= num_slots))
+
+
+@triton.jit
+def scales_of(p_words, b_slot, m_n):
+    """Scales of K and of V of the tokens at b_slot, 0 where there is none."""
+    b_word = tl.load(p_words + b_slot, mask=m_n, other=0)
+    b_k = b_word.to(tl.int16).to(tl.float16, bitcast=True)
+    b_v = (b_word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return b_k.to(tl.float32), b_v.to(tl.float32)
+
+
+@triton.jit
+def in_integers(b_q):
+    """q [D, G] as integers of up to 14 bits and a sign, and the power of two that is their step.
+
+    fp16 holds those of 16-bit q exactly. A row with NaN or an infinity has the step NaN.
+    """
+    b_wide = b_q.to(tl.float32)
+    b_bits = tl.max(b_wide.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    b_above = tl.maximum((b_bits >> 23) - 126, -100) - 14  # of the power of two above the row
+    m_finite = b_bits < 0x7F800000
+    b_inverse = ((127 - b_above) << 23).to(tl.float32, bitcast=True)
+    b_step = ((127 + b_above) << 23).to(tl.float32, bitcast=True)
+    b_wide = tl.where(m_finite[None, :], b_wide * b_inverse[None, :], 0.0)
+    b_wide = (b_wide + 12582912.0) - 12582912.0  # to the nearest, ties to even
+    b_step = tl.where(m_finite, b_step, float("nan"))
+    return b_wide.to(tl.float32 if b_q.dtype == tl.float32 else tl.float16), b_step
+
+
+@triton.jit
+def add_codes(b_v, b_probs, b_v_scale, b_out, b_decay, b_unit, dtype: tl.constexpr):
+    """b_out decayed, plus V's codes times probabilities times scales; and the next b_unit.
+
+    Both sums are relative to b_unit / HEADROOM, where b_unit is a power of two no smaller than any
+    scale yet: so nothing overflows in fp16, and few bits are lost. A scale of NaN is no larger.
+    """
+    b_top = tl.max(tl.where(b_v_scale == b_v_scale, b_v_scale, 0.0), 0)
+    b_bits = (b_top.to(tl.int32, bitcast=True) + 0x7FFFFF) & -0x800000
+    b_next = tl.maximum(b_unit, b_bits.to(tl.float32, bitcast=True))
+    b_weights = b_probs * (b_v_scale * (HEADROOM / b_next))[:, None]
+    b_decay = b_decay * (b_unit / b_next)
+    return dot(b_v.to(dtype), b_weights.to(dtype), b_out * b_decay[None, :]), b_next
 
 
 @triton.jit
@@ -228,11 +271,3 @@ class Places(NamedTuple):
         strides = sum(((0, x.stride(1), x.stride(0 if size == 1 else 2)) for x in (k, v)), ())
         slots = (pages - 1) * pitch + size if pages else 0, pitch
         return cls(strides, (page_ids.stride(0), 0), slots, num_positions)
-
-
-def refuse_codes(op: str, words: Tensor | None) -> None:
-    if words is not None:
-        raise ValueError(
-            f"kvcomp.{op}: argument 'words': expected None for Triton, whose kernels take no K and"
-            " V in eight bits, got a tensor"
-        )

@@ -18,11 +18,14 @@ from kvcomp.ops._splits import MIN_SPLIT
 from kvcomp.ops.triton import COMPILE, dot, on_its_device
 from kvcomp.ops.triton._tile import (
     GROWING,
+    HEADROOM,
     Places,
     Splits,
+    add_codes,
     advance_softmax,
     config,
-    refuse_codes,
+    in_integers,
+    scales_of,
     slots_of,
     split_of,
     store_logits,
@@ -39,6 +42,7 @@ def append_attention_kernel(
     q_lens,  # None: all m
     tail,  # None: causal
     page_ids,  # None: dense
+    words,  # None: no codes
     logits,  # None: not wanted
     out,  # [B, m, Hq, splits, D]
     lse,  # [B, m, Hq, splits]
@@ -52,6 +56,8 @@ def append_attention_kernel(
     stride_v_b,
     stride_v_h,
     stride_v_t,
+    stride_words_b,
+    stride_words_h,
     stride_tail_b,
     stride_ids_b,
     stride_ids_h,
@@ -102,6 +108,10 @@ def append_attention_kernel(
     p_ids = page_ids
     if page_ids is not None:
         p_ids += i_b * stride_ids_b + i_kv * stride_ids_h
+    if words is not None:
+        p_words = words + i_b * stride_words_b + i_kv * stride_words_h
+        b_q, b_step = in_integers(b_q)
+        b_unit = tl.full([], 2.0**-24, tl.float32)  # the least scale of V
 
     b_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     b_sums = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)  # summed over tokens once, at the end
@@ -109,8 +119,11 @@ def append_attention_kernel(
     for i_n in range(i_start, i_end, BLOCK_N):
         b_slot, m_n, m_wild = slots_of(p_ids, i_n, b_len, num_slots, page_pitch, PAGE_SIZE, BLOCK_N)
         m_nd = m_n[:, None] & m_d[None, :]
-        b_k = tl.load(p_k + b_slot[:, None] * stride_k_t, mask=m_nd, other=0.0)
-        b_logits = dot(b_k, b_q, tl.zeros([BLOCK_N, BLOCK_G], tl.float32)) * scale
+        b_k = tl.load(p_k + b_slot[:, None] * stride_k_t, mask=m_nd, other=0)
+        b_logits = dot(b_k.to(b_q.dtype), b_q, tl.zeros([BLOCK_N, BLOCK_G], tl.float32)) * scale
+        if words is not None:
+            b_k_scale, b_v_scale = scales_of(p_words, b_slot, m_n)
+            b_logits *= b_step[None, :] * b_k_scale[:, None]
         o_n = i_n + tl.arange(0, BLOCK_N)
         o_bit = tl.minimum(tl.maximum(o_n - i_new, 0), 63).to(tl.int64)
         m_seen = (o_n < i_new)[:, None] | ((b_tail[None, :] >> o_bit[:, None]) & 1 == 1)
@@ -127,13 +140,18 @@ def append_attention_kernel(
         b_probs, b_decay, b_max = advance_softmax(b_logits, b_max)
         b_sums = b_sums * b_decay[None, :] + b_probs
         m_dn = m_d[:, None] & m_n[None, :]
-        b_v = tl.load(p_v + b_slot[None, :] * stride_v_t, mask=m_dn, other=0.0)
-        b_out = dot(b_v, b_probs.to(b_v.dtype), b_out * b_decay[None, :])
+        b_v = tl.load(p_v + b_slot[None, :] * stride_v_t, mask=m_dn, other=0)
+        if words is None:
+            b_out = dot(b_v, b_probs.to(b_v.dtype), b_out * b_decay[None, :])
+        else:
+            b_out, b_unit = add_codes(b_v, b_probs, b_v_scale, b_out, b_decay, b_unit, b_q.dtype)
 
     # Lengths that cannot be.
     m_wrong = (b_asked < 0) | (b_asked > num_positions) | (i_new < 0)
     m_wrong = m_wrong | (b_count < 0) | (b_count > num_queries)
     o_row = (i_b * num_queries + o_m) * num_heads + o_h
+    if words is not None:
+        b_out *= b_unit / HEADROOM
     store_state(out, lse, b_max, b_sums, b_out, o_row, m_wrong, m_g, D, m_d)
 
 
@@ -153,7 +171,6 @@ def launch(
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    refuse_codes("append_attention", words)
     batch, count, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
@@ -173,12 +190,14 @@ def launch(
         q_lens,
         tail,
         page_ids,
+        words,
         logits,
         splits.partial_out,
         splits.partial_lse,
         scale,
         *q.stride()[:3],
         *places.kv_strides,
+        *((0, 0) if words is None else words.stride()[:2]),
         0 if tail is None else tail.stride(0),
         *places.list_strides,
         *((0, 0, 0) if logits is None else logits.stride()[:3]),

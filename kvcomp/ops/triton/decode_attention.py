@@ -17,11 +17,14 @@ from kvcomp.ops._splits import MIN_SPLIT
 from kvcomp.ops.triton import COMPILE, dot, on_its_device
 from kvcomp.ops.triton._tile import (
     GROWING,
+    HEADROOM,
     Places,
     Splits,
+    add_codes,
     advance_softmax,
     config,
-    refuse_codes,
+    in_integers,
+    scales_of,
     slots_of,
     split_of,
     store_logits,
@@ -36,6 +39,7 @@ def decode_attention_kernel(
     v,
     seq_lens,
     page_ids,  # None: dense
+    words,  # None: no codes
     logits,  # None: not wanted
     out,  # [B, Hq, splits, D]
     lse,  # [B, Hq, splits]
@@ -48,6 +52,8 @@ def decode_attention_kernel(
     stride_v_b,
     stride_v_h,
     stride_v_t,
+    stride_words_b,
+    stride_words_h,
     stride_ids_b,
     stride_ids_h,
     stride_logits_b,
@@ -83,6 +89,10 @@ def decode_attention_kernel(
     p_ids = page_ids
     if page_ids is not None:
         p_ids += i_b * stride_ids_b + i_kv * stride_ids_h
+    if words is not None:
+        p_words = words + i_b * stride_words_b + i_kv * stride_words_h
+        b_q, b_step = in_integers(b_q)
+        b_unit = tl.full([], 2.0**-24, tl.float32)  # the least scale of V
 
     b_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     b_sums = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)  # summed over tokens once, at the end
@@ -90,8 +100,11 @@ def decode_attention_kernel(
     for i_n in range(i_start, i_end, BLOCK_N):
         b_slot, m_n, m_wild = slots_of(p_ids, i_n, b_len, num_slots, page_pitch, PAGE_SIZE, BLOCK_N)
         m_nd = m_n[:, None] & m_d[None, :]
-        b_k = tl.load(p_k + b_slot[:, None] * stride_k_t, mask=m_nd, other=0.0)
-        b_logits = dot(b_k, b_q, tl.zeros([BLOCK_N, BLOCK_G], tl.float32)) * scale
+        b_k = tl.load(p_k + b_slot[:, None] * stride_k_t, mask=m_nd, other=0)
+        b_logits = dot(b_k.to(b_q.dtype), b_q, tl.zeros([BLOCK_N, BLOCK_G], tl.float32)) * scale
+        if words is not None:
+            b_k_scale, b_v_scale = scales_of(p_words, b_slot, m_n)
+            b_logits *= b_step[None, :] * b_k_scale[:, None]
         b_logits = tl.where(m_n[:, None], b_logits, float("-inf"))
         if page_ids is not None:  # an id out of range reads nothing and poisons the row
             b_logits = tl.where(m_wild[:, None], float("nan"), b_logits)
@@ -104,11 +117,16 @@ def decode_attention_kernel(
         b_probs, b_decay, b_max = advance_softmax(b_logits, b_max)
         b_sums = b_sums * b_decay[None, :] + b_probs
         m_dn = m_d[:, None] & m_n[None, :]
-        b_v = tl.load(p_v + b_slot[None, :] * stride_v_t, mask=m_dn, other=0.0)
-        b_out = dot(b_v, b_probs.to(b_v.dtype), b_out * b_decay[None, :])
+        b_v = tl.load(p_v + b_slot[None, :] * stride_v_t, mask=m_dn, other=0)
+        if words is None:
+            b_out = dot(b_v, b_probs.to(b_v.dtype), b_out * b_decay[None, :])
+        else:
+            b_out, b_unit = add_codes(b_v, b_probs, b_v_scale, b_out, b_decay, b_unit, b_q.dtype)
 
     m_wrong = (b_asked < 0) | (b_asked > num_positions)  # a length that cannot be
     o_row = i_b * (tl.num_programs(0) // tl.cdiv(G, BLOCK_G) * G) + o_h
+    if words is not None:
+        b_out *= b_unit / HEADROOM
     store_state(out, lse, b_max, b_sums, b_out, o_row, m_wrong, m_g, D, m_d)
 
 
@@ -126,7 +144,6 @@ def launch(
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    refuse_codes("decode_attention", words)
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
@@ -140,12 +157,14 @@ def launch(
         v,
         seq_lens,
         page_ids,
+        words,
         logits,
         splits.partial_out,
         splits.partial_lse,
         scale,
         *q.stride()[:2],
         *places.kv_strides,
+        *((0, 0) if words is None else words.stride()[:2]),
         *places.list_strides,
         *((0, 0) if logits is None else logits.stride()[:2]),
         *places.slots,
