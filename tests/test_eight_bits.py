@@ -1,6 +1,7 @@
 """K and V in eight bits: every method decodes as dense eight bits, and moves them bit by bit."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import kvcomp
 from kvcomp import Delethink, Full
 from kvcomp.cache import KVCache
 from kvcomp.cache.rows import EightBits
+from kvcomp.hf.eight_bits import eight_bits
 from kvcomp.methods import METHODS
+from kvcomp.ops import OPS
 from kvcomp.testing.models import tiny_model
 
 IDS = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -172,7 +175,7 @@ def test_a_bad_row_poisons_those_who_see_it_and_no_other():
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"kv": "fp8"}, "kv: expected 'model' or 'int8', got 'fp8'"),
+        ({"kv": "fp8"}, "kv: expected 'model' or 'int8', got 'fp8': no kernel here multiplies it"),
         ({"kv": 8}, "kv: expected 'model' or 'int8', got 8"),
         ({"kv_rotate": True}, "kv_rotate: expected None with kv='model', got True"),
         ({"kv": "int8", "kv_rotate": "yes"}, "kv_rotate: expected True, False or None"),
@@ -182,6 +185,15 @@ def test_what_is_refused(options, words, model):
     with pytest.raises((TypeError, ValueError), match=words):
         kvcomp.patch(model, Full(), **options)
     kvcomp.patch(model, Full()).undo()  # nothing stayed patched
+
+
+def test_a_gpu_is_no_reason_to_refuse(model):
+    """Every op that takes codes, or makes them, has a kernel there."""
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=model.config)
+    assert eight_bits(on_gpu, "int8", None) == EightBits(turn=True)
+    for name, op in OPS.items():
+        if "words" in op.schema or name == "hadamard":
+            assert op.missing.get("cuda") != "not written", name
 
 
 def test_layers_with_heads_of_another_size_beside_those_managed():

@@ -29,7 +29,10 @@ def bench_quantize_rows(options: argparse.Namespace, run: Settings) -> Iterator[
         for dtype in options.dtype:
             read = 2 * heads * tokens * dim * DTYPES[dtype].itemsize
             moved = read + heads * tokens * (2 * dim + 4)
-            sets = [_rows(heads, tokens, dim, DTYPES[dtype]) for _ in range(run.num_sets(read))]
+            sets = [
+                _rows(heads, tokens, dim, DTYPES[dtype], run.device)
+                for _ in range(run.num_sets(read))
+            ]
             contenders = plain_contenders(
                 "quantize_rows", sets[0], moved, {"torch": _torch_rows}, run, written=(2, 3, 4)
             )
@@ -37,16 +40,18 @@ def bench_quantize_rows(options: argparse.Namespace, run: Settings) -> Iterator[
             yield measure("quantize_rows", shape, dtype, sets, contenders, run)
 
 
-def _rows(heads: int, tokens: int, dim: int, dtype: torch.dtype) -> tuple:
-    k, v = (torch.randn(1, heads, tokens, dim).to(dtype) for _ in range(2))
+def _rows(heads: int, tokens: int, dim: int, dtype: torch.dtype, device: str) -> tuple:
+    k, v = (torch.randn(1, heads, tokens, dim).to(device, dtype) for _ in range(2))
     return k, v, *coded(k, v), False
 
 
 def coded(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and words of k and v [B, Hkv, T, D]."""
-    codes = [torch.empty_strided(x.shape, x.stride(), dtype=torch.int8) for x in (k, v)]
-    words = torch.empty(k.shape[:3], dtype=torch.int32)
-    OPS["quantize_rows"].impls["cpu"](k, v, *codes, words, False)
+    codes = [
+        torch.empty_strided(x.shape, x.stride(), dtype=torch.int8, device=x.device) for x in (k, v)
+    ]
+    words = k.new_empty(k.shape[:3], dtype=torch.int32)
+    OPS["quantize_rows"].reference(k, v, *codes, words, False)
     return *codes, words
 
 
@@ -60,8 +65,8 @@ def bench_hadamard(options: argparse.Namespace, run: Settings) -> Iterator[list[
     heads, _, dim = options.shape[0]
     for dtype in options.dtype:
         for batch in (1, 64):
-            x = torch.randn(batch, heads, dim).to(DTYPES[dtype])
-            matrix = OPS["hadamard"].reference(torch.eye(dim)).to(x.dtype)
+            x = torch.randn(batch, heads, dim).to(run.device, DTYPES[dtype])
+            matrix = OPS["hadamard"].reference(torch.eye(dim)).to(x)
             baselines = {"matmul": lambda x, matrix=matrix: x[0] @ matrix}
             contenders = plain_contenders("hadamard", (x,), 2 * x.nbytes, baselines, run)
             shape = f"B={batch} {heads}x{dim}"

@@ -33,11 +33,6 @@ def eight_bits(model: Any, kv: str, kv_rotate: bool | None) -> EightBits | None:
         if kv_rotate:
             raise ValueError("kvcomp.patch: kv_rotate: expected None with kv='model', got True")
         return None
-    if model.device.type != "cpu":
-        raise ValueError(
-            f"kvcomp.patch: kv: expected 'model' on {model.device}, whose kernels take no codes"
-            " yet, got 'int8'"
-        )
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if latent_rank(config) is not None:
         raise ValueError(

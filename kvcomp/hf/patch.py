@@ -36,9 +36,8 @@ def patch(
         linear_rows: on a CPU, send linear layers with at most 32 rows of input, as decode steps
             have them, through the op `linear_rows`. False leaves them to torch.
         kv: "int8" keeps K and V of the managed layers in eight bits, with an fp16 scale per token
-            and KV head: about half the bytes, under any method, on a CPU so far. The first forward
-            attends to exact K and V, what follows to those that are kept. "model": as the model
-            makes them.
+            and KV head: about half the bytes, under any method. The first forward attends to exact
+            K and V, what follows to those that are kept. "model": as the model makes them.
         kv_rotate: with kv="int8", turn keys and queries by a Hadamard matrix, which spreads what
             few channels hold. None: where the head size is a power of two, which it takes.
 

@@ -62,7 +62,7 @@ def decode_attention(
             ones beyond 65504 become that. `out` and `lse` are the same with either.
         words: [B, Hkv, T] int32, the scales of K and V in eight bits, k and v int8 then, as
             `quantize_rows` makes them. q takes part as integers of 14 bits and a sign, times the
-            power of two that its largest element asks for: see `in_integers`. On a CPU so far.
+            power of two that its largest element asks for: see `in_integers`.
         out, lse: where to write the results, contiguous; new tensors by default.
 
     Returns:
