@@ -54,6 +54,30 @@ def test_the_demo():
         ]
 
 
+@pytest.mark.parametrize("page", ["docs/vllm.md", "docs/results.md"])
+def test_steps_of_an_engine(page):
+    short, long = rows_of("engine/serving-512"), rows_of("engine/serving-6k")
+    shown = table(ROOT / page, "| ms per step, 8 sequences |")
+    assert list(shown) == [row["impl"] for row in short]
+    for pair in zip(short, long, strict=True):
+        ratios = ["" if x["impl"] == "vllm" else f" ({x['ratios']['vllm']:.2f}x)" for x in pair]
+        assert shown[pair[0]["impl"]] == [
+            f"{x['ms']:.1f}{ratio}" for x, ratio in zip(pair, ratios, strict=True)
+        ]
+    assert f"{long[-1]['ratios']['vllm']:.1f} times as fast as stock vLLM" in README.read_text()
+
+
+def test_attention_of_an_engine():
+    measured: dict[str, list[float]] = {}
+    for row in rows_of("engine/attention"):
+        measured.setdefault(row["shape"], []).append(row["ratios"]["vllm"])
+    shown = table(ROOT / "docs" / "vllm.md", "| layer, sequences |")
+    assert shown == {
+        shape: [f"{x:.2f}x" if x < 9.995 else f"{x:.1f}x" for x in ratios[1:]]
+        for shape, ratios in measured.items()
+    }
+
+
 def test_votes_of_rows():
     rows = [x for x in rows_of("thinking/reasoner") if x["part"] == "votes"]
     shown = table(ROOT / "docs" / "thinking.md", "| contender | right |")
