@@ -59,7 +59,7 @@ LAZY = {  # budget, window, prompts, steps
 
 @pytest.mark.parametrize(
     "unit, h1",
-    [("query_head", "code"), ("query_head", "paper"), ("kv_head", "lag"), ("layer", "lag")],
+    [("query_head", "code"), ("query_head", "paper"), ("kv_head", "patient"), ("layer", "patient")],
 )
 @pytest.mark.parametrize("case", LAZY)
 def test_lazy_eviction_follows_its_rule(case, unit, h1, poisoned_outputs):
@@ -90,8 +90,8 @@ def test_lazy_eviction_can_keep_the_first_tokens():
     assert_follows(method, Trace(60, 20, 36, steps=75), SlowLazy, notes=("last_hit", "longest"))
 
 
-def test_lazy_eviction_without_an_alpha_takes_a_quarter_of_an_even_share():
-    assert LazyEviction(budget=50, window=9).threshold == 1 / 200
+def test_lazy_eviction_without_an_alpha_takes_an_even_share():
+    assert LazyEviction(budget=50, window=9).threshold == 1 / 50
     method = LazyEviction(budget=50, window=9)
     assert_follows(method, Trace(60, 20, 36, steps=75), SlowLazy, notes=("last_hit", "longest"))
 

@@ -393,7 +393,7 @@ def test_what_fits_is_the_most_that_does(shapes):
         assert row.sequences * row.kv_held <= room < (row.sequences + 1) * row.kv_held
     full, delta, louis, lazy, delethink = found.rows
     assert full.longest == delta.longest == int(room // (batch * shape.kv_per_token))
-    assert full.longest < louis.longest < full.longest * 20  # its digests and dense layers grow
+    assert full.longest < louis.longest < full.longest * 32  # its digests grow, a 32nd of K and V
     assert lazy.longest is None and delethink.longest is None
     assert full.sequences == delta.sequences < louis.sequences < lazy.sequences
     seconds = shape.weights_read(1) + full.sequences * full.kv_held

@@ -121,7 +121,7 @@ _LOUIS = Preset(
     Sampling(max_new_tokens=32768, temperature=None),
     {QWEN3_8B: (1024,)},
     {
-        "louis-kv": lambda _, budget: kvcomp.LouisKV(budget=budget, tau=0.7),
+        "louis-kv": lambda model, budget: kvcomp.LouisKV.published(model, budget=budget),
         "cluster-kv": lambda _, budget: kvcomp.ClusterKV(budget=budget),
         "arkvale": lambda _, budget: kvcomp.ArkVale(budget=budget),
         "quest": lambda _, budget: kvcomp.Quest(budget=budget),

@@ -26,7 +26,8 @@ class ClusteredRetrieval(Retrieval):
         iterations: iterations of the clustering.
     """
 
-    tau: float = 0.7
+    dense_layers: int = 0
+    tau: float = 0.85
     cluster_size: int = 16
     window: int = 8192
     iterations: int = 10

@@ -36,7 +36,7 @@ PUBLISHED: dict[str, tuple[float, dict[str, int]]] = {
     "Qwen3-4B": (1e-4, {}),
     "QwQ-32B": (1e-4, {}),
 }
-FORMS = ("lag", "paper", "code")
+FORMS = ("patient", "paper", "code")
 EPSILON = 1e-5  # the released code adds it to avoid a division by 0
 
 
@@ -48,19 +48,19 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
         budget: B, tokens that a unit keeps after an eviction, the newest W among them.
         window: W, steps between evictions, and newest tokens that always stay.
         alpha: probability at which a token counts as hit, under any head of its unit; None:
-            1 / (4 * budget). Far below that every step hits all tokens, and the oldest leave.
+            1 / budget. Far below that every step hits all tokens, and the oldest leave.
         unit: "kv_head", "query_head" (Hq / Hkv times the bytes) or "layer".
         h1: the first term of the score, which compares the current pause s with the longest
             interval i: 2 sigmoid(-s / i) as in the "paper"; 2 sigmoid(-1 - s / i) as in the
-            released "code", which doubles the weight of the second term, roughly; or "lag",
-            2 sigmoid(-s / max(i, W)), 0 for a token that was never hit. In running text most
-            tokens have been seen too briefly for a long interval; the lag gives them W steps.
+            released "code", which doubles the weight of the second term, roughly; or "patient",
+            2 sigmoid(-s / max(i, budget / 4)), with which the second term is multiplied, so that
+            it fades as well. In running text most tokens are seen too briefly for a long interval.
         keep_prompt: never evict the prompt; not in the paper.
         sinks: number of first tokens of a sequence that always stay; not in the paper.
     """
 
     window: int = 128  # W
-    h1: str = "lag"
+    h1: str = "patient"
     sinks: int = 0
 
     def __post_init__(self) -> None:
@@ -110,28 +110,25 @@ class LazyEviction(RecurrenceEviction, name="lazy-eviction"):
         return cls(budget=budget - window, window=window, alpha=EXAMPLE_ALPHA, h1="paper")
 
     @property
-    def threshold(self) -> float:
-        return 1 / (4 * self.budget) if self.alpha is None else self.alpha
-
-    @property
     def num_recent(self) -> int:
         return self.window
 
     def score(self, layer: LayerCache) -> Tensor:
-        """[B, U, max_len]: the sum of `within` and `recurs`."""
+        """[B, U, max_len], see `worth`."""
         interval = layer.slots["longest"][..., : layer.max_len]
         silence = layer.cache.steps - layer.slots["last_hit"][..., : layer.max_len]
         return self.worth(silence, interval, layer.positions(interval.shape[1]))
 
     def worth(self, silence: Tensor, interval: Tensor, positions: Tensor) -> Tensor:
         """The score of tokens [B, U, N], in fp32: +inf for sinks."""
-        scores = (self.within(silence, interval) + self.recurs(interval)).float()
-        return scores.masked_fill(positions < self.sinks, float("inf"))
+        within, recurs = self.within(silence, interval), self.recurs(interval)
+        scores = within * (1 + recurs) if self.h1 == "patient" else within + recurs
+        return scores.float().masked_fill(positions < self.sinks, float("inf"))
 
     def within(self, silence: Tensor, interval: Tensor) -> Tensor:
         """H1 falls as the pause outgrows the interval; about 0 for a token that was never hit."""
-        if self.h1 == "lag":
-            judged = interval.double().clamp(min=self.window)
+        if self.h1 == "patient":
+            judged = interval.double().clamp(min=self.budget / 4)
             return 2 * logistic(-silence / judged) * interval.clamp(max=1)
         if self.h1 == "paper":
             return 2 * logistic(-silence / interval.double().clamp(min=EPSILON))

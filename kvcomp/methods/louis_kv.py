@@ -13,13 +13,15 @@ rate * missing * B rows per token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcomp.methods.clustered import ClusteredRetrieval
+from kvcomp.methods.fields import short_name
 
 if TYPE_CHECKING:
-    pass
+    from typing_extensions import Self
 
+PUBLISHED = {"Qwen3-8B": 0.7}  # tau
 CALIBRATED_RATE = 0.1  # retrievals per step and layer, the target of `calibrate`
 
 
@@ -32,6 +34,27 @@ class LouisKV(ClusteredRetrieval, name="louis-kv"):
             previous ones than this. 2 means every step; -1 means only the first step, and when too
             many tokens are local. 0.7 is published for Qwen3-8B; `calibrate` finds it for a model.
     """
+
+    @classmethod
+    def published(cls, model: Any, **fields: Any) -> Self:
+        """An instance with the published tau of a model, given as such or by name ("Qwen3-8B").
+
+        Raises:
+            ValueError: none was published for that model; `calibrate` finds one.
+            TypeError: `model` is neither a name nor a model.
+        """
+        if (short := short_name(cls, model)) not in PUBLISHED:
+            raise ValueError(
+                f"kvcomp.LouisKV: no published tau for {short!r}, only for"
+                f" {', '.join(PUBLISHED)}; LouisKV.calibrate(model, prompts) finds it"
+            )
+        return cls.for_model(model, **fields)
+
+    @classmethod
+    def for_model(cls, model: Any, **fields: Any) -> Self:
+        """An instance with the published tau of a model, given as such or by name, if there is one.
+        Raises TypeError for other arguments."""
+        return cls(**{"tau": PUBLISHED.get(short_name(cls, model), cls.tau), **fields})
 
     @property
     def retrieve_below(self) -> float:

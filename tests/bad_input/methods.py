@@ -62,7 +62,7 @@ ROWS = [
     Bad(making(lambda: LazyEviction(unit="head")), "unit: expected one of kv_head.*, got 'head'"),
     Bad(
         making(lambda: LazyEviction(h1="theirs")),
-        "h1: expected one of lag.*, got 'theirs'",
+        "h1: expected one of patient.*, got 'theirs'",
     ),
     Bad(making(lambda: LazyEviction.published("gpt-2", "aime")), "nothing published for 'gpt-2'"),
     Bad(

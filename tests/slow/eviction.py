@@ -187,9 +187,10 @@ class SlowLazy(SlowRecurrence):
         return torch.where(self.kept < self.method.sinks, torch.inf, scores)
 
     def worth(self, silence, longest):
-        if self.method.h1 == "lag":
-            h1 = self.falling(silence / max(longest, self.method.window)) if longest else 0.0
-        elif self.method.h1 == "code":
+        if self.method.h1 == "patient":
+            h1 = self.falling(silence / max(longest, self.method.budget / 4)) if longest else 0.0
+            return h1 * (1 + self.falling(longest - 1)) if longest else h1
+        if self.method.h1 == "code":
             h1 = self.falling(1 + silence / (longest + 1e-5))
         else:
             h1 = self.falling(silence / longest) if longest else 0.0

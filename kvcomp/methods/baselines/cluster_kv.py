@@ -34,6 +34,7 @@ class ClusterKV(ClusteredRetrieval, name="cluster-kv", baseline=True):
     """
 
     local: int = 320
+    dense_layers: int = 2
     cluster_size: int = 80
     window: int = 2**30  # all of a prompt
     iterations: int = 20
