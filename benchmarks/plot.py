@@ -301,7 +301,7 @@ def _color(impl: str, impls: list[str]) -> str:
 
 CHARTS = {
     "accuracy-study": (accuracy.by_bytes, accuracy.by_attended, accuracy.memory),
-    "decode": (decode.times, decode.parts),
+    "decode": (decode.times, decode.parts, decode.peers),
     "delethink": (delethink.accuracy, delethink.growth, delethink.carries, delethink.stalls),
     "families": (families.by_bytes, families.by_window),
     "language-loss": (language.by_method,),

@@ -101,6 +101,44 @@ def test_a_decode_step():
     assert len(shown) == len(measured) / 4
 
 
+PEERS = {
+    "kvcomp": "kvcomp",
+    'kvcomp, kv="int8"': "kvcomp, int8",
+    "kvcomp, run.compile()": "kvcomp, compiled",
+    "transformers": "hf dynamic",
+    "OpenVINO GenAI, u8 KV": "openvino, u8",
+    "vLLM for CPUs": "vllm",
+    "llama.cpp, f16 KV": "llama.cpp",
+    "llama.cpp, f16 KV, flash attention": "llama.cpp, flash",
+    "llama.cpp, q8_0 KV, flash attention": "llama.cpp, q8_0, flash",
+}
+
+
+def test_a_step_beside_other_engines():
+    rows = [*rows_of("decode/peer-smollm2"), *rows_of("decode/peer-smollm2-batch")]
+    assert all(row["agreed"] == 16 for row in rows)
+    ms = {(row["name"], row["batch"], row["tokens"]): row["ms"] for row in rows}
+    shown = table(RESULTS, "| step beside engines |")
+    assert list(shown) == list(PEERS) and len(rows) == 5 * len(PEERS)
+    places = (1, 512), (1, 2048), (1, 6144), (8, 512), (8, 2048)
+    for label, cells in shown.items():
+        assert cells == [f"{ms[(PEERS[label], *place)]:.1f}" for place in places], label
+    shown = table(README, "| engine |")
+    groups = {
+        "kvcomp, eager and compiled": ("kvcomp", "kvcomp, compiled"),
+        "transformers, its default cache": ("hf dynamic",),
+        "vLLM for CPUs": ("vllm",),
+        "OpenVINO GenAI, u8 KV": ("openvino, u8",),
+    }
+    settings = [name for name in PEERS.values() if name.startswith("llama.cpp")]
+    for index, place in enumerate(((1, 2048), (1, 6144), (8, 2048))):
+        for label, names in groups.items():
+            want = ", ".join(f"{ms[(name, *place)]:.1f}" for name in names)
+            assert shown[label][index] == want, (label, place)
+        best = min(ms[(name, *place)] for name in settings)
+        assert shown["llama.cpp, the faster of its settings"][index] == f"{best:.1f}"
+
+
 def test_the_readme():
     """A step at 32K tokens from the decode benchmark, the other columns from the demo."""
     demo = {row["method"]: row for row in rows_of("demo")}

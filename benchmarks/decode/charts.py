@@ -78,3 +78,32 @@ def parts(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
         title(figure, facts, f"Where a decode step of {model} goes; times as fast as {STOCK}")
         legend(figure)
         yield f"{name}-parts", figure
+
+
+def peers(facts: dict, rows: list[dict]) -> Iterator[tuple[str, Figure]]:
+    """ms of a step of each engine, a panel per length; behind each bar, kvcomp against it."""
+    chosen = [r for r in rows if "kvcomp_ahead" in r]
+    if not chosen:
+        return
+    panels = by(chosen, "tokens")
+    names = list(by(chosen, "name"))
+    size = (1.8 + 2.3 * len(panels), 1.2 + 0.27 * len(names))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for axis, (tokens, part) in zip(axes[0], panels.items(), strict=True):
+        longest = max(r["ms"] for r in part)
+        colors = [COLORS[0] if r["name"].startswith("kvcomp") else COLORS[6] for r in part]
+        bars = axis.barh([names.index(r["name"]) for r in part], [r["ms"] for r in part], 0.7)
+        for bar, color in zip(bars, colors, strict=True):
+            bar.set_color(color)
+        texts = [f"{short(r['ms'])}, {r['kvcomp_ahead']:.2f}x" for r in part]
+        axis.bar_label(bars, texts, fontsize=7, padding=3)
+        axis.set_xlim(0, 1.45 * longest)
+        axis.set_title(f"{tokens} tokens")
+        axis.set_xlabel("ms per step")
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.grid(axis="y", visible=False)
+    axes[0, 0].invert_yaxis()
+    model, batch = chosen[0]["model"], chosen[0]["batch"]
+    text = f"One decode step of {model}, batch {batch}; behind it, how many times as fast kvcomp is"
+    title(figure, facts, text)
+    yield "steps", figure

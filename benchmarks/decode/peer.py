@@ -35,11 +35,10 @@ ENGINES = {
 }
 OURS = "kvcomp"
 STEPS = 5  # of a contender in a round, of which the first is not counted
-PAUSE = 0.02  # seconds before a turn, in which the threads of others stop spinning
+PAUSE = 0.03  # seconds before a turn, in which the threads of others stop spinning
 PROMPT = "The capital of France is Paris, and the capital of Germany is Berlin. The Rhine flows"
 GREEDY = 16  # tokens behind it that are compared
-# Threads of those that wait must not spin, or they would take the cores from those in work.
-QUIET = {"KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "1000", "OMP_WAIT_POLICY": "PASSIVE"}
+BLOCKTIME = "10"  # ms for which threads of Intel's OpenMP spin, else 200
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,10 @@ class Worker:
     def __init__(self, engine: str, python: str, job: dict[str, Any]) -> None:
         self.engine = engine
         script = Path(__file__).parent / "engines" / "worker.py"
-        environment = os.environ | QUIET | {"OMP_NUM_THREADS": str(job["threads"])}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(job["threads"]),
+            "KMP_BLOCKTIME": BLOCKTIME,
+        }
         environment.pop("PYTHONPATH", None)
         try:
             self.process = subprocess.Popen(

@@ -20,7 +20,7 @@ class Engine:
         self.versions = {NAME: version("openvino-genai")}
         self.rows, self.room, self.number = job["batch"], job["room"], 0
         plan = genai.SchedulerConfig()
-        plan.cache_size = math.ceil(self.rows * self.room * 64e3 / 2**30)  # GiB, twice the need
+        plan.cache_size = math.ceil(self.rows * self.room * 32e3 / 2**30)  # GiB, twice the need
         plan.max_num_seqs, plan.max_num_batched_tokens = self.rows, 2048
         plan.enable_prefix_caching = True
         properties = {
