@@ -265,7 +265,7 @@ def plan(
     dense = _Ledger(model, device, Full(), prompt)
     ledgers = [dense, *(_Ledger(model, device, m, prompt) for m in methods if m != Full())]
     per_sequence = dense.read(context)
-    weights, kv = model.weights_read(batch), batch * per_sequence
+    weights, total = model.weights_read(batch), batch * per_sequence
     return Plan(
         model=model,
         device=device,
@@ -276,8 +276,8 @@ def plan(
         weights_read=weights,
         kv_per_token=model.kv_per_token,
         kv_per_sequence=per_sequence,
-        kv_total=kv,
-        kv_share=kv / (kv + weights),
+        kv_total=total,
+        kv_share=total / (total + weights),
         floor_ms=dense.seconds(context, batch) * 1e3,
         fits=dense.sequences(context) >= batch,
         rows=[_row(each, plain, context, batch, generate) for each in ledgers],

@@ -215,7 +215,9 @@ class KVCache:
                 f" expected one number for all, got {given}"
             )
         self.meter.drafted(self, given)
-        chosen = counts.to(self.layers[0].seq_lens.device) if most > least else None
+        chosen = None
+        if isinstance(counts, Tensor) and most > least:
+            chosen = counts.to(self.layers[0].seq_lens.device)
         if most and not self.method.notes_steps:
             self._accept_many(given, chosen)
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from kvcomp.hf.decode import answer_losses, decode_all
 from kvcomp.methods import Delta, LazyEviction, LouisKV, Method
 from kvcomp.methods.eviction import ObservingEviction
 from kvcomp.methods.louis_kv import CALIBRATED_RATE
+
+M = TypeVar("M", bound=Method)
 
 BLOCK = 64  # tokens of an answer whose mean loss counts as one observation
 FEW = 8  # observations, below which their spread says nothing
@@ -50,9 +52,7 @@ def calibrate(
     )
 
 
-def better(
-    default: Method, found: Sequence[Method], losses: Callable[[Method], list[Tensor]]
-) -> Method:
+def better(default: M, found: Sequence[M], losses: Callable[[Method], list[Tensor]]) -> M:
     """The best method of `found`, or `default` if it is not clearly worse.
 
     The answers are cut into blocks of 64 tokens. Even blocks choose among `found`; the odd ones,

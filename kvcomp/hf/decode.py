@@ -104,8 +104,8 @@ def answer_losses(
                 out = model(token[:, None], past_key_values=cache)
                 logs = out.logits[:, -1].float().log_softmax(-1)
                 found.append(-logs.gather(1, following[:, None])[:, 0].cpu())
-            for row, place in enumerate(places if found else ()):
-                losses[place] = torch.stack(found, 1)[row]
+            for index, place in enumerate(places if found else ()):
+                losses[place] = torch.stack(found, 1)[index]
     return losses
 
 

@@ -85,8 +85,8 @@ def shape_of(
         ),
         linear=sum(not is_dummy(layer) for layer in cache.layers) - len(managed) - len(sliding),
         positions=getattr(text, "max_position_embeddings", None),
-        value_dim=None if latent_rank(text) is None else 0,
         **count_weights(model, text, name),
+        value_dim=None if latent_rank(text) is None else 0,
     )
     check_heads(model, name, {i: head_counts(layers[i], name) for i in (*managed, *sliding)})
     if weights is not None:
@@ -140,7 +140,7 @@ def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     return kind
 
 
-def count_weights(model: PreTrainedModel, config: Any, name: str) -> dict[str, int]:
+def count_weights(model: PreTrainedModel, config: Any, name: str) -> dict[str, Any]:
     """The fields of a Shape that count weights. An embedding is only looked up, so it is read as a
     whole only if it is also the LM head."""
     head = model.get_output_embeddings()

@@ -201,7 +201,7 @@ class Splits(NamedTuple):
 
     out: Tensor  # [..., D]
     lse: Tensor  # [...]
-    count: int
+    number: int
     size: int  # tokens
     partial_out: Tensor
     partial_lse: Tensor
@@ -228,14 +228,14 @@ class Splits(NamedTuple):
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """What the op returns, once the splits are in out and lse."""
-        if self.count > 1:
+        if self.number > 1:
             head_dim = self.out.shape[-1]
             merge_splits_kernel[(self.lse.numel(),)](
                 self.partial_out,
                 self.partial_lse,
                 self.out,
                 self.lse,
-                self.count,
+                self.number,
                 D=head_dim,
                 BLOCK_D=triton.next_power_of_2(head_dim),
                 BLOCK_S=MAX_SPLITS,

@@ -182,7 +182,7 @@ def launch(
         meta = meta | {"BLOCK_G": min(triton.next_power_of_2(count * group), most)}
     programs = num_kv_heads * -(-count * group // meta["BLOCK_G"])
     splits = Splits.of(q, batch * programs, places.num_positions, out, lse)
-    append_attention_kernel[(programs, batch, splits.count)](
+    append_attention_kernel[(programs, batch, splits.number)](
         q,
         k,
         v,

@@ -151,7 +151,7 @@ def launch(
     meta = config(head_dim, q.dtype, group, page_ids is not None)
     programs = num_kv_heads * -(-group // meta["BLOCK_G"])
     splits = Splits.of(q, batch * programs, places.num_positions, out, lse)
-    decode_attention_kernel[(programs, batch, splits.count)](
+    decode_attention_kernel[(programs, batch, splits.number)](
         q,
         k,
         v,
