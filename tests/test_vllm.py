@@ -17,6 +17,7 @@ import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,7 @@ class FakeConfig:
         ("delta", {"decode_context_parallel_size": 2}, "context parallelism"),
         ("full", {"speculative_config": object()}, "speculative decoding"),
         ("full", {"cache_dtype": "fp8_e4m3"}, "kv_cache_dtype=fp8_e4m3"),
+        ("delta", {"cache_dtype": "int8_per_token_head"}, "kv_cache_dtype=int8_per_token_head"),
         ("full", {"block_size": 40}, "page_size=16, which does not divide"),
         ("sink-window", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
         ("lazy-eviction", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
@@ -383,8 +385,26 @@ def test_workers_leave_out_just_what_the_scheduler_frees():
     method, page, block = SinkWindow(budget=40, sinks=8), 16, 32
     table = torch.arange(100, 108, dtype=torch.int32)[None]
     ids, tokens = kept_pages(table, torch.tensor([100], dtype=torch.int32), page, block, method)
-    assert ids.tolist() == [[[100, 101, 104, 105, 106]]] and tokens.tolist() == [100 - 2 * page]
+    assert ids.tolist() == [[100, 101, 104, 105, 106]] and tokens.tolist() == [100 - 2 * page]
     assert gap(method, 99, 0, block) == (1, 2)  # pages 102 and 103
+
+
+@in_engine
+def test_a_cache_that_another_layer_reads_stays_as_vllm_has_it(monkeypatch):
+    from kvcomp.engines.vllm import cpu
+
+    def layer(managed, target=None):
+        impl = SimpleNamespace(managed=managed, placed=None)
+        return SimpleNamespace(impl=impl, kv_sharing_target_layer_name=target)
+
+    names = [f"model.layers.{index}.self_attn.attn" for index in range(4)]
+    layers = dict(
+        zip(names, [layer(True), layer(True), layer(False, names[1]), layer(True)], strict=True)
+    )
+    monkeypatch.setattr(cpu, "get_layers_from_vllm_config", lambda *_: layers)
+    placed = cpu._place_layers(SimpleNamespace(), Settings.read({"method": "full"}))
+    assert placed == {names[0], names[3]} and layers[names[1]].impl.placed is None
+    assert layers[names[3]].impl.placed.position == 1
 
 
 @in_engine

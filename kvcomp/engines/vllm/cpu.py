@@ -113,6 +113,11 @@ class KvcompBuilder(CPUAttentionMetadataBuilder):
         assert settings is not None
         self.method = settings.method
         self.managed = _place_layers(vllm_config, settings) & set(layer_names)
+        if (left := sorted(set(layer_names) - self.managed)) and self.block_size % 16:
+            raise ValueError(
+                f"kvcomp.engines.vllm: page_size: expected a multiple of 16, as vLLM's kernel keeps"
+                f" {left[0]} and has no other pages, got {self.block_size}"
+            )
         self.engine_block = vllm_config.cache_config.block_size
         self.planner = PromptPlanner(self.num_heads, self.num_kv_heads, self.head_dim, self.dtype)
         self.logits: Tensor | None = None
@@ -230,6 +235,9 @@ def _place_layers(vllm_config: Any, settings: Settings) -> set[str]:
         ValueError: a model without such a layer, or one that the method does not fit.
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
+    for layer in layers.values():  # who shares a layer's cache reads it as vLLM's own kernels do
+        if target := layer.kv_sharing_target_layer_name:
+            layers[target].impl.managed = False
     names = [name for name, layer in layers.items() if getattr(layer.impl, "managed", False)]
     names.sort(key=extract_layer_index)
     if not names:

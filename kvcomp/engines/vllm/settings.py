@@ -126,7 +126,7 @@ class Settings:
             "speculative decoding: a step has one query per request": (
                 vllm_config.speculative_config is not None
             ),
-            f"kv_cache_dtype={cache.cache_dtype}": str(cache.cache_dtype).startswith("fp8"),
+            f"kv_cache_dtype={cache.cache_dtype}": cache.cache_dtype != "auto",
             f"page_size={self.page_size}, which does not divide the blocks of {block} tokens": (
                 block is not None and block % self.page_size != 0
             ),
