@@ -298,6 +298,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=40, metavar="N", help="of a walk, at most; four tokens each")
     add("--at", type=int, default=40, metavar="N", help="tokens at which trajectories are ranked")
     add("--text", metavar="MODEL", help="stand: a model that writes prose, such as smollm2-135m")
+    add("--only-text", action="store_true", help="stand: without the reasoner")
     add("--contexts", type=int, nargs="+", default=[512, 6144], metavar="N", help="stand")
     add("--new", type=int, default=256, metavar="N", help="stand: tokens of a row")
     add("--rounds", type=int, default=3, metavar="N", help="stand: of the contenders in turn")

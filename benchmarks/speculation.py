@@ -47,7 +47,7 @@ def stand(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict[
     words = tokenizer(walk.prompt + " " + walk.gold(), return_tensors="pt").input_ids
     found = []
     longest = model.config.max_position_embeddings - options.new - 1
-    for context in (min(each, longest) for each in options.contexts):
+    for context in [] if options.only_text else [min(n, longest) for n in options.contexts]:
         for name in methods():
             case = {"model": "reasoner", "method": name, "context": context, "rows": 1}
             found.append(measured(model, words[:, :context], case, GREEDY, options))
@@ -59,26 +59,22 @@ def stand(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict[
         words = tokenizer(pages, return_tensors="pt").input_ids
         for context in options.contexts:
             for rows, sampling in ((1, GREEDY), (4, SAMPLED)):
-                if rows > 1 and context > 1024:
-                    continue
                 case = {"model": options.text, "method": "full", "context": context, "rows": rows}
                 found.append(measured(model, words[:, :context], case, sampling, options))
     return found
-
-
-NODES = 16
 
 
 def measured(
     model: Any, ids: Tensor, case: dict, sampling: dict, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Contenders in turn over copies of one cache; seconds from the first token on."""
-    ids = ids.repeat(case["rows"], 1)
+    prompt, ids = ids, ids.repeat(case["rows"], 1)
     seconds: dict[str, list[float]] = {"plain": [], "stand": []}
     tokens: dict[str, Tensor] = {}
     with kvcomp.patch(model, methods()[case["method"]]) as run, torch.no_grad():
         filled = run.new_cache()
-        run.decoder(ids[:, :-1], past_key_values=filled)
+        run.decoder(prompt[:, :-1], past_key_values=filled)
+        filled.batch_repeat_interleave(case["rows"])
         for turn in range(options.rounds):
             for name in ("plain", "stand"):
                 before, clock = run.report(), Clock()

@@ -101,6 +101,7 @@ def test_an_interrupted_generation_leaves_no_drafts_to_the_next(llama):
         more = {"past_key_values": cache, "logits_processor": [interrupting(cache)]}
         with pytest.raises(KeyboardInterrupt):
             generate(llama, **more, prompt_lookup_num_tokens=4)
+        assert not cache.kv.staged, "a bare forward may come next"
         ids = plain[:, : cache.get_seq_length() + 1]
         left = plain.shape[1] - ids.shape[1]
         again = generate(llama, ids, past_key_values=cache, max_new_tokens=left)

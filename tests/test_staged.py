@@ -133,6 +133,27 @@ def test_accepted_drafts_were_decode_steps(llama, name, right):
         assert report.verifications < STEPS
 
 
+@pytest.mark.parametrize("kv", ["model", "int8"])
+@pytest.mark.parametrize("name", ["full", "delta", "lazy-eviction", "louis-kv"])
+@torch.no_grad()
+def test_a_checked_token_has_the_bits_of_its_step(llama, name, kv):
+    """Logits of six tokens of two rows, in one forward and in six."""
+    tokens = IDS[:, :6]
+    with kvcomp.patch(llama, small(name), kv=kv) as run:
+        cache, _ = prefill(llama, run)
+        want = []
+        for index in range(tokens.shape[1]):
+            places = cache.kv.layers[0].logical_lens[:, None]
+            given = {"position_ids": places, "past_key_values": cache}
+            want.append(llama(tokens[:, index : index + 1], **given).logits[:, 0])
+        cache, _ = prefill(llama, run)
+        cache.stage()
+        places = cache.kv.layers[0].logical_lens[:, None] + torch.arange(tokens.shape[1])
+        got = llama(tokens, position_ids=places, past_key_values=cache).logits
+        cache.discard()
+    assert torch.equal(got, torch.stack(want, 1))
+
+
 @pytest.mark.parametrize("name", ["full", "delta", "tidal-decode"])
 @torch.no_grad()
 def test_rows_accept_numbers_of_their_own(llama, name):

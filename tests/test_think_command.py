@@ -1,6 +1,9 @@
 """kvcomp think and the strategies of kvcomp generate: files, logs, interrupts, bad input."""
 
+import importlib
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -98,6 +101,35 @@ def test_an_interrupted_run_goes_on_from_its_log(
     code, _ = think(folder, problems, tmp_path, *more, "--seed", "4")
     assert code == 2 and "seed was 0 and is 4" in capsys.readouterr().err
     assert log.read_text() == before
+
+
+@pytest.mark.parametrize("strategy", ["short-m", "stand"])
+def test_ctrl_c_leaves_a_whole_log_and_the_model_as_it_was(
+    model, folder, problems, tmp_path, capsys, monkeypatch, strategy
+):
+    """A signal of the system in the middle of the second problem."""
+    more = ["--strategy", strategy, "--temperature", "0"]
+    _, whole = think(folder, problems, tmp_path, *more, log="whole.jsonl")
+    (tmp_path / "out.jsonl").unlink()
+    command = importlib.import_module("kvcomp.cli.think")  # the package has a function of this name
+    monkeypatch.setattr(command, "load", lambda *_: (model, toy_tokenizer()))
+    own, forwards, log = model.model.forward, [], tmp_path / "log.jsonl"
+
+    def forward(*args, **given):
+        if log.exists() and log.read_text().count("\n") == 2:  # the settings, and one problem
+            forwards.append(1)
+            if len(forwards) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+        return own(*args, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setitem(model.model.__dict__, "forward", forward)
+        code, rows = think(folder, problems, tmp_path, *more)
+        assert (code, rows) == (130, None) and "repeat the command" in capsys.readouterr().err
+        assert model.model.__dict__["forward"] is forward
+    assert model.config._attn_implementation != "kvcomp"
+    assert [json.loads(line).get("id") for line in log.read_text().splitlines()] == [None, "0"]
+    assert think(folder, problems, tmp_path, *more) == (0, whole)
 
 
 def test_an_interrupt_leaves_the_model_unpatched(model, tmp_path):

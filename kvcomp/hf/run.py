@@ -201,6 +201,7 @@ class Run(Turns):
         self._replace(decoder, "forward", self._around(decoder.forward))
         for module in self.wrapper.modules:
             self._replace(module, "forward", self.wrapper.watched(module.forward, self._gate))
+        self._replace(model, "generate", self._generating(model.generate))
         self._replace(model, "_prepare_cache_for_generation", self._prepare_cache)
         prepare = model.prepare_inputs_for_generation
         ours = wraps(prepare)(partial(self._prepare_inputs, prepare))
@@ -251,6 +252,22 @@ class Run(Turns):
             model_kwargs["past_key_values"] = self.new_cache()
         self._check_cache(model_kwargs["past_key_values"])
         model_kwargs["past_key_values"].drop_drafts()
+        self._running.generates = weakref.ref(model_kwargs["past_key_values"])
+
+    def _generating(self, generate: Callable) -> Callable:
+        """The model's `generate`, which drops its drafts where it is interrupted or fails."""
+
+        @wraps(generate)
+        def generating(*args: Any, **given: Any) -> Any:
+            self._running.generates = lambda: None
+            try:
+                return generate(*args, **given)
+            except BaseException:
+                if (cache := self._running.generates()) is not None:
+                    cache.drop_drafts()
+                raise
+
+        return generating
 
     def _candidates(self, make: Callable, *args: Any, **given: Any) -> Drafts:
         """In place of the model's own `_get_candidate_generator`."""
