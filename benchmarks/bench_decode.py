@@ -55,6 +55,7 @@ from decode.graph import bench_graphs
 from decode.models import SHAPES
 from decode.peer import bench_peer, is_peer, named
 from decode.steps import bench_steps
+from harness.kv import add_kv, labels
 from harness.record import NOT_INSTALLED, OtherLoad, begin, conclude, meta, shown, write_json
 from ops.common import DTYPES
 
@@ -92,6 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME[=PYTHON]",
         help="llama.cpp, openvino, vllm, and the Python of their environments",
     )
+    add_kv(add)
     add("--prompt", type=int, default=512, metavar="N", help="of a Delethink context")
     add("--rounds", type=int, default=24, help="most steps of a contender; a multiple of 8")
     add("--seconds", type=float, default=25.0, help="for all of a race; 8 rounds in any case")
@@ -110,6 +112,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--part peer: expected --device cpu and --dtype bf16")
     if options.rounds % 8 or options.rounds < 8:
         parser.error(f"--rounds: expected a multiple of 8, got {options.rounds}")
+    ours = [name for name in options.method if name in OURS]
+    options.method += [label for label in labels(ours, options.kv) if label not in ours]
+    if "model" not in options.kv:
+        options.method = [name for name in options.method if name not in ours]
     if options.smoke:
         options.shape, options.tokens, options.prompt = "tiny", [256], 32
         options.rounds, options.generate = 8, 8

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from harness.kv import add_kv
 from harness.record import header, meta
 from kvcomp import METHODS
 from kvcomp.cli.common import load, pick_device, pick_dtype
@@ -31,6 +32,7 @@ from kvcomp.progress import stderr_console
 from kvcomp.reading import checksums, windows
 from language import answers, free, loss, premises
 from language.questions import kinds
+from language.rounding import KINDS
 from language.stack import stackable
 from language.store import Row, Store
 
@@ -38,6 +40,7 @@ DEFAULTS = [name for name in METHODS if name != "delethink"]
 SMOKE = {"model": "reasoner", "tokens": 64, "windows": 2, "batch": 2, "budgets": ["3/4"]}
 SMOKE |= {"methods": ["full", "delta", "lazy-eviction", "louis-kv"], "dtype": "float32"}
 SMOKE |= {"questions": 1, "kinds": ["pass-key", "late 0"]}
+SMOKE |= {"kv": ["model", "int8"]}
 SMOKE_PARTS = {"answers": {"tokens": 256}}
 
 
@@ -64,6 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--stack", type=int, default=8, metavar="N", help="methods that read them together")
     add("--device", metavar="NAME", help="default: the GPU where there is one")
     add("--dtype", metavar="NAME", default="float32")
+    add_kv(add, KINDS)
     add("--threads", type=int, help="default: torch's")
     add("--cells", type=int, metavar="N", help="at most so many now; the same command goes on")
     add("--json", type=Path, metavar="FILE", help="one that is there already goes on")

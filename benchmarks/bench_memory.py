@@ -30,6 +30,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from harness.kv import add_kv, eight_bits, labels, parted
 from harness.memory import Memory
 from harness.record import header, meta, write_json
 from kvcomp.cache import KVCache
@@ -41,7 +42,7 @@ DEFAULT = ("full", "lazy-eviction", "h2o", "tova", "random-eviction")
 ROUNDS = 64  # different q, K and V, taken in turn
 
 
-def decode(method: Method, options: argparse.Namespace) -> Iterator[dict]:
+def decode(method: Method, kv: str, options: argparse.Namespace) -> Iterator[dict]:
     """Prefill and decode; what was noted, every `options.every` tokens."""
     heads, kv_heads, dim = options.shape
     generator = torch.Generator(options.device).manual_seed(0)
@@ -55,7 +56,7 @@ def decode(method: Method, options: argparse.Namespace) -> Iterator[dict]:
     scale = dim**-0.5
     memory, start = Memory(options.device), time.perf_counter()
     inv_freq = 1e4 ** (-torch.arange(0, dim, 2, device=options.device) / dim)
-    cache = KVCache(method, options.layers, inv_freq=inv_freq)
+    cache = KVCache(method, options.layers, inv_freq=inv_freq, eight_bits=eight_bits(kv, dim))
     for layer in cache.layers:
         layer.append(prompt[:, :kv_heads], prompt[:, :kv_heads])
         cache.prefill(layer, prompt, scale)
@@ -97,7 +98,7 @@ def summary(rows: Sequence[dict]) -> dict:
 def line(name: str, facts: dict) -> str:
     mb = {key: f"{facts[key] / 1e6:8.2f} MB" for key in ("peak", "final", "rss")}
     return (
-        f"{name:18} peak {mb['peak']}  final {mb['final']}  resident {mb['rss']}"
+        f"{name:20} peak {mb['peak']}  final {mb['final']}  resident {mb['rss']}"
         f"  {facts['slope'] / 1e3:+9.2f} KB per 1K tokens  kept {facts['kept']:6}"
         f"  {facts['seconds']:.0f} s"
     )
@@ -123,6 +124,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--layers", type=int, default=2)
     add("--batch", type=int, default=1)
     add("--dtype", choices=DTYPES, default="bf16")
+    add_kv(add)
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=int, default=1, help="of a time that is not measured here; default: 1")
     add("--json", metavar="FILE")
@@ -144,7 +146,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     torch.set_num_threads(options.threads)
-    methods = {name: METHODS[name].example(options.budget) for name in options.method}
+    wanted = labels(options.method, options.kv)
+    methods = {label: METHODS[parted(label)[0]].example(options.budget) for label in wanted}
     names = ("shape", "layers", "batch", "dtype", "tokens", "prompt", "budget")
     facts = meta("memory", options.device, **{name: getattr(options, name) for name in names})
     facts["methods"] = {name: repr(method) for name, method in methods.items()}
@@ -152,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, growing = [], []
     facts["summaries"] = {}
     for name, method in methods.items():
-        noted = [{"method": name, **row} for row in decode(method, options)]
+        noted = [{"method": name, **row} for row in decode(method, parted(name)[1], options)]
         facts["summaries"][name] = outcome = summary(noted)
         print(line(name, outcome), flush=True)
         rows += noted

@@ -17,6 +17,7 @@ from kvcomp.cli.common import load
 from kvcomp.methods.cost import Place
 from kvcomp.reading import read, scaled, windows
 from language import answers, free
+from language.lineup import options
 from language.questions import Question, Writer, kinds
 from language.sizes import sized
 from language.stack import Stack
@@ -44,15 +45,27 @@ def test_together_is_alone(reasoner):
         StreamingLLM(budget=24),
         LouisKV(budget=16, sinks=4, local=8, segment=(2, 4), cluster_size=4),
     ]
-    stack = Stack(model, methods)
+    names = ["model"] * len(methods) + ["int8", "int8-plain"]
+    methods += [Full(), LazyEviction(budget=24, window=8, alpha=0.05)]
+    stack = Stack(model, methods, names)
     before = model.config._attn_implementation
     found = stack.read(ids, 16, lambda: None)
     assert model.config._attn_implementation == before
-    for method, hidden, report in zip(methods, found, stack.reports(), strict=True):
-        expected, alone = read(model, method, ids, 16)
+    for method, name, hidden, report in zip(methods, names, found, stack.reports(), strict=True):
+        expected, alone = read(model, method, ids, 16, **options(name))
         torch.testing.assert_close(hidden, expected, atol=2e-3, rtol=1e-3)
         for name in ("tokens_attended", "kv_bytes_peak", "tracking_bytes_peak", "retrievals"):
             assert getattr(report, name) == getattr(alone, name), (method, name)
+
+
+def test_kinds_of_k_and_v_err_in_their_order(reasoner, capsys):
+    """Eight bits less than without the Hadamard matrix, four far more."""
+    kinds = ["int8", "int8-plain", "int4"]
+    args = [*SMALL, "--methods", "full", "--kv", *kinds]
+    assert bench_language.main(args) == 0
+    said = capsys.readouterr().out.partition("over all windows")[2]
+    kl = {name: float(re.search(rf"full@{name} .*KL ([\d.]+)", said)[1]) for name in kinds}
+    assert kl["int8"] <= kl["int8-plain"] < 0.001 < 0.005 < kl["int4"]
 
 
 @pytest.mark.parametrize("part", ["loss", "free", "premises"])
@@ -98,7 +111,7 @@ def test_questions_end_with_their_answer(kind):
 def test_an_answer_counts_when_all_its_tokens_are_best(reasoner):
     model, tokenizer = reasoner
     ids = torch.tensor([windows(tokenizer, 1, 32)[0].ids])
-    [(written, _)] = free.written(model, [Full()], ids, 4, lambda: None)
+    [(written, _)] = free.written(model, [({"method": "full"}, Full())], ids, 4, lambda: None)
     right = (*ids[0].tolist(), *written[0].tolist())
     wrong = (*right[:-3], (right[-3] + 1) % model.config.vocab_size, *right[-2:])
     study = object.__new__(answers.Answers)
@@ -113,7 +126,9 @@ def test_writing_together_is_generate(reasoner):
     model, tokenizer = reasoner
     prompts = torch.tensor([window.ids for window in windows(tokenizer, 2, 16)])
     methods = [Full(), StreamingLLM(budget=20)]
-    found = free.written(model, methods, prompts, 24, lambda: None)
+    found = free.written(
+        model, [({"method": m.name}, m) for m in methods], prompts, 24, lambda: None
+    )
     for method, (ids, report) in zip(methods, found, strict=True):
         with patch(model, method) as run:
             expected = model.generate(

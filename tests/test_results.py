@@ -159,6 +159,27 @@ def test_the_readme():
     assert stock.groups() == (f"{steps['hf static']:.0f}", f"{steps['hf dynamic']:.0f}")
 
 
+def test_eight_bits():
+    page = ROOT / "docs" / "memory.md"
+    measured = {(row["shape"], row["impl"]): row for row in rows_of("ops/eight_bits")}
+    variants = ("", " pages16 k=1024", " tokens k=1024")
+    for heads, cells in table(page, "| attention over 16K tokens |").items():
+        for variant, cell in zip(variants, cells, strict=True):
+            wide, eight = (
+                measured[f"B=1 {heads} n=16384{variant}", f"cpu {bits}"] for bits in (16, 8)
+            )
+            ratio = eight["ratios"]["16 bits"]
+            assert cell == f"{wide['ms'] * 1e3:.0f} → {eight['ms'] * 1e3:.0f} µs, {ratio:.2f}x"
+        dense = measured[f"B=1 {heads} n=16384", "cpu 8"]
+        assert dense["ratios"]["16 bits"] >= 1.7
+    steps = {(row["name"], row["tokens"]): row for row in rows_of("decode/steps-smollm2-int8")}
+    for name, cells in table(page, "| a step of SmolLM2-135M |").items():
+        for tokens, cell in zip((2048, 8192), cells, strict=True):
+            wide, eight = steps[name, tokens], steps[f"{name}@int8", tokens]
+            assert cell == f"{wide['ms']:.1f} → {eight['ms']:.1f} ms"
+            assert eight["kv_bytes"] <= 0.52 * wide["kv_bytes"]
+
+
 def test_eviction_at_equal_bytes():
     measured = {}
     for row in rows_of("families/tight"):

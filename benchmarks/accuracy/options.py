@@ -8,10 +8,12 @@ from pathlib import Path
 
 from evaluation.checkers import CHECKERS
 from evaluation.published import PRESETS
+from harness.kv import add_kv
 from kvcomp import METHODS
 from kvcomp.cli.output import check_output
 
 SMOKE = {
+    "kv": ["model", "int8"],
     "methods": [
         *("full", "delethink", "delta", "random-pages", "lazy-eviction", "random-eviction"),
         *("louis-kv", "quest"),
@@ -53,6 +55,7 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--top-k", type=int)
     add("--set", action="append", default=[], metavar="METHOD.FIELD=VALUE", help="of the study")
     add("--alpha", type=float, help="of LazyEviction and RaaS; default: calibrated for walks")
+    add_kv(add)
     add("--device", metavar="NAME", help="default: the GPU where there is one")
     add("--dtype", metavar="NAME")
     add("--cells", type=int, metavar="N", help="at most so many now; the same command goes on")

@@ -19,6 +19,7 @@ from accuracy.sizes import keeps_all
 from accuracy.summary import Row, Summary, summarize
 from accuracy.workload import Workload
 from evaluation.published import PRESETS
+from harness.kv import labels, parted
 from harness.record import meta
 
 ROUNDING = 1.01  # rows of a batch are of different lengths, and an index grows in steps
@@ -58,9 +59,10 @@ class Study:
     def cells(self) -> list[Cell]:
         """Seed by seed, so that what is there early is of all methods and bounds."""
         return [
-            Cell(name, bound, seed, batch)
+            Cell(label, bound, seed, batch)
             for seed in self.options.seeds
             for name, bound in self.plan.pairs()
+            for label in labels([name], self.options.kv)
             for batch in range(len(self.work.batches(seed)))
         ]
 
@@ -79,12 +81,13 @@ class Study:
                 print(summarize([row])[0].line(self.room.context_bytes), flush=True)
 
     def row(self, cell: Cell, tick: Callable[[], None]) -> Row:
+        name, kv = parted(cell.method)
         bound = self.plan.bound_bytes(cell.bound)
         problems = self.work.batches(cell.seed)[cell.batch]
         row: Row = {
             **cell._asdict(),
-            "baseline": self.plan.is_baseline(cell.method),
-            "published": self.plan.published(cell.method),
+            "baseline": self.plan.is_baseline(name),
+            "published": self.plan.published(name),
             "bound_bytes": bound,
             "problems": [problem.id for problem in problems],
             "prompts": [len(ids) for ids in self.work.encode(problems)],
@@ -92,9 +95,11 @@ class Study:
             "reason": None,
         }
         try:
-            method = self.plan.method(cell.method, cell.bound, self.results.rows)
+            method = self.plan.method(name, cell.bound, self.results.rows)
             row["parameters"] = str(method)
-            grades, generated, report, trace = self.work.decode(method, problems, cell.seed, tick)
+            grades, generated, report, trace = self.work.decode(
+                method, kv, problems, cell.seed, tick
+            )
         except (ValueError, torch.OutOfMemoryError) as error:
             return row | {"reason": str(error).partition("\n")[0]}
         count = len(problems)
@@ -122,7 +127,7 @@ class Study:
         """Of all cells so far, method by method."""
         order = {name: place for place, (name, _) in enumerate(self.plan.pairs())}
         found = summarize(self.results.rows)
-        return sorted(found, key=lambda each: order.get(each.method, len(order)))
+        return sorted(found, key=lambda each: order.get(parted(each.method)[0], len(order)))
 
     def _alpha(self, plan: EqualBytes) -> float | None:
         """As given, or as the file has it, or calibrated at the middle bound on walks that are not

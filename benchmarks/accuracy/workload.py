@@ -109,7 +109,7 @@ class Workload:
         ).alpha
 
     def decode(
-        self, method: Method, problems: list[Problem], seed: int, tick: Callable[[], None]
+        self, method: Method, kv: str, problems: list[Problem], seed: int, tick: Callable[[], None]
     ) -> tuple[list[Grade], list[int], Report, list[tuple[int, int]]]:
         """One batch under a method.
 
@@ -124,7 +124,7 @@ class Workload:
         ids = torch.tensor([[pad or 0] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         transformers.set_seed(seed)
-        with kvcomp.patch(self.model, method) as run:
+        with kvcomp.patch(self.model, method, kv=kv) as run:
             trace = _Trace(run, len(rows), max(1, self.new_tokens // LOOKS) | 1, tick)
             output = self.model.generate(
                 input_ids=ids.to(self.device),

@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import kvcomp
 from decode.models import token_bytes, twin
+from harness.kv import parted
 from kvcomp import METHODS, Delethink, Method
 from kvcomp.hf import Cache, Run, StaticRun
 from kvcomp.methods.eviction import Eviction
@@ -121,10 +122,16 @@ class Contender:
 
 
 class Patched(Contender):
-    """A method of ours, on a twin of the model."""
+    """A method of ours, on a twin of the model.
 
-    def __init__(self, method: Method, model: PreTrainedModel, filling: Filling) -> None:
-        self.name, self.parameters, self.method = method.name, repr(method), method
+    Args:
+        label: of harness.kv; None: the method's name.
+    """
+
+    def __init__(
+        self, method: Method, model: PreTrainedModel, filling: Filling, label: str | None = None
+    ) -> None:
+        self.name, self.parameters, self.method = label or method.name, repr(method), method
         self.model, self.device = twin(model), model.device.type
         self.run = self._patch(method)
         self.fill(filling)
@@ -146,7 +153,7 @@ class Patched(Contender):
                     method.evict(layer)
 
     def _patch(self, method: Method) -> Run:
-        return kvcomp.patch(self.model, method)
+        return kvcomp.patch(self.model, method, kv=parted(self.name)[1])
 
     def _new_cache(self) -> Cache:
         return self.run.new_cache()
@@ -251,5 +258,6 @@ def contender(
         return Contender(name, model, cache, filling)
     if name in COMPILED:
         return Compiled(name, model, filling, tokens + room, COMPILED[name])
-    method = method_for(name, tokens, options.smoke)
-    return Patched(method, model, filling.first(context_of(method, tokens, options.prompt)))
+    method = method_for(parted(name)[0], tokens, options.smoke)
+    part = filling.first(context_of(method, tokens, options.prompt))
+    return Patched(method, model, part, name)

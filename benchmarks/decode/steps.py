@@ -25,6 +25,7 @@ from decode.contenders import (
     method_for,
 )
 from decode.models import make_model, token_bytes, weight_bytes
+from harness.kv import parted
 from harness.memory import free_memory
 from kvcomp import Delethink
 from kvcomp.probe import Probe, bandwidth_probe
@@ -122,7 +123,7 @@ def _at(
             shares = split(player, filling, TURN)
             row = _row(player, times, counted[player.name], shares, model, probe, options)
             player.close()
-            if player.name == Delethink.name:
+            if parted(player.name)[0] == Delethink.name:
                 seconds = _boundary(model, filling, carry, options)
                 row = replace(row, boundary_ms=seconds and seconds * 1e3)
             yield replace(row, tokens=tokens)

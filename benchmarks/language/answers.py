@@ -105,7 +105,7 @@ class Answers:
         ids = torch.tensor([q.ids for q in questions], device=self.model.device)
         what = ", ".join(f"{row['method']} {row['bound']}" for row, _ in pairs)
         tick = bar(what, ids.shape[1] - self.prompt - 1)
-        results = together(self.model, [m for _, m in pairs], ids, self.prompt, tick)
+        results = together(self.model, pairs, ids, self.prompt, tick)
         for (row, _), (hidden, report) in zip(pairs, results, strict=True):
             right = self._right(hidden, questions)
             row = {**row, **measured(report, len(ids)), "kinds": tally(questions, right)}

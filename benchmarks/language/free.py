@@ -14,7 +14,7 @@ from harness.record import meta
 from kvcomp import Full, Method, patch
 from kvcomp.cache import Report
 from kvcomp.reading import checksums, windows
-from language.lineup import Lineup, measured
+from language.lineup import Lineup, kinds_of, measured, options
 from language.loss import PROMPT_SHARE
 from language.stack import Stack, stackable
 from language.store import Row, Store
@@ -67,7 +67,7 @@ class FreeRunning:
             pairs = ready[begin : begin + self.options.stack]
             what = ", ".join(f"{row['method']} {row['bound']}" for row, _ in pairs)
             tick = bar(what, self.count - 1)
-            results = written(self.model, [m for _, m in pairs], self.prompts, self.count, tick)
+            results = written(self.model, pairs, self.prompts, self.count, tick)
             for (row, _), (ids, report) in zip(pairs, results, strict=True):
                 row = {**row, **measured(report, len(ids)), **figures(ids, dense)}
                 self.store.add(row)
@@ -79,23 +79,30 @@ class FreeRunning:
         if known:
             return torch.tensor(known[0]["ids"], device=self.model.device)
         tick = bar("full", self.count - 1)
-        [(ids, report)] = written(self.model, [Full()], self.prompts, self.count, tick)
-        row = {"method": "full", "bound": "1", "baseline": True, "ids": ids.tolist()}
-        self.store.add({**row, **measured(report, len(ids)), **figures(ids, ids)})
+        row: Row = {"method": "full", "bound": "1", "baseline": True}
+        [(ids, report)] = written(self.model, [(row, Full())], self.prompts, self.count, tick)
+        self.store.add(
+            {**row, "ids": ids.tolist(), **measured(report, len(ids)), **figures(ids, ids)}
+        )
         return ids
 
 
 @torch.no_grad()
 def written(
-    model: Any, methods: list[Method], prompts: Tensor, count: int, tick: Callable[[], None]
+    model: Any,
+    pairs: list[tuple[Row, Method]],
+    prompts: Tensor,
+    count: int,
+    tick: Callable[[], None],
 ) -> list[tuple[Tensor, Report]]:
     """Greedy ids [B, count] of every method behind prompts [B, tokens], and its report."""
+    methods, kinds = [method for _, method in pairs], kinds_of(pairs)
     if stackable(model):
-        stack = Stack(model, methods)
+        stack = Stack(model, methods, kinds)
         return list(zip(stack.write(prompts, count, tick), stack.reports(), strict=True))
     found = []
-    for method in methods:
-        with patch(model, method) as run:
+    for method, kind in zip(methods, kinds, strict=True):
+        with patch(model, method, **options(kind)) as run:
             cache, tokens, ids = run.new_cache(), prompts, []
             for _ in range(count):
                 out = model(tokens, past_key_values=cache, logits_to_keep=1)

@@ -11,12 +11,14 @@ from typing import Any, get_type_hints
 from torch import Tensor
 
 from accuracy.sizes import Room, keeps_all
+from harness.kv import labels, parted
 from kvcomp import METHODS, Method
 from kvcomp.cache import Report
 from kvcomp.cli.settings import parse
 from kvcomp.hf.shape import shape_of
 from kvcomp.methods.cost import Place
 from kvcomp.reading import read
+from language.rounding import KINDS
 from language.sizes import sized
 from language.stack import Stack, stackable
 from language.store import Row
@@ -24,13 +26,14 @@ from language.store import Row
 
 @dataclass(frozen=True)
 class Contender:
-    """A method by its name, or a variant of it: `name:field=value,field=value`."""
+    """A method by its name, or a variant of it: `name:field=value,field=value`, with the way it
+    keeps K and V behind an @. It is as large as one that keeps them as the model makes them."""
 
     label: str
 
     @property
     def name(self) -> str:
-        return self.label.partition(":")[0]
+        return parted(self.label)[0].partition(":")[0]
 
     def fields(self) -> dict[str, Any]:
         """What the variant sets.
@@ -44,7 +47,7 @@ class Contender:
             )
         hints = get_type_hints(METHODS[self.name])
         found = {}
-        for setting in filter(None, self.label.partition(":")[2].split(",")):
+        for setting in filter(None, parted(self.label)[0].partition(":")[2].split(",")):
             field, _, text = setting.partition("=")
             if field not in hints:
                 raise ValueError(f"kvcomp.language: --methods: {self.name} has no field {field!r}")
@@ -61,7 +64,7 @@ class Lineup:
 
     def __init__(self, model: Any, options: Namespace, tokens: int, prompt: int) -> None:
         self.model, self.bounds = model, options.budgets
-        self.contenders = [Contender(label) for label in options.methods]
+        self.contenders = [Contender(label) for label in labels(options.methods, options.kv)]
         self.own = {each.label: each.fields() for each in self.contenders}
         self.room = room_of(model, options.model, tokens, prompt)
 
@@ -98,14 +101,38 @@ def room_of(model: Any, name: str, tokens: int, prompt: int) -> Room:
 
 
 def together(
-    model: Any, methods: list[Method], ids: Tensor, prompt: int, tick: Callable[[], None]
+    model: Any, pairs: list[tuple[Row, Method]], ids: Tensor, prompt: int, tick: Callable[[], None]
 ) -> list[tuple[Tensor, Report]]:
-    """`read` for several methods, in one pass where the model allows it."""
+    """`read` for several methods and their rows, in one pass where the model allows it."""
+    methods, kinds = [method for _, method in pairs], kinds_of(pairs)
     if not stackable(model):
-        return [read(model, method, ids, prompt, tick) for method in methods]
-    stack = Stack(model, methods)
+        return [
+            read(model, method, ids, prompt, tick, **options(kind))
+            for method, kind in zip(methods, kinds, strict=True)
+        ]
+    stack = Stack(model, methods, kinds)
     hidden = stack.read(ids, prompt, tick)
     return list(zip(hidden, stack.reports(), strict=True))
+
+
+def kinds_of(pairs: list[tuple[Row, Method]]) -> list[str]:
+    """How each keeps K and V."""
+    return [parted(row["method"])[1] for row, _ in pairs]
+
+
+def options(kind: str) -> dict[str, Any]:
+    """Of `kvcomp.patch`.
+
+    Raises:
+        ValueError: a control, for which there is no option.
+    """
+    bits = KINDS[kind].eight_bits
+    if bits is None and kind != "model":
+        raise ValueError(
+            f"kvcomp.language: --kv: expected a model whose layers all attend to everything for"
+            f" {kind!r}"
+        )
+    return {} if bits is None else {"kv": "int8", "kv_rotate": None if bits.turn else False}
 
 
 def measured(report: Report, rows: int) -> Row:

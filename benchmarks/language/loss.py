@@ -81,8 +81,7 @@ class LossStudy:
         rows = slice(first, first + self.options.batch)
         ids = dense.ids[rows]
         what = ", ".join(f"{row['method']} {row['bound']}" for row, _ in pairs)
-        methods = [method for _, method in pairs]
-        results = together(self.model, methods, ids, self.prompt, bar(what, dense.steps))
+        results = together(self.model, pairs, ids, self.prompt, bar(what, dense.steps))
         figures = dense.compare([hidden for hidden, _ in results], rows)
         for (row, _), (_, report), found in zip(pairs, results, figures, strict=True):
             row = row | {

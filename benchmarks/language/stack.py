@@ -17,20 +17,28 @@ from kvcomp import Method
 from kvcomp.cache import KVCache, Report
 from kvcomp.hf.rotation import key_rotation
 from language.door import attending, causal
+from language.rounding import KINDS
 
 
 class Stack:
     """One batch under several methods.
 
+    Args:
+        kinds: of `KINDS`, how each keeps K and V; None: all as the model makes them.
+
     Attributes:
         caches: one for each method.
     """
 
-    def __init__(self, model: Any, methods: list[Method]) -> None:
+    def __init__(self, model: Any, methods: list[Method], kinds: list[str] | None = None) -> None:
         self.model, self.methods = model, methods
+        self.kinds = [KINDS[name] for name in kinds or ["model"] * len(methods)]
         layers = model.config.num_hidden_layers
         rotation = key_rotation(model) if any(m.moves_keys for m in methods) else None
-        self.caches = [KVCache(method, layers, inv_freq=rotation) for method in methods]
+        self.caches = [
+            KVCache(method, layers, inv_freq=rotation, eight_bits=kind.eight_bits)
+            for method, kind in zip(methods, self.kinds, strict=True)
+        ]
 
     @torch.no_grad()
     def read(self, ids: Tensor, prompt: int, tick: Callable[[], None]) -> list[Tensor]:
@@ -83,16 +91,17 @@ class Stack:
     def attend(self, position: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """[rows, heads, n, D] -> [rows, n, heads, D]: the prompt's rows once, or each method's."""
         if q.shape[2] > 1:
-            for cache in self.caches:
+            for cache, kind in zip(self.caches, self.kinds, strict=True):
                 layer = cache.layers[position]
-                layer.append(k, v)
+                layer.append(*kind.rounded(k, v))
                 cache.prefill(layer, q, scale)
             return causal(q, k, v, scale)
         outs = []
         groups = zip(*(x.chunk(len(self.caches)) for x in (q, k, v)), strict=True)
-        for cache, (own_q, own_k, own_v) in zip(self.caches, groups, strict=True):
+        each = zip(self.caches, self.kinds, groups, strict=True)
+        for cache, kind, (own_q, own_k, own_v) in each:
             layer = cache.layers[position]
-            layer.append(own_k, own_v)
+            layer.append(*kind.rounded(own_k, own_v))
             outs.append(cache.attend(layer, own_q[:, :, 0].contiguous(), scale))
         return torch.cat(outs)[:, None]
 
