@@ -16,9 +16,11 @@ import pytest
 import torch
 
 import emulated
-from kvcomp.ops import OPS
+from kvcomp.ops import HEAD_SIZES, OPS
 from kvcomp.ops.attend_and_select import in_turn
-from kvcomp.selftest.case import attention_inputs, ints
+from kvcomp.selftest.case import Case, attention_inputs, ints
+from kvcomp.selftest.code_cases import codes_of
+from kvcomp.selftest.compare import check
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
@@ -229,3 +231,22 @@ def test_attend_and_select_is_its_three_parts(
             got = *fused(*args, logits, groups, use_max, 1, 0), logits
             for mine, theirs in zip(got, want, strict=True):
                 assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dim", HEAD_SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_codes_of_every_head_size(dim, dtype):
+    """A query alone, and more columns than a block has: wide rows have fewer warps and stages."""
+
+    def make(dtype, device):
+        q, k, v = attention_inputs(2, 2, 1, 70, dim, dtype)
+        *coded, words = codes_of(k, v)
+        return q, *coded, ints([70, 33]), None, 1, dim**-0.5, None, words
+
+    def append(dtype, device):
+        q, *coded, lens, _, _, scale, _, words = make(dtype, device)
+        q = q[:, None].expand(-1, 9, -1, -1).contiguous()
+        return q, *coded, lens, None, None, None, 1, scale, None, words
+
+    check(Case("decode_attention", f"codes-{dim}", make), "cuda-host", dtype, "cpu")
+    check(Case("append_attention", f"codes-{dim}", append), "cuda-host", dtype, "cpu")
