@@ -17,6 +17,7 @@ Parts:
     rounds      tokens and K/V of PDR and SR beside one row of as many tokens
     stand       tokens per second of a method with Stand and without, in turn; with --text also of a
                 model that writes prose
+    packed      seconds of prompts of different lengths in one row, against left padding
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packing import packed
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 import kvcomp
@@ -275,6 +277,7 @@ PARTS = {
     "stop": stop,
     "rounds": rounds,
     "stand": stand,
+    "packed": packed,
 }
 
 
@@ -297,7 +300,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=8, metavar="K", help="of one problem")
     add("--steps", type=int, default=40, metavar="N", help="of a walk, at most; four tokens each")
     add("--at", type=int, default=40, metavar="N", help="tokens at which trajectories are ranked")
-    add("--text", metavar="MODEL", help="stand: a model that writes prose, such as smollm2-135m")
+    add(
+        "--text",
+        metavar="MODEL",
+        help="stand, packed: a model that writes prose, such as smollm2-135m",
+    )
     add("--only-text", action="store_true", help="stand: without the reasoner")
     add("--contexts", type=int, nargs="+", default=[512, 6144], metavar="N", help="stand")
     add("--new", type=int, default=256, metavar="N", help="stand: tokens of a row")
