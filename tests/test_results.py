@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -218,22 +219,30 @@ def test_the_study(reproduce):
 
 
 @pytest.mark.parametrize(
-    "name, corner", [("half", "| at half of the bytes |"), ("quarter", "| at a quarter |")]
+    "name, corner, bound",
+    [
+        ("loss-half", "| at half of the bytes |", "1/2"),
+        ("loss-quarter", "| at a quarter |", "1/4"),
+        ("2048", "| at a quarter of 2048 tokens |", "1/4"),
+    ],
 )
-def test_the_loss_on_real_text(reproduce, name, corner):
+def test_the_loss_on_real_text(reproduce, name, corner, bound):
     from language.loss import summaries
 
-    facts = json.loads((STORED / f"language/loss-{name}.json").read_text())["meta"]
-    found = {s["method"]: s for s in summaries(rows_of(f"language/loss-{name}"))}
-    assert abs(found.pop("full", {"d_nll": 0})["d_nll"]) < 1e-6
+    facts = json.loads((STORED / f"language/{name}.json").read_text())["meta"]
+    rows = summaries(rows_of(f"language/{name}"))
+    assert abs(next((s["d_nll"] for s in rows if s["method"] == "full"), 0)) < 1e-6
+    found = {s["method"]: s for s in rows if s["bound"] == bound}
     shown = table(RESULTS, corner)
     assert {label.partition(",")[0] for label in shown} == {n.partition(",")[0] for n in found}
     for label, cells in shown.items():
+        label, _, few = label.partition(", windows: ")
         method, _, keeps = label.partition(", which keeps ")
         got = found[method]
+        assert got["windows"] == int(few or 16)
         low, high, held = *got["d_nll_interval"], got["peak_bytes"] / facts["context_bytes"]
         least, most = (100 * bound for bound in got["top1_interval"])
-        limit = 1 if got["keeps_all"] else {"half": 1 / 2, "quarter": 1 / 4}[name]
+        limit = 1 if got["keeps_all"] else float(Fraction(bound))
         over = ", over the bound" if held > limit else ""
         assert bool(keeps) == got["keeps_all"]
         assert cells == [
