@@ -177,6 +177,8 @@ def launch(
     places = Places.of(k, v, page_ids, page_size)
     block_d = triton.next_power_of_2(head_dim)
     meta = config(head_dim, q.dtype, count * group, page_ids is not None)
+    if words is not None:
+        meta = meta | {"num_warps": 8}  # codes are widened in registers
     if q.dtype == torch.float32:  # more rows than a group has
         most = max(4, min(32, 2048 // block_d))
         meta = meta | {"BLOCK_G": min(triton.next_power_of_2(count * group), most)}

@@ -149,6 +149,8 @@ def launch(
     group = num_heads // num_kv_heads
     places = Places.of(k, v, page_ids, page_size)
     meta = config(head_dim, q.dtype, group, page_ids is not None)
+    if words is not None:
+        meta = meta | {"num_warps": 8}  # codes are widened in registers
     programs = num_kv_heads * -(-group // meta["BLOCK_G"])
     splits = Splits.of(q, batch * programs, places.num_positions, out, lse)
     decode_attention_kernel[(programs, batch, splits.number)](
