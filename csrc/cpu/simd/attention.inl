@@ -117,23 +117,39 @@ void qk(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, 
 
 // --- softmax -----------------------------------------------------------------------------------
 
-void softmax(float* logits, int num_heads, int count, float* max_, float* sum, float* rescale) {
+// Of as many heads as there are lanes, so that what each has one of takes one step for all.
+inline void softmax_heads(float* logits, int num_heads, int count, float* max_, float* sum,
+                          float* rescale) {
   const int padded = (count + kLanes - 1) / kLanes * kLanes;
-  for (int h = 0; h < num_heads; ++h, logits += kTile) {
-    for (int t = count; t < padded; ++t) logits[t] = -kInfinity;
+  float behind[kLanes] = {}, shift[kLanes] = {};  // old max - shift
+  for (int h = 0; h < num_heads; ++h) {
+    float* x = logits + h * kTile;
+    for (int t = count; t < padded; ++t) x[t] = -kInfinity;
     Vec top = broadcast(max_[h]);
-    for (int t = 0; t < padded; t += kLanes) top = max(top, load(logits + t));
+    for (int t = 0; t < padded; t += kLanes) top = max(top, load(x + t));
     const float new_max = reduce_max(top);
-    const Vec shift = broadcast(new_max == -kInfinity ? 0.0f : new_max);
+    shift[h] = new_max == -kInfinity ? 0.0f : new_max;
+    behind[h] = max_[h] - shift[h];
+    max_[h] = new_max;
+  }
+  store(behind, exp(load(behind)));
+  for (int h = 0; h < num_heads; ++h) {
+    float* x = logits + h * kTile;
     Vec total = zero();
     for (int t = 0; t < padded; t += kLanes) {
-      const Vec p = exp(load(logits + t) - shift);
-      store(logits + t, p);
+      const Vec p = exp(load(x + t) - broadcast(shift[h]));
+      store(x + t, p);
       total = total + p;
     }
-    rescale[h] = first(exp(broadcast(max_[h]) - shift));
-    sum[h] = sum[h] * rescale[h] + reduce_add(total);
-    max_[h] = new_max;
+    rescale[h] = behind[h];
+    sum[h] = sum[h] * behind[h] + reduce_add(total);
+  }
+}
+
+void softmax(float* logits, int num_heads, int count, float* max, float* sum, float* rescale) {
+  for (int h = 0; h < num_heads; h += kLanes) {
+    softmax_heads(logits + h * kTile, min(num_heads - h, kLanes), count, max + h, sum + h,
+                  rescale + h);
   }
 }
 
