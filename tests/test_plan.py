@@ -582,7 +582,13 @@ SHARING = {
 }
 
 
-@pytest.mark.parametrize(("kind", "more"), [("gemma4_text", SHARING), ("falcon_h1", {})])
+LINEAR = {"falcon_h1": 4, "zamba2": 5, "granitemoehybrid": 1}  # layers with states, K and V or not
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("gemma4_text", SHARING), *((kind, {}) for kind in (*LINEAR, "gemma3_text"))],
+)
 def test_bytes_are_those_of_a_real_cache(kind, more):
     model = every_model.tiny(AutoModelForCausalLM, kind, **more)
     shape = shape_of(model.config, dtype="float32")
@@ -596,3 +602,4 @@ def test_bytes_are_those_of_a_real_cache(kind, more):
         assert dense.kv_read == 2 * dense.kv_held, "each of four layers has one that reads it again"
     else:
         assert dense.kv_read == dense.kv_held
+    assert shape.linear == LINEAR.get(kind, 0)

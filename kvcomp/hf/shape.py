@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvcomp.hf.auto import auto_class
-from kvcomp.hf.cache import WINDOW, Cache, is_dummy
+from kvcomp.hf.cache import WINDOW, Cache, is_dummy, is_linear
 from kvcomp.hf.decoder import head_size, values_of
 from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.layer import Layer
@@ -83,7 +83,7 @@ def shape_of(
         shared_windows=tuple(
             layers[i].sliding_window for i in reading if kinds[i] == "sliding_attention"
         ),
-        linear=sum(not is_dummy(layer) for layer in cache.layers) - len(managed) - len(sliding),
+        linear=sum(map(is_linear, cache.layers)),
         positions=getattr(text, "max_position_embeddings", None),
         **count_weights(model, text, name),
         value_dim=None if latent_rank(text) is None else 0,
