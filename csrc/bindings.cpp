@@ -23,6 +23,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::list sizes;
   for (const int size : kHeadSizes) sizes.append(size);
   m.attr("head_sizes") = py::tuple(sizes);
+  py::list unlike;
+  for (const auto& [key, value] : kUnlikeSizes) unlike.append(py::make_tuple(key, value));
+  m.attr("unlike_sizes") = py::tuple(unlike);
 
   m.def("build_info", [] {
     py::dict info;

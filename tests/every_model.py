@@ -119,6 +119,7 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 16, "head_dim": 16},
     "gptj": {"rotary_dim": 16},
     "codegen": {"rotary_dim": 16},
+    "mimo_v2_flash": {"head_dim": 192, "v_head_dim": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "ernie4_5_moe": {"moe_k": 2, "moe_num_experts": 4},
     "jamba": {"attn_layer_offset": 0, "attn_layer_period": 1, "expert_layer_offset": 1},

@@ -139,9 +139,11 @@ def test_a_small_budget_is_expanded_attention_over_the_tokens_it_reads(method, m
     torch.testing.assert_close(torch.stack(out.logits, 1), want, rtol=1e-4, atol=1e-4)
 
 
-def test_units_in_host_memory_are_of_whole_rows():
+@pytest.mark.parametrize("rotated", [16, 32])
+def test_units_in_host_memory_are_of_whole_rows(rotated):
     """Of clusters and of closed segments alike, the digest is the mean of the rows in the pool."""
-    model = tiny_model("deepseek_v3")
+    model = tiny_model("deepseek_v3", qk_rope_head_dim=rotated, head_dim=rotated)
+    rank_and_rotated = model.config.kv_lora_rank + rotated
     with kvcomp.patch(model, LouisKV.example(24)) as run:
         cache = run.new_cache()
         generate(model, batch(), past_key_values=cache)
@@ -149,7 +151,7 @@ def test_units_in_host_memory_are_of_whole_rows():
         assert layers
         for layer in layers:
             index, pool = layer.hosted.index, layer.hosted.pool
-            assert pool.nbytes == 2 * 32 * 4 * pool.capacity
+            assert pool.nbytes == 2 * rank_and_rotated * 4 * pool.capacity
             for row, units in enumerate(index.num_units.tolist()):
                 starts = index.starts[row, 0].tolist()
                 assert starts[units] > 21 - 6, "no segment of the output is closed"

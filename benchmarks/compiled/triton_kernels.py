@@ -31,13 +31,13 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
 LENS = empty(2, dtype=INT32)
 
 
-def attention(dtype, head_dim, group=4, page_size=0, logits=None):
+def attention(dtype, head_dim, group=4, page_size=0, logits=None, value_dim=None):
     """Arguments of decode_attention, two KV heads; page_size 0 is dense."""
-    kv = empty(2, 2, 16384, head_dim, dtype=dtype)
+    k, v = (empty(2, 2, 16384, x, dtype=dtype) for x in (head_dim, value_dim or head_dim))
     ids = empty(2, 2, 4096 // page_size, dtype=INT32) if page_size else None
     side = None if logits is None else empty(2, 2 * group, 16384, dtype=logits)
     q = empty(2, 2 * group, head_dim, dtype=dtype)
-    return q, kv, kv, LENS, ids, max(page_size, 1), head_dim**-0.5, side
+    return q, k, v, LENS, ids, max(page_size, 1), head_dim**-0.5, side
 
 
 def coded(arguments):
@@ -108,6 +108,7 @@ CALLS = [
     ("decode_attention", "bf16 D128 page 16", attention(BF16, 128, page_size=16)),
     ("decode_attention", "bf16 D128 page 64", attention(BF16, 128, page_size=64)),
     ("decode_attention", "bf16 D128 G 40", attention(BF16, 128, group=40)),
+    ("decode_attention", "bf16 D192 Dv128", attention(BF16, 192, value_dim=128)),
     ("decode_attention", "bf16 D256", attention(BF16, 256)),
     ("decode_attention", "bf16 D256 page 16 G 40", attention(BF16, 256, 40, page_size=16)),
     ("decode_attention", "fp16 D64 page 16", attention(FP16, 64, page_size=16)),

@@ -78,8 +78,8 @@ class Kernel {
                           ? 1
                           : static_cast<int>(std::min<std::int64_t>(
                                 {std::int64_t{threads} * kPartsPerThread, work_ / kGrain, total}));
-    state_size_ = State::size(state_rows_, p_.head_dim);
-    scratch_size_ = Scratch::size(state_rows_, p_.head_dim);
+    state_size_ = State::size(state_rows_, p_.value_dim);
+    scratch_size_ = Scratch::size(state_rows_, p_.head_dim, p_.value_dim);
     const std::size_t cut_size = find_cuts(parts);
     static thread_local Workspace workspace;
     scratches_ = workspace.get(parts * scratch_size_ + cut_size);
@@ -181,7 +181,8 @@ class Kernel {
   void run_part(int part, int parts) const {
     const std::int64_t begin = part_begin(part, parts), end = part_begin(part + 1, parts);
     if (begin == end) return;
-    const Scratch scratch(scratches_ + part * scratch_size_, state_rows_, p_.head_dim);
+    const Scratch scratch(scratches_ + part * scratch_size_, state_rows_, p_.head_dim,
+                          p_.value_dim);
     TileRows rows[2];
     TileRows *current = &rows[0], *next = &rows[1];
     Place place = place_at(begin), following = place;
@@ -264,7 +265,7 @@ class Kernel {
     const int rows = walk.rows * layout_.heads_together;
     std::fill_n(state.max, rows, -kInfinity);
     std::fill_n(state.sum, rows, 0.0f);
-    std::fill_n(state.acc, std::size_t(rows) * p_.head_dim, 0.0f);
+    std::fill_n(state.acc, std::size_t(rows) * p_.value_dim, 0.0f);
   }
 
   // One tile of the walk's KV head number `head`.
@@ -298,8 +299,8 @@ class Kernel {
       for (int row = 0; coded_ && row < count; ++row) {
         rows_.codes.multiply(scratch.logits + row * kTile, v_scale, 1.0f, rows.count);
       }
-      pv_(scratch.logits, count, p_.head_dim, rows.v, rows.count, first == 0 ? fetch_v : nullptr,
-          scratch.rescale, state.acc + offset);
+      pv_(scratch.logits, count, p_.value_dim, rows.v, rows.count, first == 0 ? fetch_v : nullptr,
+          scratch.rescale, state.acc + std::size_t(at) * p_.value_dim);
     }
   }
 
@@ -337,8 +338,8 @@ class Kernel {
       if (from.sum[row] == 0.0f) continue;                // nothing attended
       const float ahead = from.max[row] - into.max[row];  // inf where nothing was so far
       const float a = ahead > 0 ? std::exp(-ahead) : 1.0f, b = ahead > 0 ? 1.0f : std::exp(ahead);
-      const std::size_t offset = std::size_t(row) * p_.head_dim;
-      rows_.accumulate(into.acc + offset, a, from.acc + offset, b, p_.head_dim);
+      const std::size_t offset = std::size_t(row) * p_.value_dim;
+      rows_.accumulate(into.acc + offset, a, from.acc + offset, b, p_.value_dim);
       into.sum[row] = into.sum[row] * a + from.sum[row] * b;
       into.max[row] = std::max(into.max[row], from.max[row]);
     }
@@ -352,8 +353,8 @@ class Kernel {
     for_each_row(walk, [&](int index, Row row) {
       const std::int64_t at = out_row(walk.batch, row);
       const float sum = state.sum[index];
-      store_(state.acc + std::size_t(index) * p_.head_dim, sum == 0.0f ? 0.0f : 1.0f / sum,
-             p_.head_dim, static_cast<char*>(p_.out) + at * p_.head_dim * size_of(p_.q_dtype));
+      store_(state.acc + std::size_t(index) * p_.value_dim, sum == 0.0f ? 0.0f : 1.0f / sum,
+             p_.value_dim, static_cast<char*>(p_.out) + at * p_.value_dim * size_of(p_.q_dtype));
       p_.lse[at] = sum == 0.0f ? -kInfinity : state.max[index] + std::log(sum);
     });
   }
@@ -361,7 +362,7 @@ class Kernel {
   // All heads of a query that has nothing to attend to.
   void store_nothing(int batch, int query) const {
     const std::int64_t at = out_row(batch, {query, 0});
-    const std::int64_t bytes = std::int64_t{p_.head_dim} * size_of(p_.q_dtype);
+    const std::int64_t bytes = std::int64_t{p_.value_dim} * size_of(p_.q_dtype);
     std::fill_n(static_cast<char*>(p_.out) + at * bytes, p_.num_heads * bytes, 0);
     std::fill_n(p_.lse + at, p_.num_heads, -kInfinity);
   }

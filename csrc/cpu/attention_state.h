@@ -17,12 +17,12 @@ constexpr std::size_t lines(std::size_t floats) { return (floats + 15) / 16 * 16
 
 // The running softmax of the rows of a walk.
 struct State {
-  float *max, *sum, *acc;  // [rows], [rows], [rows, D]
+  float *max, *sum, *acc;  // [rows], [rows], [rows, Dv]
 
   State(float* memory, int rows) : max(memory), sum(memory + rows), acc(memory + lines(2 * rows)) {}
 
-  static std::size_t size(int rows, int head_dim) {
-    return lines(2 * rows) + lines(std::size_t(rows) * head_dim);
+  static std::size_t size(int rows, int value_dim) {
+    return lines(2 * rows) + lines(std::size_t(rows) * value_dim);
   }
 };
 
@@ -31,15 +31,15 @@ struct Scratch {
   State walk, span;             // of the spans so far, and of the one in work
   float *q, *logits, *rescale;  // prepared q [rows, D], [kRows, kTile], [kRows]
 
-  Scratch(float* memory, int rows, int head_dim)
+  Scratch(float* memory, int rows, int head_dim, int value_dim)
       : walk(memory, rows),
-        span(memory + State::size(rows, head_dim), rows),
-        q(memory + 2 * State::size(rows, head_dim)),
+        span(memory + State::size(rows, value_dim), rows),
+        q(memory + 2 * State::size(rows, value_dim)),
         logits(q + lines(std::size_t(rows) * head_dim)),
         rescale(logits + kRows * kTile) {}
 
-  static std::size_t size(int rows, int head_dim) {
-    return 2 * State::size(rows, head_dim) + lines(std::size_t(rows) * head_dim) + kRows * kTile +
+  static std::size_t size(int rows, int head_dim, int value_dim) {
+    return 2 * State::size(rows, value_dim) + lines(std::size_t(rows) * head_dim) + kRows * kTile +
            kRows;
   }
 };

@@ -18,10 +18,9 @@ void compact_head(const CompactKvParams& p, int batch, int head) {
   const int length = p.seq_lens[batch];
   char* k = static_cast<char*>(p.k) + batch * p.stride_k_b + head * p.stride_k_h;
   char* v = static_cast<char*>(p.v) + batch * p.stride_v_b + head * p.stride_v_h;
-  const std::size_t bytes = p.row_bytes;
   for_each_move(victims, end, length, [&](std::int64_t hole, std::int64_t survivor) {
-    std::memcpy(k + hole * p.stride_k_t, k + survivor * p.stride_k_t, bytes);
-    std::memcpy(v + hole * p.stride_v_t, v + survivor * p.stride_v_t, bytes);
+    std::memcpy(k + hole * p.stride_k_t, k + survivor * p.stride_k_t, p.k_bytes);
+    std::memcpy(v + hole * p.stride_v_t, v + survivor * p.stride_v_t, p.v_bytes);
   });
   for (int i = 0; i < p.num_state; ++i) {
     if (head >= p.state_units[i]) continue;  // what heads share moves with the first one
@@ -38,7 +37,7 @@ void compact_head(const CompactKvParams& p, int batch, int head) {
 void compact_kv(const CompactKvParams& p) {
   constexpr std::int64_t kGrain = 1 << 17;  // bytes that are worth a thread
   const int num_heads = p.batch * p.num_heads;
-  const std::int64_t work = std::int64_t{num_heads} * p.num_victims * 2 * p.row_bytes;
+  const std::int64_t work = std::int64_t{num_heads} * p.num_victims * (p.k_bytes + p.v_bytes);
   const int threads = std::min(num_heads, num_threads(work, kGrain));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int head = 0; head < num_heads; ++head) {

@@ -55,7 +55,7 @@ class Kernel {
       most = std::max(most, plan.num_missing());
     }
     const int pieces = std::max(1, (most + kPiece - 1) / kPiece);
-    threads = num_threads(rows * 2 * p_.row_bytes, kCopyGrain);
+    threads = num_threads(rows * (p_.k_bytes + p_.v_bytes), kCopyGrain);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int head = 0; head < num_heads_; ++head) {
       for (int piece = 0; piece < pieces; ++piece) {
@@ -169,7 +169,6 @@ class Kernel {
     const Plan plan = this->plan(head);
     const int last = std::min(first + kPiece, plan.num_missing());
     if (first >= last) return;
-    const std::int64_t bytes = p_.row_bytes;
     PoolHead pool(p_.pool, head);
     std::uint32_t* words = this->words(head);
     std::int32_t* held = slot_rows(head);
@@ -178,9 +177,9 @@ class Kernel {
     for (int i = first; i < last; ++i) {
       const char* row = pool[plan.missing[i]];
       const std::int64_t slot = i < plan.num_free() ? plan.free[i] : length + (i - plan.num_free());
-      std::memcpy(k + slot * p_.stride_k_t, row, bytes);
-      std::memcpy(v + slot * p_.stride_v_t, row + bytes, bytes);
-      if (words) std::memcpy(words + slot, row + 2 * bytes, sizeof *words);
+      std::memcpy(k + slot * p_.stride_k_t, row, p_.k_bytes);
+      std::memcpy(v + slot * p_.stride_v_t, row + p_.k_bytes, p_.v_bytes);
+      if (words) std::memcpy(words + slot, row + p_.k_bytes + p_.v_bytes, sizeof *words);
       held[slot] = plan.missing[i];
     }
   }
@@ -195,8 +194,8 @@ class Kernel {
     const int length = p_.seq_lens[head / p_.num_heads];
     const std::int32_t *holes = plan.free + plan.num_missing(), *end = plan.free + plan.num_free();
     for_each_move(holes, end, length, [&](std::int64_t hole, std::int64_t survivor) {
-      std::memcpy(k + hole * p_.stride_k_t, k + survivor * p_.stride_k_t, p_.row_bytes);
-      std::memcpy(v + hole * p_.stride_v_t, v + survivor * p_.stride_v_t, p_.row_bytes);
+      std::memcpy(k + hole * p_.stride_k_t, k + survivor * p_.stride_k_t, p_.k_bytes);
+      std::memcpy(v + hole * p_.stride_v_t, v + survivor * p_.stride_v_t, p_.v_bytes);
       if (words) words[hole] = words[survivor];
       held[hole] = held[survivor];
     });

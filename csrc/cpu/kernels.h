@@ -13,7 +13,7 @@ void decode_attention(const DecodeAttentionParams& params);
 void fetch_rows(const FetchRowsParams& params);
 void hadamard(const HadamardParams& params);
 void kmeans(const KmeansParams& params);
-void latent_attention(const LatentAttentionParams& params);
+void latent_attention(const DecodeAttentionParams& params);
 void linear_rows(const LinearRowsParams& params);
 void merge_states(const MergeStatesParams& params);
 void page_scores(const PageScoresParams& params);

@@ -29,8 +29,8 @@ struct Task {
 
 class Kernel {
  public:
-  explicit Kernel(const LatentAttentionParams& params)
-      : p_(params.attention),
+  explicit Kernel(const DecodeAttentionParams& params)
+      : p_(params),
         value_dim_(params.value_dim),
         rows_(simd::rows()),
         typed_(typed(rows_, p_.q_dtype)) {}
@@ -169,6 +169,6 @@ class Kernel {
 
 }  // namespace
 
-void latent_attention(const LatentAttentionParams& params) { Kernel(params).run(); }
+void latent_attention(const DecodeAttentionParams& params) { Kernel(params).run(); }
 
 }  // namespace kvcomp::cpu

@@ -15,7 +15,8 @@ void store_head(const StoreSegmentsParams& p, int batch, int head) {
   const simd::Rows& all = simd::rows();
   const simd::TypedRows& rows = typed(all, p.dtype);
   const int unit = p.num_units[batch] - 1, count = p.closed[batch];
-  const std::int64_t size = p.words ? 1 : size_of(p.dtype), row_bytes = p.head_dim * size;
+  const std::int64_t size = p.words ? 1 : size_of(p.dtype);
+  const std::int64_t k_bytes = p.head_dim * size, v_bytes = p.value_dim * size;
   const std::uint32_t* words =
       p.words ? p.words + batch * p.stride_words_b + head * p.stride_words_h : nullptr;
   const char* k =
@@ -52,11 +53,11 @@ void store_head(const StoreSegmentsParams& p, int batch, int head) {
     ++found;
     const char* key = k + slot * p.stride_k_t * size;
     char* place = pool[row];
-    std::memcpy(place, key, row_bytes);
-    std::memcpy(place + row_bytes, v + slot * p.stride_v_t * size, row_bytes);
+    std::memcpy(place, key, k_bytes);
+    std::memcpy(place + k_bytes, v + slot * p.stride_v_t * size, v_bytes);
     if (words) {
       const std::uint32_t behind[] = {words[slot], 0, 0, 0};  // zeros up to the next row
-      std::memcpy(place + 2 * row_bytes, behind, sizeof behind);
+      std::memcpy(place + k_bytes + v_bytes, behind, sizeof behind);
       key_words[num_keys] = words[slot];
     }
     keys[num_keys++] = key;
@@ -76,7 +77,7 @@ void store_segments(const StoreSegmentsParams& p) {
   constexpr std::int64_t kGrain = 1 << 16;  // elements that are worth a thread
   std::int64_t work = 0;
   for (int b = 0; b < p.batch; ++b) {
-    work += std::int64_t{p.closed[b]} * 2 * p.head_dim * p.num_heads;
+    work += std::int64_t{p.closed[b]} * (p.head_dim + p.value_dim) * p.num_heads;
   }
   const int num_heads = p.batch * p.num_heads;
   const int threads = std::min(num_heads, num_threads(work, kGrain));

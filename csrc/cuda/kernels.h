@@ -21,7 +21,7 @@ void decode_codes(const DecodeAttentionParams& params, int device, std::uintptr_
 int decode_codes_blocks(const DecodeAttentionParams& params, int device);
 void fetch_rows(const FetchRowsParams& params, int device, std::uintptr_t stream);
 void hadamard(const HadamardParams& params, int device, std::uintptr_t stream);
-void latent_attention(const LatentAttentionParams& params, int device, std::uintptr_t stream);
+void latent_attention(const DecodeAttentionParams& params, int device, std::uintptr_t stream);
 void page_scores(const PageScoresParams& params, int device, std::uintptr_t stream);
 void quantize_rows(const QuantizeRowsParams& params, int device, std::uintptr_t stream);
 void recurrence_update(const RecurrenceUpdateParams& params, int device, std::uintptr_t stream);

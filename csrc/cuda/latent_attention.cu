@@ -4,7 +4,7 @@
 
 namespace kvcomp::cuda {
 
-void latent_attention(const LatentAttentionParams& params, int device, std::uintptr_t stream) {
+void latent_attention(const DecodeAttentionParams& params, int device, std::uintptr_t stream) {
   launch_latent_attention(params, Launch("latent_attention", device, stream));
 }
 

@@ -79,7 +79,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
   at.dtype(seq_lens, {DType::i32});
   for (const TensorView* view : {&q, &k, &v, &seq_lens}) at.last_contiguous(*view);
 
-  Dim B{"B"}, m{"m"}, Hq{"Hq"}, Hkv{"Hkv"}, T{"T"}, D{"D"}, K{"K"};
+  Dim B{"B"}, m{"m"}, Hq{"Hq"}, Hkv{"Hkv"}, T{"T"}, D{"D"}, Dv{"Dv"}, K{"K"};
   const bool several = queries == Queries::several;
   const auto shape_by_head = [&](const TensorView& view, auto&&... rest) {
     several ? at.shape(view, {B, m, Hq, rest...}) : at.shape(view, {B, Hq, rest...});
@@ -90,7 +90,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
   if (pooled) {
     Dim pages{"pages"}, P{"P"};
     at.shape(k, {pages, Hkv, P, D});
-    at.shape(v, {pages, Hkv, P, D});
+    at.shape(v, {pages, Hkv, P, Dv});
     if (page_size != P.size) {
       at.fail("page_size", "P=" + std::to_string(P.size) + " of k, a pool of pages", page_size);
     }
@@ -104,7 +104,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
     T.size = k_pool.num_slots;
   } else {
     at.shape(k, {B, Hkv, T, D});
-    at.shape(v, {B, Hkv, T, D});
+    at.shape(v, {B, Hkv, T, Dv});
     k_pool = {k.strides[1], k.strides[2], page_size, T.size};
     v_pool = {v.strides[1], v.strides[2], page_size, T.size};
   }
@@ -117,7 +117,8 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
   if (several && (m.size < 1 || m.size > kMostQueries)) {
     at.fail("q", "m from 1 to " + std::to_string(kMostQueries), m.size);
   }
-  check_head_dim(at, "q", D.size);
+  check_head_dims(at, backend, D.size, Dv.size);
+  if (words && Dv.size != D.size) at.fail("words", "None where k and v differ in size", "a tensor");
   if (page_size < 1) at.fail("page_size", "at least 1", page_size);
   std::int64_t positions = T.size;
   if (page_ids) {
@@ -151,7 +152,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
   at.device(backend, {&q, &out, &lse});
   at.same_dtype(out, q);
   at.dtype(lse, {DType::f32});
-  shape_by_head(out, D);
+  shape_by_head(out, Dv);
   shape_by_head(lse);
   at.contiguous(out);
   at.contiguous(lse);
@@ -210,6 +211,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
       .num_heads = static_cast<std::int32_t>(Hq.size),
       .num_kv_heads = static_cast<std::int32_t>(Hkv.size),
       .head_dim = static_cast<std::int32_t>(D.size),
+      .value_dim = static_cast<std::int32_t>(Dv.size),
       .num_slots = static_cast<std::int32_t>(T.size),
       .num_listed = page_ids ? static_cast<std::int32_t>(K.size) : 0,
       .page_size = static_cast<std::int32_t>(page_size),

@@ -19,12 +19,31 @@ inline void check_head_dim(const Boundary& at, const char* argument, std::int64_
   at.fail(argument, "a head size of " + sizes, head_dim);
 }
 
+// Columns of q and k, and of v.
+inline void check_head_dims(const Boundary& at, Backend backend, std::int64_t head_dim,
+                            std::int64_t value_dim) {
+  const bool unlike = std::ranges::any_of(kUnlikeSizes, [=](const UnlikeSizes& sizes) {
+    return sizes.key == head_dim && sizes.value == value_dim;
+  });
+  if (unlike && backend != Backend::cuda) return;
+  check_head_dim(at, "q", head_dim);
+  if (value_dim != head_dim) at.fail("v", std::to_string(head_dim) + " columns, as k", value_dim);
+}
+
 // What the loops of cpu/simd/rows.h take.
 inline void check_row_dim(const Boundary& at, const char* argument, std::int64_t head_dim,
                           std::int64_t most = 1024) {
   if (head_dim >= 16 && head_dim <= most && head_dim % 16 == 0) return;
   at.fail(argument, "a head size that is a multiple of 16, at most " + std::to_string(most),
           head_dim);
+}
+
+// V of rows that are moved: of any size that K may have, or of none; codes are alike.
+inline void check_moved(const Boundary& at, bool coded, std::int64_t head_dim,
+                        std::int64_t value_dim) {
+  if (value_dim == head_dim) return;
+  if (coded) at.fail("v", "as many columns as k, in eight bits", value_dim);
+  if (value_dim) check_row_dim(at, "v", value_dim);
 }
 
 inline constexpr std::int64_t kMostTurned = 512;   // columns of a row that is made into codes

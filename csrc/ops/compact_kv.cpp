@@ -69,9 +69,9 @@ void compact_kv(Backend backend, py::handle k_, py::handle v_, py::handle state_
   at.last_contiguous(v);
   at.contiguous(victims);
   at.contiguous(seq_lens);
-  Dim B{"B"}, H{"H"}, T{"T"}, D{"D"}, U{"U"}, V{"V"};
+  Dim B{"B"}, H{"H"}, T{"T"}, D{"D"}, Dv{"Dv"}, U{"U"}, V{"V"};
   at.shape(k, {B, H, T, D});
-  at.shape(v, {B, H, T, D});
+  at.shape(v, {B, H, T, Dv});
   at.shape(victims, {B, U, V});
   at.shape(seq_lens, {B});
   if (B.size < 1) at.fail("k", "at least one sequence", B.size);
@@ -83,19 +83,21 @@ void compact_kv(Backend backend, py::handle k_, py::handle v_, py::handle state_
   check_size(at, victims, "victims", V.size);
   const std::int64_t size = k.dtype == DType::f32 ? 4 : k.dtype == DType::i8 ? 1 : 2;
   check_size(at, k, "bytes of a row", D.size * size);
+  check_size(at, v, "bytes of a row", Dv.size * size);
+  const TensorView& values = Dv.size ? v : k;  // of no columns, nothing is read
 
   CompactKvParams params{
       .k = k.data,
-      .v = v.data,
+      .v = values.data,
       .state = {},
       .victims = victims.as<std::int32_t>(),
       .seq_lens = seq_lens.as<std::int32_t>(),
       .stride_k_b = k.strides[0] * size,
       .stride_k_h = k.strides[1] * size,
       .stride_k_t = k.strides[2] * size,
-      .stride_v_b = v.strides[0] * size,
-      .stride_v_h = v.strides[1] * size,
-      .stride_v_t = v.strides[2] * size,
+      .stride_v_b = values.strides[0] * size,
+      .stride_v_h = values.strides[1] * size,
+      .stride_v_t = values.strides[2] * size,
       .stride_state_b = {},
       .stride_state_u = {},
       .state_units = {},
@@ -105,7 +107,8 @@ void compact_kv(Backend backend, py::handle k_, py::handle v_, py::handle state_
       .num_slots = static_cast<std::int32_t>(T.size),
       .num_victims = static_cast<std::int32_t>(V.size),
       .num_state = 0,
-      .row_bytes = static_cast<std::int32_t>(D.size * size),
+      .k_bytes = static_cast<std::int32_t>(D.size * size),
+      .v_bytes = static_cast<std::int32_t>(Dv.size * size),
   };
   TensorView state[CompactKvParams::kMaxState];
   if (!PyList_Check(state_.ptr())) {

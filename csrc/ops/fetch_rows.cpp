@@ -84,9 +84,9 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
   for (const TensorView* view : {&k, &v, &slot_rows}) at.last_contiguous(*view);
   at.contiguous(rows);
   at.contiguous(fetched);
-  Dim B{"B"}, H{"H"}, T{"T"}, D{"D"}, K{"K"};
+  Dim B{"B"}, H{"H"}, T{"T"}, D{"D"}, Dv{"Dv"}, K{"K"};
   at.shape(k, {B, H, T, D});
-  at.shape(v, {B, H, T, D});
+  at.shape(v, {B, H, T, Dv});
   at.shape(slot_rows, {B, H, kAny});
   at.shape(rows, {B, H, K});
   if (words) check_words(at, backend, *words, k, {B, H, kAny});
@@ -95,6 +95,8 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
   if (B.size < 1) at.fail("k", "at least one sequence", B.size);
   if (H.size < 1) at.fail("k", "at least one head", H.size);
   check_row_dim(at, "k", D.size);
+  check_moved(at, words.has_value(), D.size, Dv.size);
+  const TensorView& values = Dv.size ? v : k;  // of no columns, nothing is read
   check_size(at, k, "tokens", T.size);
   check_size(at, rows, "rows", K.size);
   // The CUDA kernel counts heads in what a length leaves of its int32.
@@ -106,13 +108,13 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
   if (num_sinks < 0 || num_sinks > kMax) {
     at.fail("num_sinks", "from 0 to " + std::to_string(kMax), num_sinks);
   }
-  const PoolBlocks pool = pool_blocks(at, pool_, k, B, H, D);
+  const PoolBlocks pool = pool_blocks(at, pool_, k, B, H, D, Dv);
 
   const std::int64_t size = words ? 1 : k.dtype == DType::f32 ? 4 : 2;
   const std::int64_t slots = std::min(slot_rows.shape[2], words ? words->shape[2] : T.size);
   const FetchRowsParams params{
       .k = k.data,
-      .v = v.data,
+      .v = values.data,
       .words = words ? words->as<std::uint32_t>() : nullptr,
       .slot_rows = slot_rows.as<std::int32_t>(),
       .seq_lens = seq_lens.as<std::int32_t>(),
@@ -124,9 +126,9 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
       .stride_k_b = k.strides[0] * size,
       .stride_k_h = k.strides[1] * size,
       .stride_k_t = k.strides[2] * size,
-      .stride_v_b = v.strides[0] * size,
-      .stride_v_h = v.strides[1] * size,
-      .stride_v_t = v.strides[2] * size,
+      .stride_v_b = values.strides[0] * size,
+      .stride_v_h = values.strides[1] * size,
+      .stride_v_t = values.strides[2] * size,
       .stride_words_b = words ? words->strides[0] : 0,
       .stride_words_h = words ? words->strides[1] : 0,
       .stride_rows_b = slot_rows.strides[0],
@@ -136,7 +138,8 @@ void fetch_rows(Backend backend, py::handle k_, py::handle v_, py::handle slot_r
       .num_slots = static_cast<std::int32_t>(std::min(T.size, slots)),
       .num_wanted = static_cast<std::int32_t>(K.size),
       .num_sinks = static_cast<std::int32_t>(num_sinks),
-      .row_bytes = static_cast<std::int32_t>(D.size * size),
+      .k_bytes = static_cast<std::int32_t>(D.size * size),
+      .v_bytes = static_cast<std::int32_t>(Dv.size * size),
   };
   if (readable(backend)) check_values(at, params);
   run<cpu::fetch_rows, cuda::fetch_rows>(at, backend, params, k.device, stream);

@@ -101,6 +101,7 @@ void latent_attention(Backend backend, py::handle q_, py::handle latents_, py::h
   attention.num_heads = static_cast<std::int32_t>(Hq.size);
   attention.num_kv_heads = 1;
   attention.head_dim = static_cast<std::int32_t>(D.size);
+  attention.value_dim = static_cast<std::int32_t>(value_dim);
   attention.num_slots = static_cast<std::int32_t>(T.size);
   attention.num_listed = page_ids ? static_cast<std::int32_t>(K.size) : 0;
   attention.page_size = attention.page_pitch = static_cast<std::int32_t>(page_size);
@@ -114,9 +115,7 @@ void latent_attention(Backend backend, py::handle q_, py::handle latents_, py::h
     if (page_ids && K.size == 0) check_seq_lens(at, attention.seq_lens, B.size, "K * page_size", 0);
     check_listed_tokens(at, attention);
   }
-  run<cpu::latent_attention, cuda::latent_attention>(
-      at, backend, LatentAttentionParams{attention, static_cast<std::int32_t>(value_dim)}, q.device,
-      stream);
+  run<cpu::latent_attention, cuda::latent_attention>(at, backend, attention, q.device, stream);
 }
 
 KVCOMP_OP(latent_attention);

@@ -67,9 +67,9 @@ void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle sl
   at.dtype(starts, {DType::i32});
   for (const TensorView* view : {&k, &v, &slot_rows, &starts}) at.last_contiguous(*view);
   check_inner_contiguous(at, centroids);
-  Dim B{"B"}, H{"H"}, T{"T"}, D{"D"}, U{"U"};
+  Dim B{"B"}, H{"H"}, T{"T"}, D{"D"}, Dv{"Dv"}, U{"U"};
   at.shape(k, {B, H, T, D});
-  at.shape(v, {B, H, T, D});
+  at.shape(v, {B, H, T, Dv});
   at.shape(slot_rows, {B, H, kAny});
   at.shape(centroids, {B, H, U, D});
   at.shape(starts, {B, H, U.size + 1});
@@ -78,17 +78,19 @@ void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle sl
   if (B.size < 1) at.fail("k", "at least one sequence", B.size);
   if (H.size < 1) at.fail("k", "at least one head", H.size);
   check_row_dim(at, "k", D.size);
+  check_moved(at, words.has_value(), D.size, Dv.size);
+  const TensorView& values = Dv.size ? v : k;  // of no columns, nothing is read
   if (turned) check_turn(at, "turned", D.size);
   const std::int64_t slots =
       std::min({T.size, slot_rows.shape[2], words ? words->shape[2] : T.size});
   check_size(at, k, "tokens", T.size);
   check_size(at, centroids, "units", U.size);
-  const PoolBlocks pool = pool_blocks(at, pool_, k, B, H, D);
+  const PoolBlocks pool = pool_blocks(at, pool_, k, B, H, D, Dv);
 
   const StoreSegmentsParams params{
       .dtype = at.scalar_type(centroids),
       .k = k.data,
-      .v = v.data,
+      .v = values.data,
       .words = words ? words->as<std::uint32_t>() : nullptr,
       .slot_rows = slot_rows.as<std::int32_t>(),
       .seq_lens = seq_lens.as<std::int32_t>(),
@@ -100,9 +102,9 @@ void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle sl
       .stride_k_b = k.strides[0],
       .stride_k_h = k.strides[1],
       .stride_k_t = k.strides[2],
-      .stride_v_b = v.strides[0],
-      .stride_v_h = v.strides[1],
-      .stride_v_t = v.strides[2],
+      .stride_v_b = values.strides[0],
+      .stride_v_h = values.strides[1],
+      .stride_v_t = values.strides[2],
       .stride_words_b = words ? words->strides[0] : 0,
       .stride_words_h = words ? words->strides[1] : 0,
       .stride_rows_b = slot_rows.strides[0],
@@ -114,6 +116,7 @@ void store_segments(Backend backend, py::handle k_, py::handle v_, py::handle sl
       .batch = static_cast<std::int32_t>(B.size),
       .num_heads = static_cast<std::int32_t>(H.size),
       .head_dim = static_cast<std::int32_t>(D.size),
+      .value_dim = static_cast<std::int32_t>(Dv.size),
       .num_slots = static_cast<std::int32_t>(slots),
       .max_units = static_cast<std::int32_t>(U.size),
       .turned = turned,

@@ -69,7 +69,8 @@ def taken(size: int, pinned: bool) -> int:
 
 
 class HostPool:
-    """Rows [B, Hkv, rows, 2, D] of one layer, or [B, Hkv, rows, 2 D + 16] of codes and words.
+    """Rows [B, Hkv, rows, 2, D] of one layer, [B, Hkv, rows, D + Dv] where V has another size, or
+    [B, Hkv, rows, 2 D + 16] of codes and words.
 
     Attributes:
         blocks: [B, Hkv, R, ...] each, together rows 0, 1, ...
@@ -86,7 +87,9 @@ class HostPool:
         self.capacity = 0
         self._coded = like.words is not None
         self._heads = k.shape[:2]  # B, Hkv
-        self._row = (2 * k.shape[3] + WORD_ROOM,) if self._coded else (2, k.shape[3])
+        self._sizes = k.shape[3], like.v.shape[3]
+        alike = (2, k.shape[3]) if k.shape == like.v.shape else (sum(self._sizes),)
+        self._row = (sum(self._sizes) + WORD_ROOM,) if self._coded else alike
         self._dtype = k.dtype
         self.row_bytes = math.prod(self._row) * k.element_size()
 
@@ -123,7 +126,10 @@ class HostPool:
         """Rows [first, first + n) of sequence `row` become `new`, [Hkv, n, ...]."""
         # Laid out as rows are, on the cache's device. To pinned memory they are copied head by head
         # without gaps: anything else is staged in other host memory, and the host waits for it.
-        rows = packed(new.k, new.v, new.scales) if self._coded else torch.stack(new.parts, 2)
+        if self._coded:
+            rows = packed(new.k, new.v, new.scales)
+        else:
+            rows = torch.cat(new.parts, 2).unflatten(2, self._row)
         for block, inside, outside in self._spans(first, first + rows.shape[1]):
             if not self._pinned:
                 block[row, :, inside].copy_(rows[:, outside])
@@ -138,7 +144,7 @@ class HostPool:
         shape = self._heads[1], 0, *self._row
         empty = torch.empty(shape, dtype=self._dtype, device=self.device)
         rows = torch.cat([empty, *pieces], 1)
-        return Rows(*(unpacked(rows) if self._coded else rows.unbind(2)))
+        return Rows(*(unpacked(rows) if self._coded else rows.flatten(2).split(self._sizes, 2)))
 
     def select(self, rows: Tensor) -> None:
         """Sequences become `rows` ([B'] int64). This copies all blocks.

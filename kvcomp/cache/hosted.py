@@ -49,16 +49,13 @@ class Hosted:
         self, layer: LayerCache, memory: HostMemory, background: Background, width: int, sinks: int
     ) -> None:
         """An empty pool for the tokens of `layer`, and no units; digests are `width` wide."""
-        self.pool = self._new_pool(layer, memory)
+        self.pool = HostPool(layer.stored(), memory)
         like, _ = layer.decoded(layer.stored(1))
         self.index = UnitIndex(like.shape[0], like.shape[1], width, like)
         self.index.starts.fill_(sinks)
         self.sinks = sinks
         self.pending: Callable[[], None] | None = None
         self._background = background
-
-    def _new_pool(self, layer: LayerCache, memory: HostMemory) -> HostPool:
-        return HostPool(layer.stored(), memory)
 
     def __getstate__(self) -> dict:
         """For copies: background work belongs to this object and not to its copy."""
@@ -123,7 +120,7 @@ class Hosted:
         Args:
             means: [B, Hkv, U, D], gets the mean key of each such unit.
         """
-        rows = layer.moved
+        rows = layer.stored(layer.capacity)
         ops.store_segments(
             *rows[:2],
             layer.positions(layer.kv_heads),

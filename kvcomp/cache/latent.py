@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kvcomp import ops
-from kvcomp.cache.hosted_latents import HostedLatents
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.rows import Rows
 
@@ -35,12 +34,6 @@ class LatentLayer(LayerCache):
         """[B, 1, max_len, rank]; row b is valid up to seq_lens[b]."""
         return self.keys[..., : self.rank]
 
-    @property
-    def moved(self) -> Rows:
-        """The two halves of all rows: what moves a key and a value moves a row by its halves."""
-        first, second = self._k.chunk(2, -1)
-        return Rows(first, second)
-
     def _as_kept(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of latents k [B, 1, n, rank] and rotated keys v [B, 1, n, R], and no V.
 
@@ -55,17 +48,11 @@ class LatentLayer(LayerCache):
         rows = torch.cat([k, v], -1)
         return rows, rows[..., :0]
 
-    def host(self, *arguments: Any) -> None:
-        self.hosted = HostedLatents(self, *arguments)
-
     def repeat_heads(self, heads: int) -> None:
         raise ValueError(
             "kvcomp: sets of tokens per query head need K and V of each head, and the layers of"
             " this model cache a latent for all heads (MLA); use another unit than 'query_head'"
         )
-
-    def _value_dim(self, head_dim: int) -> int:
-        return 0
 
     def attend_over(
         self,

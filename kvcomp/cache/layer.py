@@ -137,7 +137,7 @@ class LayerCache(Staged):
         if not self.filled:
             self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=new.k.device)
             self.logical_lens = self.seq_lens.clone()
-        self._reserve(new.k, self.max_len + count)
+        self._reserve(new, self.max_len + count)
         if not self.token_bytes:
             self._count_bytes()
         self.added = self._place(new, valid)
@@ -187,7 +187,9 @@ class LayerCache(Staged):
             shortest, longest: bounds of `kept_lens`, known on the host.
         """
         self.cache.meter.evicting(self, kept_lens)
-        ops.compact_kv(*self.moved[:2], list(self.slots.values()), victims, self.seq_lens)
+        ops.compact_kv(
+            *self.stored(self.capacity)[:2], list(self.slots.values()), victims, self.seq_lens
+        )
         torch.minimum(self.seq_lens, kept_lens, out=self.seq_lens)
         slot = torch.arange(shortest, self.max_len, device=self.seq_lens.device)
         free = slot >= self.seq_lens[:, None, None]
@@ -212,8 +214,8 @@ class LayerCache(Staged):
     def rewriting(self, most: int) -> Iterator[Rows]:
         """K and V [B, Hkv, capacity, D] with room for `most` tokens in each row, to be written in
         place together with `slots` and `seq_lens`. No row is longer than `most` afterwards."""
-        self._reserve(self._k[:, :, :1], most)
-        yield self.moved
+        self._reserve(self.stored(1), most)
+        yield self.stored(self.capacity)
         self._recount(most)
 
     def settle(self) -> None:
@@ -244,7 +246,7 @@ class LayerCache(Staged):
         arrivals = other._arrivals.part(0, columns)
         lens = arrivals.tokens()
         self._dtype = other._dtype
-        self._reserve(other._k, room)
+        self._reserve(other.stored(), room)
         if isinstance(lens, int):
             longest, valid = lens, None
         else:
@@ -277,7 +279,7 @@ class LayerCache(Staged):
         """
         self._require_whole("fold")
         count, moved = last - first, self.columns - last
-        self._reserve(self._k[:, :, :1], self.max_len - count)  # where pieces overlap
+        self._reserve(self.stored(1), self.max_len - count)  # where pieces overlap
         step = torch.arange(moved, device=self.seq_lens.device)
         old = (self.seq_lens.long() - moved)[:, None] + step  # [B, moved] slots
         rows = torch.arange(len(old), device=old.device)[:, None]

@@ -14,7 +14,8 @@ TOKEN_ROW = 2048  # bytes of a token, all KV heads, from which on they are bette
 
 
 class Slab:
-    """K and V of one layer: [B, Hkv, capacity, D] each, and what is noted about each token in them.
+    """K and V of one layer: [B, Hkv, capacity, D] and [B, Hkv, capacity, Dv], and what is noted
+    about each token in them.
 
     Attributes:
         max_len: slots that may be in use: an upper bound of the rows' lengths, known on the host.
@@ -80,11 +81,6 @@ class Slab:
         return Rows(k, v) if self.eight_bits is None else self.eight_bits.encode(k, v)
 
     @property
-    def moved(self) -> Rows:
-        """What all slots hold, as ops that move rows are given it."""
-        return self.stored(self.capacity)
-
-    @property
     def allocated(self) -> bool:
         """Whether there is memory: from the first `append` on."""
         return known(self, "_k")
@@ -140,20 +136,20 @@ class Slab:
         self.slots[name] = self._k.new_zeros(batch, units, capacity, dtype=dtype)
         return self.slots[name]
 
-    def _reserve(self, like: Tensor, length: int) -> None:
-        """Room for `length` tokens; `like` [B, H, n, D] are those that come, as they are kept."""
+    def _reserve(self, like: Rows, length: int) -> None:
+        """Room for `length` tokens; `like` [B, H, n, ...] are those that come, as they are kept."""
         if length <= self.capacity:
             return
         capacity = max(length, FIRST_CAPACITY, int(self.capacity * GROWTH))
         if self._most is not None:
             budget, window = self._most
             if capacity >= budget:  # all that comes before the next eviction
-                step = like.shape[2] == 1  # and so of the window; after a prompt, all of it follows
+                step = like.k.shape[2] == 1  # one of the window; after a prompt, all of it follows
                 capacity = max(length, budget + window) if step else max(length, budget) + window
         if not self.allocated:
-            self._k, self._v = like[:, :, :0], like[:, :, :0, : self._value_dim(like.shape[3])]
+            self._k, self._v = like.k[:, :, :0], like.v[:, :, :0]
             if self.eight_bits is not None:
-                self.track(WORDS, like.shape[1])
+                self.track(WORDS, like.k.shape[1])
         self._resize(capacity)
 
     def _shrink(self, longest: int) -> None:
@@ -181,7 +177,7 @@ class Slab:
             return _padded(old[:, :, : min(old.shape[2], self.max_len)], capacity, by_token)
 
         _, heads, _, dim = self._k.shape
-        row = heads * dim * self._k.element_size()
+        row = heads * min(dim, self._v.shape[3]) * self._k.element_size()
         by_token = self.shared_sets and self._k.is_cpu and row >= TOKEN_ROW
         self._k = moved(self._k, by_token)
         self._v = moved(self._v, by_token)
@@ -191,17 +187,12 @@ class Slab:
         """What a model hands in as this slab keeps it."""
         return k, v
 
-    def _value_dim(self, head_dim: int) -> int:
-        """Columns of V beside keys of `head_dim`."""
-        return head_dim
-
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """Raise ValueError for new tokens that do not fit those before, or each other."""
-        expected = (*k.shape[:-1], self._value_dim(k.shape[-1]) if k.ndim else 0)
-        if k.ndim != 4 or v.shape != expected or 0 in k.shape:
+        if k.ndim != 4 or v.shape[:-1] != k.shape[:-1] or 0 in k.shape:
             raise ValueError(
-                "kvcomp: append: expected k and v of one shape [B, Hkv, n, D] without empty"
-                f" dimensions, got {list(k.shape)} and {list(v.shape)}"
+                "kvcomp: append: expected k and v [B, Hkv, n, D] of the same B, Hkv and n, none of"
+                f" them 0, got {list(k.shape)} and {list(v.shape)}"
             )
         if valid is not None and valid.shape != (k.shape[0], k.shape[2]):
             raise ValueError(
@@ -219,6 +210,7 @@ class Slab:
             ("batch size", have.shape[0], got.shape[0]),
             ("KV heads", have.shape[1] // self._copies, got.shape[1]),
             ("head size", have.shape[3], got.shape[3]),
+            ("head size of V", self._v.shape[3], v.shape[3]),
             ("dtype", self._dtype, got.dtype),
             ("device", have.device, got.device),
         ):

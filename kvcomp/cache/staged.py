@@ -76,7 +76,7 @@ class Staged(Attended):
         self._check(k, v, None)
         self._drafted, self.staged = drafted, k.shape[2]
         new = self._encoded(k, v)
-        self._reserve(new.k[:, :, :1], self.max_len + self.staged)
+        self._reserve(new.part(slice(1)), self.max_len + self.staged)
         self._place(new)
 
     def accept(self, index: int, valid: Tensor | None) -> None:

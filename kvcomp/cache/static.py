@@ -62,7 +62,7 @@ class StaticLayerCache(LayerCache):
         self._check(k, v, valid)
         self.first = not self.filled
         if self.first:
-            self._open(k)
+            self._open(k, v)
         elif self._most is not None and k.shape[2] > 1:
             self._fit(int(self.seq_lens.max()) + k.shape[2])
         self.added = self._scatter(self._encoded(k.detach(), v.detach()), valid)
@@ -111,24 +111,27 @@ class StaticLayerCache(LayerCache):
         """Compares the number of tokens per row; a static cache does not know their columns."""
         return torch.equal(mask.sum(1).int(), self.logical_lens.to(mask.device))
 
-    def _open(self, k: Tensor) -> None:
+    def _open(self, k: Tensor, v: Tensor) -> None:
         """Prepare memory for new sequences: the memory of earlier ones if it fits."""
         room = self._room(k.shape[2])
         batch, heads, _, dim = k.shape
         if known(self, "_slab"):
             self._copies = self._slab[0].shape[1] // heads
         heads *= self._copies
-        shape = (batch, heads, room, dim)
+        shapes = [(batch, heads, room, width) for width in (dim, v.shape[3])]
         self._dtype = k.dtype
         dtype = k.dtype if self.eight_bits is None else torch.int8
-        if known(self, "_slab") and _has_room(self._slab[0], shape, dtype, k.device):
+        if known(self, "_slab") and all(
+            _has_room(memory, shape, dtype, k.device)
+            for memory, shape in zip(self._slab, shapes, strict=False)
+        ):
             slab = self._slab
         else:
             forget(self, "_slab")  # before there is more
             # Zeros, because a mask does not stop the NaN that memory never written may hold.
             lens = torch.zeros(batch, dtype=torch.int32, device=k.device)
             both = (lens,) if self._most is None else (lens, lens.clone())
-            slab = *(k.new_zeros(shape, dtype=dtype) for _ in range(2)), *both
+            slab = *(k.new_zeros(shape, dtype=dtype) for shape in shapes), *both
             forget(self, "_words")
         self._bind(slab)
         if self.eight_bits is not None:

@@ -28,6 +28,7 @@ from kvcomp.hf.text import Text
 from kvcomp.methods import Method
 
 HYBRID = "LinearAttentionAndFullAttentionLayer"  # K and V beside the states of a linear layer
+INDEXED = "DynamicIndexedLayer"  # K and V, and keys of an indexer
 # Cache layers of transformers that keep its own attention.
 KNOWN = {
     "DynamicLayer",
@@ -69,6 +70,12 @@ class Cache(TransformersCache):
         positions = values_of(config, "max_position_embeddings")
         managed = [index for index, layer in enumerate(layers) if _is_full(layer, positions)]
         kinds = {type(layer).__name__ for layer in layers}
+        if INDEXED in kinds:
+            raise ValueError(
+                f"kvcomp: {type(config).__name__} has layers that choose the tokens of every step"
+                " by an indexer of their own (sparse attention, as in DeepSeek-V3.2), and keep its"
+                f" keys in their cache: {INDEXED}"
+            )
         if unknown := ", ".join(sorted(kinds - KNOWN)):
             raise ValueError(
                 f"kvcomp: {type(config).__name__} has layers that attend in a way of their own, and"

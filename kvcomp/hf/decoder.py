@@ -35,6 +35,11 @@ def head_size(config: Any) -> Any:
     return width // heads if width and heads else None
 
 
+def value_size(config: Any) -> Any:
+    """Elements of a head's V in a layer with this config; None where they are as many as K's."""
+    return getattr(config, "v_head_dim", None)
+
+
 def values_of(config: PretrainedConfig, name: str) -> list[Any]:
     """The values of `name` in a config: one for all layers, one per layer if they differ, or none
     if the config has no such entry."""

@@ -38,7 +38,12 @@ def eight_bits(model: Any, kv: str, kv_rotate: bool | None) -> EightBits | None:
         raise ValueError(
             f"kvcomp.patch: kv: expected 'model' for {name}, which caches latents, got 'int8'"
         )
-    odd = [dim for dim in head_sizes(config) if dim & (dim - 1)]
+    if any(k != v for k, v in head_sizes(config)):
+        raise ValueError(
+            f"kvcomp.patch: kv: expected 'model' for {name}, whose keys and values differ in size,"
+            " got 'int8'"
+        )
+    odd = [dim for dim, _ in head_sizes(config) if dim & (dim - 1)]
     power = not odd
     if kv_rotate and not power:
         raise ValueError(

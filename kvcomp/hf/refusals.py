@@ -10,10 +10,10 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from kvcomp.hf.attention import NAME
 from kvcomp.hf.branches import masks_by_name
 from kvcomp.hf.cache import Cache
-from kvcomp.hf.decoder import attention_modules, decoder_of, head_size, values_of
+from kvcomp.hf.decoder import attention_modules, decoder_of, head_size, value_size, values_of
 from kvcomp.hf.latent import latent_rank, refuse_latents
 from kvcomp.methods import Method
-from kvcomp.ops import HEAD_SIZES
+from kvcomp.ops import HEAD_SIZES, UNLIKE_SIZES
 
 
 def refuse(model: PreTrainedModel) -> None:
@@ -51,9 +51,29 @@ def refuse(model: PreTrainedModel) -> None:
         )
     if latent_rank(config) is not None:
         refuse_latents(model)
-    elif unknown := ", ".join(map(str, head_sizes(config) - set(HEAD_SIZES))):
+    else:
+        refuse_sizes(model)
+
+
+def refuse_sizes(model: PreTrainedModel) -> None:
+    """Raise ValueError for sizes of K and V that attention is not compiled for."""
+    name = type(model).__name__
+    sizes = head_sizes(model.config.get_text_config(decoder=True))
+    unlike = {both for both in sizes if both[0] != both[1]}
+    if unknown := ", ".join(str(k) for k, _ in sizes - unlike if k not in HEAD_SIZES):
         raise ValueError(
             f"kvcomp.patch: {name} has heads of size {unknown}; supported are {HEAD_SIZES}"
+        )
+    if unknown := ", ".join(f"{k} and {v}" for k, v in unlike - set(UNLIKE_SIZES)):
+        known = ", ".join(f"{k} and {v}" for k, v in UNLIKE_SIZES)
+        raise ValueError(
+            f"kvcomp.patch: {name} has keys and values of sizes {unknown}; of those that differ"
+            f" only {known} are supported"
+        )
+    if unlike and model.device.type == "cuda":
+        raise ValueError(
+            f"kvcomp.patch: {name} has keys and values of different sizes, which the kernels for"
+            " GPUs do not take yet"
         )
 
 
@@ -86,12 +106,13 @@ def refuse_prefixes(model: Any) -> None:
             )
 
 
-def head_sizes(config: PretrainedConfig) -> set[int]:
-    """Head sizes of the layers that keep every token; empty if the config does not say."""
+def head_sizes(config: PretrainedConfig) -> set[tuple[int, int]]:
+    """Sizes of a head's K and V in the layers that keep every token; empty if the config does not
+    say."""
 
-    def size(layer: PretrainedConfig) -> set[int]:
+    def size(layer: PretrainedConfig) -> set[tuple[int, int]]:
         known = head_size(layer)
-        return {known} if known else set()
+        return {(known, value_size(layer) or known)} if known else set()
 
     try:
         return size(config)

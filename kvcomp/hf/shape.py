@@ -6,7 +6,6 @@ parameters are counted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel
 
 from kvcomp.hf.auto import auto_class
 from kvcomp.hf.cache import WINDOW, Cache, is_dummy, is_linear
-from kvcomp.hf.decoder import head_size, values_of
+from kvcomp.hf.decoder import head_size, value_size, values_of
 from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.layer import Layer
 from kvcomp.hf.refusals import refuse
@@ -66,7 +65,8 @@ def shape_of(
     managed = [index for index, layer in enumerate(cache.layers) if isinstance(layer, Layer)]
     sliding = [i for i, layer in enumerate(cache.layers) if getattr(layer, "is_sliding", False)]
     heads, kv_heads, head_dim = the_same(name, [head_counts(layers[i], name) for i in managed])
-    rows = [head_counts(layers[i], name)[1:] for i in sliding] or [(kv_heads, head_dim)]
+    value_dim = values_beside(layers[managed[0]], head_dim)
+    rows = [row_values(layers[i], name) for i in sliding] or [(kv_heads * (head_dim + value_dim),)]
     reading = [i for i, layer in enumerate(cache.layers) if is_dummy(layer)]
     kinds = getattr(text, "layer_types", None) or [None] * len(layers)
     shape = Shape(
@@ -78,7 +78,7 @@ def shape_of(
         kv_heads=kv_heads,
         head_dim=head_dim,
         windows=tuple(getattr(cache.layers[index], WINDOW) for index in sliding),
-        window_row=2 * math.prod(the_same(name, rows)),
+        window_row=the_same(name, rows)[0],
         shared=sum(kinds[i] == "full_attention" for i in reading),
         shared_windows=tuple(
             layers[i].sliding_window for i in reading if kinds[i] == "sliding_attention"
@@ -86,9 +86,11 @@ def shape_of(
         linear=sum(map(is_linear, cache.layers)),
         positions=getattr(text, "max_position_embeddings", None),
         **count_weights(model, text, name),
-        value_dim=None if latent_rank(text) is None else 0,
+        value_dim=None if value_dim == head_dim else value_dim,
     )
-    check_heads(model, name, {i: head_counts(layers[i], name) for i in (*managed, *sliding)})
+    counts = {i: head_counts(layers[i], name) for i in (*managed, *sliding)}
+    values = {i: values_beside(layers[i], counts[i][2]) for i in counts}
+    check_heads(model, name, {i: (n * k, n * values[i]) for i, (_, n, k) in counts.items()})
     if weights is not None:
         share = weights / shape.weights
         shape = replace(
@@ -133,6 +135,17 @@ def head_counts(config: Any, name: str) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
+def values_beside(config: Any, head_dim: int) -> int:
+    """Values of V of a token and KV head beside keys of `head_dim`; none where V is a part of K."""
+    return 0 if latent_rank(config) is not None else value_size(config) or head_dim
+
+
+def row_values(config: Any, name: str) -> tuple[int]:
+    """Values of K and V of a token in a layer."""
+    _, kv_heads, head_dim = head_counts(config, name)
+    return (kv_heads * (head_dim + values_beside(config, head_dim)),)
+
+
 def pick_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or torch.bfloat16
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
@@ -170,15 +183,14 @@ def count_weights(model: PreTrainedModel, config: Any, name: str) -> dict[str, A
     return {**counts, "parameters": passed // model.dtype.itemsize}
 
 
-def check_heads(model: PreTrainedModel, name: str, layers: dict[int, tuple[int, int, int]]) -> None:
-    """Raise ValueError if the size of a layer's K or V differs from what its config says."""
+def check_heads(model: PreTrainedModel, name: str, layers: dict[int, tuple[int, int]]) -> None:
+    """Raise ValueError if the sizes of a layer's K and V differ from what its config says."""
     for module in model.modules():
         index: Any = getattr(module, "layer_idx", None)
         if index not in layers:
             continue
-        _, kv_heads, head_dim = layers[index]
-        expected = kv_heads * head_dim
-        for projection in (getattr(module, "k_proj", None), getattr(module, "v_proj", None)):
+        for each, expected in zip(("k_proj", "v_proj"), layers[index], strict=True):
+            projection = getattr(module, each, None)
             if isinstance(projection, nn.Linear) and projection.out_features != expected:
                 raise ValueError(
                     f"kvcomp.plan: {name}: layer {module.layer_idx} has K or V of"

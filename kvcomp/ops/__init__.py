@@ -30,10 +30,12 @@ from kvcomp.ops.store_segments import store_segments
 from kvcomp.ops.unit_scores import unit_scores
 
 HEAD_SIZES: tuple[int, ...] = _C.head_sizes  # that attention is compiled for
+UNLIKE_SIZES: tuple[tuple[int, int], ...] = _C.unlike_sizes  # of K and V, on a CPU or by Triton
 
 __all__ = [
     "HEAD_SIZES",
     "OPS",
+    "UNLIKE_SIZES",
     "append_attention",
     "attend_and_select",
     "attention_hits",

@@ -73,7 +73,7 @@ def append_attention(
         out, lse: where to write the results, contiguous; new tensors by default.
 
     Returns:
-        out [B, m, Hq, D] of q's dtype, and lse [B, m, Hq] fp32, the natural log of the sum of exp.
+        out [B, m, Hq, Dv] of q's dtype, and lse [B, m, Hq] fp32, the natural log of the sum of exp.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout. Values of lengths and lists
@@ -127,7 +127,7 @@ def visible(seq_lens, q_lens, tail, count, positions):
 
 
 def fake(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, *rest):
-    return room(q, *(rest[1:] or (None, None)))
+    return room(q, v, *(rest[1:] or (None, None)))
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
@@ -149,7 +149,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
         lse=None,
     ):
         inputs = q, k, v, seq_lens, q_lens, tail, page_ids
-        made = room(q, out, lse)
+        made = room(q, v, out, lse)
         out, lse = given_or_made(out, lse, made)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:

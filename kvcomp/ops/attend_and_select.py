@@ -90,7 +90,7 @@ reference = in_turn(attend, score, select)
 
 def fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
     # Sizes and shapes that make no sense reach the native checks, which say so.
-    out, lse = room(q, *(rest[5:] or (None, None)))
+    out, lse = room(q, v, *(rest[5:] or (None, None)))
     if page_ids is None:
         total = -(-k.size(2) // max(page_size, 1)) if k.ndim > 2 else 0
     else:

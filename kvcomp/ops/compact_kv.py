@@ -22,6 +22,7 @@ def compact_kv(
 
     Args:
         k, v: [B, H, T, D] of the same dtype, any dtype, changed in place; strided over B, H and T.
+            Their D may differ, and V's be 0.
         state: at most 8 tensors [B, U or H, T'] of 4-byte elements, T' >= seq_lens, strided over B
             and U. Their elements move with the tokens. The scales of 8-bit K and V are one of them.
         victims: [B, U, V] int32 slots, ascending, then -1; U is 1 (all heads alike) or H. All units

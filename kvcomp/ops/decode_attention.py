@@ -50,7 +50,8 @@ def decode_attention(
         q: [B, Hq, D]; fp32, fp16 or bf16; D one of `HEAD_SIZES`.
         k, v: [B, Hkv, T, D] of q's dtype, or int8 with `words`; any strides on B, Hkv and T, D
             contiguous. Or a pool [pages, Hkv, P, D]: the stride of pages is a multiple of that of
-            tokens, the same multiple for k and v.
+            tokens, the same multiple for k and v. V has Dv columns: D, or another number where
+            `UNLIKE_SIZES` has the two, except in CUDA.
         seq_lens: [B] int32, tokens attended, at most T (dense) or K * page_size (paged).
         page_ids: [B, 1, K] (one set for all heads) or [B, Hkv, K], int32; [B, K] with a pool.
         page_size: tokens in a page: 1, 16, 32 or 64; any positive size works. P with a pool.
@@ -66,7 +67,7 @@ def decode_attention(
         out, lse: where to write the results, contiguous; new tensors by default.
 
     Returns:
-        out [B, Hq, D] of q's dtype, and lse [B, Hq] fp32, the natural log of the sum of exp.
+        out [B, Hq, Dv] of q's dtype, and lse [B, Hq] fp32, the natural log of the sum of exp.
 
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout. Values of `seq_lens` and
@@ -85,15 +86,17 @@ def logits_dtype(q: Tensor) -> torch.dtype:
     return torch.float16 if q.is_cuda and q.dtype != torch.float32 else torch.float32
 
 
-def room(q: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What an op of attention returns for q [..., D]: unwritten out and lse.
+def room(q: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What an op of attention returns for q [..., D] and v [..., Dv]: unwritten out and lse.
 
     It may not return what the caller gave, so it returns an empty tensor in the place of that.
     """
     if out is not None:
         made = q.new_empty(0)
+    elif v.shape[-1:] == q.shape[-1:] and q.is_contiguous():
+        made = torch.empty_like(q)
     else:
-        made = torch.empty_like(q) if q.is_contiguous() else q.new_empty(q.shape)
+        made = q.new_empty(q.shape[:-1] + v.shape[-1:])
     return made, q.new_empty(q.shape[:-1] if lse is None else (0,), dtype=torch.float32)
 
 
@@ -151,7 +154,7 @@ def listed(k, v, seq_lens, page_ids, page_size):
     """K and V [B, Hkv, N, D] in the order in which they are listed, and which of them there are,
     [B, 1 or Hkv, N] bool; V is 0 where there is nothing."""
     if page_ids is not None and page_ids.ndim == 2:  # a pool of pages [pages, Hkv, P, D]
-        shape = len(page_ids), k.shape[1], -1, k.shape[3]
+        shape = len(page_ids), -1, -1, -1
         k, v = (x.transpose(0, 1).flatten(1, 2).expand(shape) for x in (k, v))
         page_ids = page_ids[:, None]
     if page_ids is None:
@@ -183,14 +186,14 @@ def attended(x, v):
 
 
 def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None, out=None, lse=None):
-    return room(q, out, lse)
+    return room(q, v, out, lse)
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
     def run(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None, out=None, lse=None):
-        made = room(q, out, lse)
+        made = room(q, v, out, lse)
         out, lse = given_or_made(out, lse, made)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:

@@ -36,7 +36,8 @@ def fetch_rows(
 
     Args:
         k, v: [B, H, T, D] of the same dtype: fp32, fp16 or bf16; any strides on B, H and T, D
-            contiguous, a multiple of 16 and at most 1024; changed in place.
+            contiguous, a multiple of 16 and at most 1024; changed in place. V has D columns, or
+            without `words` any such number, or 0.
         slot_rows: [B, H, T'] int32, contiguous in the last dimension, distinct over a head's valid
             slots; changed in place.
         seq_lens: [B] int32, changed in place; all heads of a row must end with the same length.
@@ -75,7 +76,13 @@ def reference(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_si
             free = (~kept).nonzero().flatten()
             slots = torch.cat([free, torch.arange(length, length + len(missing), device=k.device)])
             into = slots[: len(missing)]
-            for tensor, value in zip(moved, _read(pool, row, head, missing, k.device), strict=True):
+            pieces = torch.cat([block[row, head] for block in pool])
+            pieces = pieces[missing.to(pieces.device)].to(k.device)
+            if words is None:
+                parts = pieces.flatten(1).split((k.shape[-1], v.shape[-1]), 1)
+            else:
+                parts = unpacked(pieces)
+            for tensor, value in zip(moved, parts, strict=True):
                 tensor[row, head, into] = value
             held[into] = missing
             fetched[row, head] = len(missing)
@@ -90,12 +97,6 @@ def reference(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_si
             held[new_length:length] = 0
         seq_lens[row] = new_length
     return fetched
-
-
-def _read(pool: list[Tensor], row: int, head: int, rows: Tensor, device: torch.device):
-    """K and V [n, D] of pool rows, and of codes the words [n]."""
-    pieces = torch.cat([block[row, head] for block in pool])[rows.to(pool[0].device)].to(device)
-    return unpacked(pieces) if pool[0].ndim == 4 else pieces.unbind(1)
 
 
 def fake(k, v, slot_rows, seq_lens, rows, first_local, active, pool, num_sinks, words=None):

@@ -35,7 +35,8 @@ def store_segments(
 
     Args:
         k, v: [B, H, T, D] of the same dtype: fp32, fp16 or bf16; any strides on B, H and T, D
-            contiguous, a multiple of 16 and at most 1024.
+            contiguous, a multiple of 16 and at most 1024. V has D columns, or without
+            `words` any such number, or 0.
         slot_rows: [B, H, T'] int32, the pool row of each slot, T' >= seq_lens; contiguous in the
             last dimension.
         seq_lens: [B] int32.
@@ -44,6 +45,7 @@ def store_segments(
         closed: [B] int32, 0 for sequences to skip.
         pool: 1 to 32 blocks [B, H, R, 2, D] of k's dtype in host memory, contiguous, pinned if k is
             on a GPU; changed in place. Together they hold rows 0, 1, ..., each K and then V.
+            [B, H, R, D + Dv] where V has Dv columns, not D.
         centroids: [B, H, U, D] of k's dtype, contiguous in the last two; changed in place.
         words: [B, H, T'] int32, the scales of int8 k and v, as `quantize_rows` makes them. Blocks
             are then [B, H, R, 2 D + 16] int8: both codes of a row, its word, and zeros.
@@ -88,7 +90,7 @@ def reference(
                 inside = (here >= 0) & (here < block.shape[2])
                 parts = [x[row, head, slots[inside]] for x in (k, v)]
                 if words is None:
-                    rows = torch.stack(parts, 1)
+                    rows = torch.cat(parts, 1).view(-1, *block.shape[3:])
                 else:
                     rows = packed(*parts, words[row, head, slots[inside]])
                 block[row, head, here[inside].to(block.device)] = rows.to(block.device)

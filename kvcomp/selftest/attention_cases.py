@@ -9,6 +9,7 @@ import torch
 from kvcomp.selftest.case import (
     HALF_AND_FULL,
     HALF_LOGITS,
+    UNLIKE,
     Case,
     attention_inputs,
     generator_for,
@@ -86,6 +87,16 @@ def _pool(name, batch, heads, kv_heads, pages, dim, page_size, order, logits=Non
     return replace(case, mutates=(*case.mutates, *(9 + "ol".index(x) for x in given)))
 
 
+def _narrow(case: Case) -> Case:
+    """The same with heads of 192 whose V has 128 columns."""
+
+    def make(dtype, device):
+        q, k, v, *rest = case.make(dtype, device)
+        return q, k, v[..., :128], *rest
+
+    return replace(case, make=make, refused_by=(*case.refused_by, *UNLIKE))
+
+
 def _room(*shape, dtype) -> torch.Tensor | None:
     """Unwritten logits; None where no dtype asks for them."""
     return None if dtype is None else torch.full(shape, torch.nan, dtype=dtype)
@@ -114,6 +125,7 @@ def _decode_attention_cases() -> list[Case]:
         _dense("slab", 2, 4, 1, 65, 80, [65, 33], layout="slab"),
         _dense("dim96", 1, 3, 3, 50, 96, [47]),
         _dense("dim256", 1, 4, 2, 70, 256, [70]),
+        _narrow(_dense("unlike", 2, 6, 2, 131, 192, [131, 7], logits=torch.float32)),
         _dense("long-row", 1, 4, 2, 5003, 64, [5001]),
         _dense("group20", 1, 20, 1, 37, 64, [35], logits=torch.float32),
         _dense("crooked", 2, 4, 2, 70, 80, [66, 70], layout="crooked"),
@@ -126,6 +138,7 @@ def _decode_attention_cases() -> list[Case]:
         _paged("tokens-shared", 2, 4, 2, 90, 32, 1, 20, shared=True, layout="token"),
         _paged("pages16-shared", 2, 8, 4, 330, 128, 16, 6, shared=True),
         _paged("pages16-per-head", 2, 6, 3, 200, 64, 16, 5, shared=False, layout="slab"),
+        _narrow(_paged("unlike-pages", 2, 4, 2, 100, 192, 16, 5, False, "token")),
         _paged("pages32-holes", 3, 4, 2, 260, 64, 32, 5, shared=False, holes=True),
         _paged("pages64-logits", 2, 4, 1, 400, 80, 64, 3, shared=True, logits=torch.float32),
         _paged("holes-half-logits", 3, 4, 2, 90, 64, 16, 5, False, "head", True, torch.float16),
@@ -204,6 +217,7 @@ def _append_attention_cases() -> list[Case]:
         build("tokens-by-head", 4, 4, 2, 70, 64, [70, 9], None, True, 1, shared=False),
         build("pool", 5, 4, 2, 96, 64, [96, 6], page_size=16, pool=4),
         build("wide", 3, 4, 2, 70, 256, [70, 33], page_size=7, layout="token"),
+        _narrow(build("unlike", 5, 6, 2, 96, 192, [96, 6], page_size=16)),
         build("half-logits", 4, 4, 2, 80, 64, [80, 41], tree=True, logits=torch.float16),
     ]
 
@@ -342,6 +356,7 @@ def _attend_and_select_cases() -> list[Case]:
         build("one-page", [5, 0, 9], 4, 2, 9, 32, 16, 3),
         build("one-split", [103, 17], 8, 2, 103, 64, 16, 3, recent=2),
         build("pool", [90, 33], 4, 2, 96, 64, 16, 3, layout="token", listed=6, pool=5),
+        _narrow(build("unlike", [90, 33], 4, 2, 96, 192, 16, 3)),
         build("splits", [601, 300], 6, 2, 601, 64, 16, 9, recent=3, sink=2),
         build("fits", [90, 31, 0], 4, 4, 96, 80, 16, 8, recent=8),
         build("sets-by-mass", [301, 9], 6, 2, 301, 32, 4, 20, 2, groups=2, use_max=False),

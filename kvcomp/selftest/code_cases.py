@@ -119,7 +119,9 @@ def _pooled_cases() -> list[Case]:
         mutates = (*case.mutates, 9) if case.op == "fetch_rows" else case.mutates
         return replace(case, name=f"{case.name}-codes", make=make, mutates=mutates)
 
-    return [coded(case) for case in retrieval_cases() if case.op in of and not case.blank]
+    unlike = "unlike", "no-v"  # codes of K and V are as many
+    cases = [x for x in retrieval_cases() if x.op in of and x.name not in unlike]
+    return [coded(case) for case in cases if not case.blank]
 
 
 def code_cases() -> list[Case]:

@@ -127,12 +127,24 @@ def _select_victims_cases() -> list[Case]:
 
 
 def _compact_kv_cases() -> list[Case]:
-    def build(name, units, heads, dim, lens, counts, layout="head", where="any", state=2, room=1):
+    def build(
+        name,
+        units,
+        heads,
+        dim,
+        lens,
+        counts,
+        layout="head",
+        where="any",
+        state=2,
+        room=1,
+        values=None,
+    ):
         def make(dtype, device):
             generator = generator_for(name)
             batch, slots = len(lens), max(lens) + 2
             k = kv_cache((batch, heads, slots, dim), dtype, generator, layout)
-            v = kv_cache((batch, heads, slots, dim), dtype, generator, layout)
+            v = kv_cache((batch, heads, slots, dim), dtype, generator, layout)[..., :values]
             victims = torch.full((batch, units, max(counts) + room), -1, dtype=torch.int32)
             for b, (length, count) in enumerate(zip(lens, counts, strict=True)):
                 for unit in range(units):
@@ -165,6 +177,8 @@ def _compact_kv_cases() -> list[Case]:
         build("nobody-leaves", 2, 2, 96, [40, 0], [0, 0], state=1),
         build("no-room-for-victims", 1, 2, 64, [9], [0], room=0, state=0),
         build("no-state-odd-rows", 3, 3, 7, [60, 41], [11, 2], layout="token", state=0),
+        build("unlike", 2, 2, 192, [70, 41], [35, 12], values=128),
+        build("no-v", 1, 1, 48, [70, 41], [35, 12], values=0),
         build("long", 2, 2, 64, [1667], [175], state=3),
     ]
 

@@ -149,20 +149,22 @@ def _segment_boundaries_cases() -> list[Case]:
     ]
 
 
-def _pool(blocks, batch, heads, dim, dtype, device, generator) -> list[Tensor]:
-    """Blocks of host rows [B, H, R, 2, D]; pinned where a GPU will reach for them."""
-    shapes = [(batch, heads, rows, 2, dim) for rows in blocks]
+def _pool(blocks, k, v, dtype, device, generator) -> list[Tensor]:
+    """Blocks of host rows [B, H, R, 2, D], or [B, H, R, D + Dv] where these differ; pinned where a
+    GPU will reach for them."""
+    row = (2, k.shape[3]) if k.shape == v.shape else (k.shape[3] + v.shape[3],)
+    shapes = [(*k.shape[:2], rows, *row) for rows in blocks]
     pool = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
     return [block.pin_memory() for block in pool] if device == "cuda" else pool
 
 
 def _store_segments_cases() -> list[Case]:
-    def build(name, heads, dim, lens, closed, blocks, layout="head", units=3):
+    def build(name, heads, dim, lens, closed, blocks, layout="head", units=3, value_dim=None):
         def make(dtype, device):
             generator = generator_for(name)
             batch, slots, num_rows = len(lens), max(lens) + 4, sum(blocks)
             k = kv_cache((batch, heads, slots, dim), dtype, generator, layout)
-            v = kv_cache((batch, heads, slots, dim), dtype, generator, layout)
+            v = kv_cache((batch, heads, slots, dim), dtype, generator, layout)[..., :value_dim]
             # What lies past the end looks like the segment.
             slot_rows = torch.full((batch, heads + 1, slots + 2), num_rows - 1, dtype=torch.int32)
             slot_rows = slot_rows[:, :heads]
@@ -178,7 +180,7 @@ def _store_segments_cases() -> list[Case]:
                     held = torch.cat([old, torch.arange(begin, begin + count)])
                     order = torch.randperm(len(held), generator=generator)
                     slot_rows[row, head, :length] = held[order]
-            pool = _pool(blocks, batch, heads, dim, dtype, device, generator)
+            pool = _pool(blocks, k, v, dtype, device, generator)
             centroids = torch.zeros(batch, heads, units + 2, dim, dtype=dtype)[:, :, :units]
             lens_, closed_ = ints(lens), ints(closed)
             args = on(device, k, v, slot_rows, lens_, starts, num_units, closed_)
@@ -194,6 +196,8 @@ def _store_segments_cases() -> list[Case]:
         build("across-blocks", 2, 128, [60, 55], [40, 31], [70, 9, 0, 5, 30], layout="slab"),
         build("many-tokens", 2, 96, [300], [150], [400]),
         build("crooked", 2, 64, [50, 33], [20, 9], [70], layout="crooked"),
+        build("unlike", 2, 192, [60, 55], [40, 31], [70, 9, 40], value_dim=128),
+        build("no-v", 1, 80, [60, 55], [40, 31], [70, 9, 40], layout="slab", value_dim=0),
         build("everything", 1, 256, [66], [66], [3, 63]),
     ]
 
@@ -283,6 +287,7 @@ def _fetch_rows_cases() -> list[Case]:
         active=None,
         layout="head",
         spare=3,
+        value_dim=None,
     ):
         """Rows of (retrieved tokens in the slots, wanted ones, local ones, first local row)."""
 
@@ -293,7 +298,7 @@ def _fetch_rows_cases() -> list[Case]:
             after = [sinks + wanted + local for _, wanted, local, _ in rows]
             slots = max(lens + after)
             k = kv_cache((batch, heads, slots + 1, dim), dtype, generator, layout)
-            v = kv_cache((batch, heads, slots + 1, dim), dtype, generator, layout)
+            v = kv_cache((batch, heads, slots + 1, dim), dtype, generator, layout)[..., :value_dim]
             slot_rows = torch.full((batch, heads, slots), sinks + 1, dtype=torch.int32)
             listed = max(wanted for _, wanted, _, _ in rows) + spare
             wanted_ = torch.full((batch, heads, listed), -1, dtype=torch.int32)
@@ -315,7 +320,7 @@ def _fetch_rows_cases() -> list[Case]:
                     wanted_[row] = 99
             args = k, v, slot_rows, ints(lens), wanted_
             first_local = ints([first for *_, first in rows])
-            pool = _pool(blocks, batch, heads, dim, dtype, device, generator)
+            pool = _pool(blocks, k, v, dtype, device, generator)
             return *on(device, *args, first_local, ints(active_)), pool, sinks
 
         def past_the_end(args):
@@ -338,6 +343,8 @@ def _fetch_rows_cases() -> list[Case]:
         build("inactive", 2, 32, [(20, 25, 8, 90)] * 3, [90], active=[0, 1, 0]),
         build("blocks", 3, 64, [(80, 100, 10, 400)], [100, 1, 0, 37, 200, 62], share=0.3),
         build("empty", 2, 32, [(0, 0, 0, 0), (0, 5, 0, 20)], [20], sinks=0),
+        build("unlike", 2, 192, [(20, 24, 2, 50), (9, 4, 3, 30)], [40, 10], value_dim=128),
+        build("no-v", 1, 48, [(20, 24, 2, 50), (9, 4, 3, 30)], [40, 10], value_dim=0),
         build("wide", 1, 512, [(20, 24, 2, 50)], [50]),
         build("crooked", 2, 64, [(20, 24, 2, 50), (9, 4, 3, 30)], [40, 10], layout="crooked"),
         build("long", 2, 64, [(1024, 1024, 250, 9000)], [8192, 1000]),

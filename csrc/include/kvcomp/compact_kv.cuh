@@ -6,9 +6,9 @@
 // never meet. A block finds 16 moves at a time, then its threads copy their rows of K and V in
 // vectors of up to 16 bytes, eight under way in each thread.
 //
-// Bytes: 4 row_bytes per hole and head. Few moves are a chain of some six latencies (length, two
-// searches of two probes each, rows) on as many multiprocessors as there are slices and heads; a
-// block of a long list does its searches once and walks over several slices.
+// Bytes: 2 (k_bytes + v_bytes) per hole and head. Few moves are a chain of some six latencies
+// (length, two searches of two probes each, rows) on as many multiprocessors as there are slices
+// and heads; a block of a long list does its searches once and walks over several slices.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(CompactKvTile::kThreads)
 
   char* k = static_cast<char*>(p.k) + sequence * p.stride_k_b + head * p.stride_k_h;
   char* v = static_cast<char*>(p.v) + sequence * p.stride_v_b + head * p.stride_v_h;
-  const int vectors = p.row_bytes / static_cast<int>(sizeof(Vector));
+  constexpr int kSize = sizeof(Vector);
+  const int vectors_k = p.k_bytes / kSize, vectors_v = p.v_bytes / kSize;
+  const int vectors = max(vectors_k, vectors_v);
 
   for (int first = blockIdx.x * kMoves; first < holes; first += gridDim.x * kMoves) {
     const int num_moves = min(kMoves, holes - first);
@@ -86,8 +88,10 @@ __global__ void __launch_bounds__(CompactKvTile::kThreads)
         if (index >= total) break;
         const int64_t mover = moves[index / vectors].y;
         const int at = index % vectors;
-        rows_k[i] = reinterpret_cast<const Vector*>(k + mover * p.stride_k_t)[at];
-        rows_v[i] = reinterpret_cast<const Vector*>(v + mover * p.stride_v_t)[at];
+        if (at < vectors_k)
+          rows_k[i] = reinterpret_cast<const Vector*>(k + mover * p.stride_k_t)[at];
+        if (at < vectors_v)
+          rows_v[i] = reinterpret_cast<const Vector*>(v + mover * p.stride_v_t)[at];
       }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
@@ -95,8 +99,8 @@ __global__ void __launch_bounds__(CompactKvTile::kThreads)
         if (index >= total) break;
         const int64_t hole = moves[index / vectors].x;
         const int at = index % vectors;
-        reinterpret_cast<Vector*>(k + hole * p.stride_k_t)[at] = rows_k[i];
-        reinterpret_cast<Vector*>(v + hole * p.stride_v_t)[at] = rows_v[i];
+        if (at < vectors_k) reinterpret_cast<Vector*>(k + hole * p.stride_k_t)[at] = rows_k[i];
+        if (at < vectors_v) reinterpret_cast<Vector*>(v + hole * p.stride_v_t)[at] = rows_v[i];
       }
     }
     if (state) *state = value;
@@ -111,9 +115,10 @@ void launch_compact_kv(const CompactKvParams& p, const Launch& launch) {
   using Tile = CompactKvTile;
   if (p.batch == 0 || p.num_heads == 0 || p.num_victims == 0) return;
   // The widest vector that every row of K and V begins and ends with.
-  const std::uint64_t bits =
-      reinterpret_cast<std::uintptr_t>(p.k) | reinterpret_cast<std::uintptr_t>(p.v) | p.row_bytes |
-      p.stride_k_b | p.stride_k_h | p.stride_k_t | p.stride_v_b | p.stride_v_h | p.stride_v_t;
+  const std::uint64_t bits = reinterpret_cast<std::uintptr_t>(p.k) |
+                             reinterpret_cast<std::uintptr_t>(p.v) | p.k_bytes | p.v_bytes |
+                             p.stride_k_b | p.stride_k_h | p.stride_k_t | p.stride_v_b |
+                             p.stride_v_h | p.stride_v_t;
   const auto kernel = bits % 16 == 0  ? compact_kv_kernel<uint4>
                       : bits % 4 == 0 ? compact_kv_kernel<uint32_t>
                       : bits % 2 == 0 ? compact_kv_kernel<uint16_t>

@@ -38,26 +38,26 @@ __device__ inline DecodeMerge weigh_splits(const DecodeAttentionParams& p, int64
   return merge;
 }
 
-// out and lse of query head `row`, by the whole block: 4 * D bytes of each split.
+// out and lse of query head `row`, by the whole block: 4 * Dv bytes of each split.
 __device__ inline void merge_head(const DecodeAttentionParams& p, int64_t row) {
   const DecodeMerge merge = weigh_splits(p, row);
   const float* lse = p.partial_lse + row * p.num_splits;
-  const float* partial = p.partial_out + row * p.num_splits * p.head_dim;
-  for (int first = 0; first < p.head_dim; first += blockDim.x) {
-    const int column = min(first + static_cast<int>(threadIdx.x), p.head_dim - 1);
+  const float* partial = p.partial_out + row * p.num_splits * p.value_dim;
+  for (int first = 0; first < p.value_dim; first += blockDim.x) {
+    const int column = min(first + static_cast<int>(threadIdx.x), p.value_dim - 1);
     float out = 0;
     for (int batch = 0; batch < p.num_splits; batch += 32) {
       const int lane = batch + threadIdx.x % 32, count = min(p.num_splits - batch, 32);
       const float weight = lane < p.num_splits ? merge.weight(lse[lane]) : 0.0f;
 #pragma unroll 16
       for (int i = 0; i < count; ++i) {
-        const float* of_split = partial + static_cast<int64_t>(batch + i) * p.head_dim;
+        const float* of_split = partial + static_cast<int64_t>(batch + i) * p.value_dim;
         out += __shfl_sync(kFullMask, weight, i) * of_split[column];
       }
     }
     const float value = merge.sum == 0 ? 0.0f : out / merge.sum;
-    if (first + static_cast<int>(threadIdx.x) < p.head_dim) {
-      store_as(p.q_dtype, value, p.out, row * p.head_dim + column);
+    if (first + static_cast<int>(threadIdx.x) < p.value_dim) {
+      store_as(p.q_dtype, value, p.out, row * p.value_dim + column);
     }
   }
   if (threadIdx.x == 0) p.lse[row] = merge.lse();

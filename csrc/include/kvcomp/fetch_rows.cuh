@@ -10,10 +10,10 @@
 // lanes plan 32, then copy them in vectors of up to 16 bytes, K and V of a pool row lying side by
 // side.
 //
-// Bytes: 2 row_bytes per missing row over the link, which is what takes the time: up to 64 KB are
-// on their way in each block, so two heads suffice for a link of 50 GB/s and 2 us. Before the first
-// of them 4 per slot and per wanted row, a chain of some twenty latencies, most of them of L1 and
-// shared memory. Inactive rows return at once.
+// Bytes: k_bytes + v_bytes per missing row over the link, which is what takes the time: up to 64 KB
+// are on their way in each block, so two heads suffice for a link of 50 GB/s and 2 us. Before the
+// first of them 4 per slot and per wanted row, a chain of some twenty latencies, most of them of L1
+// and shared memory. Inactive rows return at once.
 #pragma once
 
 #include <cstdint>
@@ -190,8 +190,8 @@ __global__ void __launch_bounds__(FetchRowsTile::kThreads, 1)
       to = i < num_free ? bits.find(i) : length + i - num_free;
       held[to] = row;
       from_k = pool_row(p.pool, pair, row);
-      from_v = from_k ? from_k + p.row_bytes : nullptr;
-      if (from_k && scales) word.load(from_v + p.row_bytes, scales + to);
+      from_v = from_k ? from_k + p.k_bytes : nullptr;
+      if (from_k && scales) word.load(from_v + p.v_bytes, scales + to);
     } else if (i < num_moves) {
       const int64_t slot = new_length + i - num_missing;
       if (!bits.has(slot)) {
@@ -206,7 +206,8 @@ __global__ void __launch_bounds__(FetchRowsTile::kThreads, 1)
     }
     return {{from_k, from_v}, {k + to * p.stride_k_t, v + to * p.stride_v_t}};
   };
-  const int vectors = p.row_bytes / static_cast<int>(sizeof(Vector)), both = 2 * vectors;
+  constexpr int kSize = sizeof(Vector);
+  const int vectors = p.k_bytes / kSize, both = vectors + p.v_bytes / kSize;
   const FetchMove* const moves = shared.moves[warp];
   for (int first = warp; first < num_moves; first += kThreads) {
     __syncwarp();  // those before are done
@@ -246,8 +247,9 @@ void launch_fetch_rows(const FetchRowsParams& p, const Launch& launch) {
   if (p.batch == 0 || p.num_heads == 0) return;
   // The widest vector that every row of K and V and of the pool begins and ends with.
   std::uint64_t bits = reinterpret_cast<std::uintptr_t>(p.k) |
-                       reinterpret_cast<std::uintptr_t>(p.v) | p.row_bytes | p.stride_k_b |
-                       p.stride_k_h | p.stride_k_t | p.stride_v_b | p.stride_v_h | p.stride_v_t;
+                       reinterpret_cast<std::uintptr_t>(p.v) | p.k_bytes | p.v_bytes |
+                       p.stride_k_b | p.stride_k_h | p.stride_k_t | p.stride_v_b | p.stride_v_h |
+                       p.stride_v_t;
   for (int i = 0; i < p.pool.num_blocks; ++i) {
     bits |= reinterpret_cast<std::uintptr_t>(p.pool.data[i]);
   }

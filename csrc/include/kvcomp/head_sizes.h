@@ -10,6 +10,12 @@ namespace kvcomp {
 
 inline constexpr int kHeadSizes[] = {32, 64, 80, 96, 128, 256, 512};
 
+// Columns of K and of V, where they differ: on a CPU, and by Triton.
+struct UnlikeSizes {
+  int key, value;
+};
+inline constexpr UnlikeSizes kUnlikeSizes[] = {{192, 128}};  // MiMo-V2-Flash
+
 // start(std::integral_constant<int, D>{}) where head_dim is the head size D.
 template <typename Start>
 void with_head_size(int head_dim, const Start& start) {

@@ -51,8 +51,8 @@ class LatentBlock {
   static constexpr int kFragments = Tile::kFragments;
 
  public:
-  __device__ LatentBlock(const LatentAttentionParams& params, typename Tile::Shared& shared)
-      : p_(params.attention),
+  __device__ LatentBlock(const DecodeAttentionParams& params, typename Tile::Shared& shared)
+      : p_(params),
         value_dim_(params.value_dim),
         shared_(shared),
         sequence_(blockIdx.y),
@@ -298,7 +298,7 @@ class LatentBlock {
 
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
-    latent_attention_kernel(const __grid_constant__ LatentAttentionParams p) {
+    latent_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
   LatentBlock<T, Tile> block(p, *dynamic_shared<typename Tile::Shared>());
   block.run();
   block.leave();
@@ -307,16 +307,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
 // --- launches ------------------------------------------------------------------------------------
 
 template <typename T, typename Tile, typename Launch>
-void launch_latent_tiles(const LatentAttentionParams& p, const Launch& launch) {
-  const DecodeAttentionParams& of = p.attention;
-  const int tiles = (of.num_heads + Tile::kHeads - 1) / Tile::kHeads;
-  launch(latent_attention_kernel<T, Tile>, dim3(tiles, of.batch, of.num_splits),
-         dim3(Tile::kThreads), sizeof(typename Tile::Shared), p);
+void launch_latent_tiles(const DecodeAttentionParams& p, const Launch& launch) {
+  const int tiles = (p.num_heads + Tile::kHeads - 1) / Tile::kHeads;
+  launch(latent_attention_kernel<T, Tile>, dim3(tiles, p.batch, p.num_splits), dim3(Tile::kThreads),
+         sizeof(typename Tile::Shared), p);
 }
 
 template <typename T, typename Launch>
-void launch_latent_halves(const LatentAttentionParams& p, const Launch& launch) {
-  if (p.attention.head_dim <= 576 && p.value_dim <= 512) {
+void launch_latent_halves(const DecodeAttentionParams& p, const Launch& launch) {
+  if (p.head_dim <= 576 && p.value_dim <= 512) {
     launch_latent_tiles<T, LatentTile<2, 576, 512>>(p, launch);
   } else {
     launch_latent_tiles<T, LatentTile<1, 1024, 1024>>(p, launch);
@@ -325,16 +324,14 @@ void launch_latent_halves(const LatentAttentionParams& p, const Launch& launch) 
 
 // Starts the kernels through `launch(kernel, grid, block, shared_bytes, args...)`.
 template <typename Launch>
-void launch_latent_attention(const LatentAttentionParams& p, const Launch& launch) {
-  switch (p.attention.kv_dtype) {
+void launch_latent_attention(const DecodeAttentionParams& p, const Launch& launch) {
+  switch (p.kv_dtype) {
     case ScalarType::f32: launch_latent_fp32(p, launch); break;
     case ScalarType::f16: launch_latent_halves<__half>(p, launch); break;
     case ScalarType::bf16: launch_latent_halves<__nv_bfloat16>(p, launch); break;
     case ScalarType::i8: break;  // the boundary has refused them
   }
-  DecodeAttentionParams merged = p.attention;
-  merged.head_dim = p.value_dim;
-  launch_merge_splits<256>(merged, merged.batch * merged.num_heads, launch);
+  launch_merge_splits<256>(p, p.batch * p.num_heads, launch);
 }
 
 }  // namespace kvcomp

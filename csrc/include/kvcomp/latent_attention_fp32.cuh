@@ -12,8 +12,7 @@ inline constexpr int kLatentWarps = 4;
 // A warp has a head and takes one token at a time, a lane every 32nd column of its row.
 template <int kParts>
 __global__ void __launch_bounds__(kLatentWarps * 32)
-    latent_attention_fp32_kernel(const __grid_constant__ LatentAttentionParams params) {
-  const DecodeAttentionParams& p = params.attention;
+    latent_attention_fp32_kernel(const __grid_constant__ DecodeAttentionParams p) {
   const int64_t sequence = blockIdx.y;
   const int head = blockIdx.x * kLatentWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (head >= p.num_heads) return;
@@ -52,8 +51,8 @@ __global__ void __launch_bounds__(kLatentWarps * 32)
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
     const int column = i * 32 + lane;
-    if (column < params.value_dim) {
-      outs[place * params.value_dim + column] = sum == 0 ? 0.0f : out[i] / sum;
+    if (column < p.value_dim) {
+      outs[place * p.value_dim + column] = sum == 0 ? 0.0f : out[i] / sum;
     }
   }
   if (lane == 0) {
@@ -62,11 +61,10 @@ __global__ void __launch_bounds__(kLatentWarps * 32)
 }
 
 template <typename Launch>
-void launch_latent_fp32(const LatentAttentionParams& p, const Launch& launch) {
-  const DecodeAttentionParams& of = p.attention;
-  const dim3 grid((of.num_heads + kLatentWarps - 1) / kLatentWarps, of.batch, of.num_splits);
+void launch_latent_fp32(const DecodeAttentionParams& p, const Launch& launch) {
+  const dim3 grid((p.num_heads + kLatentWarps - 1) / kLatentWarps, p.batch, p.num_splits);
   const auto kernel =
-      of.head_dim <= 576 ? latent_attention_fp32_kernel<18> : latent_attention_fp32_kernel<32>;
+      p.head_dim <= 576 ? latent_attention_fp32_kernel<18> : latent_attention_fp32_kernel<32>;
   launch(kernel, grid, dim3(kLatentWarps * 32), 0, p);
 }
 

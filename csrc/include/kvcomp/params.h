@@ -15,15 +15,15 @@ struct DecodeAttentionParams {
   ScalarType kv_dtype;      // of k and v: q_dtype or i8
   const void* q;            // [B, Hq, D]
   const void* k;            // [B, Hkv, T, D]; page u begins at slot u * page_pitch
-  const void* v;            // [B, Hkv, T, D]
+  const void* v;            // [B, Hkv, T, Dv]
   const uint32_t* words;    // [B, Hkv, T] scales of codes; nullptr: no codes
   const int32_t* seq_lens;  // [B] tokens attended
   const int32_t* page_ids;  // [B, 1 or Hkv, K], -1 skips; nullptr: dense
-  void* out;                // [B, Hq, D], contiguous
+  void* out;                // [B, Hq, Dv], contiguous
   float* lse;               // [B, Hq], contiguous
   ScalarType logits_dtype;  // f32, or on a GPU f16
   void* logits;             // [B, Hq, N] or nullptr
-  float* partial_out;       // [B, Hq, S, D], S > 1: of splits, on a GPU
+  float* partial_out;       // [B, Hq, S, Dv], S > 1: of splits, on a GPU
   float* partial_lse;       // [B, Hq, S]
   uint32_t* arrived;        // [B, Hq] or nullptr: set to 0 for a kernel that merges the splits next
   int64_t stride_q_b, stride_q_h;
@@ -33,6 +33,7 @@ struct DecodeAttentionParams {
   int64_t stride_ids_b, stride_ids_h;  // stride_ids_h is 0 for a set shared by all heads
   int64_t stride_logits_b, stride_logits_h;
   int32_t batch, num_heads, num_kv_heads, head_dim;
+  int32_t value_dim;   // Dv, of v and out
   int32_t num_slots;   // T
   int32_t num_listed;  // K
   int32_t page_size;
@@ -76,12 +77,6 @@ struct AppendAttentionParams {
   int64_t stride_q_m, stride_logits_m;
   int64_t stride_tail_b;
   int32_t num_queries;  // m
-};
-
-// One row of `k` a token, for all heads: its key, whose first value_dim columns are its value.
-struct LatentAttentionParams {
-  DecodeAttentionParams attention;  // one KV head, v = k, out and partial_out [..., value_dim]
-  int32_t value_dim;
 };
 
 struct LinearRowsParams {
@@ -187,7 +182,7 @@ struct CompactKvParams {
   static constexpr int kMaxState = 8;
 
   void* k;                                     // [B, H, T, D]
-  void* v;                                     // [B, H, T, D]
+  void* v;                                     // [B, H, T, Dv]
   void* state[kMaxState];                      // num_state tensors [B, U', T'] of 4-byte elements
   const int32_t* victims;                      // [B, U, V], contiguous; ascending, then -1
   const int32_t* seq_lens;                     // [B] before
@@ -199,7 +194,7 @@ struct CompactKvParams {
   int32_t num_slots;                    // the least of T and all T'
   int32_t num_victims;                  // V
   int32_t num_state;
-  int32_t row_bytes;  // of one head's K or V of a token
+  int32_t k_bytes, v_bytes;  // of one head's K and V of a token; v_bytes may be 0
 };
 
 struct RotateKeysParams {
@@ -251,11 +246,11 @@ struct SegmentBoundariesParams {
 };
 
 // Rows of K and V in host memory: block i holds rows [first_row[i], first_row[i + 1]). A row is K
-// and V [2, D]; of codes, both, their word, and zeros up to a multiple of 16 bytes.
+// and behind it V, [D + Dv]; of codes, both, their word, and zeros up to a multiple of 16 bytes.
 struct PoolBlocks {
   static constexpr int kMaxBlocks = 32;
 
-  void* data[kMaxBlocks];             // [B, H, R, 2, D] or [B, H, R, 2 D + 16] each, contiguous
+  void* data[kMaxBlocks];             // [B, H, R, D + Dv] or [B, H, R, 2 D + 16] each, contiguous
   int32_t first_row[kMaxBlocks + 1];  // ascending; first_row[num_blocks] is the number of rows
   int32_t num_blocks;
   int32_t row_bytes;  // from one row to the next
@@ -264,7 +259,7 @@ struct PoolBlocks {
 struct StoreSegmentsParams {
   ScalarType dtype;          // of centroids; also of k, v and pool, unless they are codes
   const void* k;             // [B, H, T, D]
-  const void* v;             // [B, H, T, D]
+  const void* v;             // [B, H, T, Dv]
   const uint32_t* words;     // [B, H, T'] scales of codes; nullptr: no codes
   const int32_t* slot_rows;  // [B, H, T'], last dimension contiguous
   const int32_t* seq_lens;   // [B]
@@ -279,10 +274,10 @@ struct StoreSegmentsParams {
   int64_t stride_rows_b, stride_rows_h;
   int64_t stride_starts_b, stride_starts_h;
   int64_t stride_centroids_b, stride_centroids_h;
-  int32_t batch, num_heads, head_dim;
-  int32_t num_slots;  // the lesser of T and T'
-  int32_t max_units;  // U
-  bool turned;        // codes of K are of turned keys
+  int32_t batch, num_heads, head_dim, value_dim;  // value_dim may be 0
+  int32_t num_slots;                              // the lesser of T and T'
+  int32_t max_units;                              // U
+  bool turned;                                    // codes of K are of turned keys
 };
 
 struct UnitScoresParams {
@@ -316,7 +311,7 @@ struct SelectUnitsParams {
 
 struct FetchRowsParams {
   void* k;                     // [B, H, T, D]
-  void* v;                     // [B, H, T, D]
+  void* v;                     // [B, H, T, Dv]
   uint32_t* words;             // [B, H, T'] scales of codes; nullptr: no codes
   int32_t* slot_rows;          // [B, H, T'], last dimension contiguous
   int32_t* seq_lens;           // [B]
@@ -333,7 +328,7 @@ struct FetchRowsParams {
   int32_t num_slots;   // the lesser of T and T'
   int32_t num_wanted;  // K
   int32_t num_sinks;
-  int32_t row_bytes;  // of one head's K or V of a token
+  int32_t k_bytes, v_bytes;  // of one head's K and V of a token; v_bytes may be 0
 };
 
 }  // namespace kvcomp

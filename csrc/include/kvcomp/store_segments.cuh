@@ -5,7 +5,7 @@
 // bytes, K and V of a row to one place of the pool, then read K once more, from L1 or L2, and add
 // it up, a thread per channel, in the order of the rows: the mean is the same wherever they lie.
 //
-// Bytes: 4 per slot and, of a row, 2 row_bytes read and as many written over the link; the writes
+// Bytes: 4 per slot and, of a row, its K and V read and as many written over the link; the writes
 // are posted, nobody waits for them. 16 tokens of a head are 8 KB: the time is a chain of some six
 // latencies, in the steps that close a segment.
 #pragma once
@@ -53,7 +53,7 @@ __device__ inline void turn_shared(float* row, int head_dim) {
 }
 
 template <typename T, typename Vector>
-__global__ void __launch_bounds__(StoreSegmentsTile::kThreads, 5)
+__global__ void __launch_bounds__(StoreSegmentsTile::kThreads, sizeof(T) == 1 ? 4 : 5)
     store_segments_kernel(const __grid_constant__ StoreSegmentsParams p) {
   constexpr int kThreads = StoreSegmentsTile::kThreads, kRows = StoreSegmentsTile::kRows;
   constexpr int kLoads = StoreSegmentsTile::kLoads;
@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(StoreSegmentsTile::kThreads, 5)
   const T* v = static_cast<const T*>(p.v) + sequence * p.stride_v_b + head * p.stride_v_h;
   const int64_t pool_head = static_cast<int64_t>(sequence) * p.num_heads + head;
   constexpr int kPerVector = sizeof(Vector) / sizeof(T);
-  const int vectors = p.head_dim / kPerVector;  // of K or V of a row
+  const int vectors = p.head_dim / kPerVector;  // of K of a row
+  const int both = vectors + p.value_dim / kPerVector;
   const uint32_t* words =
       p.words ? p.words + sequence * p.stride_words_b + head * p.stride_words_h : nullptr;
 
@@ -90,23 +91,23 @@ __global__ void __launch_bounds__(StoreSegmentsTile::kThreads, 5)
       if (row < static_cast<unsigned>(rows)) slots[row] = slot;
     }
     __syncthreads();
-    const int total = rows * 2 * vectors;
+    const int total = rows * both;
     for (int base = thread; base < total; base += kThreads * kLoads) {
       Vector data[kLoads] = {};
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const int index = base + i * kThreads, at = index % (2 * vectors);
-        const int64_t slot = index < total ? slots[index / (2 * vectors)] : -1;
+        const int index = base + i * kThreads, at = index % both;
+        const int64_t slot = index < total ? slots[index / both] : -1;
         if (slot < 0) continue;
         const T* from = at < vectors ? k + slot * p.stride_k_t : v + slot * p.stride_v_t;
         data[i] = reinterpret_cast<const Vector*>(from)[at < vectors ? at : at - vectors];
       }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const int index = base + i * kThreads, row = index / (2 * vectors);
+        const int index = base + i * kThreads, row = index / both;
         if (index >= total || slots[row] < 0) continue;
         char* to = pool_row(p.pool, pool_head, first + row);
-        reinterpret_cast<Vector*>(to)[index % (2 * vectors)] = data[i];
+        reinterpret_cast<Vector*>(to)[index % both] = data[i];
       }
     }
     if constexpr (std::is_same_v<T, int8_t>) {
@@ -156,7 +157,7 @@ void launch_store_segments(const StoreSegmentsParams& p, const Launch& launch) {
     bits |= reinterpret_cast<std::uintptr_t>(p.pool.data[i]);
   }
   bits |= (p.stride_k_b | p.stride_k_h | p.stride_k_t | p.stride_v_b | p.stride_v_h | p.stride_v_t |
-           p.head_dim) *
+           p.head_dim | p.value_dim) *
           size;
   const bool aligned = bits % 16 == 0;
   const auto kernel = [&]<typename T>(T) {

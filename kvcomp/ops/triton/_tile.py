@@ -1,7 +1,7 @@
 """What decode_attention and append_attention share: a tile of tokens, from the list of them to the
 softmax, and the splits, from their plan to their merge.
 
-S = K qᵀ [BLOCK_N, BLOCK_G] and Oᵀ = Vᵀ P [D, BLOCK_G]: tokens fill the rows that tensor cores
+S = K qᵀ [BLOCK_N, BLOCK_G] and Oᵀ = Vᵀ P [Dv, BLOCK_G]: tokens fill the rows that tensor cores
 insist on, the rows of q are their narrow side.
 """
 
@@ -142,7 +142,7 @@ def advance_softmax(b_logits, b_max):
 
 
 @triton.jit
-def store_state(out, lse, b_max, b_sums, b_out, o_row, m_wrong, m_g, D: tl.constexpr, m_d):
+def store_state(out, lse, b_max, b_sums, b_out, o_row, m_wrong, m_g, DV: tl.constexpr, m_v):
     """Output and lse of the rows o_row of [rows, splits]; NaN where m_wrong."""
     num_splits, i_split = tl.num_programs(2), tl.program_id(2)
     b_sum = tl.where(m_wrong, float("nan"), tl.sum(b_sums, 0))
@@ -151,11 +151,11 @@ def store_state(out, lse, b_max, b_sums, b_out, o_row, m_wrong, m_g, D: tl.const
     b_out = b_out / b_sum[None, :]
     o_row = o_row * num_splits + i_split
     tl.store(lse + o_row, b_lse, mask=m_g)
-    o_d = tl.arange(0, b_out.shape[0])
-    p_out = out + o_row[None, :] * D + o_d[:, None]
+    o_v = tl.arange(0, b_out.shape[0])
+    p_out = out + o_row[None, :] * DV + o_v[:, None]
     # The output of an empty split is never read, so not written; that of an empty row is.
     m_out = m_g & (tl.where(num_splits > 1, b_lse, 0.0) != float("-inf"))
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_d[:, None] & m_out[None, :])
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_v[:, None] & m_out[None, :])
 
 
 # --- the splits -----------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def merge_splits_kernel(
 class Splits(NamedTuple):
     """Where the programs of a launch leave their states: in out and lse, if there is one split."""
 
-    out: Tensor  # [..., D]
+    out: Tensor  # [..., Dv]
     lse: Tensor  # [...]
     number: int
     size: int  # tokens
@@ -209,21 +209,27 @@ class Splits(NamedTuple):
 
     @classmethod
     def of(
-        cls, q: Tensor, programs: int, num_positions: int, out: Tensor | None, lse: Tensor | None
+        cls,
+        q: Tensor,
+        v: Tensor,
+        programs: int,
+        num_positions: int,
+        out: Tensor | None,
+        lse: Tensor | None,
     ) -> Splits:
-        """For q [..., D], whose rows `programs` programs share in each split; out and lse of the
-        caller, if it has any."""
+        """For q [..., D], whose rows `programs` programs share in each split, and v [..., Dv]; out
+        and lse of the caller, if it has any."""
         count, size = plan_splits(
             programs,
             max(1, -(-num_positions // MIN_SPLIT)),
             num_multiprocessors(q.device) * PROGRAMS_PER_SM,
         )
-        made = room(q, out, lse)
+        made = room(q, v, out, lse)
         out, lse = given_or_made(out, lse, made)
         if count == 1:
             return cls(out, lse, count, size, out, lse, made)
         partial_lse = lse.new_empty(*lse.shape, count)
-        partial_out = lse.new_empty(*partial_lse.shape, q.shape[-1])
+        partial_out = lse.new_empty(*partial_lse.shape, v.shape[-1])
         return cls(out, lse, count, size, partial_out, partial_lse, made)
 
     def merged(self) -> tuple[Tensor, Tensor]:

@@ -71,9 +71,11 @@ def append_attention_kernel(
     split_size,  # tokens, a multiple of BLOCK_N and of MIN_PART
     G: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_PART: tl.constexpr,
 ):
@@ -85,8 +87,10 @@ def append_attention_kernel(
     o_m = o_g // G
     o_h = i_kv * G + o_g % G  # query heads
     o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_V)
     m_g = o_m < num_queries
     m_d = o_d < D
+    m_v = o_v < DV
 
     b_asked = tl.load(seq_lens + i_b)
     b_len = tl.minimum(b_asked, num_positions)
@@ -104,7 +108,7 @@ def append_attention_kernel(
     p_q += o_h[None, :] * stride_q_h + o_d[:, None]
     b_q = tl.load(p_q, mask=m_d[:, None] & m_g[None, :], other=0.0)  # [BLOCK_D, BLOCK_G]
     p_k = k + i_b * stride_k_b + i_kv * stride_k_h + o_d[None, :]
-    p_v = v + i_b * stride_v_b + i_kv * stride_v_h + o_d[:, None]
+    p_v = v + i_b * stride_v_b + i_kv * stride_v_h + o_v[:, None]
     p_ids = page_ids
     if page_ids is not None:
         p_ids += i_b * stride_ids_b + i_kv * stride_ids_h
@@ -115,7 +119,7 @@ def append_attention_kernel(
 
     b_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     b_sums = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)  # summed over tokens once, at the end
-    b_out = tl.zeros([BLOCK_D, BLOCK_G], tl.float32)
+    b_out = tl.zeros([BLOCK_V, BLOCK_G], tl.float32)
     for i_n in range(i_start, i_end, BLOCK_N):
         b_slot, m_n, m_wild = slots_of(p_ids, i_n, b_len, num_slots, page_pitch, PAGE_SIZE, BLOCK_N)
         m_nd = m_n[:, None] & m_d[None, :]
@@ -139,8 +143,8 @@ def append_attention_kernel(
 
         b_probs, b_decay, b_max = advance_softmax(b_logits, b_max)
         b_sums = b_sums * b_decay[None, :] + b_probs
-        m_dn = m_d[:, None] & m_n[None, :]
-        b_v = tl.load(p_v + b_slot[None, :] * stride_v_t, mask=m_dn, other=0)
+        m_vn = m_v[:, None] & m_n[None, :]
+        b_v = tl.load(p_v + b_slot[None, :] * stride_v_t, mask=m_vn, other=0)
         if words is None:
             b_out = dot(b_v, b_probs.to(b_v.dtype), b_out * b_decay[None, :])
         else:
@@ -152,7 +156,7 @@ def append_attention_kernel(
     o_row = (i_b * num_queries + o_m) * num_heads + o_h
     if words is not None:
         b_out *= b_unit / HEADROOM
-    store_state(out, lse, b_max, b_sums, b_out, o_row, m_wrong, m_g, D, m_d)
+    store_state(out, lse, b_max, b_sums, b_out, o_row, m_wrong, m_g, DV, m_v)
 
 
 @on_its_device
@@ -183,7 +187,7 @@ def launch(
         most = max(4, min(32, 2048 // block_d))
         meta = meta | {"BLOCK_G": min(triton.next_power_of_2(count * group), most)}
     programs = num_kv_heads * -(-count * group // meta["BLOCK_G"])
-    splits = Splits.of(q, batch * programs, places.num_positions, out, lse)
+    splits = Splits.of(q, v, batch * programs, places.num_positions, out, lse)
     append_attention_kernel[(programs, batch, splits.number)](
         q,
         k,
@@ -209,8 +213,10 @@ def launch(
         splits.size,
         G=group,
         D=head_dim,
+        DV=v.shape[-1],
         PAGE_SIZE=page_size,
         BLOCK_D=block_d,
+        BLOCK_V=triton.next_power_of_2(v.shape[-1]),
         MIN_PART=MIN_SPLIT,
         **meta,
         **COMPILE,

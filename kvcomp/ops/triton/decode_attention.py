@@ -64,9 +64,11 @@ def decode_attention_kernel(
     split_size,  # tokens, a multiple of BLOCK_N and of MIN_PART
     G: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_PART: tl.constexpr,
 ):
@@ -74,8 +76,10 @@ def decode_attention_kernel(
     i_kv = (i_head // tl.cdiv(G, BLOCK_G)).to(tl.int64)
     o_g = i_head % tl.cdiv(G, BLOCK_G) * BLOCK_G + tl.arange(0, BLOCK_G)
     o_d = tl.arange(0, BLOCK_D)
+    o_v = tl.arange(0, BLOCK_V)
     m_g = o_g < G
     m_d = o_d < D
+    m_v = o_v < DV
     o_h = i_kv * G + o_g  # query heads
 
     b_asked = tl.load(seq_lens + i_b)
@@ -85,7 +89,7 @@ def decode_attention_kernel(
     p_q = q + i_b * stride_q_b + o_h[None, :] * stride_q_h + o_d[:, None]
     b_q = tl.load(p_q, mask=m_d[:, None] & m_g[None, :], other=0.0)  # [BLOCK_D, BLOCK_G]
     p_k = k + i_b * stride_k_b + i_kv * stride_k_h + o_d[None, :]
-    p_v = v + i_b * stride_v_b + i_kv * stride_v_h + o_d[:, None]
+    p_v = v + i_b * stride_v_b + i_kv * stride_v_h + o_v[:, None]
     p_ids = page_ids
     if page_ids is not None:
         p_ids += i_b * stride_ids_b + i_kv * stride_ids_h
@@ -96,7 +100,7 @@ def decode_attention_kernel(
 
     b_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     b_sums = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)  # summed over tokens once, at the end
-    b_out = tl.zeros([BLOCK_D, BLOCK_G], tl.float32)
+    b_out = tl.zeros([BLOCK_V, BLOCK_G], tl.float32)
     for i_n in range(i_start, i_end, BLOCK_N):
         b_slot, m_n, m_wild = slots_of(p_ids, i_n, b_len, num_slots, page_pitch, PAGE_SIZE, BLOCK_N)
         m_nd = m_n[:, None] & m_d[None, :]
@@ -116,8 +120,8 @@ def decode_attention_kernel(
 
         b_probs, b_decay, b_max = advance_softmax(b_logits, b_max)
         b_sums = b_sums * b_decay[None, :] + b_probs
-        m_dn = m_d[:, None] & m_n[None, :]
-        b_v = tl.load(p_v + b_slot[None, :] * stride_v_t, mask=m_dn, other=0)
+        m_vn = m_v[:, None] & m_n[None, :]
+        b_v = tl.load(p_v + b_slot[None, :] * stride_v_t, mask=m_vn, other=0)
         if words is None:
             b_out = dot(b_v, b_probs.to(b_v.dtype), b_out * b_decay[None, :])
         else:
@@ -127,7 +131,7 @@ def decode_attention_kernel(
     o_row = i_b * (tl.num_programs(0) // tl.cdiv(G, BLOCK_G) * G) + o_h
     if words is not None:
         b_out *= b_unit / HEADROOM
-    store_state(out, lse, b_max, b_sums, b_out, o_row, m_wrong, m_g, D, m_d)
+    store_state(out, lse, b_max, b_sums, b_out, o_row, m_wrong, m_g, DV, m_v)
 
 
 @on_its_device
@@ -152,7 +156,7 @@ def launch(
     if words is not None:
         meta = meta | {"num_warps": 8}  # codes are widened in registers
     programs = num_kv_heads * -(-group // meta["BLOCK_G"])
-    splits = Splits.of(q, batch * programs, places.num_positions, out, lse)
+    splits = Splits.of(q, v, batch * programs, places.num_positions, out, lse)
     decode_attention_kernel[(programs, batch, splits.number)](
         q,
         k,
@@ -174,8 +178,10 @@ def launch(
         splits.size,
         G=group,
         D=head_dim,
+        DV=v.shape[-1],
         PAGE_SIZE=page_size,
         BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_V=triton.next_power_of_2(v.shape[-1]),
         MIN_PART=MIN_SPLIT,
         **meta,
         **COMPILE,
