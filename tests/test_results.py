@@ -181,6 +181,27 @@ def test_eight_bits():
             assert eight["kv_bytes"] <= 0.52 * wide["kv_bytes"]
 
 
+def test_several_queries_per_step():
+    measured = {(row["shape"], row["impl"]): row for row in rows_of("ops/append_attention")}
+    for count, cells in table(RESULTS, "| queries per step |").items():
+        for heads, cell in zip(("32/8x128", "16/8x128"), cells, strict=True):
+            shape = f"B=1 {heads} n=16384 m={count}"
+            kinds = ("one-by-one", "cpu", "cat-sdpa")
+            shown = [f"{measured[shape, kind]['ms_min']:.1f}" for kind in kinds]
+            assert cell == ", ".join(shown) + " ms"
+
+
+def test_linear_layers_of_a_step():
+    measured = {(row["shape"], row["impl"]): row for row in rows_of("ops/linear_rows")}
+    for rows, cells in table(RESULTS, "| rows of linear layers |").items():
+        for model, cell in zip(("SmolLM2-135M, 269 MB", "Qwen3-0.6B, 1192 MB"), cells, strict=True):
+            torchs, own = (
+                measured[f"{rows} x all of {model}", impl] for impl in ("torch-linear", "cpu")
+            )
+            ratio = own["ratios"]["torch-linear"]
+            assert cell == f"{torchs['ms']:.1f} → {own['ms']:.1f} ms, {ratio:.2f}x"
+
+
 def test_eviction_at_equal_bytes():
     measured = {}
     for row in rows_of("families/tight"):
