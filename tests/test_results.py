@@ -202,6 +202,26 @@ def test_linear_layers_of_a_step():
             assert cell == f"{torchs['ms']:.1f} → {own['ms']:.1f} ms, {ratio:.2f}x"
 
 
+def test_eight_bits_on_real_text():
+    from language.loss import summaries
+
+    found = {each["method"]: each for each in summaries(rows_of("language/eight-bits"))}
+    names = {
+        "rounded to bf16": "bf16",
+        "eight bits": "int8",
+        "eight bits, kv_rotate=False": "int8-plain",
+        "four bits, K turned": "int4",
+    }
+    shown = table(ROOT / "docs" / "memory.md", "| K and V of SmolLM2-135M |")
+    assert list(shown) == list(names)
+    for name, kind in names.items():
+        got = found[f"full@{kind}"]
+        assert shown[name] == [f"{got['kl']:.1e}", f"{got['top1']:.2%}", f"{got['d_nll']:+.4f}"]
+    eight, plain, four = (found[f"full@{kind}"] for kind in ("int8", "int8-plain", "int4"))
+    assert eight["kl"] <= 1e-3 and eight["top1"] >= 0.985 and abs(eight["d_nll"]) <= 0.004
+    assert eight["kl"] < plain["kl"] / 2 < four["kl"] / 20
+
+
 def test_eviction_at_equal_bytes():
     measured = {}
     for row in rows_of("families/tight"):
