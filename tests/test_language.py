@@ -15,9 +15,10 @@ from accuracy.sizes import Room, held_bytes
 from kvcomp import Full, LazyEviction, LouisKV, StreamingLLM, patch
 from kvcomp.cli.common import load
 from kvcomp.methods.cost import Place
-from kvcomp.reading import read, scaled, windows
+from kvcomp.reading import Window, read, scaled, windows
 from language import answers, free
 from language.lineup import options
+from language.loss import begun
 from language.questions import Question, Writer, kinds
 from language.sizes import sized
 from language.stack import Stack
@@ -92,6 +93,13 @@ class Letters:
 
     def __call__(self, text, **kwargs):
         return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_windows_begin_as_the_tokenizer_begins_a_text():
+    window = Window("reference", 7, (3, 4, 5))
+    assert begun(Letters(), [window]) == [window]
+    starts = begun(lambda text: {"input_ids": [2, *map(ord, text)]}, [window])
+    assert starts == [Window("reference", 7, (2, 4, 5))]
 
 
 @pytest.mark.parametrize("kind", kinds(1600))
