@@ -226,8 +226,8 @@ def test_mismatch_is_refused_and_nothing_is_lost():
         (k[:2], k[:2], "batch size"),
         (k[..., :16], k[..., :16], "head size"),
         (k.half(), k.half(), "dtype"),
-        (k, k[..., :16], "one shape"),
-        (k[:, :, :0], k[:, :, :0], "without empty dimensions"),
+        (k, k[..., :16], "head size of V"),
+        (k[:, :, :0], k[:, :, :0], "none of them 0"),
     ):
         with pytest.raises(ValueError, match=what):
             rows.layer.append(bad_k, bad_v)

@@ -126,8 +126,22 @@ def visible(seq_lens, q_lens, tail, count, positions):
     return ((new < 0) | of_new) & (query < lens[:, None, None])
 
 
-def fake(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, *rest):
-    return room(q, v, *(rest[1:] or (None, None)))
+def fake(
+    q,
+    k,
+    v,
+    seq_lens,
+    q_lens,
+    tail,
+    page_ids,
+    page_size,
+    scale,
+    logits,
+    words=None,
+    out=None,
+    lse=None,
+):
+    return room(q, v, out, lse)
 
 
 def native(extension: ModuleType, backend: int) -> Callable:

@@ -88,16 +88,22 @@ def in_turn(attend: Callable, score: Callable, select: Callable) -> Callable:
 reference = in_turn(attend, score, select)
 
 
-def fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
+def fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, num_groups, *rest):
     # Sizes and shapes that make no sense reach the native checks, which say so.
-    out, lse = room(q, v, *(rest[5:] or (None, None)))
+    out, lse = room(q, v, *outputs_of(rest))
     if page_ids is None:
         total = -(-k.size(2) // max(page_size, 1)) if k.ndim > 2 else 0
     else:
         total = page_ids.size(-1) if page_ids.ndim > 1 else 0
-    sets = q.size(0), max(rest[0], 0)
+    sets = q.size(0), max(num_groups, 0)
     selected_ids = seq_lens.new_empty(*sets, max(num_pages, 0), dtype=torch.int32)
     return out, lse, lse.new_empty(*sets, total), selected_ids, torch.empty_like(seq_lens)
+
+
+def outputs_of(rest: tuple) -> tuple[Tensor | None, Tensor | None]:
+    """out and lse, if there are any, behind use_max, num_recent, num_sink and words."""
+    out, lse = (*rest[4:], None, None)[:2]
+    return out, lse
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
@@ -105,7 +111,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
 
     def run(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
         made = fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
-        outputs = given_or_made(*(rest[5:] or (None, None)), made)
+        outputs = given_or_made(*outputs_of(rest[1:]), made)
         lse = outputs[1]
         partial_out, partial_lse, size, arrived = None, None, 0, None
         if in_splits:

@@ -102,9 +102,21 @@ def fake(k, *rest):
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
-    def run(*args):
-        words = args[9:] or (None, False)
-        extension.store_segments(backend, *args[:9], *words, raw_stream(args[0]))
+    def run(
+        k,
+        v,
+        slot_rows,
+        seq_lens,
+        starts,
+        num_units,
+        closed,
+        pool,
+        centroids,
+        words=None,
+        turned=False,
+    ):
+        inputs = k, v, slot_rows, seq_lens, starts, num_units, closed, pool, centroids
+        extension.store_segments(backend, *inputs, words, turned, raw_stream(k))
 
     return run
 

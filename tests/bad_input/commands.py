@@ -142,7 +142,7 @@ GENERATE = [
     ("reasoner --prompt x --method lazy-eviction --set alpha=inf", "alpha: expected a probability"),
     (
         "reasoner --prompt x --method lazy-eviction --set h1=theirs",
-        "h1: expected one of paper, code",
+        "h1: expected one of patient, paper, code",
     ),
     ("reasoner --prompt", "--prompt"),
     ("reasoner", "--prompt"),

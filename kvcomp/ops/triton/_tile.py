@@ -76,10 +76,11 @@ def slots_of(
     else:
         # A page that holds whole blocks needs one id per block, smaller ones one per token.
         o_page = i_n // PAGE_SIZE if PAGE_SIZE % BLOCK_N == 0 else o_n // PAGE_SIZE
-        b_page = tl.load(p_ids + o_page, mask=o_page * PAGE_SIZE < b_len, other=-1).to(tl.int64)
-        b_slot = b_page * page_pitch + o_n % PAGE_SIZE
-        m_n = m_len & (b_slot >= 0) & (b_slot < num_slots)
-        return b_slot, m_n, m_len & ((b_page < -1) | (b_slot >= num_slots))
+        b_page = tl.load(p_ids + o_page, mask=o_page * PAGE_SIZE < b_len, other=-1)
+        b_slot = b_page.to(tl.int64) * page_pitch + o_n % PAGE_SIZE
+        m_above = b_slot >= num_slots
+        m_n = m_len & (b_page >= 0) & ~m_above
+        return b_slot, m_n, m_len & ((b_page < -1) | m_above)
 
 
 @triton.jit
