@@ -116,9 +116,8 @@ def test_arguments_by_position(llama):
     ids = padded_batch()["input_ids"][1:]
     with torch.no_grad():
         stock = llama.model(ids, torch.ones_like(ids)).last_hidden_state
-        with kvcomp.patch(llama, Full()):
-            given = llama.model(ids, torch.ones_like(ids), None, None)[0]
-    torch.testing.assert_close(given, stock)
+        with kvcomp.patch(llama, Full(), linear_rows=False):  # which rounds otherwise than torch
+            assert torch.equal(llama.model(ids, torch.ones_like(ids), None, None)[0], stock)
 
 
 def test_a_prompt_of_one_token(llama):
