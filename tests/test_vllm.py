@@ -17,7 +17,7 @@ import time
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -25,9 +25,10 @@ import torch
 import kvcomp
 from kvcomp import models
 from kvcomp.cache import KVCache
-from kvcomp.engines.vllm import VERSIONS
+from kvcomp.engines.vllm import VERSIONS, check, register
 from kvcomp.engines.vllm.lazy import LazyLayer, LazyStep, last_eviction
 from kvcomp.engines.vllm.settings import Settings, SinkWindow
+from kvcomp.engines.vllm.start import guard
 from kvcomp.engines.vllm.step import PlacedModel, Step
 
 HERE = Path(__file__).parent
@@ -83,9 +84,10 @@ class FakeConfig:
         self.pipeline_parallel_size = self.decode_context_parallel_size = 1
         self.prefill_context_parallel_size = 1
         self.speculative_config = None
+        self.use_mla = self.is_attention_free = False
         self.block_size, self.cache_dtype, self.enable_prefix_caching = 128, "auto", False
         self.__dict__.update(changes)
-        self.parallel_config = self.cache_config = self
+        self.parallel_config = self.cache_config = self.model_config = self
 
 
 @pytest.mark.parametrize(
@@ -96,6 +98,8 @@ class FakeConfig:
         ("full", {"speculative_config": object()}, "speculative decoding"),
         ("full", {"cache_dtype": "fp8_e4m3"}, "kv_cache_dtype=fp8_e4m3"),
         ("delta", {"cache_dtype": "int8_per_token_head"}, "kv_cache_dtype=int8_per_token_head"),
+        ("full", {"use_mla": True}, "latent attention"),
+        ("delta", {"is_attention_free": True}, "a model without attention"),
         ("full", {"block_size": 40}, "page_size=16, which does not divide"),
         ("sink-window", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
         ("lazy-eviction", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
@@ -106,6 +110,56 @@ def test_servers_that_cannot_run_a_method(method, change, reason):
     settings.refuse(FakeConfig())
     with pytest.raises(ValueError, match=reason):
         settings.refuse(FakeConfig(**change))
+
+
+ASKED = {"additional_config": {"kvcomp": {"method": "full"}}}
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "reason"),
+    [
+        ("0.32.0", "cuda", "on CPUs, and this vLLM serves on cuda"),
+        ("0.33.1+cpu", "cpu", "expected vLLM >=0.32,<0.33, got 0.33.1"),
+        ("0.31.2", "cuda", "expected vLLM >=0.32,<0.33, got 0.31.2"),
+    ],
+)
+def test_a_vllm_that_kvcomp_cannot_serve_in(monkeypatch, version, device, reason):
+    """The plugin leaves it alone, and a server that asks for a method does not start."""
+    seen = []
+    platform = SimpleNamespace(
+        is_cpu=lambda: device == "cpu", device_type=device, check_and_update_config=seen.append
+    )
+    modules = {
+        "vllm": {"__version__": version},
+        "vllm.platforms": {"current_platform": platform},
+        "vllm.plugins": {"load_general_plugins": register},
+    }
+    for name, contents in modules.items():
+        module = ModuleType(name)
+        module.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    register()
+    dense = FakeConfig(additional_config={})
+    platform.check_and_update_config(dense)
+    assert seen == [dense]
+    with pytest.raises(RuntimeError, match=reason):
+        platform.check_and_update_config(FakeConfig(**ASKED))
+    with pytest.raises(RuntimeError, match=reason):
+        check()
+
+
+def test_a_server_is_refused_before_it_starts():
+    """After the platform has had its say, which sets the size of blocks."""
+    platform = SimpleNamespace(
+        check_and_update_config=lambda config: setattr(config, "block_size", config.platform_block)
+    )
+    guard(platform, None)
+    platform.check_and_update_config(FakeConfig(**ASKED, block_size=40, platform_block=128))
+    with pytest.raises(ValueError, match="blocks of 40 tokens"):
+        platform.check_and_update_config(FakeConfig(**ASKED, platform_block=40))
+    unknown = {"additional_config": {"kvcomp": {"method": "h2o"}}, "platform_block": 128}
+    with pytest.raises(ValueError, match="method: expected one of"):
+        platform.check_and_update_config(FakeConfig(**unknown))
 
 
 @pytest.mark.parametrize("sinks", [0, 2])
@@ -401,10 +455,54 @@ def test_a_cache_that_another_layer_reads_stays_as_vllm_has_it(monkeypatch):
     layers = dict(
         zip(names, [layer(True), layer(True), layer(False, names[1]), layer(True)], strict=True)
     )
+    monkeypatch.setattr(cpu, "Attention", SimpleNamespace)
     monkeypatch.setattr(cpu, "get_layers_from_vllm_config", lambda *_: layers)
     placed = cpu._place_layers(SimpleNamespace(), Settings.read({"method": "full"}))
     assert placed == {names[0], names[3]} and layers[names[1]].impl.placed is None
     assert layers[names[3]].impl.placed.position == 1
+
+
+@in_engine
+def test_layers_of_another_kind_stay_with_vllm():
+    """Such as chunked local attention, whose rows are pieces of requests; real layers of vLLM."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
+
+    from kvcomp import reasoner
+    from kvcomp.engines.vllm import cpu
+
+    check()
+    settings = Settings.read(ASKED["additional_config"]["kvcomp"])
+    config = EngineArgs(str(reasoner.path()), max_model_len=1024, **ASKED).create_engine_config()
+    with set_current_vllm_config(config):
+        size = {"num_heads": 4, "head_size": 64, "scale": 0.125, "num_kv_heads": 2}
+        cache = config.cache_config
+        chunked = ChunkedLocalAttention(
+            **size, attention_chunk_size=64, cache_config=cache, prefix="layers.0.attn"
+        )
+        with pytest.raises(ValueError, match="the model has no layer with full attention"):
+            cpu._place_layers(config, settings)
+        full = Attention(**size, cache_config=cache, prefix="layers.1.attn")
+        assert cpu._place_layers(config, settings) == {"layers.1.attn"}
+    assert isinstance(chunked.impl, cpu.KvcompImpl) and not chunked.impl.managed
+    assert isinstance(full.impl, cpu.KvcompImpl) and full.impl.placed.position == 0
+
+
+@in_engine
+def test_layers_that_stay_with_vllm_beside_managed_ones():
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from kvcomp.engines.vllm.blocks import leaving
+    from kvcomp.engines.vllm.cpu import _check_others
+
+    spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    _check_others(set(), leaving(spec, SinkWindow()), 4)
+    _check_others({"layers.3"}, spec, 32)
+    with pytest.raises(ValueError, match=r"page_size: expected a multiple of 16.*layers.3"):
+        _check_others({"layers.3"}, spec, 4)
+    with pytest.raises(ValueError, match=r"vLLM keeps layers.3, which reads all tokens"):
+        _check_others({"layers.3"}, leaving(spec, SinkWindow()), 16)
 
 
 @in_engine
@@ -423,15 +521,32 @@ def test_what_cannot_work_stops_the_start(model, prompts, wanted, reason):
 
 
 @in_engine
-def test_another_version_of_vllm(monkeypatch):
-    import vllm
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        ("full", {"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
+        ("delta", {"block_size": 40}, "blocks of 40 tokens"),
+        ("delta", {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ("lazy-eviction", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+        (
+            "delta",
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding",
+        ),
+    ],
+)
+def test_options_of_vllm_that_a_method_refuses(method, options, reason):
+    """By vLLM's own names, in the process that builds the configuration."""
+    from vllm.engine.arg_utils import EngineArgs
 
-    from kvcomp.engines.vllm import check, check_version
+    from kvcomp import reasoner
 
     check()
-    monkeypatch.setattr(vllm, "__version__", "0.33.1+cpu")
-    with pytest.raises(RuntimeError, match=r"expected vLLM >=0.32,<0.33, got 0.33.1"):
-        check_version()
+    common = {"max_model_len": 1024} | options
+    EngineArgs(str(reasoner.path()), **common).create_engine_config()
+    wanted = {"kvcomp": {"method": method}}
+    with pytest.raises(ValueError, match=reason):
+        EngineArgs(str(reasoner.path()), additional_config=wanted, **common).create_engine_config()
 
 
 # --- a real server --------------------------------------------------------------------------------

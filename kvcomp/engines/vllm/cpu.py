@@ -2,8 +2,8 @@
 
 vLLM has no choice of backends on a CPU, so `register` puts this one in the place of the built-in.
 Layers with full attention and nothing besides are *managed*: kvcomp writes their pages and decodes
-over them. Layers with a window, sinks, a soft cap, ALiBi or an 8-bit cache stay as they are, and so
-does everything where the server was not asked for a method.
+over them. Layers with a window, chunks, sinks, a soft cap, ALiBi or an 8-bit cache stay as they
+are, and so does everything where the server was not asked for a method.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvcomp import Delta, LazyEviction
 from kvcomp.engines.vllm import pages
-from kvcomp.engines.vllm.blocks import leaving
+from kvcomp.engines.vllm.blocks import LeavingSpec, leaving
 from kvcomp.engines.vllm.lazy import LazyLayer, LazyStep, PromptLengths
 from kvcomp.engines.vllm.prompts import PromptPlanner, Prompts
 from kvcomp.engines.vllm.settings import Settings, SinkWindow
@@ -113,11 +113,7 @@ class KvcompBuilder(CPUAttentionMetadataBuilder):
         assert settings is not None
         self.method = settings.method
         self.managed = _place_layers(vllm_config, settings) & set(layer_names)
-        if (left := sorted(set(layer_names) - self.managed)) and self.block_size % 16:
-            raise ValueError(
-                f"kvcomp.engines.vllm: page_size: expected a multiple of 16, as vLLM's kernel keeps"
-                f" {left[0]} and has no other pages, got {self.block_size}"
-            )
+        _check_others(set(layer_names) - self.managed, kv_cache_spec, self.block_size)
         self.engine_block = vllm_config.cache_config.block_size
         self.planner = PromptPlanner(self.num_heads, self.num_kv_heads, self.head_dim, self.dtype)
         self.logits: Tensor | None = None
@@ -226,6 +222,23 @@ class KvcompImpl(CPUAttentionBackendImpl):
         return output
 
 
+def _check_others(others: set[str], spec: Any, page_size: int) -> None:
+    """Raise ValueError where vLLM cannot keep `others`, layers in one group with managed ones."""
+    if not others:
+        return
+    name = min(others)
+    if isinstance(spec, LeavingSpec):
+        raise ValueError(
+            f"kvcomp.engines.vllm: {spec.method!r}: vLLM keeps {name}, which reads all tokens and"
+            " has its blocks in common with layers that lose them"
+        )
+    if page_size % 16:
+        raise ValueError(
+            f"kvcomp.engines.vllm: page_size: expected a multiple of 16, as vLLM's kernel keeps"
+            f" {name} and has no other pages, got {page_size}"
+        )
+
+
 def _place_layers(vllm_config: Any, settings: Settings) -> set[str]:
     """Give every managed layer of the model its part; their names.
 
@@ -235,8 +248,10 @@ def _place_layers(vllm_config: Any, settings: Settings) -> set[str]:
         ValueError: a model without such a layer, or one that the method does not fit.
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
-    for layer in layers.values():  # who shares a layer's cache reads it as vLLM's own kernels do
-        if target := layer.kv_sharing_target_layer_name:
+    for layer in layers.values():
+        if type(layer) is not Attention:  # it changes the batch: chunks, learned sinks, prefixes
+            layer.impl.managed = False
+        if target := layer.kv_sharing_target_layer_name:  # read as vLLM's own kernels write it
             layers[target].impl.managed = False
     names = [name for name, layer in layers.items() if getattr(layer.impl, "managed", False)]
     names.sort(key=extract_layer_index)

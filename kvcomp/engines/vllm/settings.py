@@ -116,7 +116,7 @@ class Settings:
     def refuse(self, vllm_config: Any) -> None:
         """Raise ValueError, with the reason, for a server that cannot run the method."""
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-        block = cache.block_size
+        block, model = cache.block_size, vllm_config.model_config
         reasons = {
             "pipeline parallelism: a stage would lack the pages that one below it selected": (
                 parallel.pipeline_parallel_size > 1
@@ -127,6 +127,9 @@ class Settings:
                 vllm_config.speculative_config is not None
             ),
             f"kv_cache_dtype={cache.cache_dtype}": cache.cache_dtype != "auto",
+            "latent attention, which vLLM runs by other backends": model is not None
+            and model.use_mla,
+            "a model without attention": model is not None and model.is_attention_free,
             f"page_size={self.page_size}, which does not divide the blocks of {block} tokens": (
                 block is not None and block % self.page_size != 0
             ),
