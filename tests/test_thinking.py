@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from transformers import LogitsProcessor
+from transformers import AutoTokenizer, LogitsProcessor
 
 import kvcomp
-from kvcomp import thinking
+from kvcomp import reasoner, thinking
 from kvcomp.hf.trial import trial
 from kvcomp.testing.models import tiny_model
 from kvcomp.thinking.cgrs import certainty
@@ -283,6 +283,12 @@ def test_probes_change_nothing_where_they_suppress_nothing(model, words, name):
 
 # --- bad input ------------------------------------------------------------------------------------
 
+
+def reasoner_words():
+    """A tokenizer that knows the words of a walk and no others."""
+    return AutoTokenizer.from_pretrained(reasoner.path())
+
+
 BAD = [
     (lambda w, run: thinking.StopScale(w, -1), "StopScale: prompt"),
     (lambda w, run: thinking.StopScale(w, 3, scale=0), "StopScale: scale"),
@@ -292,12 +298,20 @@ BAD = [
     (lambda w, run: thinking.BudgetForcing(w, 3, budget=-5), "BudgetForcing: budget"),
     (lambda w, run: thinking.BudgetForcing(w, 3, budget=5, minimum=6), "at most budget=5"),
     (lambda w, run: thinking.BudgetForcing(w, 3, minimum=6, wait="Wait so"), "wait"),
+    (lambda w, run: thinking.BudgetForcing(w, 3), "a budget or a minimum"),
     (lambda w, run: thinking.ConciseHint(w, 3, hint=" "), "ConciseHint: hint"),
+    (lambda w, run: thinking.ConciseHint(reasoner_words(), 3), "ConciseHint: hint: expected a"),
+    (lambda w, run: thinking.ConciseHint(w, 3, ends=(".", "")), "ConciseHint: ends"),
+    (lambda w, run: thinking.ConciseHint(w, 3, ends="."), "ConciseHint: ends"),
     (lambda w, run: thinking.ConciseHint(w, 3, alpha=20, longest=10), "at least alpha=20"),
     (lambda w, run: thinking.Cgrs(None, w), "Cgrs: run"),
     (lambda w, run: thinking.Cgrs(run, w, delta=1.0), "Cgrs: delta"),
     (lambda w, run: thinking.Cgrs(run, w, rate=1.5), "Cgrs: rate"),
     (lambda w, run: thinking.Cgrs(run, w, words=("perchance",)), "words"),
+    (lambda w, run: thinking.Cgrs(run, w, words="Wait"), "Cgrs: words: expected a tuple"),
+    (lambda w, run: thinking.Cgrs(run, w, ends=("",)), "Cgrs: ends"),
+    (lambda w, run: thinking.Cgrs(run, w, close=""), "Cgrs: close"),
+    (lambda w, run: thinking.Cgrs(run, w, probe=""), "Cgrs: probe"),
 ]
 
 

@@ -22,7 +22,7 @@ from transformers import LogitsProcessor
 from kvcomp.hf.run import Run
 from kvcomp.hf.static_run import StaticRun
 from kvcomp.hf.trial import trial
-from kvcomp.thinking.checks import is_count, is_number, require
+from kvcomp.thinking.checks import is_count, is_number, require, require_texts
 from kvcomp.thinking.words import ends_with, spellings
 
 WORDS = ("Wait", "But", "Alternatively", "Alternative", "Hmm")
@@ -85,6 +85,9 @@ class Cgrs(LogitsProcessor):
             "a probability, or None",
             rate,
         )
+        require(isinstance(close, str) and close != "", "Cgrs: close", "a text", close)
+        require_texts(words, "Cgrs: words")
+        require_texts(ends, "Cgrs: ends")
         self.run, self.tokenizer, self.delta, self.answer = run, tokenizer, delta, answer
         self.close, self.lazy, self.rate, self.ends, self.seed = close, lazy, rate, ends, seed
         self.probe = tokenizer.encode(probe, add_special_tokens=False)

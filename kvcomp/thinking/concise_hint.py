@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from kvcomp.thinking.checks import is_count, is_number, require
-from kvcomp.thinking.words import ends_with
+from kvcomp.thinking.checks import is_count, is_number, require, require_texts
+from kvcomp.thinking.words import ends_with, tokens_of
 
 ENDS = (".", "?", "!", "\n")
 HINT = " (Make the answer concise!) "
@@ -32,7 +32,7 @@ class ConciseHint(LogitsProcessor):
         ends: texts behind which a hint may stand.
 
     Raises:
-        ValueError: a value out of range, or a hint without tokens.
+        ValueError: a value out of range, or a hint that the model does not know.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class ConciseHint(LogitsProcessor):
         require(
             is_count(longest, alpha), "ConciseHint: longest", f"at least alpha={alpha}", longest
         )
-        require(isinstance(hint, str) and hint.strip() != "", "ConciseHint: hint", "a text", hint)
-        self.hint = tokenizer.encode(hint, add_special_tokens=False)
+        require_texts(ends, "ConciseHint: ends")
+        self.hint = tokens_of(tokenizer, hint, "hint", "ConciseHint")
         self.tokenizer, self.prompt, self.ends = tokenizer, prompt, ends
         self.alpha, self.beta, self.longest = alpha, beta, longest
 

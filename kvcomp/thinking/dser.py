@@ -10,7 +10,7 @@ hand of the paper; that the last ten iterations vote is.
 from __future__ import annotations
 
 from kvcomp.thinking.ask import AskFunction
-from kvcomp.thinking.checks import is_count, require
+from kvcomp.thinking.checks import is_count, require, require_fields
 from kvcomp.thinking.votes import AnswerOf, Result, boxed, vote
 
 FIRST = "{question}"
@@ -48,7 +48,7 @@ def dser(
         the majority; `lengths` are those of the solutions that voted.
 
     Raises:
-        ValueError: a value out of range, or a prompt without its fields.
+        ValueError: a value out of range, or a prompt without its fields, or with others.
     """
     require(is_count(chains, 1), "dser: chains", "at least 1", chains)
     require(is_count(iterations, 1), "dser: iterations", "at least 1", iterations)
@@ -56,8 +56,7 @@ def dser(
     needed = {"first": "question", "verify": "question solution"}
     for name, prompt in {"first": first, "verify": verify, "refine": refine}.items():
         fields = needed.get(name, "question solution verdict").split()
-        good = all("{" + field + "}" in prompt for field in fields)
-        require(good, f"dser: {name}", f"a prompt with {', '.join(fields)} in braces", prompt)
+        require_fields(prompt, fields, f"dser: {name}")
     result = Result("", None, {})
     replies = list(ask([first.format(question=question)] * chains))
     result.add(replies)

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvcomp.hf.chunked_run import ChunkedRun
 from kvcomp.hf.run import Run
 from kvcomp.hf.static_run import StaticRun
-from kvcomp.thinking.checks import is_count, is_number, require
+from kvcomp.thinking.checks import is_count, is_number, require, require_texts
 from kvcomp.thinking.rows import Sampling, eos_of, generator
 from kvcomp.thinking.words import ends_with
 
@@ -96,6 +96,7 @@ def follow_leader(
     for name, run in (("leader", leader), ("drafter", drafter)):
         known = run.config.vocab_size
         require(known >= size, f"{where}: {name}", f"a vocabulary of at least {size} tokens", known)
+    require_texts(ends, f"{where}: ends")
     require(is_count(lead), f"{where}: lead", "tokens, at least 0", lead)
     require(is_number(gate) and 0 <= gate <= 1, f"{where}: gate", "a probability", gate)
     require(len(inputs["input_ids"]) == 1, f"{where}: inputs", "one prompt", "several")

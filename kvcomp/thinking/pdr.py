@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvcomp.thinking.ask import Ask, AskFunction
-from kvcomp.thinking.checks import is_count, require
+from kvcomp.thinking.checks import is_count, require, require_fields
 from kvcomp.thinking.votes import AnswerOf, Reply, Result, boxed, vote
 
 WRITERS = ("summary", "top", "random")
@@ -61,7 +61,7 @@ def pdr(
         each round and what the writer took; `total_tokens` those of all calls.
 
     Raises:
-        ValueError: a value out of range, or a prompt without its fields.
+        ValueError: a value out of range, or a prompt without its fields, or with others.
     """
     require(
         len(drafts) > 0 and all(is_count(each, 1) for each in drafts) and drafts[-1] == 1,
@@ -73,9 +73,8 @@ def pdr(
     require(is_count(keep, 1), "pdr: keep", "drafts, at least 1", keep)
     require(is_count(workspace, 1), "pdr: workspace", "tokens, at least 1", workspace)
     for name, prompt in (("first", first), ("again", again), ("summary", summary)):
-        needed = ["{question}"] if name == "first" else ["{question}", "{carry}"]
-        good = all(field in prompt for field in needed)
-        require(good, f"pdr: {name}", f"a prompt with {' and '.join(needed)}", prompt)
+        needed = ["question"] if name == "first" else ["question", "carry"]
+        require_fields(prompt, needed, f"pdr: {name}")
     result = Result("", None, {})
     rng = random.Random(seed)
     carries: list[str] = []

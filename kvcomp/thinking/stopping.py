@@ -126,6 +126,8 @@ class BudgetForcing(_Thought):
             f"at most budget={budget}",
             minimum,
         )
+        is_some = budget is not None or minimum > 0
+        require(is_some, "BudgetForcing", "a budget or a minimum", "neither")
         super().__init__(tokenizer, prompt, end)
         self.budget, self.minimum = budget, minimum
         self.wait = one_token(tokenizer, wait, "wait", self.caller) if minimum else None

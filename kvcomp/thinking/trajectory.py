@@ -141,8 +141,8 @@ def latent_trajectory(
         `max_new_tokens` vote only where none has ended. `lengths` are those of the voters.
 
     Raises:
-        ValueError: keep is not in 1..k, fewer tokens than two blocks, an unknown signal, or several
-            prompts.
+        ValueError: keep is not in 1..k, fewer tokens than two blocks or as many as a row has at
+            most, an unknown signal, or several prompts.
     """
     where = "latent_trajectory"
     require(is_count(k, 1), f"{where}: k", "rows, at least 1", k)
@@ -150,12 +150,13 @@ def latent_trajectory(
     require(is_count(block, 1), f"{where}: block", "tokens, at least 1", block)
     least = block + 2  # the token of a step is heard in the next one
     require(is_count(at, least), f"{where}: at", f"two blocks, at least {least} tokens", at)
+    drawn = Sampling(**sampling)
+    most = drawn.max_new_tokens  # rows that are cut off before would never be ranked
+    require(at < most, f"{where}: at", f"fewer tokens than max_new_tokens={most}", at)
     require(signal in SIGNALS, f"{where}: signal", f"one of {', '.join(SIGNALS)}", signal)
     require(len(inputs["input_ids"]) == 1, f"{where}: inputs", "one prompt", "several")
     with LatentTrajectory(run, block) as heard:
-        rows = Rows(
-            run, inputs, Sampling(**sampling), copies=k, processors=processors, followers=[heard]
-        )
+        rows = Rows(run, inputs, drawn, copies=k, processors=processors, followers=[heard])
         while rows.live and len(rows.live[0].ids) < at:
             rows.step()
         ended = [row for row in rows.all if row.ended]

@@ -55,6 +55,21 @@ def one_token(tokenizer: Any, text: str, argument: str, caller: str) -> int:
     return int(index)
 
 
+def tokens_of(tokenizer: Any, text: str, argument: str, caller: str) -> list[int]:
+    """The ids of a text that is put into a thought.
+
+    Raises:
+        ValueError: it has none, or the model does not know all of it.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False) if isinstance(text, str) else []
+    if not ids or not text.strip() or getattr(tokenizer, "unk_token_id", None) in ids:
+        raise ValueError(
+            f"kvcomp.thinking: {caller}: {argument}: expected a text of tokens of this model, got"
+            f" {text!r}"
+        )
+    return list(ids)
+
+
 def spellings(tokenizer: Any, words: Collection[str], *, caller: str = "thinking") -> list[int]:
     """Ids of all tokens that are one of the words, in any case, with or without blanks.
 
