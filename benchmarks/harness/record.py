@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -93,7 +94,7 @@ def meta(benchmark: str, device: str, **more) -> dict:
     """Machine, versions and commit: what a reader needs to judge or repeat the rows."""
     facts = {
         "benchmark": benchmark,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]).partition(" --json")[0],
+        "command": _command(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
         "kvcomp": kvcomp.__version__,
         "torch": torch.__version__,
@@ -190,6 +191,12 @@ class OtherLoad:
         idle = ticks[3] + ticks[4]
         own = sum(os.times()[:4])  # with that of children that have ended
         return sum(ticks) / hertz, (sum(ticks) - idle) / hertz, own
+
+
+def _command(words: Sequence[str]) -> str:
+    """The command without its file, which may stand anywhere."""
+    line = " ".join([Path(words[0]).name, *words[1:]])
+    return re.sub(r" --json[ =]\S+", "", line)
 
 
 def _commit() -> str | None:
