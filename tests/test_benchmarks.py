@@ -360,7 +360,7 @@ def test_the_gpu_script_walks_its_steps_without_a_gpu(tmp_path):
     assert "ok (" in (tmp_path / "logs" / "selftest.txt").read_text()
 
 
-FAMILIES = ("attention", "pages", "eviction", "retrieval", "overhead")
+FAMILIES = ("attention", "latent", "codes", "pages", "eviction", "retrieval", "overhead")
 
 
 def test_interleave_bounds_the_slow_and_never_starves_them():

@@ -17,10 +17,12 @@ from kvcomp.hf.run import Run
 from kvcomp.hf.static_run import StaticRun
 from kvcomp.hf.wrapper import first_position
 
+TYPES = {"token_type_ids", "mm_token_type_ids"}
+
 
 def packs(run: Run) -> bool:
-    """Whether prompts of the run's model can be packed: every layer with K and V is a method's, and
-    the model is told positions."""
+    """Whether prompts of the run's model can be packed: every layer with K and V is a method's, the
+    model is told positions, and its mask does not depend on types of tokens (PaliGemma)."""
     if isinstance(run, StaticRun):
         return False
     cache: Any = run.new_cache()
@@ -28,6 +30,7 @@ def packs(run: Run) -> bool:
         getattr(cache, "all_managed", False)
         and not cache.kv.layers[0].is_shared
         and "position_ids" in inspect.signature(run.decoder.forward).parameters
+        and TYPES.isdisjoint(inspect.signature(run.model.forward).parameters)
         and not changes_with_length(run.model)
     )
 
