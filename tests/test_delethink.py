@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 import kvcomp
 from kvcomp import Delethink
 from kvcomp.cache.background import Background
-from kvcomp.testing.models import ARCHITECTURES, REFUSED, tiny_model
+from kvcomp.testing.models import ARCHITECTURES, tiny_model
 from slow import delethink as slow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,7 +197,7 @@ def test_logits_of_other_architectures(kind):
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ARCHITECTURES if kind not in REFUSED])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_greedy_tokens_are_those_of_the_loop(kind):
     model = known_model(kind)
     batch, method = ragged(9, 14), method_of("carry-over-half")

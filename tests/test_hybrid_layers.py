@@ -60,9 +60,9 @@ def test_states_follow_the_beams():
 
 
 def test_a_small_budget_is_felt():
-    model = model_of("falcon_h1")
+    model, stock = model_of("falcon_h1"), stock_of("falcon_h1")
     with kvcomp.patch(model, LazyEviction.example(8)) as run:
-        assert not torch.equal(generate(model), stock_of("falcon_h1"))
+        assert not torch.equal(generate(model), stock)
     assert run.report().attended_ratio < 1
 
 

@@ -17,7 +17,7 @@ from packaging import version
 import kvcomp
 import model_tables
 from kvcomp import METHODS, Delethink, Full
-from kvcomp.testing.models import ARCHITECTURES, REFUSED, tiny_model
+from kvcomp.testing.models import ARCHITECTURES, tiny_model
 from slow import delethink as slow_delethink
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned_outputs")
@@ -32,7 +32,7 @@ KINDS = [kind for kind in ARCHITECTURES if not (OLD and kind in model_tables.NEW
 NAMES = ["full", *(name for name, method in METHODS.items() if not method.baseline)]
 
 # (architecture, method, case), each or None for any of them -> the reason that a refusal gives
-REASONS = {(kind, None, None): reason for kind, reason in REFUSED.items()}
+REASONS = {}
 if OLD:
     REASONS["qwen3_next", None, None] = "requires its own cache class"
     REASONS["deepseek_v3", None, None] = "before they are cached"

@@ -290,6 +290,7 @@ class Kernel {
         const float* q = scratch.q + offset + std::size_t(row) * p_.head_dim;
         rows_.codes.multiply(scratch.logits + row * kTile, k_scale, q[p_.head_dim - 1], rows.count);
       }
+      if (p_.softcap > 0) rows_.cap(scratch.logits, count, rows.count, p_.softcap);
       for (int row = 0; row < count; ++row) {
         finish_logits(rows, walk.batch, row_of(walk, head, first + row),
                       scratch.logits + row * kTile);

@@ -11,7 +11,7 @@ void attend_and_select(Backend backend, py::handle q_, py::handle k, py::handle 
                        std::int64_t num_groups, bool use_max, std::int64_t num_recent,
                        std::int64_t num_sink, py::handle partial_out, py::handle partial_lse,
                        std::int64_t split_size, py::handle arrived_, py::handle words,
-                       std::uintptr_t stream) {
+                       double softcap, std::uintptr_t stream) {
   const Boundary at{"attend_and_select"};
   TensorView logits = at.tensor("logits", logits_);  // is not optional here
   const TensorView q = at.tensor("q", q_), lse = at.tensor("lse", lse_);
@@ -19,9 +19,9 @@ void attend_and_select(Backend backend, py::handle q_, py::handle k, py::handle 
   const TensorView scores = at.tensor("scores", scores_);
   AttendAndSelectParams params;
   DecodeAttentionParams& attention = params.attention;
-  attention =
-      decode_attention_params(at, backend, q_, k, v, seq_lens_, page_ids, logits_, out, lse_,
-                              page_size, scale, partial_out, partial_lse, split_size, words);
+  attention = decode_attention_params(at, backend, q_, k, v, seq_lens_, page_ids, logits_, out,
+                                      lse_, page_size, scale, partial_out, partial_lse, split_size,
+                                      words, softcap);
   logits.shape[2] = page_ids.is_none() ? std::int64_t{attention.num_slots}
                                        : std::int64_t{attention.num_listed} * page_size;
   params.scoring = page_scores_params(at, backend, logits, lse, seq_lens, scores, page_size,

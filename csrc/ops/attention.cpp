@@ -1,6 +1,7 @@
 #include "ops/attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "ops/checks.h"
@@ -120,6 +121,12 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
   check_head_dims(at, backend, D.size, Dv.size);
   if (words && Dv.size != D.size) at.fail("words", "None where k and v differ in size", "a tensor");
   if (page_size < 1) at.fail("page_size", "at least 1", page_size);
+  if (!(given.softcap >= 0 && std::isfinite(given.softcap))) {
+    at.fail("softcap", "a positive number or None", std::to_string(given.softcap));
+  }
+  if (given.softcap > 0 && backend == Backend::cuda) {
+    at.fail("softcap", "None for CUDA, whose kernels cap no logits", std::to_string(given.softcap));
+  }
   std::int64_t positions = T.size;
   if (page_ids) {
     at.dtype(*page_ids, {DType::i32});
@@ -219,6 +226,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
       .num_splits = static_cast<std::int32_t>(S.size),
       .split_size = static_cast<std::int32_t>(given.split_size),
       .scale = static_cast<float>(given.scale),
+      .softcap = static_cast<float>(given.softcap),
   };
   if (readable(backend)) {
     // An empty list has no memory, so it would pass for no list; with lengths of 0 that is the

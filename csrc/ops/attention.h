@@ -25,6 +25,7 @@ struct AttentionArguments {
   py::handle partial_out, partial_lse;
   std::int64_t split_size;
   py::handle words;
+  double softcap;
 };
 
 // seq_lens and page_ids hold what they may; readable tensors only.

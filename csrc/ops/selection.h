@@ -11,13 +11,11 @@
 
 namespace kvcomp {
 
-DecodeAttentionParams decode_attention_params(const Boundary& at, Backend backend, py::handle q,
-                                              py::handle k, py::handle v, py::handle seq_lens,
-                                              py::handle page_ids, py::handle logits,
-                                              py::handle out, py::handle lse,
-                                              std::int64_t page_size, double scale,
-                                              py::handle partial_out, py::handle partial_lse,
-                                              std::int64_t split_size, py::handle words);
+DecodeAttentionParams decode_attention_params(
+    const Boundary& at, Backend backend, py::handle q, py::handle k, py::handle v,
+    py::handle seq_lens, py::handle page_ids, py::handle logits, py::handle out, py::handle lse,
+    std::int64_t page_size, double scale, py::handle partial_out, py::handle partial_lse,
+    std::int64_t split_size, py::handle words, double softcap);
 
 PageScoresParams page_scores_params(const Boundary& at, Backend backend, const TensorView& logits,
                                     const TensorView& lse, const TensorView& seq_lens,

@@ -30,6 +30,7 @@ class Attended(Slab):
         position: int
         seq_lens: Tensor
         sinks: Tensor | None
+        softcap: float | None
 
         @property
         def cache(self) -> KVCache: ...
@@ -74,7 +75,9 @@ class Attended(Slab):
             self._tokens = {"lens": self.seq_lens}
         k, v, words = self.stored()
         q = self.query(q)
-        return ops.attend_and_select(q, k, v, self.seq_lens, scale=scale, words=words, **selection)
+        return ops.attend_and_select(
+            q, k, v, self.seq_lens, scale=scale, words=words, softcap=self.softcap, **selection
+        )
 
     def attend_over(
         self,
@@ -123,6 +126,7 @@ class Attended(Slab):
             scale=scale,
             logits=logits,
             words=rows.words,
+            softcap=self.softcap,
         )
         if self.sinks is None:
             return out, lse

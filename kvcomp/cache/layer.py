@@ -43,6 +43,7 @@ class LayerCache(Staged):
         is_shared: whether other layers of the model attend to K and V of this one.
         sinks: [Hq], learned logits of a token without a value in every softmax; None: the model has
             none.
+        softcap: of the logits, see `ops.decode_attention`; None: the model has none.
         added: tokens that each row gained by the last `append`, a number or [B] int32.
         hosted: all of the tokens in host memory, for methods that retrieve (see `is_hosted`).
 
@@ -82,6 +83,7 @@ class LayerCache(Staged):
         self.first = True
         self.scale = 1.0
         self.sinks: Tensor | None = None
+        self.softcap: float | None = None
         self.added: int | Tensor = 0
         self.state: dict[str, Tensor] = {}
         self._placed_columns = 0

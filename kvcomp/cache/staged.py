@@ -48,6 +48,7 @@ class Staged(Attended):
         logical_lens: Tensor
         _arrivals: Arrivals
         sinks: Tensor | None
+        softcap: float | None
         hosted: Hosted
 
         @property
@@ -165,6 +166,7 @@ class Staged(Attended):
             scale=scale,
             logits=logits,
             words=words,
+            softcap=self.softcap,
         )
         if self.sinks is None:
             return out, lse

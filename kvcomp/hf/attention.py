@@ -34,7 +34,6 @@ NAME = "kvcomp"
 
 # Keywords of models that need more than softmax(scale * q k^T) v.
 UNSUPPORTED = {
-    "softcap": "a soft cap on the logits",
     "position_bias": "a position bias on the logits",
 }
 
@@ -110,7 +109,7 @@ def _managed(
     """Attention over a managed layer that has the new tokens already: out [B, n, Hq, D]."""
     kv = layer.kv
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kv.sinks = kwargs.get("s_aux")
+    kv.sinks, kv.softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     latents: Latents | None = module.__dict__.get("_kvcomp_latents")
     decoding = query.shape[2] == 1 and not kv.first and not run.encoding
     asked = query  # of the cache, in the space of what it holds
@@ -159,7 +158,7 @@ def _shared(
     key, value = source.shared
     kv, query = source.kv, query.to(key.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kv.sinks = kwargs.get("s_aux")
+    kv.sinks, kv.softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     if kv.staged:
         raise ValueError(f"kvcomp: {type(module).__name__} shares K and V: no drafts")
     if source.context is not None:
@@ -259,7 +258,14 @@ def _piece(
     count = query.shape[1]
     own, behind = left.clamp(0, count), (left - count).clamp(min=0)
     out, lse = ops.append_attention(
-        kv.query(query), rows.k, rows.v, lens - behind, q_lens=own, scale=scale, words=rows.words
+        kv.query(query),
+        rows.k,
+        rows.v,
+        lens - behind,
+        q_lens=own,
+        scale=scale,
+        words=rows.words,
+        softcap=kv.softcap,
     )
     if kv.sinks is None:
         return out

@@ -21,6 +21,7 @@ def refuse(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     name, generative = type(model).__name__, cast("Any", model)
     eager = config._attn_implementation == "eager"
+    capped = any(values_of(config, "attn_logit_softcapping"))
     attentions = attention_modules(decoder_of(model))
     reasons = {
         "is patched already, or shares its config with a model that is; undo() the other run"
@@ -32,7 +33,9 @@ def refuse(model: PreTrainedModel) -> None:
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "requires its own cache class": not generative._supports_default_dynamic_cache(),
         "says nothing of its layers (num_hidden_layers)": not hasattr(config, "num_hidden_layers"),
-        "caps its attention logits": any(values_of(config, "attn_logit_softcapping")),
+        "caps its attention logits, which kvcomp's CUDA kernels do not": capped
+        and model.device.type not in ("cpu", "meta"),
+        "caps its attention logits, and keeps latents": capped and latent_rank(config) is not None,
         "computes eager attention by itself (reorder_and_upcast_attn)": eager
         and any(values_of(config, "reorder_and_upcast_attn")),
         "is in float64, which no kernel attends in; load it in float32": any(
@@ -47,7 +50,7 @@ def refuse(model: PreTrainedModel) -> None:
     if (where := masks_by_name(decoder_of(model))) is not None:
         raise ValueError(
             f"kvcomp.patch: {name} makes another attention mask for some attention implementations"
-            f" ({where}), so that it would see other tokens: unsupported"
+            f" ({where}), so that it may see other tokens: unsupported"
         )
     if latent_rank(config) is not None:
         refuse_latents(model)

@@ -40,6 +40,7 @@ def append_attention(
     words: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last m tokens of each sequence: a second turn, a piece of a prompt, the
     drafts that speculative decoding checks. K and V are read once for all of them.
@@ -71,6 +72,7 @@ def append_attention(
             are left alone or set to -inf. See `decode_attention`.
         words: [B, Hkv, T] int32, scales of int8 k and v, as for `decode_attention`.
         out, lse: where to write the results, contiguous; new tensors by default.
+        softcap: of the logits, as for `decode_attention`.
 
     Returns:
         out [B, m, Hq, Dv] of q's dtype, and lse [B, m, Hq] fp32, the natural log of the sum of exp.
@@ -87,7 +89,10 @@ def append_attention(
     if scale is None:
         scale = default_scale(q)
     inputs = q, k, v, seq_lens, q_lens, tail, page_ids
-    return given_or_made(out, lse, _op(*inputs, page_size, scale, logits, words, out, lse))
+    made = _op(
+        *inputs, page_size, scale, logits, words, out, lse, 0.0 if softcap is None else softcap
+    )
+    return given_or_made(out, lse, made)
 
 
 def reference(
@@ -104,13 +109,14 @@ def reference(
     words=None,
     out=None,
     lse=None,
+    softcap=0.0,
 ):
     count = q.shape[1]
     q, k, v = decoded(q, k, v, words)
     k, v, valid = listed(k, v, seq_lens, page_ids, page_size)
     seen = visible(seq_lens, q_lens, tail, count, k.shape[2])
     allowed = seen[:, :, None] & valid[:, None]  # [B, m, 1 or Hkv, N]
-    x = logits_of(q, k, scale).masked_fill(~allowed[..., None, :], -torch.inf)
+    x = logits_of(q, k, scale, softcap).masked_fill(~allowed[..., None, :], -torch.inf)
     if logits is not None:
         logits[..., : x.shape[-1]] = x.flatten(2, 3)
     return handed_over(attended(x, v), out, lse)
@@ -140,6 +146,7 @@ def fake(
     words=None,
     out=None,
     lse=None,
+    softcap=0.0,
 ):
     return room(q, v, out, lse)
 
@@ -161,6 +168,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
         words=None,
         out=None,
         lse=None,
+        softcap=0.0,
     ):
         inputs = q, k, v, seq_lens, q_lens, tail, page_ids
         made = room(q, v, out, lse)
@@ -169,7 +177,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
         if in_splits:
             partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
         outputs = logits, out, lse, page_size, scale, partial_out, partial_lse, size, words
-        extension.append_attention(backend, *inputs, *outputs, raw_stream(q))
+        extension.append_attention(backend, *inputs, *outputs, softcap, raw_stream(q))
         return made
 
     return run
@@ -179,7 +187,7 @@ _op = bind(
     "append_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? q_lens, Tensor? tail,"
     " Tensor? page_ids, int page_size, float scale, Tensor(a!)? logits, Tensor? words=None,"
-    " Tensor(b!)? out=None, Tensor(c!)? lse=None) -> (Tensor, Tensor)",
+    " Tensor(b!)? out=None, Tensor(c!)? lse=None, float softcap=0.0) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
     native=native,

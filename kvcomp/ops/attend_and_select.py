@@ -36,6 +36,7 @@ def attend_and_select(
     words: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`decode_attention`, `page_scores` of its logits and `select_pages` by these scores in one op.
 
@@ -43,9 +44,9 @@ def attend_and_select(
     launches (four beyond 2048 pages), and the host does not wait between them.
 
     Args:
-        q, k, v, seq_lens, page_ids, scale, words, out, lse: as for `decode_attention`. With
-            `page_ids` the selected ids are positions in that list (columns of a block table), and
-            an entry of -1 before a row's end gets no score.
+        q, k, v, seq_lens, page_ids, scale, words, out, lse, softcap: as for `decode_attention`.
+            With `page_ids` the selected ids are positions in that list (columns of a block table),
+            and an entry of -1 before a row's end gets no score.
         page_size: tokens in a page, also in a page of `page_ids`.
         num_pages: K, pages in a set.
         logits: [B, Hq, N] fp32, or fp16 except on the CPU, N >= T (dense) or K' * page_size (K'
@@ -64,7 +65,16 @@ def attend_and_select(
     use_max = is_max("attend_and_select", reduction)
     if scale is None:
         scale = default_scale(q)
-    rest = num_groups, use_max, num_recent, num_sink, words, out, lse
+    rest = (
+        num_groups,
+        use_max,
+        num_recent,
+        num_sink,
+        words,
+        out,
+        lse,
+        0.0 if softcap is None else softcap,
+    )
     made = _op(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
     return given_or_made(out, lse, made)
 
@@ -75,7 +85,7 @@ def in_turn(attend: Callable, score: Callable, select: Callable) -> Callable:
     def run(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
         num_groups, use_max, num_recent, num_sink, *optional = rest
         made = attend(q, k, v, seq_lens, page_ids, page_size, scale, logits, *optional)
-        lse = given_or_made(*(optional[1:] or (None, None)), made)[1]
+        lse = given_or_made(*(optional[1:3] or (None, None)), made)[1]
         positions = k.size(2) if page_ids is None else page_ids.size(-1) * page_size
         written = logits.narrow(2, 0, positions)
         scores = score(written, lse, seq_lens, page_size, num_groups, use_max)
@@ -119,7 +129,8 @@ def native(extension: ModuleType, backend: int) -> Callable:
             arrived = seq_lens.new_empty(lse.shape, dtype=torch.int32)
         extension.attend_and_select(
             *(backend, q, k, v, seq_lens, page_ids, logits, *outputs, page_size, scale, *rest[:4]),
-            *(partial_out, partial_lse, size, arrived, *(rest[4:5] or [None]), raw_stream(q)),
+            *(partial_out, partial_lse, size, arrived),
+            *(*(rest[4:5] or [None]), *(rest[7:] or [0.0]), raw_stream(q)),
         )
         return made
 
@@ -130,7 +141,8 @@ _op = bind(
     "attend_and_select",
     "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? page_ids, int page_size,"
     " int num_pages, float scale, Tensor(a!) logits, int num_groups, bool use_max, int num_recent,"
-    " int num_sink, Tensor? words=None, Tensor(b!)? out=None, Tensor(c!)? lse=None)"
+    " int num_sink, Tensor? words=None, Tensor(b!)? out=None, Tensor(c!)? lse=None,"
+    " float softcap=0.0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference,
     fake=fake,

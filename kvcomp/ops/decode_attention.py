@@ -31,6 +31,7 @@ def decode_attention(
     words: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per sequence: softmax(scale * q k^T) v, grouped-query heads.
 
@@ -65,6 +66,8 @@ def decode_attention(
             `quantize_rows` makes them. q takes part as integers of 14 bits and a sign, times the
             power of two that its largest element asks for: see `in_integers`.
         out, lse: where to write the results, contiguous; new tensors by default.
+        softcap: logits become softcap * tanh(logit / softcap), as Gemma 2 has them, also those in
+            `logits`. On a CPU and in Triton; CUDA kernels refuse it.
 
     Returns:
         out [B, Hq, Dv] of q's dtype, and lse [B, Hq] fp32, the natural log of the sum of exp.
@@ -76,7 +79,20 @@ def decode_attention(
     """
     if scale is None:
         scale = default_scale(q)
-    made = _op(q, k, v, seq_lens, page_ids, page_size, scale, logits, words, out, lse)
+    made = _op(
+        q,
+        k,
+        v,
+        seq_lens,
+        page_ids,
+        page_size,
+        scale,
+        logits,
+        words,
+        out,
+        lse,
+        0.0 if softcap is None else softcap,
+    )
     return given_or_made(out, lse, made)
 
 
@@ -123,11 +139,22 @@ def handed_over(
 
 
 def reference(
-    q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None, out=None, lse=None
+    q,
+    k,
+    v,
+    seq_lens,
+    page_ids,
+    page_size,
+    scale,
+    logits,
+    words=None,
+    out=None,
+    lse=None,
+    softcap=0.0,
 ):
     q, k, v = decoded(q, k, v, words)
     k, v, valid = listed(k, v, seq_lens, page_ids, page_size)
-    x = logits_of(q[:, None], k, scale).masked_fill(~valid[:, None, :, None], -torch.inf)
+    x = logits_of(q[:, None], k, scale, softcap).masked_fill(~valid[:, None, :, None], -torch.inf)
     if logits is not None:
         logits[..., : x.shape[-1]] = x.flatten(1, 3)
     made_out, made_lse = attended(x, v)
@@ -169,10 +196,12 @@ def listed(k, v, seq_lens, page_ids, page_size):
     return k, v.masked_fill(~valid[..., None], 0.0), valid  # it may never have been written
 
 
-def logits_of(q, k, scale):
+def logits_of(q, k, scale, softcap=0.0):
     """q [B, m, Hq, D], k [B, Hkv, N, D] -> [B, m, Hkv, G, N]."""
     grouped = q.unflatten(2, (k.shape[1], -1)).transpose(1, 2)  # [B, Hkv, m, G, D]
     x = grouped.flatten(2, 3) @ k.transpose(-1, -2) * scale
+    if softcap:
+        x = softcap * (x / softcap).tanh()
     return x.unflatten(2, grouped.shape[2:4]).transpose(1, 2)
 
 
@@ -185,14 +214,27 @@ def attended(x, v):
     return out.flatten(2, 3), lse.flatten(2, 3)
 
 
-def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None, out=None, lse=None):
+def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None, out=None, lse=None, *_):
     return room(q, v, out, lse)
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
-    def run(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None, out=None, lse=None):
+    def run(
+        q,
+        k,
+        v,
+        seq_lens,
+        page_ids,
+        page_size,
+        scale,
+        logits,
+        words=None,
+        out=None,
+        lse=None,
+        softcap=0.0,
+    ):
         made = room(q, v, out, lse)
         out, lse = given_or_made(out, lse, made)
         partial_out, partial_lse, size = None, None, 0
@@ -214,6 +256,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
             partial_lse,
             size,
             words,
+            softcap,
             raw_stream(q),
         )
         return made
@@ -256,7 +299,8 @@ def blocks_per_multiprocessor(device: torch.device, dtype: torch.dtype, head_dim
 _op = bind(
     "decode_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? page_ids, int page_size, float scale,"
-    " Tensor(a!)? logits, Tensor? words=None, Tensor(b!)? out=None, Tensor(c!)? lse=None)"
+    " Tensor(a!)? logits, Tensor? words=None, Tensor(b!)? out=None, Tensor(c!)? lse=None,"
+    " float softcap=0.0)"
     " -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,

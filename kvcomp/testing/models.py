@@ -142,11 +142,6 @@ LATENT: dict[str, dict] = {
     "bailing_hybrid": {**_MLA_HYBRID, "num_shared_experts": 1},
 }
 
-# model type -> why a method cannot decode it exactly, as the refusal says it
-REFUSED = {
-    "gemma2": "caps its attention logits",
-}
-
 
 def tiny_model(kind: str, seed: int = 0, **overrides) -> PreTrainedModel:
     """A random model of the architecture, float32, on the CPU, in eval mode.

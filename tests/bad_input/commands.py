@@ -31,7 +31,6 @@ FILES = {
     "bare/readme.md": "no config here",
 }
 UNPLANNED = {  # -> why
-    "gemma2": "caps its attention logits",
     "mamba": "names no attention heads",
     "t5": "cannot build",
 }

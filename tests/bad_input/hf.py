@@ -200,7 +200,6 @@ PATCH = [
     Bad(patching(lambda: model_of("llama", head_dim=16)), "heads of size 16; supported are"),
     Bad(patching(lambda: model_of("mistral", sliding_window=16), LAZY), "no full-attention layer"),
     Bad(patching(lambda: model_of("glm4"), StreamingLLM), "moves keys to other positions"),
-    Bad(patching(lambda: model_of("gemma2")), "Gemma2ForCausalLM caps its attention logits"),
     Bad(patching(method=Delethink(512, 6, head=2)), "chunk: 512 tokens of output in a context"),
     Bad(patching(method=Delethink(505, 6, head=7, variant="paper")), "chunk: 512 tokens"),
     Bad(

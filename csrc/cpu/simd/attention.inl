@@ -115,6 +115,19 @@ void qk(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, 
   }
 }
 
+// --- soft cap ----------------------------------------------------------------------------------
+
+void cap(float* logits, int num_heads, int count, float cap) {
+  const Vec lowest = broadcast(-80.0f);  // where tanh is 1 already, and exp finite
+  for (int h = 0; h < num_heads; ++h, logits += kTile) {
+    for (int t = 0; t < count; t += kLanes) {
+      const Vec x = load(logits + t) * broadcast(-2.0f / cap);
+      store(logits + t, exp(zero() - max(lowest, x)));  // NaN stays: it comes second
+    }
+    for (int t = 0; t < count; ++t) logits[t] = cap - 2 * cap / (logits[t] + 1);
+  }
+}
+
 // --- softmax -----------------------------------------------------------------------------------
 
 // Of as many heads as there are lanes, so that what each has one of takes one step for all.

@@ -133,6 +133,9 @@ struct Rows {
   TypedRows f32, f16, bf16;
   CodeRows codes;
 
+  // logits[h][t] = cap * tanh(logits[h][t] / cap), t < count; logits [num_heads, kTile].
+  void (*cap)(float* logits, int num_heads, int count, float cap);
+
   // One step of the online softmax, per head: logits [num_heads, kTile] become exp(logit - max),
   // max and sum advance, rescale = exp(old max - new max) corrects what was accumulated before.
   void (*softmax)(float* logits, int num_heads, int count, float* max, float* sum, float* rescale);

@@ -101,6 +101,7 @@ constexpr Rows make_rows(const char* isa) {
           typed_rows<Half>(),
           typed_rows<Bfloat16>(),
           code_rows(),
+          &cap,
           &softmax,
           &accumulate,
           &token_scores,

@@ -134,6 +134,13 @@ def store_logits(p_logits, b_logits, mask):
 
 
 @triton.jit
+def cap(b_logits, softcap):
+    """softcap * tanh(logits / softcap)."""
+    b_exp = tl.exp2(b_logits / softcap * 2.0 * LOG2E)  # inf: tanh is 1
+    return softcap - 2.0 * softcap / (b_exp + 1.0)
+
+
+@triton.jit
 def advance_softmax(b_logits, b_max):
     """Probabilities relative to the new maximum, what that does to earlier ones, the maximum."""
     b_new = tl.maximum(b_max, tl.max(b_logits, 0))

@@ -23,6 +23,7 @@ from kvcomp.ops.triton._tile import (
     Splits,
     add_codes,
     advance_softmax,
+    cap,
     config,
     in_integers,
     scales_of,
@@ -47,6 +48,7 @@ def append_attention_kernel(
     out,  # [B, m, Hq, splits, D]
     lse,  # [B, m, Hq, splits]
     scale,
+    softcap,  # None: no cap
     stride_q_b,
     stride_q_m,
     stride_q_h,
@@ -128,6 +130,8 @@ def append_attention_kernel(
         if words is not None:
             b_k_scale, b_v_scale = scales_of(p_words, b_slot, m_n)
             b_logits *= b_step[None, :] * b_k_scale[:, None]
+        if softcap is not None:
+            b_logits = cap(b_logits, softcap)
         o_n = i_n + tl.arange(0, BLOCK_N)
         o_bit = tl.minimum(tl.maximum(o_n - i_new, 0), 63).to(tl.int64)
         m_seen = (o_n < i_new)[:, None] | ((b_tail[None, :] >> o_bit[:, None]) & 1 == 1)
@@ -174,6 +178,7 @@ def launch(
     words: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     batch, count, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -201,6 +206,7 @@ def launch(
         splits.partial_out,
         splits.partial_lse,
         scale,
+        softcap or None,
         *q.stride()[:3],
         *places.kv_strides,
         *((0, 0) if words is None else words.stride()[:2]),

@@ -22,6 +22,7 @@ from kvcomp.ops.triton._tile import (
     Splits,
     add_codes,
     advance_softmax,
+    cap,
     config,
     in_integers,
     scales_of,
@@ -44,6 +45,7 @@ def decode_attention_kernel(
     out,  # [B, Hq, splits, D]
     lse,  # [B, Hq, splits]
     scale,
+    softcap,  # None: no cap
     stride_q_b,
     stride_q_h,
     stride_k_b,
@@ -109,6 +111,8 @@ def decode_attention_kernel(
         if words is not None:
             b_k_scale, b_v_scale = scales_of(p_words, b_slot, m_n)
             b_logits *= b_step[None, :] * b_k_scale[:, None]
+        if softcap is not None:
+            b_logits = cap(b_logits, softcap)
         b_logits = tl.where(m_n[:, None], b_logits, float("-inf"))
         if page_ids is not None:  # an id out of range reads nothing and poisons the row
             b_logits = tl.where(m_wild[:, None], float("nan"), b_logits)
@@ -147,6 +151,7 @@ def launch(
     words: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -168,6 +173,7 @@ def launch(
         splits.partial_out,
         splits.partial_lse,
         scale,
+        softcap or None,
         *q.stride()[:2],
         *places.kv_strides,
         *((0, 0) if words is None else words.stride()[:2]),
