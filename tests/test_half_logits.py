@@ -81,9 +81,9 @@ def test_delta_chooses_the_same_pages(problem, monkeypatch):
     def in_both(q, k, v, seq_lens, page_size, num_pages, *, logits, num_recent=1, **scaled):
         assert (
             logits.dtype == torch.float16
-            and scaled.keys() == {"scale", "num_sink", "words"}
+            and scaled.keys() == {"scale", "num_sink", "words", "softcap"}
             and not scaled["num_sink"]
-            and scaled["words"] is None
+            and scaled["words"] is scaled["softcap"] is None
         )
         reference = OPS["attend_and_select"].impl("reference")
         rest = 1, True, num_recent, 0
