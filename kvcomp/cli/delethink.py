@@ -99,7 +99,13 @@ def delethink(
     wanted = server.read_problems(problems)
     words = load_tokenizer(tokenizer or model)
 
+    def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """asyncio's own, but not of a signal that met a task, which ends the command anyway."""
+        if not isinstance(context.get("exception"), Stopped):
+            loop.default_exception_handler(context)
+
     async def work() -> server.Run:
+        asyncio.get_running_loop().set_exception_handler(report)
         key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers ask for none
         async with openai.AsyncOpenAI(
             base_url=url, api_key=key, timeout=timeout, max_retries=retries
