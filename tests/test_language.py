@@ -15,10 +15,9 @@ from accuracy.sizes import Room, held_bytes
 from kvcomp import Full, LazyEviction, LouisKV, StreamingLLM, patch
 from kvcomp.cli.common import load
 from kvcomp.methods.cost import Place
-from kvcomp.reading import Window, read, scaled, windows
+from kvcomp.reading import opening, read, scaled, windows
 from language import answers, free
 from language.lineup import options
-from language.loss import begun
 from language.questions import Question, Writer, kinds
 from language.sizes import sized
 from language.stack import Stack
@@ -95,11 +94,22 @@ class Letters:
         return {"input_ids": [ord(letter) for letter in text]}
 
 
-def test_windows_begin_as_the_tokenizer_begins_a_text():
-    window = Window("reference", 7, (3, 4, 5))
-    assert begun(Letters(), [window]) == [window]
-    starts = begun(lambda text: {"input_ids": [2, *map(ord, text)]}, [window])
-    assert starts == [Window("reference", 7, (2, 4, 5))]
+class Beginning(Letters):
+    """One that puts a token before every text, and one behind it."""
+
+    bos_token_id, eos_token_id = 2, 1
+
+    def __call__(self, text, add_special_tokens=True, **kwargs):
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": [2, *ids, 1] if add_special_tokens else ids}
+
+
+def test_what_is_read_begins_as_the_tokenizer_begins_a_text():
+    assert opening(Letters()) == () and opening(Beginning()) == (2,)
+    for plain, begun in zip(windows(Letters(), 2, 40), windows(Beginning(), 2, 40), strict=True):
+        assert begun.ids == (2, *plain.ids[1:]) and begun.first == plain.first
+    question = Writer(Beginning()).write("pass-key", 0, 2, 400)
+    assert question.ids[0] == 2 and len(question.ids) == 400 and 2 not in question.ids[1:]
 
 
 @pytest.mark.parametrize("kind", kinds(1600))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from kvcomp.reading import TEXTS
+from kvcomp.reading import TEXTS, opening
 
 THINGS = ("apple", "river", "castle", "garden", "window", "candle", "bridge", "forest")
 HOPS = 2
@@ -44,6 +44,7 @@ class Writer:
 
     def __init__(self, tokenizer: Any, text: str = "reference") -> None:
         self.tokenizer = tokenizer
+        self.start = list(opening(tokenizer))
         self.filler = self.encode(TEXTS[text]())
 
     def encode(self, text: str) -> list[int]:
@@ -91,13 +92,13 @@ class Writer:
         answer = self.encode(f" {number}")
         parts = {where: self.encode(f"\n\n{fact}\n\n") for where, fact in facts.items()}
         end = self.encode(f"\n\n{asked}") + answer
-        room = tokens - len(end) - sum(map(len, parts.values()))
+        room = tokens - len(self.start) - len(end) - sum(map(len, parts.values()))
         if kind.startswith("late"):  # attended once, then not for a while
             seen = self.encode(f"\n\n{asked} {number}.\n\n")
             room -= len(seen)
             parts[1 - int(kind.split()[1]) / room] = seen
         start = (place * 7919) % (len(self.filler) - room)
-        filler, ids, used = self.filler[start : start + room], [], 0
+        filler, ids, used = self.filler[start : start + room], list(self.start), 0
         for where in sorted(parts):
             until = round(where * room)
             ids += filler[used:until] + parts[where]

@@ -42,15 +42,25 @@ TEXTS: dict[str, Callable[[], str]] = {"reference": reference, "source": source}
 
 @dataclass(frozen=True)
 class Window:
-    """A run of tokens of a text.
+    """A run of tokens of a text. Those that the tokenizer puts before every text stand in the
+    place of the first ones.
 
     Attributes:
-        first: the place of its first token in the text.
+        first: the place in the text where it begins.
     """
 
     text: str
     first: int
     ids: tuple[int, ...]
+
+
+def opening(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that the tokenizer puts before every text, if any: without its own, Gemma 3 270M
+    loses 1.3 nats per token more. One that it puts behind a text does not count."""
+    found = tuple(tokenizer("")["input_ids"])
+    end = getattr(tokenizer, "eos_token_id", None)
+    ends = end is not None and found[-1:] == (end,) and end != tokenizer.bos_token_id
+    return found[:-1] if ends else found
 
 
 def windows(
@@ -65,6 +75,7 @@ def windows(
         ValueError: the texts are too short for so many.
     """
     found = []
+    start = opening(tokenizer)
     each = -(-count // len(texts))
     for name in texts:
         ids = tokenizer(TEXTS[name](), add_special_tokens=False, verbose=False)["input_ids"]
@@ -75,7 +86,12 @@ def windows(
                 f" {tokens}"
             )
         begins = [offset + place * stride for place in range(each)]
-        found.append([Window(name, first, tuple(ids[first : first + tokens])) for first in begins])
+        found.append(
+            [
+                Window(name, first, start + tuple(ids[first + len(start) : first + tokens]))
+                for first in begins
+            ]
+        )
     return [window for group in zip(*found, strict=True) for window in group][:count]
 
 
