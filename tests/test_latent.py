@@ -87,23 +87,16 @@ class Spy:
         self.read: dict[int, list[list[int]]] = {}
         attend = LatentLayer.attend
 
-        def watched(layer, q, scale, *, page_ids=None, page_size=1, seq_lens=None, logits=None):
-            lens = layer.seq_lens if seq_lens is None else seq_lens
+        def watched(layer, q, scale, **read):
+            lens = read.get("seq_lens", layer.seq_lens)
             slots = torch.arange(layer.max_len)
-            if page_ids is not None:
-                pages = page_ids[0, 0][page_ids[0, 0] >= 0].long()
-                slots = (pages[:, None] * page_size + torch.arange(page_size)).flatten()
+            if "page_ids" in read:
+                pages, size = read["page_ids"][0, 0], read["page_size"]
+                pages = pages[pages >= 0].long()
+                slots = (pages[:, None] * size + torch.arange(size)).flatten()
             tokens = layer.positions(1)[0, 0][slots[: int(lens[0])]]
             self.read.setdefault(layer.position, []).append(tokens.tolist())
-            return attend(
-                layer,
-                q,
-                scale,
-                page_ids=page_ids,
-                page_size=page_size,
-                seq_lens=seq_lens,
-                logits=logits,
-            )
+            return attend(layer, q, scale, **read)
 
         monkeypatch.setattr(LatentLayer, "attend", watched)
 

@@ -15,8 +15,11 @@ from kvcomp import ops
 from kvcomp.cache.later import later
 from kvcomp.cache.rows import Rows
 from kvcomp.cache.slab import Slab
+from kvcomp.cache.view import Read
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from kvcomp.cache.kv_cache import KVCache
 
 
@@ -24,7 +27,7 @@ class Attended(Slab):
     """The part of a layer that attends."""
 
     is_shared: bool
-    _tokens: dict[str, Any] = later("a decode step")  # of the latest step, where shared
+    _tokens: Read = later("a decode step")  # of the latest step, where shared
 
     if TYPE_CHECKING:
         position: int
@@ -35,33 +38,17 @@ class Attended(Slab):
         @property
         def cache(self) -> KVCache: ...
 
-    def attend(
-        self,
-        q: Tensor,
-        scale: float,
-        *,
-        page_ids: Tensor | None = None,
-        page_size: int = 1,
-        seq_lens: Tensor | None = None,
-        logits: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, scale: float, **read: Unpack[Read]) -> tuple[Tensor, Tensor]:
         """`decode_attention` over this layer, counted. Methods call the kernel only through this.
 
         Returns:
             out [B, Hq, D] and lse [B, Hq], sinks included.
         """
-        lens = self.seq_lens if seq_lens is None else seq_lens
+        read.setdefault("seq_lens", self.seq_lens)
         if self.is_shared:
-            self._tokens = {"lens": lens, "page_ids": page_ids, "page_size": page_size}
-        return self.attend_over(
-            q,
-            scale,
-            self.stored(),
-            lens,
-            page_ids=page_ids,
-            page_size=page_size,
-            logits=logits,
-        )
+            self._tokens = read.copy()
+            self._tokens.pop("logits", None)
+        return self.attend_over(q, scale, self.stored(), **read)
 
     def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
         """`attend_and_select` over this layer, counted, for layers without `sinks`. `selection` is
@@ -72,7 +59,7 @@ class Attended(Slab):
         """
         self.cache.meter.attended(self.position, self.seq_lens)
         if self.is_shared:
-            self._tokens = {"lens": self.seq_lens}
+            self._tokens = {"seq_lens": self.seq_lens}
         k, v, words = self.stored()
         q = self.query(q)
         return ops.attend_and_select(
@@ -80,21 +67,11 @@ class Attended(Slab):
         )
 
     def attend_over(
-        self,
-        q: Tensor,
-        scale: float,
-        rows: Rows,
-        lens: Tensor,
-        *,
-        page_ids: Tensor | None = None,
-        page_size: int = 1,
-        logits: Tensor | None = None,
+        self, q: Tensor, scale: float, rows: Rows, **read: Unpack[Read]
     ) -> tuple[Tensor, Tensor]:
-        """`decode_attention` over a part of this layer, counted; out [B, Hq, D], lse [B, Hq]."""
-        self.cache.meter.attended(self.position, lens)
-        return self._over(
-            q, scale, rows, lens, page_ids=page_ids, page_size=page_size, logits=logits
-        )
+        """`attend` over rows of this layer, with their `seq_lens`."""
+        self.cache.meter.attended(self.position, read["seq_lens"])
+        return self._over(q, scale, rows, **read)
 
     def attend_again(self, q: Tensor, scale: float) -> Tensor:
         """Attention of another layer, which has no K and V of its own, to the tokens that this one
@@ -106,29 +83,21 @@ class Attended(Slab):
         return self._over(q, scale, self.stored(), **self._tokens)[0]
 
     def _over(
-        self,
-        q: Tensor,
-        scale: float,
-        rows: Rows,
-        lens: Tensor,
-        *,
-        page_ids: Tensor | None = None,
-        page_size: int = 1,
-        logits: Tensor | None = None,
+        self, q: Tensor, scale: float, rows: Rows, **read: Unpack[Read]
     ) -> tuple[Tensor, Tensor]:
-        out, lse = ops.decode_attention(
-            self.query(q),
-            rows.k,
-            rows.v,
-            lens,
-            page_ids=page_ids,
-            page_size=page_size,
-            scale=scale,
-            logits=logits,
-            words=rows.words,
-            softcap=self.softcap,
+        k, v, words = rows
+        q = self.query(q)
+        found = ops.decode_attention(
+            q, k, v, scale=scale, words=words, softcap=self.softcap, **read
         )
+        return self.with_sinks(*found)
+
+    def with_sinks(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """out [..., Hq, D] and lse [..., Hq] after the model's learned sinks have taken their part
+        of the softmax."""
         if self.sinks is None:
             return out, lse
-        sinks = self.sinks.detach().float().expand_as(lse).contiguous()
-        return ops.merge_states(out, lse, torch.zeros_like(out), sinks)
+        sinks = self.sinks.detach().float().expand_as(lse).flatten(0, -2).contiguous()
+        flat = out.flatten(0, -3)
+        merged, sums = ops.merge_states(flat, lse.flatten(0, -2), torch.zeros_like(flat), sinks)
+        return merged.view_as(out), sums.view_as(lse)

@@ -10,8 +10,11 @@ from torch import Tensor
 from kvcomp import ops
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.rows import Rows
+from kvcomp.cache.view import Read
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from kvcomp.cache.kv_cache import KVCache
 
 
@@ -54,70 +57,27 @@ class LatentLayer(LayerCache):
             " this model cache a latent for all heads (MLA); use another unit than 'query_head'"
         )
 
-    def attend_over(
-        self,
-        q: Tensor,
-        scale: float,
-        rows: Rows,
-        lens: Tensor,
-        *,
-        page_ids: Tensor | None = None,
-        page_size: int = 1,
-        logits: Tensor | None = None,
+    def _over(
+        self, q: Tensor, scale: float, rows: Rows, **read: Unpack[Read]
     ) -> tuple[Tensor, Tensor]:
-        """`latent_attention` over a part of this layer, counted; out [B, Hq, rank], lse [B, Hq]."""
-        self.cache.meter.attended(self.position, lens)
-        return self._attend(q, scale, rows.k, lens, page_ids, page_size, logits)
+        """`latent_attention`: out [B, Hq, rank], lse [B, Hq]."""
+        latents = rows.k[:, 0]
+        return ops.latent_attention(q, latents, value_dim=self.rank, scale=scale, **read)
 
-    def attend_staged(
-        self,
-        q: Tensor,
-        scale: float,
-        *,
-        page_ids: Tensor | None = None,
-        page_size: int = 1,
-        seq_lens: Tensor | None = None,
-        logits: Tensor | None = None,
+    def _many_over(
+        self, q: Tensor, scale: float, rows: Rows, **read: Unpack[Read]
     ) -> tuple[Tensor, Tensor]:
-        """As `Staged.attend_staged`, one draft after another: out [B, m, Hq, rank]."""
-        rows = self._k[:, :, : self.max_len + self.staged]
-        lens = self.seq_lens + self.staged if seq_lens is None else seq_lens
-        self.cache.meter.verified(self.position, lens, self.staged)
-        found = [
-            self._attend(
-                q[:, :, index],
-                scale,
-                rows,
-                lens - (self.staged - 1 - index),
-                page_ids,
-                page_size,
-                None if logits is None else logits[:, index],
-            )
-            for index in range(self.staged)
-        ]
+        """One draft after another: out [B, m, Hq, rank], lse [B, m, Hq]."""
+        logits, count = read.pop("logits", None), q.shape[2]
+        lens, found = read.pop("seq_lens"), []
+        for index in range(count):
+            own = read.copy()
+            own["seq_lens"] = lens - (count - 1 - index)
+            if logits is not None:
+                own["logits"] = logits[:, index]
+            found.append(self._over(q[:, :, index], scale, rows, **own))
         out, lse = (torch.stack(parts, 1) for parts in zip(*found, strict=True))
         return out, lse
-
-    def _attend(
-        self,
-        q: Tensor,
-        scale: float,
-        rows: Tensor,
-        lens: Tensor,
-        page_ids: Tensor | None,
-        page_size: int,
-        logits: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        return ops.latent_attention(
-            q,
-            rows[:, 0],
-            lens,
-            value_dim=self.rank,
-            scale=scale,
-            page_ids=page_ids,
-            page_size=page_size,
-            logits=logits,
-        )
 
     def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
         """`attend` with logits, `page_scores` of them and `select_pages` by these scores; the

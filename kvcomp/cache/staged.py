@@ -20,8 +20,11 @@ from kvcomp import ops
 from kvcomp.cache.arrivals import Arrivals
 from kvcomp.cache.attended import Attended
 from kvcomp.cache.rows import Rows
+from kvcomp.cache.view import Read
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from kvcomp.cache.hosted import Hosted
     from kvcomp.cache.kv_cache import KVCache
 
@@ -132,48 +135,30 @@ class Staged(Attended):
         own = torch.arange(1, self.staged + 1, dtype=torch.int32, device=self.seq_lens.device)
         return self.seq_lens[:, None] + own
 
-    def attend_staged(
-        self,
-        q: Tensor,
-        scale: float,
-        *,
-        page_ids: Tensor | None = None,
-        page_size: int = 1,
-        seq_lens: Tensor | None = None,
-        logits: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def attend_staged(self, q: Tensor, scale: float, **read: Unpack[Read]) -> tuple[Tensor, Tensor]:
         """The drafts attend to the tokens before them and to earlier drafts, in one read.
 
         Args:
             q: [B, Hq, m, D].
-            page_ids, page_size, seq_lens, logits: as in `ops.append_attention`.
+            read: one list of tokens for all drafts, which come last in it.
 
         Returns:
             out [B, m, Hq, D] and lse [B, m, Hq], sinks included. A draft gets the result of a
             decode step.
         """
-        end = self.max_len + self.staged
-        lens = self.seq_lens + self.staged if seq_lens is None else seq_lens
-        self.cache.meter.verified(self.position, lens, self.staged)
-        k, v, words = self.stored(end)
-        out, lse = ops.append_attention(
-            self.query(q.transpose(1, 2)),
-            k,
-            v,
-            lens,
-            page_ids=page_ids,
-            page_size=page_size,
-            scale=scale,
-            logits=logits,
-            words=words,
-            softcap=self.softcap,
+        read.setdefault("seq_lens", self.seq_lens + self.staged)
+        self.cache.meter.verified(self.position, read["seq_lens"], self.staged)
+        return self._many_over(q, scale, self.stored(self.max_len + self.staged), **read)
+
+    def _many_over(
+        self, q: Tensor, scale: float, rows: Rows, **read: Unpack[Read]
+    ) -> tuple[Tensor, Tensor]:
+        k, v, words = rows
+        q = self.query(q.transpose(1, 2))
+        found = ops.append_attention(
+            q, k, v, scale=scale, words=words, softcap=self.softcap, **read
         )
-        if self.sinks is None:
-            return out, lse
-        sinks = self.sinks.detach().float().expand_as(lse).flatten(0, 1).contiguous()
-        flat = out.flatten(0, 1)
-        merged, sum_ = ops.merge_states(flat, lse.flatten(0, 1), torch.zeros_like(flat), sinks)
-        return merged.view_as(out), sum_.view_as(lse)
+        return self.with_sinks(*found)
 
     def attend_apart(
         self, q: Tensor, scale: float, page_ids: Tensor, lens: Tensor, *, page_size: int
@@ -192,15 +177,8 @@ class Staged(Attended):
         for row, asked in enumerate(q.transpose(1, 2)):
             # Its drafts are the rows of a batch, over the same memory.
             parts = (part.expand(self.staged, *part.shape) for part in stored.row(row).parts)
-            out, _ = self.attend_over(
-                asked,
-                scale,
-                Rows(*parts),
-                lens[row],
-                page_ids=page_ids[row],
-                page_size=page_size,
-            )
-            outs.append(out)
+            own: Read = {"page_ids": page_ids[row], "page_size": page_size, "seq_lens": lens[row]}
+            outs.append(self.attend_over(asked, scale, Rows(*parts), **own)[0])
         return torch.stack(outs)
 
 

@@ -9,9 +9,30 @@ offers more than this. An engine with its own block table can run such a method 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Read(TypedDict, total=False):
+    """The tokens of a layer that a step reads, and where their logits go. The keys are arguments
+    of `ops.decode_attention`; a step that gives none of them reads everything.
+
+    Attributes:
+        page_ids: [B, 1 or Hkv, K] int32, ascending, then -1: the pages to read, counted from the
+            start of each row; left out: all tokens.
+        page_size: tokens in such a page.
+        seq_lens: [B] int32, tokens in those pages; left out: the lengths of the rows.
+        logits: [B, Hq, capacity], filled with the logits; [B, m, Hq, capacity] for m drafts.
+    """
+
+    page_ids: Tensor
+    page_size: int
+    seq_lens: Tensor
+    logits: Tensor
 
 
 class Layer(Protocol):
@@ -47,25 +68,8 @@ class Layer(Protocol):
     @property
     def sinks(self) -> Tensor | None: ...
 
-    def attend(
-        self,
-        q: Tensor,
-        scale: float,
-        *,
-        page_ids: Tensor | None = None,
-        page_size: int = 1,
-        seq_lens: Tensor | None = None,
-        logits: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`ops.decode_attention` over this layer: q [B, Hq, D] -> out [B, Hq, D] and lse [B, Hq].
-
-        Args:
-            page_ids: [B, 1 or Hkv, K] int32, ascending, then -1: the pages to read, counted from
-                the start of each row; None: all tokens.
-            page_size: tokens in such a page.
-            seq_lens: [B] int32, tokens in those pages; None: `Layer.seq_lens`.
-            logits: [B, Hq, capacity], filled with the logits.
-        """
+    def attend(self, q: Tensor, scale: float, **read: Unpack[Read]) -> tuple[Tensor, Tensor]:
+        """`ops.decode_attention` over this layer: q [B, Hq, D] -> out [B, Hq, D], lse [B, Hq]."""
         ...
 
     def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:

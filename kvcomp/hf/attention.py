@@ -267,12 +267,7 @@ def _piece(
         words=rows.words,
         softcap=kv.softcap,
     )
-    if kv.sinks is None:
-        return out
-    sinks = kv.sinks.detach().float().expand_as(lse).flatten(0, 1).contiguous()
-    flat = out.flatten(0, 1)
-    merged, _ = ops.merge_states(flat, lse.flatten(0, 1), torch.zeros_like(flat), sinks)
-    return merged.view_as(out)
+    return kv.with_sinks(out, lse)[0]
 
 
 def mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:

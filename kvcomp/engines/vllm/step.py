@@ -8,14 +8,17 @@ of decode rows, and calls `decode` layer by layer, in order. Methods see a `Plac
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from kvcomp import Delta, ops
 from kvcomp.cache.kv_cache import Notes
-from kvcomp.cache.view import Layer
+from kvcomp.cache.view import Layer, Read
 from kvcomp.engines.vllm.settings import EngineMethod
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass
@@ -97,22 +100,13 @@ class PlacedLayer:
         else:
             self.attend(q, scale)
 
-    def attend(
-        self,
-        q: Tensor,
-        scale: float,
-        *,
-        page_ids: Tensor | None = None,
-        page_size: int = 1,
-        seq_lens: Tensor | None = None,
-        logits: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, scale: float, **read: Unpack[Read]) -> tuple[Tensor, Tensor]:
         """As `Layer.attend`; pages of the table are the only ones there are."""
-        lens = self.step.lens if seq_lens is None else seq_lens
-        if page_ids is None:
+        lens, logits = read.get("seq_lens", self.step.lens), read.get("logits")
+        if "page_ids" not in read:
             return self._read(q, scale, lens, self.step.table, logits)
-        assert page_size == self.step.page_size, "the engine cuts pages as the method does"
-        return self._read(q, scale, lens, self.step.pages_of(page_ids), logits)
+        assert read["page_size"] == self.step.page_size, "the engine cuts pages as the method does"
+        return self._read(q, scale, lens, self.step.pages_of(read["page_ids"]), logits)
 
     def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
         step = self.step
