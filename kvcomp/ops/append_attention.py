@@ -18,6 +18,7 @@ from kvcomp.ops.decode_attention import (
     handed_over,
     listed,
     logits_of,
+    optionals,
     partials,
     room,
 )
@@ -88,29 +89,15 @@ def append_attention(
     """
     if scale is None:
         scale = default_scale(q)
-    inputs = q, k, v, seq_lens, q_lens, tail, page_ids
     made = _op(
-        *inputs, page_size, scale, logits, words, out, lse, 0.0 if softcap is None else softcap
+        *(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits),
+        *(words, out, lse, 0.0 if softcap is None else softcap),
     )
     return given_or_made(out, lse, made)
 
 
-def reference(
-    q,
-    k,
-    v,
-    seq_lens,
-    q_lens,
-    tail,
-    page_ids,
-    page_size,
-    scale,
-    logits,
-    words=None,
-    out=None,
-    lse=None,
-    softcap=0.0,
-):
+def reference(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, *optional):
+    words, out, lse, softcap = optionals(*optional)
     count = q.shape[1]
     q, k, v = decoded(q, k, v, words)
     k, v, valid = listed(k, v, seq_lens, page_ids, page_size)
@@ -132,52 +119,26 @@ def visible(seq_lens, q_lens, tail, count, positions):
     return ((new < 0) | of_new) & (query < lens[:, None, None])
 
 
-def fake(
-    q,
-    k,
-    v,
-    seq_lens,
-    q_lens,
-    tail,
-    page_ids,
-    page_size,
-    scale,
-    logits,
-    words=None,
-    out=None,
-    lse=None,
-    softcap=0.0,
-):
+def fake(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, *optional):
+    _, out, lse, _ = optionals(*optional)
     return room(q, v, out, lse)
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
-    def run(
-        q,
-        k,
-        v,
-        seq_lens,
-        q_lens,
-        tail,
-        page_ids,
-        page_size,
-        scale,
-        logits,
-        words=None,
-        out=None,
-        lse=None,
-        softcap=0.0,
-    ):
-        inputs = q, k, v, seq_lens, q_lens, tail, page_ids
+    def run(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, *optional):
+        words, out, lse, softcap = optionals(*optional)
         made = room(q, v, out, lse)
         out, lse = given_or_made(out, lse, made)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:
             partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
-        outputs = logits, out, lse, page_size, scale, partial_out, partial_lse, size, words
-        extension.append_attention(backend, *inputs, *outputs, softcap, raw_stream(q))
+        extension.append_attention(
+            *(backend, q, k, v, seq_lens, q_lens, tail, page_ids),
+            *(logits, out, lse, page_size, scale),
+            *(partial_out, partial_lse, size, words, softcap, raw_stream(q)),
+        )
         return made
 
     return run

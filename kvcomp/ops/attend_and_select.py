@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcomp import _C
 from kvcomp.ops._arguments import default_scale
 from kvcomp.ops._registry import bind, raw_stream
-from kvcomp.ops.decode_attention import given_or_made, partials, room
+from kvcomp.ops.decode_attention import given_or_made, optionals, partials, room
 from kvcomp.ops.decode_attention import reference as attend
 from kvcomp.ops.page_scores import is_max
 from kvcomp.ops.page_scores import reference as score
@@ -65,17 +65,11 @@ def attend_and_select(
     use_max = is_max("attend_and_select", reduction)
     if scale is None:
         scale = default_scale(q)
-    rest = (
-        num_groups,
-        use_max,
-        num_recent,
-        num_sink,
-        words,
-        out,
-        lse,
-        0.0 if softcap is None else softcap,
+    made = _op(
+        *(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits),
+        *(num_groups, use_max, num_recent, num_sink),
+        *(words, out, lse, 0.0 if softcap is None else softcap),
     )
-    made = _op(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
     return given_or_made(out, lse, made)
 
 
@@ -85,7 +79,8 @@ def in_turn(attend: Callable, score: Callable, select: Callable) -> Callable:
     def run(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
         num_groups, use_max, num_recent, num_sink, *optional = rest
         made = attend(q, k, v, seq_lens, page_ids, page_size, scale, logits, *optional)
-        lse = given_or_made(*(optional[1:3] or (None, None)), made)[1]
+        _, out, lse, _ = optionals(*optional)
+        _, lse = given_or_made(out, lse, made)
         positions = k.size(2) if page_ids is None else page_ids.size(-1) * page_size
         written = logits.narrow(2, 0, positions)
         scores = score(written, lse, seq_lens, page_size, num_groups, use_max)
@@ -98,9 +93,10 @@ def in_turn(attend: Callable, score: Callable, select: Callable) -> Callable:
 reference = in_turn(attend, score, select)
 
 
-def fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, num_groups, *rest):
+def fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
+    num_groups, (_, out, lse, _) = rest[0], optionals(*rest[4:])
     # Sizes and shapes that make no sense reach the native checks, which say so.
-    out, lse = room(q, v, *outputs_of(rest))
+    out, lse = room(q, v, out, lse)
     if page_ids is None:
         total = -(-k.size(2) // max(page_size, 1)) if k.ndim > 2 else 0
     else:
@@ -110,18 +106,13 @@ def fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, num_g
     return out, lse, lse.new_empty(*sets, total), selected_ids, torch.empty_like(seq_lens)
 
 
-def outputs_of(rest: tuple) -> tuple[Tensor | None, Tensor | None]:
-    """out and lse, if there are any, behind use_max, num_recent, num_sink and words."""
-    out, lse = (*rest[4:], None, None)[:2]
-    return out, lse
-
-
 def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
     def run(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest):
         made = fake(q, k, v, seq_lens, page_ids, page_size, num_pages, scale, logits, *rest)
-        outputs = given_or_made(*outputs_of(rest[1:]), made)
+        words, out, lse, softcap = optionals(*rest[4:])
+        outputs = given_or_made(out, lse, made)
         lse = outputs[1]
         partial_out, partial_lse, size, arrived = None, None, 0, None
         if in_splits:
@@ -129,8 +120,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
             arrived = seq_lens.new_empty(lse.shape, dtype=torch.int32)
         extension.attend_and_select(
             *(backend, q, k, v, seq_lens, page_ids, logits, *outputs, page_size, scale, *rest[:4]),
-            *(partial_out, partial_lse, size, arrived),
-            *(*(rest[4:5] or [None]), *(rest[7:] or [0.0]), raw_stream(q)),
+            *(partial_out, partial_lse, size, arrived, words, softcap, raw_stream(q)),
         )
         return made
 

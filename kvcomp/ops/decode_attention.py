@@ -80,18 +80,8 @@ def decode_attention(
     if scale is None:
         scale = default_scale(q)
     made = _op(
-        q,
-        k,
-        v,
-        seq_lens,
-        page_ids,
-        page_size,
-        scale,
-        logits,
-        words,
-        out,
-        lse,
-        0.0 if softcap is None else softcap,
+        *(q, k, v, seq_lens, page_ids, page_size, scale, logits),
+        *(words, out, lse, 0.0 if softcap is None else softcap),
     )
     return given_or_made(out, lse, made)
 
@@ -138,20 +128,13 @@ def handed_over(
     return first, second
 
 
-def reference(
-    q,
-    k,
-    v,
-    seq_lens,
-    page_ids,
-    page_size,
-    scale,
-    logits,
-    words=None,
-    out=None,
-    lse=None,
-    softcap=0.0,
-):
+def optionals(words=None, out=None, lse=None, softcap=0.0):
+    """What ends the arguments of each op of attention, where it may have been left out."""
+    return words, out, lse, softcap
+
+
+def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits, *optional):
+    words, out, lse, softcap = optionals(*optional)
     q, k, v = decoded(q, k, v, words)
     k, v, valid = listed(k, v, seq_lens, page_ids, page_size)
     x = logits_of(q[:, None], k, scale, softcap).masked_fill(~valid[:, None, :, None], -torch.inf)
@@ -214,50 +197,24 @@ def attended(x, v):
     return out.flatten(2, 3), lse.flatten(2, 3)
 
 
-def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits, words=None, out=None, lse=None, *_):
+def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits, *optional):
+    _, out, lse, _ = optionals(*optional)
     return room(q, v, out, lse)
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
-    def run(
-        q,
-        k,
-        v,
-        seq_lens,
-        page_ids,
-        page_size,
-        scale,
-        logits,
-        words=None,
-        out=None,
-        lse=None,
-        softcap=0.0,
-    ):
+    def run(q, k, v, seq_lens, page_ids, page_size, scale, logits, *optional):
+        words, out, lse, softcap = optionals(*optional)
         made = room(q, v, out, lse)
         out, lse = given_or_made(out, lse, made)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:
             partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
         extension.decode_attention(
-            backend,
-            q,
-            k,
-            v,
-            seq_lens,
-            page_ids,
-            logits,
-            out,
-            lse,
-            page_size,
-            scale,
-            partial_out,
-            partial_lse,
-            size,
-            words,
-            softcap,
-            raw_stream(q),
+            *(backend, q, k, v, seq_lens, page_ids, logits, out, lse, page_size, scale),
+            *(partial_out, partial_lse, size, words, softcap, raw_stream(q)),
         )
         return made
 

@@ -90,21 +90,8 @@ def native(extension: ModuleType, backend: int) -> Callable:
                 partial_lse = lse.new_empty(*lse.shape, splits)
                 partial_out = lse.new_empty(*partial_lse.shape, value_dim)
         extension.latent_attention(
-            backend,
-            q,
-            latents,
-            seq_lens,
-            page_ids,
-            logits,
-            out,
-            lse,
-            page_size,
-            value_dim,
-            scale,
-            partial_out,
-            partial_lse,
-            size,
-            raw_stream(q),
+            *(backend, q, latents, seq_lens, page_ids, logits, out, lse, page_size, value_dim),
+            *(scale, partial_out, partial_lse, size, raw_stream(q)),
         )
         return out, lse
 
