@@ -20,6 +20,8 @@ from kvcomp.reasoner import task
 SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 PAGES = Path(__file__).parents[1] / "docs"
+FIRST = "lazy_eviction.md"  # and on from there
+SUMMARY = "Summarize the following text in detail, paragraph by paragraph.\n\n"
 
 
 class Clock(StoppingCriteria):
@@ -41,6 +43,26 @@ def methods() -> dict[str, kvcomp.Method]:
     }
 
 
+def summary(tokenizer: Any, context: int) -> Tensor:
+    """A question in the chat template that asks for a summary of a text: [1, about context] ids."""
+
+    def asked(text: str) -> Tensor:
+        turn = [{"role": "user", "content": SUMMARY + text}]
+        given = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        return tokenizer.apply_chat_template(turn, **given)["input_ids"]
+
+    pages = sorted(PAGES.glob("*.md"), key=lambda page: (page.name < FIRST, page.name))
+    words = tokenizer("\n".join(page.read_text() for page in pages)).input_ids
+    return asked(tokenizer.decode(words[: context - asked("").shape[1]]))
+
+
+def without_drafts() -> thinking.Stand:
+    """The loop of Stand over a table that knows nothing: what is won otherwise than by drafts."""
+    alone = thinking.Stand()
+    alone.table.find = lambda ids: None  # type: ignore[method-assign]
+    return alone
+
+
 def stand(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The reasoner greedy; with --text, a model that writes prose, greedy and four rows sampled."""
     walk = task.make_problem(16, 2048, seed=1)
@@ -55,12 +77,12 @@ def stand(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict[
         path = models.resolve(options.text)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
-        pages = "\n".join(page.read_text() for page in sorted(PAGES.glob("*.md")))
-        words = tokenizer(pages, return_tensors="pt").input_ids
         for context in options.contexts:
+            ids = summary(tokenizer, context)
             for rows, sampling in ((1, GREEDY), (4, SAMPLED)):
-                case = {"model": options.text, "method": "full", "context": context, "rows": rows}
-                found.append(measured(model, words[:, :context], case, sampling, options))
+                size = {"context": ids.shape[1], "rows": rows}
+                case = {"model": options.text, "method": "full", **size}
+                found.append(measured(model, ids, case, sampling, options))
     return found
 
 
@@ -69,17 +91,19 @@ def measured(
 ) -> dict[str, Any]:
     """Contenders in turn over copies of one cache; seconds from the first token on."""
     prompt, ids = ids, ids.repeat(case["rows"], 1)
-    seconds: dict[str, list[float]] = {"plain": [], "stand": []}
+    loops = {"plain": None, "stand": thinking.Stand, "alone": without_drafts}
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    spent: dict[str, tuple[int, int]] = {}
     tokens: dict[str, Tensor] = {}
     with kvcomp.patch(model, methods()[case["method"]]) as run, torch.no_grad():
         filled = run.new_cache()
         run.decoder(prompt[:, :-1], past_key_values=filled)
         filled.batch_repeat_interleave(case["rows"])
         for turn in range(options.rounds):
-            for name in ("plain", "stand"):
+            for name, loop in loops.items():
                 before, clock = run.report(), Clock()
                 noise = thinking.GumbelNoise(turn)
-                own = {"custom_generate": thinking.Stand()} if name == "stand" else {}
+                own = {} if loop is None else {"custom_generate": loop()}
                 out = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
@@ -94,11 +118,16 @@ def measured(
                 assert clock.began is not None
                 seconds[name].append(time.perf_counter() - clock.began)
                 tokens[name] = out[:, ids.shape[1] :]
-            after = run.report()
-    forwards = after.tokens_decoded - before.tokens_decoded
-    accepted = after.tokens_accepted - before.tokens_accepted
+                after = run.report()
+                decoded, accepted = spent.get(name, (0, 0))
+                spent[name] = (
+                    decoded + after.tokens_decoded - before.tokens_decoded,
+                    accepted + after.tokens_accepted - before.tokens_accepted,
+                )
+    decoded, accepted = spent["stand"]
     rate = {n: case["rows"] * (options.new - 1) / statistics.median(s) for n, s in seconds.items()}
     same = (tokens["plain"] == tokens["stand"]).float().cumprod(1).mean()
+    pairs = list(zip(seconds["plain"], seconds["stand"], strict=True))
     return {
         "part": "stand",
         "contender": f"{case['model']} {case['method']} {case['context']} x{case['rows']}",
@@ -107,7 +136,9 @@ def measured(
         "plain_tokens_per_second": rate["plain"],
         "stand_tokens_per_second": rate["stand"],
         "ratio": rate["stand"] / rate["plain"],
+        "ratios": [plain / own for plain, own in pairs],
         "ratio_min": min(seconds["plain"]) / min(seconds["stand"]),
-        "tokens_per_forward": forwards / max(forwards - accepted, 1),
+        "ratio_without_drafts": rate["alone"] / rate["plain"],
+        "tokens_per_forward": decoded / max(decoded - accepted, 1),
         "same_tokens": float(same),
     }

@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Entry(NamedTuple):
+    """Tokens and their probabilities [top], the length of the context that was found, and whether
+    the model has said them, or else they were only read."""
+
+    tokens: np.ndarray
+    probs: np.ndarray
+    order: int
+    said: bool
 
 
 class NgramTable:
@@ -28,6 +39,7 @@ class NgramTable:
         self._tokens = np.zeros((256, self.top), np.int32)
         self._probs = np.zeros((256, self.top), np.float32)
         self._seen = np.zeros(256, np.int32)
+        self._said = np.zeros(256, np.bool_)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -35,10 +47,18 @@ class NgramTable:
     @property
     def nbytes(self) -> int:
         """Of the entries, without the index."""
-        return self._tokens.nbytes + self._probs.nbytes + self._seen.nbytes
+        parts = self._tokens, self._probs, self._seen, self._said
+        return sum(part.nbytes for part in parts)
 
-    def learn(self, ids: Sequence[int], tokens: Sequence[int], probs: Sequence[float]) -> None:
-        """Behind ids came these tokens, with these probabilities, the likeliest first."""
+    def learn(
+        self,
+        ids: Sequence[int],
+        tokens: Sequence[int],
+        probs: Sequence[float],
+        said: bool = True,
+    ) -> None:
+        """Behind ids come these tokens, with these probabilities, the likeliest first, as the model
+        has said, or as they were read."""
         for order in self.orders:
             if len(ids) < order:
                 continue
@@ -51,21 +71,22 @@ class NgramTable:
             else:
                 self._merge(row, tokens, probs)
             self._seen[row] += 1
+            self._said[row] |= said
 
     def read(self, ids: Sequence[int]) -> None:
-        """A text that is given: what came next in it was sure."""
+        """A text that is given: what came next in it was sure, and nothing is known beside it."""
         sure = [1.0] + [0.0] * (self.top - 1)
         for place in range(min(self.orders), len(ids)):
             before = ids[max(place - self.orders[0], 0) : place]
-            self.learn(before, [ids[place], *range(-1, -self.top, -1)], sure)  # none beside it
+            self.learn(before, [ids[place], *range(-1, -self.top, -1)], sure, said=False)
 
-    def find(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
-        """Tokens and probabilities [top] behind the longest context of ids that is known."""
+    def find(self, ids: Sequence[int]) -> Entry | None:
+        """What is known behind the longest context of ids that is known."""
         for order in self.orders:
             if len(ids) >= order:
                 row = self._rows.get(hash(tuple(ids[-order:])))
                 if row is not None:
-                    return self._tokens[row], self._probs[row]
+                    return Entry(self._tokens[row], self._probs[row], order, bool(self._said[row]))
         return None
 
     def _merge(self, row: int, tokens: Sequence[int], probs: Sequence[float]) -> None:
@@ -79,6 +100,6 @@ class NgramTable:
 
     def _grow(self, row: int) -> None:
         if row == len(self._seen):
-            for name in ("_tokens", "_probs", "_seen"):
+            for name in ("_tokens", "_probs", "_seen", "_said"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros_like(old)]))

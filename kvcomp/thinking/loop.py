@@ -1,0 +1,223 @@
+"""The loop of `Stand`: draft, check all drafts in one forward, keep those that are right."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvcomp.hf.cache import Cache
+from kvcomp.hf.chunked_cache import ChunkedCache
+from kvcomp.thinking.drafts import Draft
+from kvcomp.thinking.draws import Drawn, Draws
+from kvcomp.thinking.pace import Pace
+
+if TYPE_CHECKING:
+    from kvcomp.thinking.stand import Stand
+
+
+class Decoding:
+    """One call of `generate`.
+
+    Args:
+        ids: [B, n] prompts.
+        processors, stopping, config: what `generate` hands to a `custom_generate`.
+    """
+
+    def __init__(
+        self, stand: Stand, model: Any, ids: Tensor, processors: Any, stopping: Any, config: Any
+    ) -> None:
+        self.drafter, self.table = stand.drafter, stand.table
+        self.model, self.stopping, self.config = model, stopping, config
+        noise = stand.noise if config.do_sample else None
+        self.draws = Draws(processors, noise, len(ids), stand.table.top)
+        self.prompt, self.most = ids.shape[1], config.max_length
+        room = max(self.most - self.prompt, 1) + stand.drafter.depth + 1
+        self.ids = torch.nn.functional.pad(ids, (0, room))  # a row's tokens, then a path of drafts
+        self.rows = ids.tolist()
+        self.ahead: list[list[int]] = [[] for _ in self.rows]  # checked, while others catch up
+        self.ended = [False] * len(self.rows)
+        pad = getattr(config, "_pad_token_tensor", None)
+        self.pad = 0 if pad is None else int(pad)
+        self.pace = Pace(stand.drafter.nodes) if stand.adapt else None
+
+    def run(self, cache: Any, streamer: Any, model_kwargs: dict) -> None:
+        seen = int(cache.get_seq_length())
+        inputs = self.model.prepare_inputs_for_generation(
+            self.ids[:, : self.prompt],
+            next_sequence_length=self.prompt - seen if seen else None,
+            is_first_iteration=True,
+            **model_kwargs,
+        )
+        last = _last_positions(self.model, inputs)
+        self.apart = not (
+            seen
+            or last is None
+            or len(self.rows) == 1
+            or self.config.return_dict_in_generate  # a cache without gaps is given back
+            or isinstance(cache, ChunkedCache)
+            or cache.kv.method.in_step
+            or not cache.all_managed
+        )
+        logits = self.model(**inputs, return_dict=True).logits[:, -1:]
+        # Positions behind a row's tokens; None: the model finds them by itself.
+        self.offset: Tensor | None = None
+        if isinstance(cache, Cache) and last is not None:
+            self.offset = last + 1 - cache.kv.layers[0].logical_lens[:, None].to(last.device)
+        for row in self.rows[:1]:  # copies of one prompt, or one of several
+            self.table.read(row)
+        mask = model_kwargs.get("attention_mask")
+        nothing = [Draft() for _ in self.rows]
+        self._take(self._picked(logits, nothing)[0], streamer)
+        while not all(self.ended):
+            began, active = time.perf_counter(), self.ended.count(False)
+            drafts, expected = self._drafts(cache)
+            width = 1 + max(map(len, drafts))
+            logits = self._forward(cache, drafts, width, mask)
+            picked, paths = self._picked(logits, drafts)
+            counts = [
+                width if ended else len(each)
+                for each, ended in zip(picked, self.ended, strict=True)
+            ]
+            if not self.apart:
+                counts = [min(counts)] * len(counts)
+            self._commit(cache, counts, paths)
+            self.ahead = [each[n:] for each, n in zip(picked, counts, strict=True)]
+            new = [each[:n] for each, n in zip(picked, counts, strict=True)]
+            self._take(new, streamer)
+            if self.pace is not None:
+                right = sum(map(len, new)) - active
+                self.pace.note(width - 1, time.perf_counter() - began, expected, right)
+
+    def _drafts(self, cache: Any) -> tuple[list[Draft], float]:
+        """Of each row, behind its newest token; and how many of all to expect to be right."""
+        longest = self.table.orders[0]
+        left = [self.most - len(row) for row in self.rows]
+        most = max(int(min(self.drafter.depth, cache.room - 1, max(left) - 1)), 0)
+        drafts = [Draft() for _ in self.rows]
+        numbers = [number for number, ended in enumerate(self.ended) if not ended]
+        rows = [(n, len(self.rows[n]), self.rows[n][-longest:]) for n in numbers]
+        ahead = [self.ahead[number] for number in numbers]
+        found = self.drafter.draft(rows, ahead, most, self.draws.noise)
+        columns = zip_longest(*(draft.chances for draft in found), fillvalue=0.0)
+        hopes = [self._hope(column) for column in columns]
+        count = max(map(len, found))
+        if self.pace is not None:
+            count = max(self.pace.drafts(len(numbers), hopes), *map(len, ahead))
+        for number, draft in zip(numbers, found, strict=True):
+            drafts[number] = draft.cut(count)
+        return drafts, sum(hopes[:count])
+
+    def _hope(self, chances: Sequence[float]) -> float:
+        """How many rows take a draft that each takes with a chance of its own."""
+        return sum(chances) if self.apart else len(chances) * math.prod(chances)
+
+    def _forward(self, cache: Any, drafts: list[Draft], width: int, mask: Tensor | None) -> Tensor:
+        device = self.ids.device
+        table = [
+            [row[-1], *draft.tokens, *[self.pad] * (width - 1 - len(draft))]
+            for row, draft in zip(self.rows, drafts, strict=True)
+        ]
+        given: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
+        if isinstance(cache, Cache):
+            if self.offset is not None:
+                first = cache.kv.layers[0].logical_lens[:, None].to(device) + self.offset
+                given["position_ids"] = first + torch.arange(width, device=device)
+            if not cache.all_managed and mask is not None:
+                more = cache.columns + width - mask.shape[1]
+                given["attention_mask"] = torch.nn.functional.pad(mask, (0, more), value=1)
+        # Layers of transformers that record what they could take back wait for it at every step.
+        self.staged = width > 1 or not getattr(cache, "all_managed", True)
+        if self.staged:
+            cache.stage()
+        return self.model(input_ids=torch.tensor(table, device=device), **given).logits
+
+    def _commit(self, cache: Any, counts: list[int], paths: list[list[int]]) -> None:
+        if self.staged:
+            cache.commit(torch.tensor(counts) if self.apart else counts[0])
+
+    def _picked(
+        self, logits: Tensor, drafts: list[Draft]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Of each row, the drafts that are right and the token behind them; and the nodes behind
+        which these tokens come."""
+        picked: list[list[int]] = [[] for _ in drafts]
+        paths: list[list[int]] = [[] for _ in drafts]
+        drawn = self._drawn(logits, drafts)
+        for number, (row, draft) in enumerate(zip(self.rows, drafts, strict=True)):
+            node: int | None = None if self.ended[number] else 0
+            while node is not None:
+                if drawn is None:
+                    prefix = self._prefix(number, picked[number])
+                    found = self.draws.behind(logits[number, node : node + 1], number, prefix)
+                else:
+                    found = drawn[number][node]
+                token, ids, probs = found
+                if len(picked[number]) >= len(self.ahead[number]):  # else it was learnt before
+                    context = row[-self.table.orders[0] :]
+                    self.table.learn([*context, *picked[number]], ids, probs)
+                picked[number].append(token)
+                paths[number].append(node)
+                node = self.drafter.trust.note(draft, node, token)
+        return picked, paths
+
+    def _drawn(self, logits: Tensor, drafts: list[Draft]) -> list[list[Drawn]] | None:
+        """Behind each node of each row; None: that needs the tokens before it."""
+        if not self.draws.at_once:
+            return None
+        device = logits.device
+        nodes = [
+            (number, node, len(self.rows[number]) + depth)
+            for number, draft in enumerate(drafts)
+            if not self.ended[number]
+            for node, depth in enumerate([0, *draft.depths])
+        ]
+        at = torch.tensor(nodes, device=device)
+        flat = iter(self.draws.all(logits[at[:, 0], at[:, 1]], at[:, 0], at[:, 2]))
+        return [
+            [] if ended else [next(flat) for _ in range(1 + len(draft))]
+            for draft, ended in zip(drafts, self.ended, strict=True)
+        ]
+
+    def _prefix(self, number: int, path: list[int]) -> Tensor:
+        """The ids of a row and of a path behind it: [1, n]."""
+        end = len(self.rows[number])
+        if path:
+            new = torch.tensor(path, device=self.ids.device)
+            self.ids[number, end : end + len(path)] = new
+        return self.ids[number : number + 1, : end + len(path)]
+
+    def _take(self, new: list[list[int]], streamer: Any) -> None:
+        """Tokens of each row are true, up to where it ends."""
+        for number, tokens in enumerate(new):
+            row = self.rows[number]
+            for token in tokens:
+                if self.ended[number]:
+                    break
+                self.ids[number, len(row)] = token
+                row.append(token)
+                prefix = self.ids[number : number + 1, : len(row)]
+                ends = self.stopping(prefix.repeat(len(self.rows), 1), None)
+                self.ended[number] = bool(ends[number])
+                if streamer is not None:
+                    streamer.put(torch.tensor([token]))
+
+    def sequences(self) -> Tensor:
+        longest = max(map(len, self.rows))
+        padded = [[*row, *[self.pad] * (longest - len(row))] for row in self.rows]
+        return torch.tensor(padded, device=self.ids.device, dtype=self.ids.dtype)
+
+
+def _last_positions(model: Any, inputs: Any) -> Tensor | None:
+    """Positions [B, 1] of the last tokens that `generate` hands to a model; None: it takes none,
+    and counts columns."""
+    told = inputs.get("position_ids")
+    if told is None or "position_ids" not in inspect.signature(model.forward).parameters:
+        return None
+    return told.view(-1, *told.shape[-2:])[0, :, -1:]
