@@ -58,8 +58,9 @@ class Draft:
 
     def cut(self, count: int) -> Draft:
         """The first drafts."""
-        parts = self.tokens, self.parents, self.chances, self.kinds
-        return Draft(*(part[:count] for part in parts))
+        return Draft(
+            self.tokens[:count], self.parents[:count], self.chances[:count], self.kinds[:count]
+        )
 
     def children(self, node: int) -> list[int]:
         """The drafts behind a node, the likeliest first."""
