@@ -7,8 +7,9 @@ loss (the default) reads windows of real text token by token behind a prompt of 
 every method at equal bytes, and compares the predictions with those of dense attention. answers
 asks for facts inside such a text, and counts the answers that dense attention gives and the method
 still does. free lets every method write on by itself, and counts the tokens until its text departs
-from dense attention's. premises looks for what the papers take for granted in the dense attention
-of the windows. The model is a short name that `kvcomp get` knows, a folder or a hub name; the texts
+from dense attention's. calibrated measures a method's fields on two windows and compares it with
+its default on others. premises looks for what the papers take for granted in the dense attention of
+the windows. The model is a short name that `kvcomp get` knows, a folder or a hub name; the texts
 come with Python. A run that was interrupted goes on with the same command.
 """
 
@@ -30,7 +31,7 @@ from kvcomp.cli.common import load, pick_device, pick_dtype
 from kvcomp.cli.output import check_output
 from kvcomp.progress import stderr_console
 from kvcomp.reading import checksums, windows
-from language import answers, free, loss, premises
+from language import answers, calibrated, free, loss, premises
 from language.questions import kinds
 from language.rounding import KINDS
 from language.stack import stackable
@@ -42,6 +43,7 @@ SMOKE |= {"methods": ["full", "delta", "lazy-eviction", "louis-kv"], "dtype": "f
 SMOKE |= {"questions": 1, "kinds": ["pass-key", "late 0"]}
 SMOKE |= {"kv": ["model", "int8"]}
 SMOKE_PARTS = {"answers": {"tokens": 256}}
+SMOKE_PARTS |= {"calibrated": {"tokens": 256, "methods": ["delta"], "kv": ["model"]}}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,12 +102,16 @@ def run_free(options: argparse.Namespace) -> None:
         print(free.line(row, study.lineup.room.context_bytes))
 
 
+def run_calibrated(options: argparse.Namespace) -> None:
+    _run_cells(calibrated.Calibrated(*_loaded(options), options), calibrated.line, options)
+
+
 def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
     return load(options.model, pick_device(options.device), pick_dtype(options.dtype))
 
 
 def _run_cells(
-    study: loss.LossStudy | answers.Answers | free.FreeRunning,
+    study: loss.LossStudy | answers.Answers | free.FreeRunning | calibrated.Calibrated,
     line: Callable[[Row, int], str],
     options: argparse.Namespace,
 ) -> None:
@@ -164,6 +170,7 @@ def _progress() -> Progress:
 
 
 PARTS = {"loss": run_loss, "answers": run_answers, "free": run_free, "premises": run_premises}
+PARTS |= {"calibrated": run_calibrated}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

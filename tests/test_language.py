@@ -19,6 +19,7 @@ from kvcomp.reading import opening, read, scaled, windows
 from language import answers, free
 from language.lineup import options
 from language.questions import Question, Writer, kinds
+from language.rounding import rounding
 from language.sizes import sized
 from language.stack import Stack
 
@@ -45,14 +46,15 @@ def test_together_is_alone(reasoner):
         StreamingLLM(budget=24),
         LouisKV(budget=16, sinks=4, local=8, segment=(2, 4), cluster_size=4),
     ]
-    names = ["model"] * len(methods) + ["int8", "int8-plain"]
-    methods += [Full(), LazyEviction(budget=24, window=8, alpha=0.05)]
+    names = ["model"] * len(methods) + ["int8", "int8-plain", "int4"]
+    methods += [Full(), LazyEviction(budget=24, window=8, alpha=0.05), Full()]
     stack = Stack(model, methods, names)
     before = model.config._attn_implementation
     found = stack.read(ids, 16, lambda: None)
     assert model.config._attn_implementation == before
     for method, name, hidden, report in zip(methods, names, found, stack.reports(), strict=True):
-        expected, alone = read(model, method, ids, 16, **options(name))
+        with rounding(name):
+            expected, alone = read(model, method, ids, 16, **options(name))
         torch.testing.assert_close(hidden, expected, atol=2e-3, rtol=1e-3)
         for name in ("tokens_attended", "kv_bytes_peak", "tracking_bytes_peak", "retrievals"):
             assert getattr(report, name) == getattr(alone, name), (method, name)

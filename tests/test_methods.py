@@ -187,3 +187,5 @@ def test_published_settings_are_found_by_the_model_itself():
     assert Delta.published(known) == Delta.published("DeepSeek-R1-Distill-Qwen-7B")
     assert LazyEviction.for_model(known) == LazyEviction.for_model("DeepSeek-R1-Distill-Qwen-7B")
     assert Delta.for_model(model("another")) == Delta()
+    sizes = {each.page_size for each in (Delta.published(known), Delta.for_model(known))}
+    assert sizes == {16, Delta.page_size} == {16, 8}  # the layers are the model's, pages are not

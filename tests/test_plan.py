@@ -524,7 +524,7 @@ def test_command_gives_each_method_its_options(call, config_file):
     )
     assert code == 0
     (row,) = json.loads(out)["rows"][1:]
-    for part in ("head=10", "Delta(budget=512, page_size=16, recent=4"):
+    for part in ("head=10", "Delta(budget=512, page_size=8, recent=4"):
         assert part in row["parameters"]
 
 

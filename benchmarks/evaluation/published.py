@@ -41,7 +41,7 @@ GPQA = Data(
 def _random_pages(model: str, budget: int) -> Method:
     delta = kvcomp.Delta.published(model)
     dense = (*range(delta.warmup), *delta.delta_layers)
-    return kvcomp.RandomPages(budget=budget, dense_layers=dense)
+    return kvcomp.RandomPages(budget=budget, page_size=delta.page_size, dense_layers=dense)
 
 
 _DELTA = Preset(

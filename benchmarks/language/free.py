@@ -16,6 +16,7 @@ from kvcomp.cache import Report
 from kvcomp.reading import checksums, windows
 from language.lineup import Lineup, kinds_of, measured, options
 from language.loss import PROMPT_SHARE
+from language.rounding import rounding
 from language.stack import Stack, stackable
 from language.store import Row, Store
 
@@ -102,7 +103,7 @@ def written(
         return list(zip(stack.write(prompts, count, tick), stack.reports(), strict=True))
     found = []
     for method, kind in zip(methods, kinds, strict=True):
-        with patch(model, method, **options(kind)) as run:
+        with rounding(kind), patch(model, method, **options(kind)) as run:
             cache, tokens, ids = run.new_cache(), prompts, []
             for _ in range(count):
                 out = model(tokens, past_key_values=cache, logits_to_keep=1)

@@ -18,7 +18,7 @@ from kvcomp.cli.settings import parse
 from kvcomp.hf.shape import shape_of
 from kvcomp.methods.cost import Place
 from kvcomp.reading import read
-from language.rounding import KINDS
+from language.rounding import KINDS, rounding
 from language.sizes import sized
 from language.stack import Stack, stackable
 from language.store import Row
@@ -106,10 +106,11 @@ def together(
     """`read` for several methods and their rows, in one pass where the model allows it."""
     methods, kinds = [method for _, method in pairs], kinds_of(pairs)
     if not stackable(model):
-        return [
-            read(model, method, ids, prompt, tick, **options(kind))
-            for method, kind in zip(methods, kinds, strict=True)
-        ]
+        found = []
+        for method, kind in zip(methods, kinds, strict=True):
+            with rounding(kind):
+                found.append(read(model, method, ids, prompt, tick, **options(kind)))
+        return found
     stack = Stack(model, methods, kinds)
     hidden = stack.read(ids, prompt, tick)
     return list(zip(hidden, stack.reports(), strict=True))
@@ -121,17 +122,8 @@ def kinds_of(pairs: list[tuple[Row, Method]]) -> list[str]:
 
 
 def options(kind: str) -> dict[str, Any]:
-    """Of `kvcomp.patch`.
-
-    Raises:
-        ValueError: a control, for which there is no option.
-    """
+    """Of `kvcomp.patch`; those that only round have none, see `rounding`."""
     bits = KINDS[kind].eight_bits
-    if bits is None and kind != "model":
-        raise ValueError(
-            f"kvcomp.language: --kv: expected a model whose layers all attend to everything for"
-            f" {kind!r}"
-        )
     return {} if bits is None else {"kv": "int8", "kv_rotate": None if bits.turn else False}
 
 

@@ -6,13 +6,15 @@ out the Hadamard matrix, and int4 must be seen to fail.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvcomp import ops
+from kvcomp.cache import LayerCache
 from kvcomp.cache.rows import EightBits
 
 
@@ -53,3 +55,20 @@ KINDS = {
     "bf16": Kind(rounded=_in_bf16),
     "int4": Kind(rounded=_in_int4),
 }
+
+
+@contextmanager
+def rounding(name: str) -> Iterator[None]:
+    """Within it, every cache keeps K and V as rounded by a kind of `KINDS`."""
+    append, rounded = LayerCache.append, KINDS[name].rounded
+
+    def rounding_append(
+        layer: LayerCache, k: Tensor, v: Tensor, valid: Tensor | None = None
+    ) -> None:
+        append(layer, *rounded(k, v), valid)
+
+    LayerCache.append = rounding_append
+    try:
+        yield
+    finally:
+        LayerCache.append = append

@@ -37,6 +37,7 @@ PUBLISHED = {
     "DeepSeek-R1-Distill-Qwen-7B": (2, 14, 22),
     "DeepSeek-R1-Distill-Qwen-14B": (2, 6, 42),
 }
+PUBLISHED_PAGE = 16  # tokens
 SELECTS = ("query", "step")
 
 
@@ -46,7 +47,7 @@ class Delta(Method, name="delta"):
 
     Attributes:
         budget: k = K * P, tokens that a sparse layer attends to, recent pages included.
-        page_size: P, tokens per page.
+        page_size: P, tokens per page; 16 in the paper.
         recent: L, newest pages, always in the set; a partial page counts.
         warmup: W0, number of first layers that attend densely.
         delta_layers: D, the layers that select; None: the layer after the warm-up, and those at 1/2
@@ -60,7 +61,7 @@ class Delta(Method, name="delta"):
     """
 
     budget: int = 1024
-    page_size: int = 16  # P
+    page_size: int = 8  # P
     recent: int = 8  # L
     warmup: int = 2  # W0
     delta_layers: tuple[int, ...] | None = None  # D
@@ -99,7 +100,7 @@ class Delta(Method, name="delta"):
     @classmethod
     def published(cls, model: Any, **fields: Any) -> Self:
         """An instance with the published delta layers of a model, given as such or by name
-        ("DeepSeek-R1-Distill-Qwen-7B").
+        ("DeepSeek-R1-Distill-Qwen-7B"), and the published pages of 16 tokens.
 
         Raises:
             ValueError: no set was published for that model; `calibrate` finds one.
@@ -110,7 +111,7 @@ class Delta(Method, name="delta"):
                 f"kvcomp.Delta: no published delta layers for {short!r}, only for"
                 f" {', '.join(PUBLISHED)}; Delta.calibrate(model, prompts) finds them"
             )
-        return cls.for_model(model, **fields)
+        return cls.for_model(model, **{"page_size": PUBLISHED_PAGE, **fields})
 
     @classmethod
     def for_model(cls, model: Any, **fields: Any) -> Self:

@@ -119,7 +119,7 @@ def tracing(changed):
 GENERATE = [
     ("./no-such-model --prompt x", "./no-such-model"),
     ("reasoner --prompt x --method magic", "--method: expected one of .* got 'magic'"),
-    ("reasoner --prompt x --budget 100", "multiple of page_size=16, got 100"),
+    ("reasoner --prompt x --budget 100", "multiple of page_size=8, got 100"),
     ("reasoner --prompt x --budget 16", "128 tokens"),
     ("reasoner --prompt x --budget -64", "budget: expected .* got -64"),
     ("reasoner --prompt x --budget 0", "budget: expected .* got 0"),
@@ -182,7 +182,7 @@ PLAN = [
     ("reasoner --device h200 --prompt-tokens 99999", "99999"),
     ("reasoner --device h200 --prompt-tokens -1", "--prompt-tokens"),
     ("reasoner --device h200 --method full --budget 9", "--budget: none of full has one"),
-    ("reasoner --device h200 --budget 100", "page_size=16"),
+    ("reasoner --device h200 --budget 100", "page_size=8"),
     ("reasoner --device h200 --set speed=9", "speed"),
     ("reasoner --device h200 --set delta.speed=9", "speed"),
     ("reasoner --device h200 --set delta_layers=2,99", "99"),

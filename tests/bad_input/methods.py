@@ -34,7 +34,7 @@ def making(make):
 
 ROWS = [
     Bad(making(lambda: Delta(budget=100)), "multiple of page_size"),
-    Bad(making(lambda: Delta(budget=64)), "recent \\* page_size"),
+    Bad(making(lambda: Delta(budget=56)), "recent \\* page_size"),
     Bad(making(lambda: Delta(page_size=0)), "page_size: expected at least 1 token, got 0"),
     Bad(making(lambda: KVCache(Delta(delta_layers=(2, 30)), 28)), "up to 27"),
     Bad(making(lambda: KVCache(Delta(delta_layers=(1, 14)), 28)), "from warmup=2"),
@@ -42,7 +42,7 @@ ROWS = [
     Bad(making(lambda: KVCache(Delta(delta_layers=()), 28)), "directly"),
     Bad(making(lambda: KVCache(Delta(), 2)), "warmup=2 needs more layers"),
     Bad(making(lambda: RandomPages(budget=100)), "multiple of page_size"),
-    Bad(making(lambda: RandomPages(budget=64)), "expected 1 to 4 pages"),
+    Bad(making(lambda: RandomPages(budget=32)), "expected 1 to 4 pages"),
     Bad(making(lambda: KVCache(RandomPages(dense_layers=(9,)), 8)), "0..7"),
     Bad(
         making(lambda: LazyEviction(budget=64, window=64)),

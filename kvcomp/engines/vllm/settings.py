@@ -91,14 +91,14 @@ class Settings:
             )
         kind = METHODS[name]
         known = {field.name for field in dataclasses.fields(kind) if field.name != "group"}
-        own = {} if "page_size" in known else {"page_size": fields.pop("page_size", 16)}
+        page = {"page_size": fields.pop("page_size", cls.page_size)}  # the engine's by default
         if unknown := sorted(set(fields) - known):
             raise ValueError(
                 f"{_WHERE}: {name} has no field {', '.join(unknown)}; its fields are"
-                f" {', '.join(sorted(known | set(own))) or 'none'}"
+                f" {', '.join(sorted(known | set(page)))}"
             )
-        method = kind(**fields)
-        return cls(method, method.page_size if isinstance(method, Delta) else own["page_size"])
+        method = kind(**fields, **(page if "page_size" in known else {}))
+        return cls(method, **page)
 
     def __post_init__(self) -> None:
         size = self.page_size

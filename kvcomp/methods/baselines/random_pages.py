@@ -38,7 +38,7 @@ class RandomPages(Method, name="random-pages", baseline=True):
     """
 
     budget: int = 1024
-    page_size: int = 16
+    page_size: int = 8
     recent: int = 8
     dense_layers: tuple[int, ...] = (0, 1, 2)
     seed: int = 0
