@@ -295,6 +295,45 @@ def test_the_loss_on_real_text(reproduce, name, corner, bound):
         ]
 
 
+def first_windows(count):
+    """By method: the variants, and what they are compared with, over the same first windows."""
+    from language.loss import summaries
+
+    rows = [*rows_of("language/variants"), *rows_of("language/loss-quarter")]
+    cut = [row | {"windows": row["windows"][:count]} for row in rows if "windows" in row]
+    return {summary["method"]: summary for summary in summaries(cut)}
+
+
+def test_the_pages_of_delta(reproduce):
+    lines = (ROOT / "docs" / "delta.md").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| pages of DELTA |")) + 2
+    found = first_windows(8)
+    for line in lines[first : first + 5]:
+        page, recent, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        method = f"delta:page_size={page}" + (f",recent={recent}" if recent != "2" else "")
+        got = found[method]
+        low, high = got["d_nll_interval"]
+        assert f"page_size={page}, recent={recent}," in got["parameters"]
+        assert cells == [
+            f"{got['d_nll']:+.3f} [{low:.3f}, {high:.3f}]",
+            f"{got['kl']:.3f}",
+            f"{100 * got['top1']:.1f} %",
+        ]
+
+
+def test_the_sizes_of_louis_kv(reproduce):
+    found = first_windows(8)
+    for method, cells in table(ROOT / "docs" / "louis_kv.md", "| LouisKV's sizes |").items():
+        got = found[method]
+        low, high = got["d_nll_interval"]
+        assert cells == [
+            f"{100 * got['retrieval_rate']:.0f} %",
+            f"{got['kl']:.3f}",
+            f"{got['d_nll']:+.3f} [{low:.3f}, {high:.3f}]",
+            f"{got['link_bytes'] / 1024:.0f} KiB",
+        ]
+
+
 def test_the_bounds_on_real_text(reproduce):
     from language.loss import summaries
 
