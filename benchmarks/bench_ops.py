@@ -77,6 +77,7 @@ from ops import (
     overhead,
     pages,
     retrieval,
+    slots,
 )
 from ops.common import DTYPES, PAGE, heads_of
 
@@ -99,6 +100,7 @@ BENCHMARKS = {
     "eight_bits": codes.bench_eight_bits,
     "page_scores": pages.bench_page_scores,
     "select_pages": pages.bench_select_pages,
+    "store_slots": slots.bench_store_slots,
     "attend_and_select": pages.bench_attend_and_select,
     "attention_hits": eviction.bench_attention_hits,
     "recurrence_update": eviction.bench_recurrence_update,

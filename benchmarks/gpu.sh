@@ -130,7 +130,7 @@ bench ops-attention 120 bench_ops.py "${sizes[@]}" \
   --op decode_attention append_attention second_turn merge_states
 bench ops-latent 40 bench_ops.py --op latent_attention "${sizes[@]}"
 bench ops-codes 60 bench_ops.py --op quantize_rows hadamard eight_bits "${sizes[@]}"
-bench ops-pages 40 bench_ops.py --op page_scores select_pages attend_and_select "${sizes[@]}"
+bench ops-pages 40 bench_ops.py --op page_scores select_pages attend_and_select store_slots "${sizes[@]}"
 bench ops-eviction 50 bench_ops.py "${sizes[@]}" \
   --op attention_hits recurrence_update select_victims compact_kv rotate_keys lazy_eviction
 bench ops-retrieval 60 bench_ops.py "${sizes[@]}" \

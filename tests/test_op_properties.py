@@ -169,6 +169,18 @@ def attend_and_select(draw):
     return *inputs, page_ids, size, count, scale, logits, *rest
 
 
+def store_slots(draw):
+    tokens, heads, dim = draw.int(0, 20), draw.int(1, 5), draw.of(dims)
+    pages, size = draw.int(1, 9), draw.of(st.sampled_from([1, 4, 16]))
+    tokens = min(tokens, pages * size)
+    draw.dtype, layout = draw.of(st.sampled_from(HALF_AND_FULL)), draw.of(layouts)
+    k, v = (draw.normal(tokens, heads, dim) for _ in "kv")
+    pools = [kv_cache((pages, heads, size, dim), draw.dtype, draw.generator, layout) for _ in "kv"]
+    slots = torch.randperm(pages * size, generator=draw.generator)[:tokens]
+    slots[torch.rand(tokens, generator=draw.generator) < 0.2] = -1
+    return k, v, *pools, slots
+
+
 def attention_hits(draw):
     units = draw.int(1, 3)
     logits, lse, lens = draw.logits(draw.int(1, 3), units * draw.int(1, 5), draw.int(1, 400))
@@ -276,6 +288,7 @@ INPUTS = {  # op -> how its arguments are drawn, which of them it writes, what t
     "select_pages": (select_pages, (), None),
     "attend_and_select": (attend_and_select, (8,), unattended),
     "attention_hits": (attention_hits, (3,), None),
+    "store_slots": (store_slots, (2, 3), None),
     "recurrence_update": (recurrence_update, (1, 2), None),
     "select_victims": (select_victims, (), None),
     "compact_kv": (compact_kv, (0, 1, 2), freed),

@@ -40,6 +40,20 @@ def attention(dtype, head_dim, group=4, page_size=0, logits=None, value_dim=None
     return q, k, v, LENS, ids, max(page_size, 1), head_dim**-0.5, side
 
 
+def selected(pages):
+    """Arguments of select_pages, one set of 64."""
+    return empty(2, 1, pages), LENS, 16, 64, 8, 0
+
+
+LISTED = empty(2, 1, 64, dtype=INT32)  # their pages
+
+
+def stored(dtype, heads, head_dim):
+    """Arguments of store_slots."""
+    rows, pool = empty(8, heads, head_dim, dtype=dtype), empty(99, heads, 16, head_dim, dtype=dtype)
+    return rows, rows, pool, pool, empty(8, dtype=INT64)
+
+
 def coded(arguments):
     """Arguments of an attention op with its K and V in eight bits."""
     q, kv = arguments[:2]
@@ -153,8 +167,11 @@ CALLS = [
     ("rotate_keys", "fp16 D80 R 32", turned(FP16, 80, 32)),
     ("rotate_keys", "fp32 D256", turned(FP32, 256, 256)),
     ("select_pages", "P 100", (empty(2, 8, 100), LENS, 16, 64, 8, 0)),
-    ("select_pages", "P 1024", (empty(2, 1, 1024), LENS, 16, 64, 8, 0)),
+    ("select_pages", "P 1024", selected(1024)),
     ("select_pages", "P 128K", (empty(2, 8, 1 << 17), LENS, 1, 2048, 128, 4)),
+    ("select_pages", "P 1024 table", (*selected(1024), empty(2, 1024, dtype=INT32), LISTED)),
+    ("store_slots", "bf16 D128", stored(BF16, 8, 128)),
+    ("store_slots", "fp32 D256 H 32", stored(FP32, 32, 256)),
     ("kmeans", "bf16 D128", clustered(BF16, 128)),
     ("kmeans", "bf16 D256", clustered(BF16, 256)),
     ("kmeans", "fp16 D80", clustered(FP16, 80)),

@@ -46,6 +46,7 @@ def _tiny_calls(device: str) -> dict[str, Callable]:
     starts = torch.arange(9, dtype=torch.int32, device=device).view(1, 1, 9)
     codes, words = k.to(torch.int8), marks[..., :1]
     previous, pool = torch.randn_like(q), [torch.randn(1, 1, 8, 2, 32, pin_memory=device == "cuda")]
+    pages, at = k.view(1, 1, 1, 32).clone(), torch.zeros(1, dtype=torch.int64, device=device)
     return {
         "decode_attention": lambda: ops.decode_attention(q, k, k, one),
         "append_attention": lambda: ops.append_attention(q[None], k, k, one),
@@ -82,6 +83,7 @@ def _tiny_calls(device: str) -> dict[str, Callable]:
             keys, keys, slots, eight, starts, eight, none, pool, keys
         ),
         "unit_scores": lambda: ops.unit_scores(q, keys, starts, eight, one),
+        "store_slots": lambda: ops.store_slots(q, q, pages, pages.clone(), at),
         "select_units": lambda: ops.select_units(scores, starts, eight, one, 4),
         "fetch_rows": lambda: ops.fetch_rows(
             keys, keys, slots, eight, slots, eight, none, pool, num_sinks=1

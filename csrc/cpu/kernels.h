@@ -26,6 +26,7 @@ void select_pages(const SelectPagesParams& params);
 void select_units(const SelectUnitsParams& params);
 void select_victims(const SelectVictimsParams& params);
 void store_segments(const StoreSegmentsParams& params);
+void store_slots(const StoreSlotsParams& params);
 void unit_scores(const UnitScoresParams& params);
 
 }  // namespace kvcomp::cpu

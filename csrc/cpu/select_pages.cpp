@@ -37,6 +37,16 @@ void select_row(const SelectPagesParams& p, const simd::Rows& rows, int batch, i
   append(used - p.num_recent, used);
 }
 
+// The entries of the table at the selected columns.
+void look_up(const SelectPagesParams& p, int batch, int set) {
+  const std::int64_t row = (std::int64_t{batch} * p.num_sets + set) * p.num_selected;
+  const std::int32_t* table = p.table + batch * p.stride_table_b + set * p.stride_table_h;
+  const std::int32_t* columns = p.page_ids + row;
+  for (int i = 0; i < p.num_selected; ++i) {
+    p.pages[row + i] = columns[i] < 0 ? -1 : table[columns[i]];
+  }
+}
+
 }  // namespace
 
 void select_pages(const SelectPagesParams& p) {
@@ -52,6 +62,7 @@ void select_pages(const SelectPagesParams& p) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int row = 0; row < num_rows; ++row) {
     select_row(p, rows, row / p.num_sets, row % p.num_sets);
+    if (p.pages) look_up(p, row / p.num_sets, row % p.num_sets);
   }
 }
 

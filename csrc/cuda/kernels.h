@@ -30,5 +30,6 @@ void select_pages(const SelectPagesParams& params, int device, std::uintptr_t st
 void select_units(const SelectUnitsParams& params, int device, std::uintptr_t stream);
 void select_victims(const SelectVictimsParams& params, int device, std::uintptr_t stream);
 void store_segments(const StoreSegmentsParams& params, int device, std::uintptr_t stream);
+void store_slots(const StoreSlotsParams& params, int device, std::uintptr_t stream);
 
 }  // namespace kvcomp::cuda

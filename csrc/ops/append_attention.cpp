@@ -36,12 +36,12 @@ void append_attention(Backend backend, py::handle q_, py::handle k, py::handle v
                       py::handle page_ids, py::handle logits, py::handle out, py::handle lse,
                       std::int64_t page_size, double scale, py::handle partial_out,
                       py::handle partial_lse, std::int64_t split_size, py::handle words,
-                      double softcap, std::uintptr_t stream) {
+                      double softcap, std::int64_t max_len, bool checked, std::uintptr_t stream) {
   const Boundary at{"append_attention"};
   AppendAttentionParams params =
       attention_params(at, backend, Queries::several,
                        {q_, k, v, seq_lens, page_ids, logits, out, lse, page_size, scale,
-                        partial_out, partial_lse, split_size, words, softcap});
+                        partial_out, partial_lse, split_size, words, softcap, max_len, checked});
   const TensorView q = at.tensor("q", q_);
   Dim B{"B", params.attention.batch}, m{"m", params.num_queries};
   if (const auto q_lens = at.optional("q_lens", q_lens_)) {
@@ -57,7 +57,7 @@ void append_attention(Backend backend, py::handle q_, py::handle k, py::handle v
     params.tail = tail->as<std::int64_t>();
     params.stride_tail_b = tail->strides[0];
   }
-  if (readable(backend)) check_new_tokens(at, params);
+  if (readable(backend) && !checked) check_new_tokens(at, params);
   run<cpu::append_attention, cuda::append_attention>(at, backend, params, q.device, stream);
 }
 

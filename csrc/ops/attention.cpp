@@ -31,9 +31,11 @@ Pool pool_of(const Boundary& at, const TensorView& view) {
 }  // namespace
 
 void check_listed_tokens(const Boundary& at, const DecodeAttentionParams& p) {
-  const std::int64_t limit =
+  const std::int64_t room =
       p.page_ids ? std::int64_t{p.num_listed} * p.page_size : std::int64_t{p.num_slots};
-  check_seq_lens(at, p.seq_lens, p.batch, p.page_ids ? "K * page_size" : "T", limit);
+  const char* const of_room = p.page_ids ? "K * page_size" : "T";
+  check_seq_lens(at, p.seq_lens, p.batch, p.num_positions < room ? "max_len" : of_room,
+                 p.num_positions);
   if (!p.page_ids) return;
   const int num_sets = p.stride_ids_h == 0 ? 1 : p.num_kv_heads;
   const std::int32_t num_pages =  // that lie in the cache whole
@@ -177,6 +179,8 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
     at.contiguous(*partial_out);
     at.contiguous(*partial_lse);
   }
+  if (given.max_len < 0) at.fail("max_len", "at least 0", given.max_len);
+  positions = std::min(positions, given.max_len);
   const bool in_splits = backend == Backend::cuda;
   if (in_splits && S.size * given.split_size < positions) {
     at.fail("split_size", "splits of all " + std::to_string(positions) + " positions",
@@ -221,6 +225,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
       .value_dim = static_cast<std::int32_t>(Dv.size),
       .num_slots = static_cast<std::int32_t>(T.size),
       .num_listed = page_ids ? static_cast<std::int32_t>(K.size) : 0,
+      .num_positions = static_cast<std::int32_t>(positions),
       .page_size = static_cast<std::int32_t>(page_size),
       .page_pitch = static_cast<std::int32_t>(k_pool.pitch),
       .num_splits = static_cast<std::int32_t>(S.size),
@@ -228,7 +233,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
       .scale = static_cast<float>(given.scale),
       .softcap = static_cast<float>(given.softcap),
   };
-  if (readable(backend)) {
+  if (readable(backend) && !given.checked) {
     // An empty list has no memory, so it would pass for no list; with lengths of 0 that is the
     // same.
     if (page_ids && K.size == 0) check_seq_lens(at, params.seq_lens, B.size, "K * page_size", 0);

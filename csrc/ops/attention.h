@@ -26,6 +26,8 @@ struct AttentionArguments {
   std::int64_t split_size;
   py::handle words;
   double softcap;
+  std::int64_t max_len;  // no sequence is longer
+  bool checked;          // seq_lens and page_ids, by an earlier call
 };
 
 // seq_lens and page_ids hold what they may; readable tensors only.

@@ -10,10 +10,10 @@ DecodeAttentionParams decode_attention_params(
     const Boundary& at, Backend backend, py::handle q, py::handle k, py::handle v,
     py::handle seq_lens, py::handle page_ids, py::handle logits, py::handle out, py::handle lse,
     std::int64_t page_size, double scale, py::handle partial_out, py::handle partial_lse,
-    std::int64_t split_size, py::handle words, double softcap) {
+    std::int64_t split_size, py::handle words, double softcap, std::int64_t max_len, bool checked) {
   return attention_params(at, backend, Queries::one,
                           {q, k, v, seq_lens, page_ids, logits, out, lse, page_size, scale,
-                           partial_out, partial_lse, split_size, words, softcap})
+                           partial_out, partial_lse, split_size, words, softcap, max_len, checked})
       .attention;
 }
 
@@ -21,11 +21,11 @@ void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
                       py::handle seq_lens, py::handle page_ids, py::handle logits, py::handle out,
                       py::handle lse, std::int64_t page_size, double scale, py::handle partial_out,
                       py::handle partial_lse, std::int64_t split_size, py::handle words,
-                      double softcap, std::uintptr_t stream) {
+                      double softcap, std::int64_t max_len, bool checked, std::uintptr_t stream) {
   const Boundary at{"decode_attention"};
-  const DecodeAttentionParams params =
-      decode_attention_params(at, backend, q, k, v, seq_lens, page_ids, logits, out, lse, page_size,
-                              scale, partial_out, partial_lse, split_size, words, softcap);
+  const DecodeAttentionParams params = decode_attention_params(
+      at, backend, q, k, v, seq_lens, page_ids, logits, out, lse, page_size, scale, partial_out,
+      partial_lse, split_size, words, softcap, max_len, checked);
   run<cpu::decode_attention, cuda::decode_attention>(at, backend, params, at.tensor("q", q).device,
                                                      stream);
 }

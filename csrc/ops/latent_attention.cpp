@@ -104,6 +104,7 @@ void latent_attention(Backend backend, py::handle q_, py::handle latents_, py::h
   attention.value_dim = static_cast<std::int32_t>(value_dim);
   attention.num_slots = static_cast<std::int32_t>(T.size);
   attention.num_listed = page_ids ? static_cast<std::int32_t>(K.size) : 0;
+  attention.num_positions = static_cast<std::int32_t>(positions);
   attention.page_size = attention.page_pitch = static_cast<std::int32_t>(page_size);
   attention.partial_out = partial_out ? partial_out->as<float>() : nullptr;
   attention.partial_lse = partial_lse ? partial_lse->as<float>() : nullptr;

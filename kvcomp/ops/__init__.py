@@ -27,6 +27,7 @@ from kvcomp.ops.select_pages import select_pages
 from kvcomp.ops.select_units import select_units
 from kvcomp.ops.select_victims import select_victims
 from kvcomp.ops.store_segments import store_segments
+from kvcomp.ops.store_slots import store_slots
 from kvcomp.ops.unit_scores import unit_scores
 
 HEAD_SIZES: tuple[int, ...] = _C.head_sizes  # that attention is compiled for
@@ -57,5 +58,6 @@ __all__ = [
     "select_units",
     "select_victims",
     "store_segments",
+    "store_slots",
     "unit_scores",
 ]

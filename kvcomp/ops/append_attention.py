@@ -12,6 +12,7 @@ from kvcomp import _C
 from kvcomp.ops._arguments import default_scale
 from kvcomp.ops._registry import bind, raw_stream
 from kvcomp.ops.decode_attention import (
+    NO_BOUND,
     attended,
     decoded,
     given_or_made,
@@ -42,6 +43,8 @@ def append_attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     softcap: float | None = None,
+    max_len: int | None = None,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the last m tokens of each sequence: a second turn, a piece of a prompt, the
     drafts that speculative decoding checks. K and V are read once for all of them.
@@ -74,6 +77,7 @@ def append_attention(
         words: [B, Hkv, T] int32, scales of int8 k and v, as for `decode_attention`.
         out, lse: where to write the results, contiguous; new tensors by default.
         softcap: of the logits, as for `decode_attention`.
+        max_len, checked: as for `decode_attention`.
 
     Returns:
         out [B, m, Hq, Dv] of q's dtype, and lse [B, m, Hq] fp32, the natural log of the sum of exp.
@@ -92,12 +96,13 @@ def append_attention(
     made = _op(
         *(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits),
         *(words, out, lse, 0.0 if softcap is None else softcap),
+        *(NO_BOUND if max_len is None else max_len, checked),
     )
     return given_or_made(out, lse, made)
 
 
 def reference(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, *optional):
-    words, out, lse, softcap = optionals(*optional)
+    words, out, lse, softcap, _, _ = optionals(*optional)
     count = q.shape[1]
     q, k, v = decoded(q, k, v, words)
     k, v, valid = listed(k, v, seq_lens, page_ids, page_size)
@@ -120,7 +125,7 @@ def visible(seq_lens, q_lens, tail, count, positions):
 
 
 def fake(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, *optional):
-    _, out, lse, _ = optionals(*optional)
+    _, out, lse, *_ = optionals(*optional)
     return room(q, v, out, lse)
 
 
@@ -128,16 +133,16 @@ def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
     def run(q, k, v, seq_lens, q_lens, tail, page_ids, page_size, scale, logits, *optional):
-        words, out, lse, softcap = optionals(*optional)
+        words, out, lse, softcap, max_len, checked = optionals(*optional)
         made = room(q, v, out, lse)
         out, lse = given_or_made(out, lse, made)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:
-            partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
+            partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size, max_len)
         extension.append_attention(
             *(backend, q, k, v, seq_lens, q_lens, tail, page_ids),
             *(logits, out, lse, page_size, scale),
-            *(partial_out, partial_lse, size, words, softcap, raw_stream(q)),
+            *(partial_out, partial_lse, size, words, softcap, max_len, checked, raw_stream(q)),
         )
         return made
 
@@ -148,7 +153,8 @@ _op = bind(
     "append_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? q_lens, Tensor? tail,"
     " Tensor? page_ids, int page_size, float scale, Tensor(a!)? logits, Tensor? words=None,"
-    " Tensor(b!)? out=None, Tensor(c!)? lse=None, float softcap=0.0) -> (Tensor, Tensor)",
+    " Tensor(b!)? out=None, Tensor(c!)? lse=None, float softcap=0.0,"
+    f" int max_len={NO_BOUND}, bool checked=False) -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,
     native=native,

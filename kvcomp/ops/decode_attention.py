@@ -16,6 +16,7 @@ from kvcomp.ops._splits import MIN_SPLIT, num_multiprocessors, plan_splits
 from kvcomp.ops.quantize_rows import dequantized
 
 HEADS_PER_BLOCK = 8  # of the CUDA kernel, see decode_attention.cuh
+NO_BOUND = 2**63 - 1  # max_len where the host knows none
 
 
 def decode_attention(
@@ -32,6 +33,8 @@ def decode_attention(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     softcap: float | None = None,
+    max_len: int | None = None,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per sequence: softmax(scale * q k^T) v, grouped-query heads.
 
@@ -68,6 +71,12 @@ def decode_attention(
         out, lse: where to write the results, contiguous; new tensors by default.
         softcap: logits become softcap * tanh(logit / softcap), as Gemma 2 has them, also those in
             `logits`. On a CPU and in Triton; CUDA kernels refuse it.
+        max_len: a bound for seq_lens, when the host knows one. A GPU divides the tokens of a row by
+            it, and otherwise by what there is room for, such as all of a wide block table. A longer
+            row is an error on the CPU and NaN on a GPU.
+        checked: that an earlier call has checked these seq_lens and this list, with K and V as
+            large: as an engine's first layer has for all layers of a step. Their values are then
+            not looked at again, and wrong ones may read any memory.
 
     Returns:
         out [B, Hq, Dv] of q's dtype, and lse [B, Hq] fp32, the natural log of the sum of exp.
@@ -82,6 +91,7 @@ def decode_attention(
     made = _op(
         *(q, k, v, seq_lens, page_ids, page_size, scale, logits),
         *(words, out, lse, 0.0 if softcap is None else softcap),
+        *(NO_BOUND if max_len is None else max_len, checked),
     )
     return given_or_made(out, lse, made)
 
@@ -128,13 +138,13 @@ def handed_over(
     return first, second
 
 
-def optionals(words=None, out=None, lse=None, softcap=0.0):
+def optionals(words=None, out=None, lse=None, softcap=0.0, max_len=NO_BOUND, checked=False):
     """What ends the arguments of each op of attention, where it may have been left out."""
-    return words, out, lse, softcap
+    return words, out, lse, softcap, max_len, checked
 
 
 def reference(q, k, v, seq_lens, page_ids, page_size, scale, logits, *optional):
-    words, out, lse, softcap = optionals(*optional)
+    words, out, lse, softcap, _, _ = optionals(*optional)
     q, k, v = decoded(q, k, v, words)
     k, v, valid = listed(k, v, seq_lens, page_ids, page_size)
     x = logits_of(q[:, None], k, scale, softcap).masked_fill(~valid[:, None, :, None], -torch.inf)
@@ -198,7 +208,7 @@ def attended(x, v):
 
 
 def fake(q, k, v, seq_lens, page_ids, page_size, scale, logits, *optional):
-    _, out, lse, _ = optionals(*optional)
+    _, out, lse, *_ = optionals(*optional)
     return room(q, v, out, lse)
 
 
@@ -206,15 +216,15 @@ def native(extension: ModuleType, backend: int) -> Callable:
     in_splits = backend == _C.Backend.cuda
 
     def run(q, k, v, seq_lens, page_ids, page_size, scale, logits, *optional):
-        words, out, lse, softcap = optionals(*optional)
+        words, out, lse, softcap, max_len, checked = optionals(*optional)
         made = room(q, v, out, lse)
         out, lse = given_or_made(out, lse, made)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:
-            partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size)
+            partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size, max_len)
         extension.decode_attention(
             *(backend, q, k, v, seq_lens, page_ids, logits, out, lse, page_size, scale),
-            *(partial_out, partial_lse, size, words, softcap, raw_stream(q)),
+            *(partial_out, partial_lse, size, words, softcap, max_len, checked, raw_stream(q)),
         )
         return made
 
@@ -222,14 +232,14 @@ def native(extension: ModuleType, backend: int) -> Callable:
 
 
 def partials(
-    q: Tensor, k: Tensor, lse: Tensor, page_ids: Tensor | None, page_size: int
+    q: Tensor, k: Tensor, lse: Tensor, page_ids: Tensor | None, page_size: int, max_len: int
 ) -> tuple[Tensor | None, Tensor | None, int]:
     """Room for out and lse of the CUDA kernel's splits, None where it makes but one; their size.
 
     q [B, Hq, D] or [B, m, Hq, D]: the splits are the same for any m.
     """
     positions = k.shape[2] if page_ids is None else page_ids.shape[-1] * page_size
-    splits, size = plan(q, k, positions)
+    splits, size = plan(q, k, min(positions, max_len))
     if splits == 1:
         return None, None, size
     partial_lse = lse.new_empty(*lse.shape, splits)
@@ -257,7 +267,7 @@ _op = bind(
     "decode_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor seq_lens, Tensor? page_ids, int page_size, float scale,"
     " Tensor(a!)? logits, Tensor? words=None, Tensor(b!)? out=None, Tensor(c!)? lse=None,"
-    " float softcap=0.0)"
+    f" float softcap=0.0, int max_len={NO_BOUND}, bool checked=False)"
     " -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,

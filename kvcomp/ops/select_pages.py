@@ -19,6 +19,8 @@ def select_pages(
     *,
     num_recent: int = 1,
     num_sink: int = 0,
+    table: Tensor | None = None,
+    pages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Select the `num_pages` best pages of each row by score, in ascending order, in the form that
     `decode_attention` takes.
@@ -35,6 +37,10 @@ def select_pages(
         num_pages: K, pages in the set.
         num_recent: at least 1, so that the partial page is always listed, and last.
         num_sink: first pages that are always selected; num_recent + num_sink <= num_pages.
+        table: [B, N] or [B, 1 or H, N] int32, N >= P: an engine's block table, whose columns the
+            scores belong to.
+        pages: [B, H, K] int32, contiguous, with `table`: written, the entries of the selected
+            columns, -1 behind the last.
 
     Returns:
         page_ids [B, H, K] int32 and selected_lens [B] int32, the tokens in a row's set. Pass it to
@@ -43,10 +49,10 @@ def select_pages(
     Raises:
         TypeError, ValueError: wrong dtype, shape, device or layout; or invalid counts.
     """
-    return _op(scores, seq_lens, page_size, num_pages, num_recent, num_sink)
+    return _op(scores, seq_lens, page_size, num_pages, num_recent, num_sink, table, pages)
 
 
-def reference(scores, seq_lens, page_size, num_pages, num_recent, num_sink):
+def reference(scores, seq_lens, page_size, num_pages, num_recent, num_sink, table=None, pages=None):
     total = scores.shape[-1]
     if total < num_pages:  # so that there are num_pages columns to choose from
         scores = torch.nn.functional.pad(scores, (0, num_pages - total))
@@ -62,18 +68,28 @@ def reference(scores, seq_lens, page_size, num_pages, num_recent, num_sink):
     order = order.gather(-1, tier.argsort(dim=-1, descending=True, stable=True))[..., :num_pages]
     kept = order.where(order < used[:, None, None], total).sort(-1).values
     page_ids = kept.where(kept < total, -1).int()
+    if pages is not None:
+        pages.copy_(entries(table, page_ids))
     last_page = seq_lens - (used - 1) * page_size
     full = (num_pages - 1) * page_size + last_page
     return page_ids, torch.where(used > num_pages, full, seq_lens).int()
 
 
-def fake(scores, seq_lens, page_size, num_pages, num_recent, num_sink):
+def entries(table: Tensor, columns: Tensor) -> Tensor:
+    """[B, H, K] entries of table [B, N] or [B, 1 or H, N] at columns [B, H, K]; -1 for -1."""
+    lists = (table if table.ndim == 3 else table[:, None]).expand(-1, columns.shape[1], -1)
+    missing = lists.shape[-1]
+    lists = torch.nn.functional.pad(lists, (0, 1), value=-1)
+    return lists.gather(-1, columns.long().where(columns >= 0, missing))
+
+
+def fake(scores, seq_lens, page_size, num_pages, num_recent, num_sink, table=None, pages=None):
     page_ids = scores.new_empty(scores.size(0), scores.size(1), num_pages, dtype=torch.int32)
     return page_ids, torch.empty_like(seq_lens)
 
 
 def native(extension: ModuleType, backend: int) -> Callable:
-    def run(scores, seq_lens, page_size, num_pages, num_recent, num_sink):
+    def run(scores, seq_lens, page_size, num_pages, num_recent, num_sink, table=None, pages=None):
         page_ids, selected_lens = fake(
             scores, seq_lens, page_size, max(num_pages, 0), num_recent, num_sink
         )
@@ -86,6 +102,8 @@ def native(extension: ModuleType, backend: int) -> Callable:
             page_size,
             num_recent,
             num_sink,
+            table,
+            pages,
             raw_stream(scores),
         )
         return page_ids, selected_lens
@@ -95,7 +113,8 @@ def native(extension: ModuleType, backend: int) -> Callable:
 
 _op = bind(
     "select_pages",
-    "(Tensor scores, Tensor seq_lens, int page_size, int num_pages, int num_recent, int num_sink)"
+    "(Tensor scores, Tensor seq_lens, int page_size, int num_pages, int num_recent, int num_sink,"
+    " Tensor? table=None, Tensor(a!)? pages=None)"
     " -> (Tensor, Tensor)",
     reference=reference,
     fake=fake,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from kvcomp.selftest.attention_cases import attention_cases
 from kvcomp.selftest.case import Case
 from kvcomp.selftest.code_cases import code_cases
+from kvcomp.selftest.engine_cases import engine_cases
 from kvcomp.selftest.eviction_cases import eviction_cases
 from kvcomp.selftest.latent_cases import latent_cases
 from kvcomp.selftest.linear_cases import linear_cases
@@ -19,6 +20,7 @@ CASES: list[Case] = sorted(
     [
         *attention_cases(),
         *code_cases(),
+        *engine_cases(),
         *eviction_cases(),
         *latent_cases(),
         *linear_cases(),

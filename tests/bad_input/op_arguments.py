@@ -19,6 +19,7 @@ MISTAKES = {  # by annotation -> what is expected, and what people pass
     "int": (WHOLE, (None, "16", 2.5, [16], 2**70)),
     "float": (NUMBER, (None, "0.5", [0.5], np.zeros(2))),
     "float | None": (NUMBER, ("0.5", [0.5], np.zeros(2))),
+    "int | None": (WHOLE, ("1", 2.5, np.zeros(2))),
     "int | Tensor | None": (WHOLE, ("1", 2.5, np.zeros(2))),
     "bool": ("True or False", ()),  # whatever is true or false
     "str": ("one of", ()),  # of words, which other rows are about

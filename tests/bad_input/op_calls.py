@@ -135,6 +135,23 @@ def select_pages(page_size=16, num_pages=2, **changes):
     return Call(ops.select_pages, *args.values(), page_size, num_pages, **counts)
 
 
+def listed_pages(**changes):
+    """A good call of select_pages with the pages of a table."""
+    args = {"table": torch.zeros(B, 5, dtype=torch.int32)}
+    args |= {"pages": torch.zeros(B, 1, 2, dtype=torch.int32)}
+    scores, lens = torch.rand(B, 1, 3), ints(T, T)
+    return Call(ops.select_pages, scores, lens, 16, 2, **args | changes)
+
+
+def store_slots(**changes):
+    """A good call: two of three tokens, into parts of one cache."""
+    cache = torch.zeros(4, 8, HKV, 2 * D).transpose(1, 2)
+    args = {"k": torch.randn(3, HKV, D), "v": torch.randn(3, HKV, D)}
+    args |= {"k_pool": cache[..., :D], "v_pool": cache[..., D:]}
+    args |= {"slot_mapping": torch.tensor([9, -1, 31]), **changes}
+    return Call(ops.store_slots, *args.values())
+
+
 def attend_and_select(page_size=16, num_pages=2, **changes):
     args = decode_attention().named | {"logits": torch.zeros(B, HQ, T), **changes}
     return Call(ops.attend_and_select, **args, page_size=page_size, num_pages=num_pages)

@@ -80,7 +80,7 @@ struct DecodeSplit {
         page_size(p.page_size),
         page_pitch(p.page_pitch),
         num_slots(p.num_slots) {
-    const int positions = ids ? p.num_listed * p.page_size : p.num_slots;
+    const int positions = p.num_positions;
     const int length = p.seq_lens[sequence];
     wrong = length < 0 || length > positions;
     // Equal parts of what this row has, whatever there is room for; at most split_size.

@@ -33,9 +33,10 @@ struct DecodeAttentionParams {
   int64_t stride_ids_b, stride_ids_h;  // stride_ids_h is 0 for a set shared by all heads
   int64_t stride_logits_b, stride_logits_h;
   int32_t batch, num_heads, num_kv_heads, head_dim;
-  int32_t value_dim;   // Dv, of v and out
-  int32_t num_slots;   // T
-  int32_t num_listed;  // K
+  int32_t value_dim;      // Dv, of v and out
+  int32_t num_slots;      // T
+  int32_t num_listed;     // K
+  int32_t num_positions;  // that a length may have: of all slots or listed pages, or fewer
   int32_t page_size;
   int32_t page_pitch;  // slots from one page to the next; page_size where they lie side by side
   int32_t num_splits, split_size;  // S, and positions of each
@@ -124,10 +125,13 @@ struct SelectPagesParams {
   const int32_t* seq_lens;  // [B]
   int32_t* page_ids;        // [B, H, K], contiguous; ascending, then -1
   int32_t* selected_lens;   // [B] tokens in the set
+  const int32_t* table;     // [B, 1 or H, N], N >= P, last dimension contiguous; nullptr: no pages
+  int32_t* pages;           // [B, H, K], contiguous: entries of the table
   int64_t stride_scores_b, stride_scores_h;
-  int32_t batch, num_sets;  // H
-  int32_t num_pages;        // P
-  int32_t num_selected;     // K
+  int64_t stride_table_b, stride_table_h;  // stride_table_h is 0 for a list shared by all sets
+  int32_t batch, num_sets;                 // H
+  int32_t num_pages;                       // P
+  int32_t num_selected;                    // K
   int32_t page_size, num_recent, num_sink;
 };
 
@@ -135,6 +139,22 @@ struct AttendAndSelectParams {
   DecodeAttentionParams attention;  // with logits
   PageScoresParams scoring;         // of these logits; one group per set
   SelectPagesParams selection;      // by these scores
+};
+
+// K and V of new tokens, into the pages of a pool that sequences share.
+struct StoreSlotsParams {
+  const void* k;                   // [N, H, D]
+  const void* v;                   // [N, H, Dv]
+  void* k_pool;                    // [pages, H, P, D]
+  void* v_pool;                    // [pages, H, P, Dv]
+  const int64_t* slots;            // [N] page * P + place in it; a negative one stores nothing
+  int64_t stride_k_n, stride_k_h;  // in bytes, as all strides here
+  int64_t stride_v_n, stride_v_h;
+  int64_t stride_k_pool_p, stride_k_pool_h, stride_k_pool_t;
+  int64_t stride_v_pool_p, stride_v_pool_h, stride_v_pool_t;
+  int64_t num_slots;  // pages * P
+  int32_t num_tokens, num_heads, page_size;
+  int32_t k_bytes, v_bytes;  // of one head's K and V of a token; v_bytes may be 0
 };
 
 struct AttentionHitsParams {

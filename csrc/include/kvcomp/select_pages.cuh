@@ -48,6 +48,26 @@ struct SelectPagesShared {
   int ahead[kWarps], tied[kWarps];
 };
 
+// Where the columns of a set go, and with a table their pages.
+class SelectedPages {
+ public:
+  __device__ SelectedPages(const SelectPagesParams& p, int set, int sequence)
+      : table_(p.table ? p.table + sequence * p.stride_table_b + set * p.stride_table_h : nullptr) {
+    const int64_t row = (static_cast<int64_t>(sequence) * p.num_sets + set) * p.num_selected;
+    ids_ = p.page_ids + row;
+    pages_ = p.pages + (table_ ? row : 0);
+  }
+
+  __device__ void put(int place, int column) const {
+    ids_[place] = column;
+    if (table_) pages_[place] = column < 0 ? -1 : table_[column];
+  }
+
+ private:
+  const int32_t* table_;
+  int32_t *ids_, *pages_;
+};
+
 // One set of one sequence, by a block of kWarps.
 template <int kWarps>
 __device__ inline void select_set(const SelectPagesParams& p, int set, int sequence,
@@ -55,7 +75,7 @@ __device__ inline void select_set(const SelectPagesParams& p, int set, int seque
   constexpr int kThreads = kWarps * 32, kLoads = SelectPagesTile::kLoads;
   static_assert(kWarps <= 32, "a lane per warp when each warp adds up what all found");
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  int32_t* ids = p.page_ids + (static_cast<int64_t>(sequence) * p.num_sets + set) * p.num_selected;
+  const SelectedPages selected(p, set, sequence);
   // On a GPU nobody has checked it.
   const int64_t room = static_cast<int64_t>(p.num_pages) * p.page_size;
   const int64_t length = max(min(static_cast<int64_t>(p.seq_lens[sequence]), room), int64_t{0});
@@ -65,7 +85,7 @@ __device__ inline void select_set(const SelectPagesParams& p, int set, int seque
     p.selected_lens[sequence] = static_cast<int32_t>(length - dropped * p.page_size);
   }
   if (used <= p.num_selected) {
-    for (int i = thread; i < p.num_selected; i += kThreads) ids[i] = i < used ? i : -1;
+    for (int i = thread; i < p.num_selected; i += kThreads) selected.put(i, i < used ? i : -1);
     return;
   }
   const PageOrder order{
@@ -110,7 +130,7 @@ __device__ inline void select_set(const SelectPagesParams& p, int set, int seque
       const unsigned all_tied = __ballot_sync(kFullMask, ties);
       const int rank = tied + __popc(all_tied & before);
       const int place = ahead + __popc(all_ahead & before) + min(rank, cut.places);
-      if (is_ahead || (ties && rank < cut.places)) ids[place] = first + 32 * i + lane;
+      if (is_ahead || (ties && rank < cut.places)) selected.put(place, first + 32 * i + lane);
       ahead += __popc(all_ahead);
       tied += __popc(all_tied);
     }

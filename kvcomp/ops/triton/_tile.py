@@ -269,14 +269,16 @@ class Places(NamedTuple):
     kv_strides: tuple[int, ...]  # of k, then of v: over B, Hkv and T
     list_strides: tuple[int, int]  # of page_ids over B and Hkv; 0 for a list that heads share
     slots: tuple[int, int]  # how many there are, and from one page to the next
-    num_positions: int  # T, or the listed pages' tokens
+    num_positions: int  # T, or the listed pages' tokens; fewer where no row is so long
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, page_ids: Tensor | None, page_size: int) -> Places:
+    def of(
+        cls, k: Tensor, v: Tensor, page_ids: Tensor | None, page_size: int, max_len: int
+    ) -> Places:
         slots, strides = (k.shape[2], page_size), (*k.stride()[:3], *v.stride()[:3])
         if page_ids is None:
-            return cls(strides, (0, 0), slots, k.shape[2])
-        num_positions = page_ids.shape[-1] * page_size
+            return cls(strides, (0, 0), slots, min(k.shape[2], max_len))
+        num_positions = min(page_ids.shape[-1] * page_size, max_len)
         if page_ids.ndim == 3:
             of_heads = page_ids.stride(1) if page_ids.shape[1] > 1 else 0
             return cls(strides, (page_ids.stride(0), of_heads), slots, num_positions)

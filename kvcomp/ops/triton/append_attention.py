@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcomp.ops._splits import MIN_SPLIT
+from kvcomp.ops.decode_attention import NO_BOUND
 from kvcomp.ops.triton import COMPILE, dot, on_its_device
 from kvcomp.ops.triton._tile import (
     GROWING,
@@ -179,11 +180,13 @@ def launch(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     softcap: float = 0.0,
+    max_len: int = NO_BOUND,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     batch, count, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
-    places = Places.of(k, v, page_ids, page_size)
+    places = Places.of(k, v, page_ids, page_size, max_len)
     block_d = triton.next_power_of_2(head_dim)
     meta = config(head_dim, q.dtype, count * group, page_ids is not None)
     if words is not None:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcomp.ops._splits import MIN_SPLIT
+from kvcomp.ops.decode_attention import NO_BOUND
 from kvcomp.ops.triton import COMPILE, dot, on_its_device
 from kvcomp.ops.triton._tile import (
     GROWING,
@@ -62,7 +63,7 @@ def decode_attention_kernel(
     stride_logits_h,
     num_slots,  # T
     page_pitch,  # slots from one page to the next
-    num_positions,  # T, or listed pages x PAGE_SIZE
+    num_positions,  # T, or listed pages x PAGE_SIZE, or fewer where no row is so long
     split_size,  # tokens, a multiple of BLOCK_N and of MIN_PART
     G: tl.constexpr,
     D: tl.constexpr,
@@ -152,11 +153,13 @@ def launch(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     softcap: float = 0.0,
+    max_len: int = NO_BOUND,
+    checked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_heads // num_kv_heads
-    places = Places.of(k, v, page_ids, page_size)
+    places = Places.of(k, v, page_ids, page_size, max_len)
     meta = config(head_dim, q.dtype, group, page_ids is not None)
     if words is not None:
         meta = meta | {"num_warps": 8}  # codes are widened in registers

@@ -19,6 +19,7 @@ from kvcomp.ops.triton import COMPILE, on_its_device
 # Floats order like their bits once the bits of negative ones are flipped; these are the ends.
 ORDER_LOWEST = tl.constexpr(-0x7F800001)  # of -inf
 ORDER_HIGHEST = tl.constexpr(0x7F800000)  # of inf
+GROWING = ["stride_b", "stride_h", "stride_table_b", "stride_table_h", "num_pages", "num_selected"]
 
 
 @triton.jit
@@ -35,14 +36,18 @@ def load_scores(p_scores, o_p, m_p):
     return tl.where(b_scores == b_scores, b_scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["stride_b", "stride_h", "num_pages", "num_selected"])
+@triton.jit(do_not_specialize=GROWING)
 def select_pages_kernel(
     scores,  # [B, H, P]
     seq_lens,  # [B]
     page_ids,  # [B, H, K]
     selected_lens,  # [B]
+    table,  # [B, 1 or H, N]; None: no pages
+    pages,  # [B, H, K]
     stride_b,
     stride_h,
+    stride_table_b,
+    stride_table_h,
     num_pages,  # P
     num_selected,  # K
     num_recent,
@@ -52,7 +57,11 @@ def select_pages_kernel(
 ):
     i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     p_scores = scores + i_b * stride_b + i_h.to(tl.int64) * stride_h
-    p_ids = page_ids + (i_b * tl.num_programs(0) + i_h) * num_selected
+    i_row = (i_b * tl.num_programs(0) + i_h) * num_selected
+    p_ids = page_ids + i_row
+    if table is not None:
+        p_table = table + i_b * stride_table_b + i_h.to(tl.int64) * stride_table_h
+        p_pages = pages + i_row
     o_block = tl.arange(0, BLOCK)
 
     b_len = tl.load(seq_lens + i_b)
@@ -98,16 +107,28 @@ def select_pages_kernel(
         m_keep |= m_tied & (b_rank <= ties)
         b_place = num_written + tl.cumsum(m_keep.to(tl.int32), 0) - 1
         tl.store(p_ids + b_place, o_p, mask=m_keep)
+        if table is not None:
+            tl.store(p_pages + b_place, tl.load(p_table + o_p, mask=m_keep), mask=m_keep)
         num_tied += tl.sum(m_tied.to(tl.int32), 0)
         num_written += tl.sum(m_keep.to(tl.int32), 0)
     for i_k in range(num_kept, num_selected, BLOCK):
         o_k = i_k + o_block
-        tl.store(p_ids + o_k, tl.full([BLOCK], -1, tl.int32), mask=o_k < num_selected)
+        b_none = tl.full([BLOCK], -1, tl.int32)
+        tl.store(p_ids + o_k, b_none, mask=o_k < num_selected)
+        if table is not None:
+            tl.store(p_pages + o_k, b_none, mask=o_k < num_selected)
 
     if i_h == 0:
         b_tail = b_len - (num_used - 1) * PAGE_SIZE  # tokens in the last page
         b_cut_len = (num_selected - 1) * PAGE_SIZE + b_tail
         tl.store(selected_lens + i_b, tl.where(is_cut, b_cut_len, b_len))
+
+
+def list_strides(table: Tensor | None) -> tuple[int, int]:
+    """Of table [B, N] or [B, 1 or H, N] over B and H; 0 over H for a list that sets share."""
+    if table is None:
+        return 0, 0
+    return table.stride(0), table.stride(1) if table.ndim == 3 and table.shape[1] > 1 else 0
 
 
 @on_its_device
@@ -118,6 +139,8 @@ def launch(
     num_pages: int,
     num_recent: int,
     num_sink: int,
+    table: Tensor | None = None,
+    pages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, num_sets, total = scores.shape
     page_ids = scores.new_empty(batch, num_sets, num_pages, dtype=torch.int32)
@@ -128,7 +151,10 @@ def launch(
         seq_lens,
         page_ids,
         selected_lens,
+        table if pages is not None else None,
+        pages,
         *scores.stride()[:2],
+        *list_strides(table),
         total,
         num_pages,
         num_recent,
