@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial, wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,21 +28,17 @@ from kvcomp.hf import attention
 from kvcomp.hf.cache import Cache
 from kvcomp.hf.checkpoints import without_cache, without_checkpoints
 from kvcomp.hf.decoder import attention_modules, decoder_of
-from kvcomp.hf.drafting import Drafts, refuse_assistants, refuse_itself, refuse_processors
 from kvcomp.hf.eight_bits import eight_bits
 from kvcomp.hf.gate import Gate
+from kvcomp.hf.generation import Generation
 from kvcomp.hf.latent import EXPAND, Latents, as_stored, keeps_latents
 from kvcomp.hf.layer import SKIPS, Layer
 from kvcomp.hf.linear import LinearLayers, speed_up
 from kvcomp.hf.outlast import outlasting
-from kvcomp.hf.refusals import refuse, refuse_prefixes, unwrapped
+from kvcomp.hf.refusals import refuse, unwrapped
 from kvcomp.hf.rotation import key_rotation
-from kvcomp.hf.turns import Turns
 from kvcomp.hf.wrapper import Wrapper
 from kvcomp.methods import Method
-
-if TYPE_CHECKING:
-    from kvcomp.hf.chunked_cache import ChunkedCache
 
 BROKEN = (
     "a forward over this cache has failed half-way, so its layers have seen different tokens;"
@@ -50,7 +46,7 @@ BROKEN = (
 )
 
 
-class Run(Turns):
+class Run(Generation):
     """A patched model. It creates caches, counts, and restores the model.
 
     Attributes:
@@ -59,7 +55,6 @@ class Run(Turns):
     """
 
     meter_class: ClassVar[type[Meter]] = Meter
-    cache_class: ClassVar[type[Cache | ChunkedCache]] = Cache  # held by the user
 
     @outlasting
     def __init__(
@@ -186,7 +181,7 @@ class Run(Turns):
 
     def _apply(self) -> None:
         attention.register()
-        model, config, decoder = self.model, self.config, self.decoder
+        config, decoder = self.config, self.decoder
         for module in attention_modules(decoder):
             module.__dict__["_kvcomp_run"] = self
             self._undo.append(partial(module.__dict__.pop, "_kvcomp_run"))
@@ -201,15 +196,7 @@ class Run(Turns):
         self._replace(decoder, "forward", self._around(decoder.forward))
         for module in self.wrapper.modules:
             self._replace(module, "forward", self.wrapper.watched(module.forward, self._gate))
-        self._replace(model, "generate", self._generating(model.generate))
-        self._replace(model, "_prepare_cache_for_generation", self._prepare_cache)
-        prepare = model.prepare_inputs_for_generation
-        ours = wraps(prepare)(partial(self._prepare_inputs, prepare))
-        self._replace(model, "prepare_inputs_for_generation", ours)
-        self._logits_processor = model._get_logits_processor
-        candidates = partial(self._candidates, model._get_candidate_generator)
-        self._replace(model, "_get_candidate_generator", candidates)
-        self._replace(model, "_get_logits_processor", self._begin_generation)
+        self._enter_generate()
 
     def _replace(self, module: Module, name: str, function: Callable) -> None:
         """Replace a function of a module until the run is undone. If other code has replaced it
@@ -233,75 +220,6 @@ class Run(Turns):
                 f"kvcomp.patch: {type(self.model).__name__} does not take its attention from"
                 " transformers' AttentionInterface"
             )
-
-    def _prepare_cache(
-        self, generation_config: Any, model_kwargs: dict, mode: Any, *args: Any
-    ) -> None:
-        """Replaces the model's own, so that `generate` gets kvcomp's cache."""
-        refuse_prefixes(self.model)
-        if generation_config.use_cache is False:
-            raise ValueError("kvcomp: generate(use_cache=False): a method needs its cache")
-        if generation_config.cache_implementation is not None:
-            raise ValueError(
-                "kvcomp: generate(cache_implementation="
-                f"{generation_config.cache_implementation!r}): the patched model uses its own cache"
-            )
-        if "assisted" in str(mode).lower():
-            refuse_assistants(self.method)
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = self.new_cache()
-        self._check_cache(model_kwargs["past_key_values"])
-        model_kwargs["past_key_values"].drop_drafts()
-        self._running.generates = weakref.ref(model_kwargs["past_key_values"])
-
-    def _generating(self, generate: Callable) -> Callable:
-        """The model's `generate`, which drops its drafts where it is interrupted or fails."""
-
-        @wraps(generate)
-        def generating(*args: Any, **given: Any) -> Any:
-            self._running.generates = lambda: None
-            try:
-                return generate(*args, **given)
-            except BaseException:
-                if (cache := self._running.generates()) is not None:
-                    cache.drop_drafts()
-                raise
-
-        return generating
-
-    def _candidates(self, make: Callable, *args: Any, **given: Any) -> Drafts:
-        """In place of the model's own `_get_candidate_generator`."""
-        config, assistant = given["generation_config"], given.get("assistant_model")
-        refuse_itself(self.model, assistant, config.assistant_early_exit, self.method)
-        refuse_processors(given["logits_processor"])
-        return Drafts(make(*args, **given), given["model_kwargs"]["past_key_values"])
-
-    def _check_cache(self, cache: Any) -> None:
-        if not isinstance(cache, self.cache_class) or cache.meter is not self.meter:
-            raise ValueError(
-                "kvcomp: past_key_values: expected a cache of this run (run.new_cache(), or the one"
-                f" that generate returned), got {type(cache).__name__}"
-            )
-
-    def _prepare_inputs(self, prepare: Callable, input_ids: Tensor, **given: Any) -> dict:
-        """Replaces the model's own. Some models (Phi-3 with longrope) drop the cache where their
-        rotary frequencies change and encode everything again; kvcomp's cache is then reset.
-        Assisted decoding hands in all of the text in a further turn; only its end is new."""
-        cache = given.get("past_key_values")
-        seen = 0 if cache is None else int(cache.get_seq_length())
-        told = ("next_sequence_length", "inputs_embeds")
-        if (
-            seen
-            and given.get("is_first_iteration")
-            and not any(given.get(x) is not None for x in told)
-        ):
-            given["next_sequence_length"] = max(input_ids.shape[1] - seen, 0) or None
-        inputs = prepare(input_ids, **given)
-        if cache is not None and inputs.get("past_key_values") is None:
-            self._check_cache(cache)
-            cache.begin_anew()
-            inputs["past_key_values"] = cache
-        return inputs
 
     def _around(self, forward: Callable) -> Callable:
         """The decoder's forward, with the work of the run before and after it. Unlike a forward

@@ -16,7 +16,7 @@ are then on the device, and new tokens become sinks until there are enough.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,138 +28,24 @@ from kvcomp.cache.kv_cache import KVCache
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.rows import Rows
 from kvcomp.methods.audit import watch
-from kvcomp.methods.base import Method
-from kvcomp.methods.cost import Place, StepBytes
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from kvcomp.methods.resident import Resident
 
 ALWAYS, NEVER = torch.inf, -torch.inf  # thresholds on a similarity
 
 
-class Shares(TypedDict):
-    """The fields of `Retrieval` that bound the number of tokens on the device."""
-
-    budget: int
-    sinks: int
-    local: int
-    segment: tuple[int, int]
-
-
 @dataclass(frozen=True)
-class Retrieval(Method):
-    """Retrieves units by their scores; subclasses define `units` and `scores`.
-
-    Attributes:
-        budget: B, tokens retrieved at once, per KV head; sinks and local tokens come on top.
-        sinks: S, first tokens, always on the device.
-        local: W, newest tokens on the device. If there are more, the oldest segment leaves when a
-            row selects; with the open segment there are up to W + s_max.
-        segment: (s_min, s_max), length of a segment of the output in tokens.
-        dense_layers: number of first layers that keep everything on the device and attend to all.
-        newest: W0, newest tokens of a prompt that stay local; at most W. None: W / 2.
-        host_limit: limit in bytes of host memory for K and V of all layers; None: no limit.
-        audit: measure at every step the share of attention that the resident tokens cover; this
-            reads the whole pool.
-    """
-
-    budget: int = 1024  # B
-    sinks: int = 16  # S
-    local: int = 256  # W
-    segment: tuple[int, int] = (4, 64)  # s_min, s_max
-    dense_layers: int = 2
-    newest: int | None = None  # W0
-    host_limit: int | None = None
-    audit: bool = False
+class Retrieval(Resident):
+    """Retrieves units by their scores; subclasses define `units` and `scores`."""
 
     croppable: ClassVar[bool] = False
     one_way: ClassVar[str] = "segments that are closed stay closed"
     in_step: ClassVar[bool] = True
     forks: ClassVar[bool] = False  # or the prompt would be in host memory twice
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.sinks >= 0, "sinks", "at least 0")
-        self._require(self.local >= 1, "local", "at least 1 token")
-        shortest, longest = self.segment
-        self._require(1 <= shortest <= longest, "segment", "1 <= shortest <= longest")
-        self._require(self.dense_layers >= 0, "dense_layers", "at least 0")
-        self._require(
-            0 <= self.num_newest <= self.local,
-            "newest",
-            f"0 to local={self.local} tokens",
-        )
-        self._require(
-            self.budget >= self.sinks + self.local,
-            "budget",
-            f"at least sinks + local = {self.sinks + self.local} tokens",
-        )
-        self._require(
-            self.host_limit is None or self.host_limit >= 0,
-            "host_limit",
-            "at least 0 bytes, or None",
-        )
-
-    @classmethod
-    def example(cls, budget: int | None = None) -> Self:
-        """At most `budget` tokens on the device, for short contexts."""
-        return cls(**cls.shares(128 if budget is None else budget))
-
-    @classmethod
-    def shares(cls, total: int) -> Shares:
-        """Fields with which at most `total` tokens are on the device at a step."""
-        sinks, local = max(1, total // 32), max(1, total // 8)
-        longest = max(1, min(16, total // 16))
-        budget = total - sinks - local - longest - 1
-        return {
-            "budget": budget,
-            "sinks": sinks,
-            "local": local,
-            "segment": (min(4, longest), longest),
-        }
-
-    @property
-    def num_newest(self) -> int:
-        """W0."""
-        return self.local // 2 if self.newest is None else self.newest
-
-    @property
-    def most_resident(self) -> int:
-        """The largest number of tokens of a row on the device, including the newest."""
-        return self.sinks + self.budget + self.local + self.segment[1] + 1
-
-    def step_bytes(self, at: Place) -> StepBytes:
-        """An estimate that gives the output units of the prompt's size. A step pays its share of a
-        selection, and every selection fetches all of its tokens."""
-        retrieving = at.layers - self.dense_layers
-        attended = min(at.seen, self.sinks + self.budget + self.local)
-        resident = min(at.seen, self.most_resident)
-        fetched = min(max(at.seen - self.sinks - self.local, 0), self.budget)
-        width = self.digest(torch.zeros(1, at.head_dim)).shape[-1]
-        digests = retrieving * at.seen / self.unit_size * at.kv_heads * width * at.itemsize
-        whole = self.dense_layers * at.seen
-        return StepBytes(
-            read=(whole + retrieving * attended) * at.token_bytes,
-            held=(whole + retrieving * resident) * at.token_bytes + digests,
-            scoring=self.selection_rate * digests,
-            link=self.selection_rate * retrieving * fetched * at.pool_bytes,
-            host=retrieving * at.seen * at.pool_bytes,
-        )
-
-    @property
-    def selection_rate(self) -> float:
-        """Selections per step and layer, if known before decoding; else 1, the upper bound."""
-        return 1.0
-
     # --- what subclasses say ----------------------------------------------------------------------
 
     def unit_count(self, tokens: int) -> int:
         """The number of units that `units` makes of `tokens` columns."""
-        raise NotImplementedError
-
-    @property
-    def unit_size(self) -> int:
-        """The mean number of tokens in a unit of the prompt."""
         raise NotImplementedError
 
     def units(self, keys: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,10 +60,6 @@ class Retrieval(Method):
             [B, Hkv, U] int32, U = unit_count(n).
         """
         raise NotImplementedError
-
-    def digest(self, keys: Tensor) -> Tensor:
-        """The digest of the tokens of one unit: keys [..., n, D] -> [..., W]."""
-        return keys.mean(-2)
 
     def scores(self, layer: LayerCache, q: Tensor, scale: float, active: Tensor) -> Tensor:
         """Scores [B, Hkv, U] fp32 of all units for q [B, Hq, D], in rows where active [B] is 1."""
@@ -201,13 +83,6 @@ class Retrieval(Method):
         return ALWAYS
 
     # --- the hooks --------------------------------------------------------------------------------
-
-    def check(self, num_layers: int) -> None:
-        self._require(
-            self.dense_layers < num_layers,
-            "dense_layers",
-            f"fewer than the {num_layers} layers of this model",
-        )
 
     def start(self, cache: KVCache) -> None:
         cache.state.memory = HostMemory(self.host_limit)

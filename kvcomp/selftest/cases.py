@@ -15,6 +15,7 @@ from kvcomp.selftest.eviction_cases import eviction_cases
 from kvcomp.selftest.latent_cases import latent_cases
 from kvcomp.selftest.linear_cases import linear_cases
 from kvcomp.selftest.retrieval_cases import retrieval_cases
+from kvcomp.selftest.selection_cases import selection_cases
 
 CASES: list[Case] = sorted(
     [
@@ -25,6 +26,7 @@ CASES: list[Case] = sorted(
         *latent_cases(),
         *linear_cases(),
         *retrieval_cases(),
+        *selection_cases(),
     ],
     key=lambda case: case.op,
 )
