@@ -23,7 +23,7 @@ from kvcomp.hf import patch
 from kvcomp.reasoner import path, task
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 BUDGET_SHARE = 2  # the default budget is the final context over this,
 BUDGET_STEP = 16  # rounded down to a multiple of this, so that pages of every method fit
@@ -130,11 +130,12 @@ class _Ticker(BaseStreamer):
         pass
 
 
-def run(names: list[str], settings: Settings, console: Console) -> dict[str, Any]:
+def run(names: list[str], settings: Settings, console: Console) -> Iterator[dict[str, Any]]:
     """Decode with each of the methods `names`; a progress bar goes to `console`.
 
-    Returns:
-        {"meta": {...}, "rows": [{"method", "step_accuracy", ...}]}, in the order of `names`.
+    Yields:
+        after each method, the result so far: {"meta": {...}, "rows": [{"method", "step_accuracy",
+        ...}]}, in the order of `names`.
 
     Raises:
         ValueError: a budget that a method cannot use, or a context too long for the model.
@@ -142,23 +143,24 @@ def run(names: list[str], settings: Settings, console: Console) -> dict[str, Any
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # such a small model gains nothing from more
     try:
-        return _run(names, settings, console)
+        yield from _run(names, settings, console)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(names: list[str], settings: Settings, console: Console) -> dict[str, Any]:
+def _run(names: list[str], settings: Settings, console: Console) -> Iterator[dict[str, Any]]:
     work = Workload(settings)
     methods = [METHODS[name].example(work.budget) for name in names]
     bar = steps_bar(console)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {"meta": _meta(settings, work), "rows": rows}
     with bar:
         total = bar.add_task("", total=len(methods) * (work.new_tokens + 1))
         for method in methods:
             bar.update(total, description=method.name)
             work.warm_up(method)
             rows.append(work.decode(method, lambda: bar.advance(total)))
-    return {"meta": _meta(settings, work), "rows": rows}
+            yield result
 
 
 def _meta(settings: Settings, work: Workload) -> dict[str, Any]:

@@ -6,6 +6,7 @@ every step, and the tokens and bytes that the run counts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any
@@ -44,11 +45,12 @@ class Settings:
 
 def run(
     names: list[str], settings: Settings, model: Any, tokenizer: Any, console: Console
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Read with each method of METHODS that is named; a progress bar goes to `console`.
 
-    Returns:
-        {"meta": {...}, "rows": [{"method", "nll", "d_nll", "top1", ...}]}, in the order of `names`.
+    Yields:
+        after each method, the result so far: {"meta": {...}, "rows": [{"method", "nll", "d_nll",
+        "top1", ...}]}, in the order of `names`.
 
     Raises:
         ValueError: a budget that a method cannot work with, or a text too short for the windows.
@@ -58,14 +60,6 @@ def run(
     chosen = windows(tokenizer, settings.windows, settings.tokens, texts=(TEXT,))
     prompt = settings.tokens // PROMPT_SHARE
     steps = settings.tokens - prompt - 1
-    bar = steps_bar(console)
-    rows = []
-    with bar:
-        total = bar.add_task("dense", total=len(methods) * steps)
-        dense = Dense(model, chosen, prompt)
-        for method in methods:
-            bar.update(total, description=method.name)
-            rows.append(_row(dense, method, settings.kv, lambda: bar.advance(total)))
     meta = {
         **machine(model.device),
         "text": TEXT,
@@ -74,7 +68,15 @@ def run(
         "budget": budget,
         "prompt": prompt,
     }
-    return {"meta": meta, "rows": rows}
+    bar = steps_bar(console)
+    rows: list[dict[str, Any]] = []
+    with bar:
+        total = bar.add_task("dense", total=len(methods) * steps)
+        dense = Dense(model, chosen, prompt)
+        for method in methods:
+            bar.update(total, description=method.name)
+            rows.append(_row(dense, method, settings.kv, lambda: bar.advance(total)))
+            yield {"meta": meta, "rows": rows}
 
 
 def _row(dense: Dense, method: Method, kv: str, tick: Any) -> dict[str, Any]:

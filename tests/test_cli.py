@@ -16,6 +16,7 @@ pytest.importorskip("typer")
 from torch._dynamo.utils import counters
 
 import kvcomp
+import kvcomp.demo
 from kvcomp import METHODS, cli
 from kvcomp.ops import OPS
 from kvcomp.reasoner import task
@@ -254,6 +255,28 @@ def call_in_vain(capsys, monkeypatch):
         return code, capsys.readouterr().err
 
     return run
+
+
+@pytest.mark.parametrize("done", [0, 2])
+def test_an_interrupted_demo_shows_the_methods_that_are_done(call, tmp_path, monkeypatch, done):
+    decode, started, file = kvcomp.demo.Workload.decode, [], tmp_path / "demo.json"
+
+    def stopping(*args):
+        if len(started) == done:
+            raise KeyboardInterrupt
+        started.append(args)
+        return decode(*args)
+
+    monkeypatch.setattr("kvcomp.demo.Workload.decode", stopping)
+    names = "full", "delta", "lazy-eviction"
+    more = [word for name in names[1:] for word in ("--method", name)]
+    code, out, err = call(*DEMO, *more, "--json", file)
+    assert code == 130 and last_line(err) == f"kvcomp: stopped with {done} of 3 methods done"
+    assert file.exists() == bool(done) and [name in out for name in names] == [done > 0] * 2 + [
+        False
+    ]
+    if done:
+        assert [row["method"] for row in json.loads(file.read_text())["rows"]] == [*names[:done]]
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])

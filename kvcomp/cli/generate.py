@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -22,9 +22,6 @@ from kvcomp.cli.settings import (
     chunk_options,
 )
 from kvcomp.cli.stopping import Stopped, exit_code
-
-if TYPE_CHECKING:
-    pass
 
 
 def generate(

@@ -10,8 +10,9 @@ import typer
 
 from kvcomp import METHODS
 from kvcomp.cli.common import Device, Dtype, Kv, load, pick_device, pick_dtype, pick_kv
-from kvcomp.cli.output import check_distinct, check_output, deliver, say, show, write
+from kvcomp.cli.output import check_distinct, check_output, deliver, say, say_aside, show, write
 from kvcomp.cli.settings import pick_method
+from kvcomp.cli.stopping import Stopped, exit_code
 from kvcomp.progress import stderr_console
 from kvcomp.reasoner import task
 
@@ -90,7 +91,7 @@ def demo(
     """Compare methods on problems, or on real text with --model.
 
     The problems are for the bundled reasoning model, whose every step is graded. With another
-    model, the table has its loss on real text.
+    model, the table has its loss on real text. Ctrl-C shows the methods that are done.
     """
     names = list(dict.fromkeys(method)) if method else main_methods()
     if names == ["all"]:
@@ -108,19 +109,30 @@ def demo(
         from kvcomp import demo as work
 
         settings = work.Settings(problems, nodes, steps, seed, budget, where, kind, kept)
-        result = work.run(names, settings, stderr_console())
+        results = work.run(names, settings, stderr_console())
     else:
         from kvcomp import demo_text as work
 
         names = [name for name in names if name != "delethink"]  # a text is given: no new contexts
         settings = work.Settings(model, tokens, windows, budget, where, kind, kept)
-        result = work.run(names, settings, *load(model, where, kind), stderr_console())
+        results = work.run(names, settings, *load(model, where, kind), stderr_console())
+    result, code = None, 0
+    try:
+        for result in results:  # noqa: B007  (the last one is kept)
+            pass
+    except (KeyboardInterrupt, Stopped) as stop:
+        code = exit_code(stop)
+        done = len(result["rows"]) if result else 0
+        say_aside(f"kvcomp: stopped with {done} of {len(names)} methods done")
+    if result is None:
+        raise typer.Exit(code)
     picture = work.plot(result) if plot_file is not None else b""
     deliver(
         lambda: show(work.headline(result), work.table(result)),
         lambda: write(json_file, json.dumps(result, indent=2) + "\n"),
         lambda: write(plot_file, picture),
     )
+    raise typer.Exit(code)
 
 
 def all_methods() -> list[str]:
