@@ -29,21 +29,38 @@ struct Dot {
   static Vec finish(Vec sum) { return sum; }
 };
 
-// kBytes of a row, from byte `at` on, into L2: into L1 they would only displace the tile in work.
-// Asked for piece by piece, as the row in work is read, so that few requests wait at a time, and
-// where pieces are smaller than a line, by the first of it. Always inlined, because GCC takes a
-// function that only prefetches for one without effect and drops its calls.
-template <int kBytes>
-[[gnu::always_inline]] inline void prefetch(const void* row, int at) {
-  if (kBytes < 64 && at % 64 != 0) return;
-  for (int i = 0; i < kBytes; i += 64) {
-    __builtin_prefetch(static_cast<const char*>(row) + at + i, 0, 2);
+// Brings rows into L1, line by line in the order in which they lie: memory delivers fastest what is
+// read from one end to the other.
+class Fetch {
+ public:
+  Fetch() = default;
+  Fetch(RowPointers rows, int row_bytes) : next_(rows), row_bytes_(row_bytes), at_(row_bytes) {}
+
+  // A line for each of those that kBytes from byte `at` of a row begin: what reads a tile fetches
+  // one meanwhile, and few requests wait at a time. Always inlined, because GCC takes a function
+  // that only prefetches for one without effect and drops its calls.
+  template <int kBytes>
+  [[gnu::always_inline]] void beside(int at) {
+    if (!next_ || (kBytes < 64 && at % 64 != 0)) return;
+    UNROLL for (int i = 0; i < kBytes; i += 64) {
+      if (at_ >= row_bytes_) {
+        row_ = static_cast<const char*>(*next_++);
+        at_ = 0;
+      }
+      __builtin_prefetch(row_ + at_);
+      at_ += 64;
+    }
   }
-}
+
+ private:
+  RowPointers next_ = nullptr;  // the rows after row_
+  const char* row_ = nullptr;
+  int row_bytes_ = 0, at_ = 0;  // of row_, where the next line begins
+};
 
 // H heads against kLanes / H rows at a time: kLanes sums in registers, reduced together.
 template <class T, int H>
-void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count, RowPointers fetch,
+void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count, Fetch& fetch,
               float scale, float* logits) {
   using D = Dot<T>;
   using Query = typename D::Query;
@@ -56,7 +73,7 @@ void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count
     int i = 0;
     for (; i + D::kStep <= head_dim; i += D::kStep) {
       const auto row = [&](int r) {
-        if (fetch) prefetch<D::kStep * sizeof(T)>(fetch[t + r], i * sizeof(T));
+        fetch.beside<D::kStep * sizeof(T)>(i * sizeof(T));
         return D::row(static_cast<const T*>(rows[t + r]) + i);
       };
       const auto query = [&](int h) { return D::query(q + h * stride_q + i); };
@@ -78,6 +95,7 @@ void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count
     }
     if (i < head_dim) {
       UNROLL for (int r = 0; r < R; ++r) {
+        fetch.beside<kLanes * sizeof(T)>(i * sizeof(T));
         const auto k = D::half_row(static_cast<const T*>(rows[t + r]) + i);
         UNROLL for (int h = 0; h < H; ++h) {
           sums[h * R + r] = D::half_add(D::half_query(q + h * stride_q + i), k, sums[h * R + r]);
@@ -101,8 +119,9 @@ void prepare_q(const void* q, int head_dim, float* prepared) {
 
 template <class T>
 void qk(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, int count,
-        RowPointers fetch, float scale, float* logits) {
-  for (int h = 0, n; h < num_heads; h += n, fetch = nullptr) {  // later heads find the rows in L1
+        RowPointers fetch_rows, float scale, float* logits) {
+  Fetch fetch(fetch_rows, head_dim * sizeof(T));
+  for (int h = 0, n; h < num_heads; h += n, fetch = {}) {  // later heads find the rows in L1
     n = min(num_heads - h, 4);
     const float* q = prepared_q + h * head_dim;
     float* x = logits + h * kTile;
@@ -171,12 +190,12 @@ void softmax(float* logits, int num_heads, int count, float* max, float* sum, fl
 // N vectors of a row from `column` on, for H heads: H * N sums in registers over all rows. They
 // start from zero, not from acc: rounding then grows with the number of tiles, not of tokens.
 template <class T, int H, int N>
-void pv_block(const float* probs, int head_dim, RowPointers rows, int count, RowPointers fetch,
+void pv_block(const float* probs, int head_dim, RowPointers rows, int count, Fetch& fetch,
               const float* rescale, int column, float* acc) {
   Vec sums[H][N];
   UNROLL for (int h = 0; h < H; ++h) { UNROLL for (int n = 0; n < N; ++n) sums[h][n] = zero(); }
   for (int t = 0; t < count; ++t) {
-    if (fetch) prefetch<N * kLanes * sizeof(T)>(fetch[t], column * sizeof(T));
+    fetch.beside<N * kLanes * sizeof(T)>(column * sizeof(T));
     const T* row = static_cast<const T*>(rows[t]) + column;
     Vec v[N];
     if constexpr (N == 1) {
@@ -203,7 +222,7 @@ void pv_block(const float* probs, int head_dim, RowPointers rows, int count, Row
 
 // As many vectors at once as there are sums, then half as many of what is left.
 template <class T, int H, int N = kSums / H / 2 * 2>
-void pv_heads(const float* probs, int head_dim, RowPointers rows, int count, RowPointers fetch,
+void pv_heads(const float* probs, int head_dim, RowPointers rows, int count, Fetch& fetch,
               const float* rescale, float* acc, int column = 0) {
   for (; column + N * kLanes <= head_dim; column += N * kLanes) {
     pv_block<T, H, N>(probs, head_dim, rows, count, fetch, rescale, column, acc);
@@ -215,8 +234,9 @@ void pv_heads(const float* probs, int head_dim, RowPointers rows, int count, Row
 
 template <class T>
 void pv(const float* probs, int num_heads, int head_dim, RowPointers rows, int count,
-        RowPointers fetch, const float* rescale, float* acc) {
-  for (int h = 0, n; h < num_heads; h += n, fetch = nullptr) {  // later heads find the rows in L1
+        RowPointers fetch_rows, const float* rescale, float* acc) {
+  Fetch fetch(fetch_rows, head_dim * sizeof(T));
+  for (int h = 0, n; h < num_heads; h += n, fetch = {}) {  // later heads find the rows in L1
     n = min(num_heads - h, 4);
     const float *p = probs + h * kTile, *alpha = rescale + h;
     float* sums = acc + h * head_dim;

@@ -107,9 +107,10 @@ void qk_packed(const float* prepared_q, int num_heads, int head_dim, const float
 template <class T, int N = kSharedVectors>
 void pv_shared_columns(const float* probs, int num_heads, int width, RowPointers rows, int count,
                        const float* rescale, float* acc, int column) {
+  Fetch nothing;
   for (; column + N * kLanes <= width; column += N * kLanes) {
     for_shared_heads(num_heads, [&](int h, auto heads) {
-      pv_block<T, heads.value, N>(probs + h * kTile, width, rows, count, nullptr, rescale + h,
+      pv_block<T, heads.value, N>(probs + h * kTile, width, rows, count, nothing, rescale + h,
                                   column, acc + h * width);
     });
   }

@@ -1,5 +1,14 @@
 // A matrix of weights against a few rows. Part of rows.inl.
 
+// kBytes of a row, from byte `at` on, into L2; where they are less than a line, by the first of it.
+template <int kBytes>
+[[gnu::always_inline]] inline void prefetch(const void* row, int at) {
+  if (kBytes < 64 && at % 64 != 0) return;
+  for (int i = 0; i < kBytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(row) + at + i, 0, 2);
+  }
+}
+
 // Sums of B rows of x with R weights, which are read side by side. A sum runs through its row from
 // the first element to the last, alone in its vector, so it does not depend on B and R.
 template <class T, int B, int R>

@@ -49,7 +49,7 @@ struct TypedRows {
   void (*prepare_q)(const void* q, int head_dim, float* prepared);
 
   // logits[h][t] = scale * <q[h], rows[t]> for t < count; logits [num_heads, kTile]. Each row is
-  // read once for all heads; meanwhile the rows of `fetch` are brought into L2.
+  // read once for all heads; meanwhile the rows of `fetch` are brought into L1.
   void (*qk)(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, int count,
              RowPointers fetch, float scale, float* logits);
 
