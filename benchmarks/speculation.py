@@ -6,6 +6,7 @@ import argparse
 import statistics
 import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def summary(tokenizer: Any, context: int) -> Tensor:
 
 def without_drafts() -> thinking.Stand:
     """The loop of Stand over a table that knows nothing: what is won otherwise than by drafts."""
-    alone = thinking.Stand()
+    alone = thinking.Stand(together=False)
     alone.table.find = lambda ids: None  # type: ignore[method-assign]
     return alone
 
@@ -91,7 +92,11 @@ def measured(
 ) -> dict[str, Any]:
     """Contenders in turn over copies of one cache; seconds from the first token on."""
     prompt, ids = ids, ids.repeat(case["rows"], 1)
-    loops = {"plain": None, "stand": thinking.Stand, "alone": without_drafts}
+    loops = {
+        "plain": None,
+        "stand": partial(thinking.Stand, together=False),
+        "alone": without_drafts,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     spent: dict[str, tuple[int, int]] = {}
     tokens: dict[str, Tensor] = {}

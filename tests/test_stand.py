@@ -3,6 +3,7 @@
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
@@ -12,7 +13,8 @@ from kvcomp import METHODS, Delethink, Delta, Full, LazyEviction, LouisKV, cli
 from kvcomp.reasoner import task
 from kvcomp.testing.models import tiny_model
 from kvcomp.thinking import Cgrs, GumbelNoise, Stand
-from kvcomp.thinking.ngrams import NgramTable
+from kvcomp.thinking.drafts import Draft, Trust
+from kvcomp.thinking.ngrams import Entry, NgramTable
 from kvcomp.thinking.noise import gumbel
 from kvcomp.thinking.nucleus import draw_nucleus
 from kvcomp.thinking.pace import Pace
@@ -199,11 +201,12 @@ def test_a_table_averages_what_it_has_seen():
 
 def paced(seconds, hopes, right, forwards=400):
     """The drafts of the last forwards, which take seconds(drafts); a share of drafts is right."""
-    pace, found = Pace(7), []
+    pace, found = Pace(), []
     for _ in range(forwards):
-        drafts = pace.drafts(1, hopes)
+        drafts = pace.drafts(1, 1.0, hopes)
         found.append(drafts)
-        pace.note(drafts, seconds(drafts), sum(hopes[:drafts]), right * sum(hopes[:drafts]))
+        hoped = sum(hopes[:drafts])
+        pace.note(1 + drafts, seconds(drafts), drafts, hoped, right * hoped)
     return found[forwards // 2 :]
 
 
@@ -223,6 +226,20 @@ def test_nothing_is_drafted_where_it_loses():
     ):
         found = paced(seconds, sure, right)
         assert found.count(0) > 0.85 * len(found) and any(found)
+
+
+def test_trust_is_the_share_that_was_right():
+    """By kind, and from the table's probability where nothing was checked."""
+    trust = Trust()
+    entry = Entry(np.array([5, 6]), np.array([0.9, 0.1]), 3, True)
+    kind = trust.kind(entry, 0)
+    before = trust.chance(kind)
+    assert before == pytest.approx(0.9, abs=0.05)
+    draft = Draft([5], [0], [before], [kind])
+    for token in [5, 7] * 50:
+        assert trust.note(draft, 0, token) == (1 if token == 5 else None)
+    assert trust.chance(kind) == pytest.approx(0.5, abs=0.03)
+    assert trust.chance(trust.kind(entry._replace(order=2), 0)) == before
 
 
 def test_bad_input(llama):

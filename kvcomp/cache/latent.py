@@ -65,14 +65,20 @@ class LatentLayer(LayerCache):
         return ops.latent_attention(q, latents, value_dim=self.rank, scale=scale, **read)
 
     def _many_over(
-        self, q: Tensor, scale: float, rows: Rows, **read: Unpack[Read]
+        self,
+        q: Tensor,
+        scale: float,
+        rows: Rows,
+        q_lens: Tensor | None = None,
+        **read: Unpack[Read],
     ) -> tuple[Tensor, Tensor]:
         """One draft after another: out [B, m, Hq, rank], lse [B, m, Hq]."""
         logits, count = read.pop("logits", None), q.shape[2]
         lens, found = read.pop("seq_lens"), []
+        last = count - 1 if q_lens is None else q_lens - 1
         for index in range(count):
             own = read.copy()
-            own["seq_lens"] = lens - (count - 1 - index)
+            own["seq_lens"] = lens - (last - index)
             if logits is not None:
                 own["logits"] = logits[:, index]
             found.append(self._over(q[:, :, index], scale, rows, **own))

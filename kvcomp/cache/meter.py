@@ -88,20 +88,28 @@ class Meter:
         _add(self.attended_tokens, position, total)
         self.queries += lens.numel() if position == 0 else 0
 
-    def verified(self, position: int, lens: Tensor, drafts: int) -> None:
-        """Attention of layer `position` reads lens [B] tokens once for its drafts, which are the
-        last of these tokens; each attends to itself and to all tokens before it."""
+    def verified(self, position: int, lens: Tensor, drafts: int | Tensor) -> None:
+        """Attention of layer `position` reads lens [B] tokens once for its drafts, a number or [B]
+        of them, which are the last of these tokens; each attends to itself and to all tokens before
+        it."""
         total, rows = _total(lens), lens.numel()
+        if isinstance(drafts, int):
+            attended, queries = total * drafts - rows * drafts * (drafts - 1) // 2, rows * drafts
+        else:
+            attended = _total(lens * drafts - drafts * (drafts - 1) // 2)
+            queries = int(drafts.sum()) if position == 0 else 0
         _add(self.read_tokens, position, total)
-        _add(self.attended_tokens, position, total * drafts - rows * drafts * (drafts - 1) // 2)
-        self.queries += rows * drafts if position == 0 else 0
+        _add(self.attended_tokens, position, attended)
+        self.queries += queries if position == 0 else 0
 
     def drafted(self, cache: KVCache, counts: list[int]) -> None:
         """Of the staged tokens of `cache`, `counts` stay in each row; one count is for all rows."""
         rows = len(cache.layers[0].seq_lens)
         counts = counts * rows if len(counts) == 1 else counts
         self.verifications += 1
-        self.drafted_tokens += rows * (cache.staged - 1)
+        staged = cache.layers[0].counts
+        given = [cache.staged] * rows if staged is None else staged.tolist()
+        self.drafted_tokens += sum(max(count - 1, 0) for count in given)
         self.accepted_tokens += sum(max(count - 1, 0) for count in counts)
 
     @contextmanager

@@ -36,10 +36,12 @@ class Staged(Attended):
         staged: number of drafts of each row that wait for `accept` and `unstage`. The first is the
             last sampled token and always accepted.
         drafts: the method's notes on them, [B, m, ...] each.
+        counts: [B] int32, drafts of each row, the first of the m; None: m.
     """
 
     staged: int
     drafts: dict[str, Tensor]
+    counts: Tensor | None
     _drafted: tuple[Tensor, ...]  # K and V
 
     if TYPE_CHECKING:
@@ -66,8 +68,9 @@ class Staged(Attended):
         super().reset()
         self.unstage()
 
-    def stage(self, k: Tensor, v: Tensor) -> None:
-        """Put drafts behind the tokens of every row: k, v [B, Hkv, m, D].
+    def stage(self, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
+        """Put drafts behind the tokens of every row: k, v [B, Hkv, m, D], of which the first
+        counts [B] int32 are drafts; None: all.
 
         Raises:
             ValueError: the layer is empty or has drafts already, or the shapes do not fit it.
@@ -78,7 +81,7 @@ class Staged(Attended):
         drafted = k.detach(), v.detach()
         k, v = self._as_kept(*drafted)
         self._check(k, v, None)
-        self._drafted, self.staged = drafted, k.shape[2]
+        self._drafted, self.staged, self.counts = drafted, k.shape[2], counts
         new = self._encoded(k, v)
         self._reserve(new.part(slice(1)), self.max_len + self.staged)
         self._place(new)
@@ -123,7 +126,7 @@ class Staged(Attended):
     def unstage(self) -> None:
         """Drop the drafts."""
         self.staged = 0
-        self._drafted, self.drafts = (), {}
+        self._drafted, self.drafts, self.counts = (), {}, None
 
     @property
     def seen_and_staged(self) -> int:
@@ -146,17 +149,27 @@ class Staged(Attended):
             out [B, m, Hq, D] and lse [B, m, Hq], sinks included. A draft gets the result of a
             decode step.
         """
+        if self.counts is not None and not read:
+            lens = self.seq_lens + self.counts
+            self.cache.meter.verified(self.position, lens, self.counts)
+            rows = self.stored(self.max_len + self.staged)
+            return self._many_over(q, scale, rows, self.counts, seq_lens=lens)
         read.setdefault("seq_lens", self.seq_lens + self.staged)
         self.cache.meter.verified(self.position, read["seq_lens"], self.staged)
         return self._many_over(q, scale, self.stored(self.max_len + self.staged), **read)
 
     def _many_over(
-        self, q: Tensor, scale: float, rows: Rows, **read: Unpack[Read]
+        self,
+        q: Tensor,
+        scale: float,
+        rows: Rows,
+        q_lens: Tensor | None = None,
+        **read: Unpack[Read],
     ) -> tuple[Tensor, Tensor]:
         k, v, words = rows
         q = self.query(q.transpose(1, 2))
         found = ops.append_attention(
-            q, k, v, scale=scale, words=words, softcap=self.softcap, **read
+            q, k, v, q_lens=q_lens, scale=scale, words=words, softcap=self.softcap, **read
         )
         return self.with_sinks(*found)
 

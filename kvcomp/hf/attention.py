@@ -116,7 +116,11 @@ def _managed(
     if latents is not None and (decoding or kv.staged or _reads_prompts(kv)):
         asked = latents.absorb(query)
     if kv.staged:
-        out = _verify(kv, asked, scale)
+        drafts = layer.owner.packed_drafts
+        if drafts is None:
+            out = _verify(kv, asked, scale)
+        else:
+            out = drafts.packed(_verify(kv, drafts.rows(asked, 2), scale))
         return out if latents is None else latents.project(out)
     if decoding:
         out = _decode(kv, asked[:, :, 0], scale)

@@ -6,6 +6,7 @@ transformers' classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, ClassVar, cast
 
@@ -23,7 +24,7 @@ from kvcomp.hf.decoder import values_of
 from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.layer import Layer
 from kvcomp.hf.outlast import outlasting
-from kvcomp.hf.packing import Packing
+from kvcomp.hf.packing import PackedDrafts, Packing
 from kvcomp.hf.text import Text
 from kvcomp.methods import Method
 
@@ -95,6 +96,7 @@ class Cache(TransformersCache):
             kv.is_shared = any(map(is_dummy, layers))
         self.padding: Tensor | None = None  # [B, n] bool: valid tokens of the running forward
         self.packing: Packing | None = None  # of the prompts in the one row of the next forward
+        self.packed_drafts: PackedDrafts | None = None  # the same for drafts
         self.masks: list[Any] = []  # attention masks that the forward got or made
         self.entered = False  # whether a forward of the patched model is using it
         self.broken = False  # whether a forward has failed halfway
@@ -160,13 +162,17 @@ class Cache(TransformersCache):
             return "layers of the model share K and V"
         return self.kv.method.drafts_refused
 
-    def stage(self) -> None:
+    def stage(self, lengths: Sequence[int] | None = None) -> None:
         """Treat the tokens of the next forward as drafts. Each attends as its decode step would,
         and later forwards do not see them before `commit`. The first is the last sampled token.
 
             cache.stage()
             logits = model(torch.cat([last, drafts], 1), past_key_values=cache).logits
             cache.commit(1 + accepted)
+
+        Args:
+            lengths: the number of drafts of each row. The forward gets them in one row [1, N],
+                without padding, and the positions of all. None: [B, m].
 
         Raises:
             ValueError: the method, or a layer that it does not manage, cannot handle drafts.
@@ -178,6 +184,13 @@ class Cache(TransformersCache):
             )
         if not self.rows:
             raise ValueError("kvcomp: stage: expected a cache that has seen the prompt")
+        if lengths is not None:
+            if not self.all_managed or len(lengths) != self.rows or min(lengths) < 0:
+                raise ValueError(
+                    f"kvcomp: stage: lengths: expected {self.rows} numbers of drafts, in a model"
+                    f" whose layers all belong to the method, got {list(lengths)}"
+                )
+            self.packed_drafts = PackedDrafts(lengths, self.kv.layers[0].seq_lens.device)
         self.staging = True
         for layer in self.layers:
             # In newer transformers a window keeps what it could give back only if it is told to.
@@ -217,7 +230,7 @@ class Cache(TransformersCache):
 
     def drop_drafts(self) -> None:
         """Discard what a generation that was interrupted has staged."""
-        self.staging = False
+        self.staging, self.packed_drafts = False, None
         if self.kv.staged and not self.broken:
             self.discard()
 
@@ -238,7 +251,8 @@ class Cache(TransformersCache):
         """Note tokens [B, n] that come in; None: embeddings."""
         self.require_settled()
         if self.staging:
-            self.drafts = ids
+            packed = self.packed_drafts
+            self.drafts = ids if packed is None or ids is None else packed.rows(ids, 1)
         elif self.packing is not None:
             self.text.add(None if ids is None else self.packing.rows(ids, 1), 0)
         else:
@@ -264,7 +278,8 @@ class Cache(TransformersCache):
 
     def leave(self) -> None:
         """Called when the forward that uses the cache is over."""
-        self.entered, self.padding, self.packing, self.staging = False, None, None, False
+        self.entered, self.padding, self.staging = False, None, False
+        self.packing = self.packed_drafts = None
         self.masks.clear()
         for layer in self.layers:
             if isinstance(layer, Layer):

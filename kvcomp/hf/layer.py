@@ -90,7 +90,11 @@ class Layer(CacheLayerMixin):
     @outlasting
     def _keep(self, key: Tensor, value: Tensor) -> None:
         if self.owner.staging:
-            self.kv.stage(key, value)
+            drafts = self.owner.packed_drafts
+            if drafts is None:
+                self.kv.stage(key, value)
+            else:
+                self.kv.stage(drafts.rows(key, 2), drafts.rows(value, 2), drafts.lens)
         else:
             packing, valid = self.owner.packing, self.owner.padding
             if packing is not None:

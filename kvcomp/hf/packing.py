@@ -1,4 +1,4 @@
-"""Prompts of different lengths in one row: no padding goes through the model.
+"""Prompts, or drafts, of different lengths in one row: no padding goes through the model.
 
 The prompts lie one behind another in one row, with positions of their own. Each attends to itself
 alone, and its K and V become a row of the cache. The layers of the model see as many tokens as
@@ -16,6 +16,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class PackedDrafts:
+    """Where the drafts of rows, `lengths` of each, lie in a row of all. A row may have none.
+
+    Attributes:
+        lens: [B] int32, their numbers.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lens = torch.tensor(lengths, dtype=torch.int32, device=device)
+        self._shape = len(lengths), max(lengths)
+        step = torch.arange(max(lengths), device=device)
+        first = (self.lens.cumsum(0) - self.lens)[:, None]
+        # Behind a row's drafts stand others, which nobody will look at.
+        self._places = (first + step).clamp(max=sum(lengths) - 1).flatten()
+        self._back = (step < self.lens[:, None]).flatten().nonzero()[:, 0]
+
+    def rows(self, packed: Tensor, dim: int) -> Tensor:
+        """[1, ..., N, ...] -> [B, ..., most, ...]; `dim` is that of N."""
+        rows = packed[0].movedim(dim - 1, 0).index_select(0, self._places)
+        return rows.unflatten(0, self._shape).movedim(1, dim)
+
+    def packed(self, rows: Tensor) -> Tensor:
+        """[B, most, ...] -> [1, N, ...]."""
+        return rows.flatten(0, 1).index_select(0, self._back)[None]
 
 
 class Packing:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +13,16 @@ from torch import Tensor
 
 from kvcomp.hf.cache import Cache
 from kvcomp.hf.chunked_cache import ChunkedCache
+from kvcomp.hf.prefill import TYPES
 from kvcomp.thinking.drafts import Draft
 from kvcomp.thinking.draws import Drawn, Draws
 from kvcomp.thinking.pace import Pace
 
 if TYPE_CHECKING:
     from kvcomp.thinking.stand import Stand
+
+
+LEAD = 32.0  # tokens by which a row that is so far ahead counts 1 / e of one that is not
 
 
 class Decoding:
@@ -45,7 +48,8 @@ class Decoding:
         self.ended = [False] * len(self.rows)
         pad = getattr(config, "_pad_token_tensor", None)
         self.pad = 0 if pad is None else int(pad)
-        self.pace = Pace(stand.drafter.nodes) if stand.adapt else None
+        self.pace = Pace() if stand.adapt else None
+        self.together = stand.together
 
     def run(self, cache: Any, streamer: Any, model_kwargs: dict) -> None:
         seen = int(cache.get_seq_length())
@@ -56,14 +60,16 @@ class Decoding:
             **model_kwargs,
         )
         last = _last_positions(self.model, inputs)
+        continued = seen or self.config.return_dict_in_generate  # by a cache without gaps
+        together = continued if self.together is None else self.together
         self.apart = not (
-            seen
+            together
             or last is None
             or len(self.rows) == 1
-            or self.config.return_dict_in_generate  # a cache without gaps is given back
             or isinstance(cache, ChunkedCache)
             or cache.kv.method.in_step
             or not cache.all_managed
+            or not TYPES.isdisjoint(inspect.signature(self.model.forward).parameters)
         )
         logits = self.model(**inputs, return_dict=True).logits[:, -1:]
         # Positions behind a row's tokens; None: the model finds them by itself.
@@ -78,22 +84,22 @@ class Decoding:
         while not all(self.ended):
             began, active = time.perf_counter(), self.ended.count(False)
             drafts, expected = self._drafts(cache)
-            width = 1 + max(map(len, drafts))
-            logits = self._forward(cache, drafts, width, mask)
+            total, widest = sum(map(len, drafts)), max(map(len, drafts))
+            tokens = active + total if self.apart else len(drafts) * (1 + widest)
+            logits = self._forward(cache, drafts, mask)
             picked, paths = self._picked(logits, drafts)
-            counts = [
-                width if ended else len(each)
-                for each, ended in zip(picked, self.ended, strict=True)
-            ]
+            counts = [len(each) for each in picked]  # none of a row that has ended
             if not self.apart:
-                counts = [min(counts)] * len(counts)
+                going = zip(counts, self.ended, strict=True)
+                counts = [min(n for n, ended in going if not ended)] * len(counts)
             self._commit(cache, counts, paths)
             self.ahead = [each[n:] for each, n in zip(picked, counts, strict=True)]
             new = [each[:n] for each, n in zip(picked, counts, strict=True)]
             self._take(new, streamer)
             if self.pace is not None:
                 right = sum(map(len, new)) - active
-                self.pace.note(width - 1, time.perf_counter() - began, expected, right)
+                seconds = time.perf_counter() - began
+                self.pace.note(tokens, seconds, total, expected, right)
 
     def _drafts(self, cache: Any) -> tuple[list[Draft], float]:
         """Of each row, behind its newest token; and how many of all to expect to be right."""
@@ -105,25 +111,49 @@ class Decoding:
         rows = [(n, len(self.rows[n]), self.rows[n][-longest:]) for n in numbers]
         ahead = [self.ahead[number] for number in numbers]
         found = self.drafter.draft(rows, ahead, most, self.draws.noise)
-        columns = zip_longest(*(draft.chances for draft in found), fillvalue=0.0)
-        hopes = [self._hope(column) for column in columns]
-        count = max(map(len, found))
-        if self.pace is not None:
-            count = max(self.pace.drafts(len(numbers), hopes), *map(len, ahead))
-        for number, draft in zip(numbers, found, strict=True):
+        counts = self._apart(numbers, found) if self.apart else self._alike(found, ahead)
+        for number, draft, count in zip(numbers, found, counts, strict=True):
             drafts[number] = draft.cut(count)
-        return drafts, sum(hopes[:count])
+        if self.apart:
+            return drafts, sum(sum(draft.chances) for draft in drafts)
+        columns = zip(*(drafts[number].chances for number in numbers), strict=False)
+        return drafts, sum(len(column) * math.prod(column) for column in columns)
 
-    def _hope(self, chances: Sequence[float]) -> float:
-        """How many rows take a draft that each takes with a chance of its own."""
-        return sum(chances) if self.apart else len(chances) * math.prod(chances)
+    def _apart(self, numbers: list[int], found: list[Draft]) -> list[int]:
+        """Drafts of each row, where each takes its own. What is won for a row that is behind counts
+        more, since the last one ends the batch."""
+        if self.pace is None:
+            return [len(draft) for draft in found]
+        behind = min(len(self.rows[number]) for number in numbers)
+        weights = [math.exp((behind - len(self.rows[n])) / LEAD) for n in numbers]
+        values = [
+            (weight * chance, place)
+            for place, (draft, weight) in enumerate(zip(found, weights, strict=True))
+            for chance in draft.chances
+        ]
+        values.sort(key=lambda each: -each[0])  # stable: the first drafts of a row stay before
+        count = self.pace.drafts(len(numbers), sum(weights), [value for value, _ in values])
+        chosen = [place for _, place in values[:count]]
+        return [chosen.count(place) for place in range(len(found))]
 
-    def _forward(self, cache: Any, drafts: list[Draft], width: int, mask: Tensor | None) -> Tensor:
-        device = self.ids.device
+    def _alike(self, found: list[Draft], ahead: list[list[int]]) -> list[int]:
+        """As many drafts for each row, which all take or none."""
+        columns = list(zip_longest(*(draft.chances for draft in found), fillvalue=0.0))
+        count, rows = len(columns), len(self.rows)
+        if self.pace is not None:
+            hopes = [len(column) * math.prod(column) for column in columns]
+            count = self.pace.drafts(rows, len(found), hopes, each=rows)
+            count = max(count, *map(len, ahead))
+        return [count] * len(found)
+
+    def _forward(self, cache: Any, drafts: list[Draft], mask: Tensor | None) -> Tensor:
+        """Logits [B, width, V], behind each row's newest token and its drafts."""
+        device, width = self.ids.device, 1 + max(map(len, drafts))
         table = [
             [row[-1], *draft.tokens, *[self.pad] * (width - 1 - len(draft))]
             for row, draft in zip(self.rows, drafts, strict=True)
         ]
+        ids = torch.tensor(table, device=device)
         given: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
         if isinstance(cache, Cache):
             if self.offset is not None:
@@ -134,9 +164,21 @@ class Decoding:
                 given["attention_mask"] = torch.nn.functional.pad(mask, (0, more), value=1)
         # Layers of transformers that record what they could take back wait for it at every step.
         self.staged = width > 1 or not getattr(cache, "all_managed", True)
-        if self.staged:
-            cache.stage()
-        return self.model(input_ids=torch.tensor(table, device=device), **given).logits
+        if not self.staged or not self.apart:
+            if self.staged:
+                cache.stage()
+            return self.model(input_ids=ids, **given).logits
+        # Rows have drafts of their own number: all in one, so that there is no padding.
+        lengths = [
+            0 if ended else 1 + len(draft) for draft, ended in zip(drafts, self.ended, strict=True)
+        ]
+        cache.stage(lengths)
+        own = torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]
+        given["position_ids"] = given["position_ids"][own][None]
+        logits = self.model(input_ids=ids[own][None], **given).logits[0]
+        padded = logits.new_zeros(len(ids), width, logits.shape[1])
+        padded[own] = logits
+        return padded
 
     def _commit(self, cache: Any, counts: list[int], paths: list[list[int]]) -> None:
         if self.staged:

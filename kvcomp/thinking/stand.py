@@ -47,6 +47,10 @@ class Stand:
         streamer: gets the tokens of a single row. `generate` keeps its own from a
             `custom_generate`, so give it to both.
         adapt: check as many drafts as pay, see `pace`, which may be none. The tokens are the same.
+        together: whether all rows of a batch take the same number of drafts. Else each takes those
+            that are right, where the method allows it; that is faster, and leaves gaps in a cache,
+            so that no further turn can go on with it. None: only where a cache is given, or given
+            back.
 
     Raises:
         ValueError: a value out of range.
@@ -62,6 +66,7 @@ class Stand:
         seed: int = 0,
         streamer: Any = None,
         adapt: bool = True,
+        together: bool | None = None,
     ) -> None:
         good = (
             isinstance(orders, tuple | list) and len(orders) and all(is_count(n, 1) for n in orders)
@@ -72,11 +77,13 @@ class Stand:
         require(drafts, "Stand: depth", f"at least 1 draft, at most {MOST_DRAFTS}", depth)
         require(is_number(sure) and 0 <= sure <= 1, "Stand: sure", "a probability", sure)
         require(isinstance(adapt, bool), "Stand: adapt", "True or False", adapt)
+        known = together is None or isinstance(together, bool)
+        require(known, "Stand: together", "True, False or None", together)
         self.table = NgramTable(sorted(orders, reverse=True), top)
         self.drafter = Drafter(
             self.table, depth=depth, nodes=depth, branches=1, sure=sure, shape=None
         )
-        self.adapt = adapt
+        self.adapt, self.together = adapt, together
         self.noise, self.streamer = GumbelNoise(seed), streamer
         self._words: int | None = None  # in the vocabulary that the table is about
 
