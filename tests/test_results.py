@@ -299,9 +299,9 @@ def first_windows(count):
     """By method: the variants, and what they are compared with, over the same first windows."""
     from language.loss import summaries
 
-    rows = [*rows_of("language/variants"), *rows_of("language/loss-quarter")]
-    cut = [row | {"windows": row["windows"][:count]} for row in rows if "windows" in row]
-    return {summary["method"]: summary for summary in summaries(cut)}
+    rows = [*rows_of("language/loss-quarter"), *rows_of("language/variants")]
+    cut = {row["method"]: row | {"windows": row["windows"][:count]} for row in rows}
+    return {summary["method"]: summary for summary in summaries(list(cut.values()))}
 
 
 def test_the_pages_of_delta(reproduce):
