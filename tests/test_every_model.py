@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import every_model
 import kvcomp
 import model_tables
-from kvcomp import Delethink, Delta, Full, LazyEviction, LouisKV
+from padded import COVERING, IDS, MASK, generate
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -29,31 +29,16 @@ pytestmark = [
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 MARK = "every model: made by tests/test_every_model.py"
-WIDTH, PAD, STEPS, NEVER = 24, 9, 6, 4096
-COVERING = {
-    "full": Full(),
-    "delta": Delta.example(256),
-    "lazy-eviction": LazyEviction.example(256),
-    "louis-kv": LouisKV.example(256),
-    "delethink": Delethink(64, 16, head=4),
-}
+STEPS = 6
 FAILS = "stock transformers fails"
 OUTCOMES = {}
 
 
 def decode(model):
     """Tokens [2, STEPS] and their scores [2, STEPS, V]."""
-    ids = torch.randint(3, 100, (2, WIDTH), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    ids[0, :PAD] = mask[0, :PAD] = 0
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=STEPS,
-        do_sample=False,
-        eos_token_id=NEVER,
-        output_scores=True,
-        return_dict_in_generate=True,
+    ids = IDS * MASK
+    out = generate(
+        model, ids, max_new_tokens=STEPS, output_scores=True, return_dict_in_generate=True
     )
     return out.sequences, torch.stack(out.scores, 1)
 

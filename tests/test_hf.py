@@ -15,8 +15,9 @@ import kvcomp
 from kvcomp import METHODS, Delta, Full, LazyEviction, LouisKV, StreamingLLM, reasoner
 from kvcomp.cache import HostMemoryError
 from kvcomp.hf import answer_loss, decode_all
-from kvcomp.hf.calibrate import PageRecorder, better
+from kvcomp.hf.calibrate import better
 from kvcomp.hf.decode import answer_losses
+from kvcomp.hf.recorders import PageRecorder
 from kvcomp.methods.retrieval import Retrieval
 from kvcomp.testing.models import tiny_model
 

@@ -8,32 +8,16 @@ from transformers import AutoModelForCausalLM
 
 import every_model
 import kvcomp
-from kvcomp import Delethink, Delta, Full, LazyEviction, LouisKV
+from kvcomp import Delta, Full, LazyEviction
 from kvcomp.hf.hybrid_layer import HybridLayer
+from padded import COVERING, IDS, WIDTH, generate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-WIDTH, PAD, STEPS, NEVER = 24, 9, 12, 4096
-COVERING = {
-    "full": Full(),
-    "delta": Delta.example(256),
-    "lazy-eviction": LazyEviction.example(256),
-    "louis-kv": LouisKV.example(256),
-    "delethink": Delethink(64, 16, head=4),
-}
-IDS = torch.randint(3, 100, (2, WIDTH), generator=torch.Generator().manual_seed(1))
-MASK = torch.ones_like(IDS)
-MASK[0, :PAD] = 0
 
 
 @functools.cache
 def model_of(kind):
     return every_model.tiny(AutoModelForCausalLM, kind)
-
-
-def generate(model, **options):
-    given = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": NEVER, **options}
-    return model.generate(input_ids=IDS, attention_mask=MASK, **given)
 
 
 @functools.cache

@@ -8,30 +8,20 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import every_model
 import kvcomp
-from kvcomp import METHODS, Delethink, Delta, Full, LazyEviction, LouisKV, thinking
+import padded
+from kvcomp import METHODS, Delethink, Full, thinking
+from padded import IDS, MASK, NEVER, PAD, WIDTH, generate
 from slow import delethink as slow_delethink
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WIDTH, PAD, STEPS, NEVER = 24, 9, 12, 4096
 FULL, SLIDING = "full_attention", "sliding_attention"
 SHARING = {  # the last four layers attend to what the last of each kind before them has
     "num_hidden_layers": 8,
     "layer_types": [SLIDING, FULL, FULL, FULL, SLIDING, FULL, SLIDING, FULL],
     "num_kv_shared_layers": 4,
 }
-COVERING = {
-    "full": Full(),
-    "delta": Delta.example(256),
-    "lazy-eviction": LazyEviction.example(256),
-    "louis-kv": LouisKV.example(256),
-    "quest": METHODS["quest"].example(256),
-    "h2o": METHODS["h2o"].example(256),
-    "delethink": Delethink(64, 16, head=4),
-}
-IDS = torch.randint(3, 100, (2, WIDTH), generator=torch.Generator().manual_seed(1))
-MASK = torch.ones_like(IDS)
-MASK[0, :PAD] = 0
+COVERING = {**padded.COVERING, **{x: METHODS[x].example(256) for x in ("quest", "h2o")}}
 
 
 @functools.cache
@@ -41,11 +31,6 @@ def gemma4(wrapped=False):
         text = every_model.shrunken(text, **SHARING)
         return every_model.tiny(AutoModelForImageTextToText, "gemma4", text_config=text)
     return every_model.tiny(AutoModelForCausalLM, "gemma4_text", **SHARING)
-
-
-def generate(model, ids=IDS, mask=MASK, **options):
-    given = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": NEVER, **options}
-    return model.generate(input_ids=ids, attention_mask=mask, **given)
 
 
 @functools.cache

@@ -8,12 +8,12 @@ from transformers import AutoModelForImageTextToText
 
 import every_model
 import kvcomp
-from kvcomp import Delethink, Delta, Full, LazyEviction, LouisKV, thinking
+from kvcomp import Delethink, Delta, Full, thinking
+from padded import COVERING, IDS, MASK, NEVER, PAD, STEPS, WIDTH, generate
 from slow import delethink as slow_delethink
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WIDTH, PAD, STEPS, NEVER = 24, 9, 12, 4096
 KINDS = [
     "mistral3",  # Mistral 3, Magistral, Ministral 3
     "qwen2_5_vl",
@@ -25,16 +25,6 @@ KINDS = [
     "step3p7",
     "paligemma",  # positions begin at 1
 ]
-METHODS = {
-    "full": Full(),
-    "delta": Delta.example(256),
-    "lazy-eviction": LazyEviction.example(256),
-    "louis-kv": LouisKV.example(256),
-    "delethink": Delethink(64, 16, head=4),
-}
-IDS = torch.randint(3, 100, (2, WIDTH), generator=torch.Generator().manual_seed(1))
-MASK = torch.ones_like(IDS)
-MASK[0, :PAD] = 0
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 
@@ -43,22 +33,17 @@ def model_of(kind):
     return every_model.tiny(AutoModelForImageTextToText, kind)
 
 
-def generate(model, ids=IDS, mask=MASK, **options):
-    given = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": NEVER, **options}
-    return model.generate(input_ids=ids, attention_mask=mask, **given)
-
-
 @functools.cache
 def stock_of(kind):
     return generate(model_of(kind))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", COVERING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_text_is_that_of_the_model(kind, name):
     model, stock = model_of(kind), stock_of(kind)
     assert stock[:, WIDTH:].unique().numel() > 4, "the model is degenerate"
-    with kvcomp.patch(model, METHODS[name]) as run:
+    with kvcomp.patch(model, COVERING[name]) as run:
         assert torch.equal(generate(model), stock)
     assert run.report().tokens_decoded == 2 * (STEPS - 1)
     assert torch.equal(generate(model), stock), "undo left something behind"
@@ -80,7 +65,7 @@ def test_delethink_goes_through_chunks(kind):
 @pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
 @pytest.mark.parametrize("name", ["delta", "lazy-eviction"])
 def test_small_budgets_are_felt_and_rows_are_independent(kind, name):
-    model, small = model_of(kind), type(METHODS[name]).example(8)
+    model, small = model_of(kind), type(COVERING[name]).example(8)
     with kvcomp.patch(model, small) as run:
         out = generate(model)
         alone = generate(model, IDS[:1, PAD:], MASK[:1, PAD:])
@@ -94,7 +79,7 @@ def test_an_image_is_refused_and_the_model_goes_on(kind, name):
     model, stock = model_of(kind), stock_of(kind)
     before = model.config.get_text_config()._attn_implementation
     towers = model.config.vision_config._attn_implementation
-    with kvcomp.patch(model, METHODS[name]):
+    with kvcomp.patch(model, COVERING[name]):
         for given in ({"pixel_values": IMAGE}, {"mm_encoder_outputs": {"image": IMAGE}}):
             with pytest.raises(ValueError, match="decodes text alone while it is patched"):
                 model(input_ids=IDS, attention_mask=MASK, **given)
@@ -119,7 +104,7 @@ def test_a_second_turn_goes_on_with_the_cache(kind, name):
     """The text of both turns at once gives the same tokens."""
     model = model_of(kind)
     ids, mask = IDS[:1, PAD:], MASK[:1, PAD:]
-    with kvcomp.patch(model, METHODS[name]):
+    with kvcomp.patch(model, COVERING[name]):
         first = generate(model, ids, mask, return_dict_in_generate=True)
         both = torch.cat([first.sequences, IDS[1:, :5]], 1)
         out = generate(model, both, torch.ones_like(both), past_key_values=first.past_key_values)

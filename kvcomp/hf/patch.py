@@ -45,7 +45,7 @@ def patch(
         TypeError: `model` is no transformers model, `method` no method, `max_tokens` no integer, or
             `linear_rows` no bool.
         ValueError: the model is already patched, needs something that the method cannot do exactly
-            (soft-capped logits, latent attention, an unsupported head size), or the method's
+            (an unsupported head size, a mask that encodes more than padding, ...), or the method's
             parameters do not fit its layers. The model stays as it was.
     """
     options: dict[str, Any] = {"linear_rows": linear_rows, "kv": kv, "kv_rotate": kv_rotate}

@@ -192,7 +192,7 @@ class Delta(Method, name="delta"):
         if layer.position not in state.planners:
             return layer.attend(q, scale)[0]
         logits = layer.cache.logits_for(layer, q)
-        chosen = {
+        chosen: dict[str, Any] = {
             "num_pages": self.num_pages,
             "num_recent": self.recent,
             "num_sink": self.sinks,
