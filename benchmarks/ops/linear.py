@@ -47,6 +47,7 @@ MODELS = {
         (151936, 1024),
     ),
 }
+ROWS = (1, 4, 8, 16, 32)
 SMOKE = {"two layers": Sizes(((96, 64), (64, 96)), 2, (300, 64))}
 
 
@@ -54,7 +55,7 @@ def bench_linear_rows(options: argparse.Namespace, run: Settings) -> Iterator[li
     """Cold: a step reads every other weight before it comes back to one."""
     for name, sizes in (SMOKE if options.smoke else MODELS).items():
         for dtype in options.dtype:
-            for rows in (1, 4, 8):
+            for rows in ROWS:
                 for outputs, width in sizes.different:
                     yield _bench_layer(rows, outputs, width, dtype, run)
                 yield _bench_step(name, sizes, rows, dtype, run)

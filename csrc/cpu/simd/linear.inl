@@ -1,11 +1,11 @@
 // A matrix of weights against a few rows. Part of rows.inl.
 
-// kBytes of a row, from byte `at` on, into L2; where they are less than a line, by the first of it.
+// kBytes of a row, from byte `at` on, into L1; where they are less than a line, by the first of it.
 template <int kBytes>
 [[gnu::always_inline]] inline void prefetch(const void* row, int at) {
   if (kBytes < 64 && at % 64 != 0) return;
   for (int i = 0; i < kBytes; i += 64) {
-    __builtin_prefetch(static_cast<const char*>(row) + at + i, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(row) + at + i);
   }
 }
 
