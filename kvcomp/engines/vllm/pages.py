@@ -6,8 +6,9 @@ blocks itself, in the order of vLLM's GPU backends: a page is [tokens, Hkv, 2 * 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from kvcomp import ops
 
 
 def rows(cache: Tensor) -> Tensor:
@@ -31,7 +32,4 @@ def write(cache: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
         slots: [n] int64, places in `rows(cache)`; negative ones are padding.
     """
     count = len(slots)
-    new = torch.cat([key[:count], value[:count]], -1)
-    if bool((slots < 0).any()):
-        slots, new = slots[slots >= 0], new[slots >= 0]
-    rows(cache)[slots] = new
+    ops.store_slots(key[:count], value[:count], *keys_and_values(cache), slots)

@@ -33,6 +33,7 @@ class Step:
         logits: [B, Hq, pages * page_size] fp32, for layers that select.
         kept: page ids [B, K] and lengths [B], where every layer attends to the same part of the
             table; None: to all of it.
+        checked: the list that the last layer read; the next one need not look at its values again.
     """
 
     table: Tensor
@@ -41,14 +42,33 @@ class Step:
     page_size: int
     logits: Tensor | None = None
     kept: tuple[Tensor, Tensor] | None = None
+    checked: Tensor | None = field(default=None, repr=False)
     _chosen: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def pages_of(self, columns: Tensor) -> Tensor:
-        """Selected columns [B, 1, K] int32 as page ids [B, K] of this table; -1 stays."""
+        """Selected columns [B, 1, K] int32 as page ids [B, K] of this table; -1 stays.
+
+        Those of this table's own selection are known; ranks that share a selection, and groups of
+        layers with another table, look theirs up.
+        """
         if self._chosen is None or self._chosen[0] is not columns:
             ids = self.table.gather(1, columns[:, 0].clamp(min=0).long())
             self._chosen = columns, ids.masked_fill_(columns[:, 0] < 0, -1)
         return self._chosen[1]
+
+    def select(self, columns: Tensor, pages: Tensor) -> None:
+        """Layers above read these columns [B, 1, K], which are these pages [B, K]."""
+        self._chosen = columns, pages
+
+    def reading(self, ids: Tensor) -> dict[str, Any]:
+        """How the ops read a list of this step: its bound, and whether its values are known."""
+        known, self.checked = ids is self.checked, ids
+        return {
+            "page_ids": ids,
+            "page_size": self.page_size,
+            "max_len": self.longest,
+            "checked": known,
+        }
 
 
 class PlacedLayer:
@@ -108,23 +128,31 @@ class PlacedLayer:
         assert read["page_size"] == self.step.page_size, "the engine cuts pages as the method does"
         return self._read(q, scale, lens, self.step.pages_of(read["page_ids"]), logits)
 
-    def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
+    def attend_and_select(
+        self, q: Tensor, scale: float, *, page_size: int, num_pages: int, **selection: Any
+    ) -> tuple[Tensor, ...]:
+        """As `Layer.attend_and_select`, of pages of the table."""
         step = self.step
-        return ops.attend_and_select(
+        assert page_size == step.page_size, "the engine cuts pages as the method does"
+        pages = step.lens.new_empty(len(step.lens), 1, num_pages)
+        found = ops.attend_and_select(
             *(q, self.k, self.v, step.lens),
-            page_ids=step.table,
+            **step.reading(step.table),
+            num_pages=num_pages,
             scale=scale,
             out=self.out,
+            pages=pages,
             **selection,
         )
+        step.select(columns=found[3], pages=pages[:, 0])
+        return found
 
     def _read(
         self, q: Tensor, scale: float, lens: Tensor, ids: Tensor, logits: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         return ops.decode_attention(
             *(q, self.k, self.v, lens),
-            page_ids=ids,
-            page_size=self.step.page_size,
+            **self.step.reading(ids),
             scale=scale,
             logits=logits,
             out=self.out,
