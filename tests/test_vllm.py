@@ -118,7 +118,7 @@ ASKED = {"additional_config": {"kvcomp": {"method": "full"}}}
 @pytest.mark.parametrize(
     ("version", "device", "reason"),
     [
-        ("0.32.0", "cuda", "on CPUs, and this vLLM serves on cuda"),
+        ("0.32.0", "rocm", "on CPUs and NVIDIA GPUs, and this vLLM serves on rocm"),
         ("0.33.1+cpu", "cpu", "expected vLLM >=0.32,<0.33, got 0.33.1"),
         ("0.31.2", "cuda", "expected vLLM >=0.32,<0.33, got 0.31.2"),
     ],
@@ -127,7 +127,10 @@ def test_a_vllm_that_kvcomp_cannot_serve_in(monkeypatch, version, device, reason
     """The plugin leaves it alone, and a server that asks for a method does not start."""
     seen = []
     platform = SimpleNamespace(
-        is_cpu=lambda: device == "cpu", device_type=device, check_and_update_config=seen.append
+        is_cpu=lambda: device == "cpu",
+        is_cuda=lambda: device == "cuda",
+        device_name=device,
+        check_and_update_config=seen.append,
     )
     modules = {
         "vllm": {"__version__": version},
@@ -445,7 +448,7 @@ def test_workers_leave_out_just_what_the_scheduler_frees():
 
 @in_engine
 def test_a_cache_that_another_layer_reads_stays_as_vllm_has_it(monkeypatch):
-    from kvcomp.engines.vllm import cpu
+    from kvcomp.engines.vllm import placing
 
     def layer(managed, target=None):
         impl = SimpleNamespace(managed=managed, placed=None)
@@ -455,9 +458,9 @@ def test_a_cache_that_another_layer_reads_stays_as_vllm_has_it(monkeypatch):
     layers = dict(
         zip(names, [layer(True), layer(True), layer(False, names[1]), layer(True)], strict=True)
     )
-    monkeypatch.setattr(cpu, "Attention", SimpleNamespace)
-    monkeypatch.setattr(cpu, "get_layers_from_vllm_config", lambda *_: layers)
-    placed = cpu._place_layers(SimpleNamespace(), Settings.read({"method": "full"}))
+    monkeypatch.setattr(placing, "Attention", SimpleNamespace)
+    monkeypatch.setattr(placing, "get_layers_from_vllm_config", lambda *_: layers)
+    placed = placing.place_layers(SimpleNamespace(), Settings.read({"method": "full"}))
     assert placed == {names[0], names[3]} and layers[names[1]].impl.placed is None
     assert layers[names[3]].impl.placed.position == 1
 
@@ -470,7 +473,7 @@ def test_layers_of_another_kind_stay_with_vllm():
     from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
     from kvcomp import reasoner
-    from kvcomp.engines.vllm import cpu
+    from kvcomp.engines.vllm import cpu, placing
 
     check()
     settings = Settings.read(ASKED["additional_config"]["kvcomp"])
@@ -482,9 +485,9 @@ def test_layers_of_another_kind_stay_with_vllm():
             **size, attention_chunk_size=64, cache_config=cache, prefix="layers.0.attn"
         )
         with pytest.raises(ValueError, match="the model has no layer with full attention"):
-            cpu._place_layers(config, settings)
+            placing.place_layers(config, settings)
         full = Attention(**size, cache_config=cache, prefix="layers.1.attn")
-        assert cpu._place_layers(config, settings) == {"layers.1.attn"}
+        assert placing.place_layers(config, settings) == {"layers.1.attn"}
     assert isinstance(chunked.impl, cpu.KvcompImpl) and not chunked.impl.managed
     assert isinstance(full.impl, cpu.KvcompImpl) and full.impl.placed.position == 0
 
@@ -494,15 +497,15 @@ def test_layers_that_stay_with_vllm_beside_managed_ones():
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     from kvcomp.engines.vllm.blocks import leaving
-    from kvcomp.engines.vllm.cpu import _check_others
+    from kvcomp.engines.vllm.placing import check_others
 
     spec = FullAttentionSpec(block_size=128, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    _check_others(set(), leaving(spec, SinkWindow()), 4)
-    _check_others({"layers.3"}, spec, 32)
+    check_others(set(), leaving(spec, SinkWindow()), 4)
+    check_others({"layers.3"}, spec, 32)
     with pytest.raises(ValueError, match=r"page_size: expected a multiple of 16.*layers.3"):
-        _check_others({"layers.3"}, spec, 4)
+        check_others({"layers.3"}, spec, 4)
     with pytest.raises(ValueError, match=r"vLLM keeps layers.3, which reads all tokens"):
-        _check_others({"layers.3"}, leaving(spec, SinkWindow()), 16)
+        check_others({"layers.3"}, leaving(spec, SinkWindow()), 16)
 
 
 @in_engine

@@ -12,7 +12,9 @@ Without the `kvcomp` key vLLM gets its own classes back, so installing kvcomp ch
     step.py         one decode step of a method over a block table; knows nothing of vLLM
     pages.py        a layer's cache as K and V
     prompts.py      prompts and pieces of prompts, through vLLM's own kernel
+    placing.py      which layers a method runs
     cpu.py          the backend for CPUs
+    cuda.py         the backend for NVIDIA GPUs, which has never been run on one
     sink_window.py  the first and the newest tokens of a request
     lazy.py         LazyEviction, whose layers move what stays
     blocks.py       blocks that leave a running request
@@ -21,28 +23,43 @@ Without the `kvcomp` key vLLM gets its own classes back, so installing kvcomp ch
 from __future__ import annotations
 
 VERSIONS = ">=0.32,<0.33"  # the hooks that are used move with every minor release
-NAME = "kvcomp.engines.vllm.cpu.KvcompCPUBackend"
+BACKENDS = {  # by device; the member of vLLM's list of backends, and what it then names
+    "cpu": ("CPU_ATTN", "kvcomp.engines.vllm.cpu.KvcompCPUBackend"),
+    "cuda": ("CUSTOM", "kvcomp.engines.vllm.cuda.KvcompBackend"),
+}
 
 
 def register() -> None:
-    """The plugin: put kvcomp's backend in the place of vLLM's own for CPUs.
+    """The plugin: put kvcomp's backend in the place of vLLM's own for CPUs, beside those for GPUs.
 
     Where that cannot be, vLLM stays as it is, and a server that asks for a method does not start.
     """
     from vllm.platforms import current_platform
 
-    from kvcomp.engines.vllm.start import guard
+    from kvcomp.engines.vllm.start import guard, prepare_gpu
 
     reason = obstacle()
-    guard(current_platform, reason)
     if reason is not None:
-        return
+        return guard(current_platform, reason)
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    member, name = BACKENDS[device() or ""]
+    register_backend(AttentionBackendEnum[member], name)
+    if device() == "cuda":
+        return guard(current_platform, None, prepare_gpu)
     from kvcomp.engines.vllm import blocks
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, NAME)
+    guard(current_platform, None)
     blocks.register()
+
+
+def device() -> str | None:
+    """That which vLLM serves on, where kvcomp has a backend for it."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return "cpu"
+    return "cuda" if current_platform.is_cuda() else None
 
 
 def obstacle() -> str | None:
@@ -54,10 +71,11 @@ def obstacle() -> str | None:
 
     if Version(Version(__version__).base_version) not in SpecifierSet(VERSIONS):
         return f"kvcomp.engines.vllm: expected vLLM {VERSIONS}, got {__version__}"
-    if not current_platform.is_cpu():
+    if device() is None:
+        named = getattr(current_platform, "device_name", None) or "no device that it knows"
         return (
-            "kvcomp.engines.vllm: the backend is for vLLM on CPUs, and this vLLM serves on"
-            f" {current_platform.device_type or 'no device that it knows'}"
+            "kvcomp.engines.vllm: the backends are for vLLM on CPUs and NVIDIA GPUs, and this vLLM"
+            f" serves on {named}"
         )
     return None
 
@@ -82,7 +100,9 @@ def check() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     load_general_plugins()
-    if AttentionBackendEnum.CPU_ATTN.get_path() != NAME:
+    member, name = BACKENDS[device() or ""]
+    backend = AttentionBackendEnum[member]
+    if not backend.is_overridden() or backend.get_path() != name:
         raise RuntimeError(
             "kvcomp.engines.vllm: vLLM did not load the plugin: install kvcomp into the environment"
             " of vLLM, and name kvcomp in VLLM_PLUGINS where that is set"

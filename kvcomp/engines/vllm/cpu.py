@@ -1,23 +1,17 @@
 """The backend for CPUs: decode rows by kvcomp, everything else by vLLM's own.
 
 vLLM has no choice of backends on a CPU, so `register` puts this one in the place of the built-in.
-Layers with full attention and nothing besides are *managed*: kvcomp writes their pages and decodes
-over them. Layers with a window, chunks, sinks, a soft cap, ALiBi or an 8-bit cache stay as they
-are, and so does everything where the server was not asked for a method.
+kvcomp writes the pages of managed layers (placing.py) and decodes over them. All others stay as
+they are, and so does everything where the server was not asked for a method.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config_or_none, get_layers_from_vllm_config
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -29,31 +23,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from kvcomp import Delta, LazyEviction
 from kvcomp.engines.vllm import pages
-from kvcomp.engines.vllm.blocks import LeavingSpec, leaving
-from kvcomp.engines.vllm.lazy import LazyLayer, LazyStep, PromptLengths
+from kvcomp.engines.vllm.blocks import leaving
+from kvcomp.engines.vllm.lazy import LazyStep, PromptLengths
+from kvcomp.engines.vllm.placing import asked, check_others, manageable, page_sizes, place_layers
 from kvcomp.engines.vllm.prompts import PromptPlanner, Prompts
 from kvcomp.engines.vllm.settings import Settings, SinkWindow
 from kvcomp.engines.vllm.sink_window import kept_pages
-from kvcomp.engines.vllm.step import PlacedLayer, PlacedModel, Step
-from kvcomp.ops import HEAD_SIZES
-
-logger = init_logger(f"vllm.{__name__}")  # below vLLM's own, or nothing would print it
-
-_asked: Settings | None = None  # by the server of this process; vLLM runs one model in a worker
-
-
-def asked() -> Settings | None:
-    """The settings of this worker; some hooks are called where vLLM has no current configuration.
-
-    Raises:
-        ValueError, TypeError: settings that cannot be, or that this server cannot run.
-    """
-    global _asked
-    if (config := get_current_vllm_config_or_none()) is not None:
-        _asked = Settings.of(config)
-        if _asked is not None:
-            _asked.refuse(config)
-    return _asked
+from kvcomp.engines.vllm.step import PlacedLayer, Step
 
 
 class KvcompCPUBackend(CPUAttentionBackend):
@@ -61,13 +37,8 @@ class KvcompCPUBackend(CPUAttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
-        settings = asked()
-        if settings is None or not (
-            kv_cache_spec is None or isinstance(kv_cache_spec, FullAttentionSpec)
-        ):
-            return CPUAttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)
-        # A number, not a multiple: vLLM then gives block tables that count pages of that size.
-        return [settings.page_size]
+        stock = CPUAttentionBackend.get_supported_kernel_block_sizes
+        return page_sizes(kv_cache_spec) or stock(kv_cache_spec)
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
@@ -112,8 +83,8 @@ class KvcompBuilder(CPUAttentionMetadataBuilder):
         settings = Settings.of(vllm_config)
         assert settings is not None
         self.method = settings.method
-        self.managed = _place_layers(vllm_config, settings) & set(layer_names)
-        _check_others(set(layer_names) - self.managed, kv_cache_spec, self.block_size)
+        self.managed = place_layers(vllm_config, settings) & set(layer_names)
+        check_others(set(layer_names) - self.managed, kv_cache_spec, self.block_size)
         self.engine_block = vllm_config.cache_config.block_size
         self.planner = PromptPlanner(self.num_heads, self.num_kv_heads, self.head_dim, self.dtype)
         self.logits: Tensor | None = None
@@ -167,16 +138,7 @@ class KvcompImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.managed = (
-            self.attn_type == AttentionType.DECODER
-            and self.sliding_window == -1
-            and self.alibi_slopes is None
-            and not self.logits_soft_cap
-            and self.sinks is None
-            and not self.is_fp8_kv_cache
-            and self.kv_sharing_target_layer_name is None
-            and self.head_size in HEAD_SIZES
-        )
+        self.managed = manageable(self, self.sliding_window != -1)
         self.placed: PlacedLayer | None = None  # by the builder, when all layers are known
 
     def do_kv_cache_update(
@@ -220,61 +182,3 @@ class KvcompImpl(CPUAttentionBackendImpl):
         if attn_metadata.prompts is not None:
             attn_metadata.prompts.attend(query, kv_cache, output, self.scale)
         return output
-
-
-def _check_others(others: set[str], spec: Any, page_size: int) -> None:
-    """Raise ValueError where vLLM cannot keep `others`, layers in one group with managed ones."""
-    if not others:
-        return
-    name = min(others)
-    if isinstance(spec, LeavingSpec):
-        raise ValueError(
-            f"kvcomp.engines.vllm: {spec.method!r}: vLLM keeps {name}, which reads all tokens and"
-            " has its blocks in common with layers that lose them"
-        )
-    if page_size % 16:
-        raise ValueError(
-            f"kvcomp.engines.vllm: page_size: expected a multiple of 16, as vLLM's kernel keeps"
-            f" {name} and has no other pages, got {page_size}"
-        )
-
-
-def _place_layers(vllm_config: Any, settings: Settings) -> set[str]:
-    """Give every managed layer of the model its part; their names.
-
-    Each group of layers has a builder, and all of them come here: the first one places.
-
-    Raises:
-        ValueError: a model without such a layer, or one that the method does not fit.
-    """
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
-    for layer in layers.values():
-        if type(layer) is not Attention:  # it changes the batch: chunks, learned sinks, prefixes
-            layer.impl.managed = False
-        if target := layer.kv_sharing_target_layer_name:  # read as vLLM's own kernels write it
-            layers[target].impl.managed = False
-    names = [name for name, layer in layers.items() if getattr(layer.impl, "managed", False)]
-    names.sort(key=extract_layer_index)
-    if not names:
-        raise ValueError(
-            f"kvcomp.engines.vllm: {settings.method!r}: the model has no layer with full attention"
-            f" and nothing besides, with heads of {', '.join(map(str, HEAD_SIZES))}"
-        )
-    if layers[names[0]].impl.placed is None:
-        method = settings.method
-        if isinstance(method, Delta) and vllm_config.parallel_config.tensor_parallel_size > 1:
-            from vllm.distributed.parallel_state import get_tp_group
-
-            method = replace(method, group=get_tp_group().cpu_group)
-        kind = LazyLayer if isinstance(method, LazyEviction) else PlacedLayer
-        placed = PlacedModel(method, len(names), kind)
-        for name, layer in zip(names, placed.layers, strict=True):
-            layers[name].impl.placed = layer
-        logger.info(
-            "kvcomp: %r on %d of %d layers, pages of %d tokens",
-            settings.method,
-            len(names),
-            len(layers),
-            settings.page_size,
-        )
-    return set(names)

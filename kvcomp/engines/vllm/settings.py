@@ -81,12 +81,12 @@ class Settings:
     def read(cls, given: Any) -> Settings:
         """As `of`, from the value of the key: {"method": NAME, FIELD: VALUE, ...}."""
         if not isinstance(given, Mapping) or "method" not in given:
-            raise ValueError(f'{_WHERE}: expected {{"method": NAME, FIELD: VALUE}}, got {given!r}')
+            raise ValueError(f'{WHERE}: expected {{"method": NAME, FIELD: VALUE}}, got {given!r}')
         fields = dict(given)
         name = fields.pop("method")
         if name not in METHODS:
             raise ValueError(
-                f"{_WHERE}: method: expected one of {', '.join(METHODS)} (other methods need a"
+                f"{WHERE}: method: expected one of {', '.join(METHODS)} (other methods need a"
                 f" cache of their own, which the engine does not have), got {name!r}"
             )
         kind = METHODS[name]
@@ -94,7 +94,7 @@ class Settings:
         page = {"page_size": fields.pop("page_size", cls.page_size)}  # the engine's by default
         if unknown := sorted(set(fields) - known):
             raise ValueError(
-                f"{_WHERE}: {name} has no field {', '.join(unknown)}; its fields are"
+                f"{WHERE}: {name} has no field {', '.join(unknown)}; its fields are"
                 f" {', '.join(sorted(known | set(page)))}"
             )
         method = kind(**fields, **(page if "page_size" in known else {}))
@@ -102,7 +102,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         size = self.page_size
-        require(is_count(size, 1), f"{_WHERE}: page_size", "a number of tokens", size)
+        require(is_count(size, 1), f"{WHERE}: page_size", "a number of tokens", size)
         if isinstance(self.method, LazyEviction):
             _check_lazy(self.method, size)
 
@@ -138,12 +138,12 @@ class Settings:
         }
         for reason, applies in reasons.items():
             if applies:
-                raise ValueError(f"{_WHERE}: cannot run {self.method!r} with {reason}")
+                raise ValueError(f"{WHERE}: cannot run {self.method!r} with {reason}")
 
 
 def _check_lazy(method: LazyEviction, page: int) -> None:
     """Raise ValueError for what pages of an engine cannot do."""
-    where = f"{_WHERE}: lazy-eviction"
+    where = f"{WHERE}: lazy-eviction"
     require(method.unit == "kv_head", f"{where}: unit", "kv_head", method.unit)
     require(not method.keep_prompt, f"{where}: keep_prompt", "False", method.keep_prompt)
     for name in ("budget", "window"):
@@ -151,4 +151,4 @@ def _check_lazy(method: LazyEviction, page: int) -> None:
         require(value % page == 0, f"{where}: {name}", f"a multiple of page_size={page}", value)
 
 
-_WHERE = "kvcomp.engines.vllm"
+WHERE = "kvcomp.engines.vllm"
