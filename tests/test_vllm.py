@@ -99,6 +99,7 @@ class FakeConfig:
         ("full", {"cache_dtype": "fp8_e4m3"}, "kv_cache_dtype=fp8_e4m3"),
         ("delta", {"cache_dtype": "int8_per_token_head"}, "kv_cache_dtype=int8_per_token_head"),
         ("full", {"use_mla": True}, "latent attention"),
+        ("delta", {"lora_config": object()}, "LoRA adapters, which have not been run"),
         ("delta", {"is_attention_free": True}, "a model without attention"),
         ("full", {"block_size": 40}, "page_size=16, which does not divide"),
         ("sink-window", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
@@ -110,6 +111,15 @@ def test_servers_that_cannot_run_a_method(method, change, reason):
     settings.refuse(FakeConfig())
     with pytest.raises(ValueError, match=reason):
         settings.refuse(FakeConfig(**change))
+
+
+def test_gemma_4_has_heads_of_two_sizes():
+    from transformers import Gemma4TextConfig, Qwen3Config
+
+    settings = Settings.read({"method": "full"})
+    settings.refuse(FakeConfig(hf_text_config=Qwen3Config()))
+    with pytest.raises(ValueError, match="layers with heads of 256 and of 512"):
+        settings.refuse(FakeConfig(hf_text_config=Gemma4TextConfig()))
 
 
 ASKED = {"additional_config": {"kvcomp": {"method": "full"}}}
@@ -365,17 +375,62 @@ def test_full_is_dense(model, prompts, dense):
     assert "kvcomp: Full() on 30 of 30 layers" in done.stdout + done.stderr
 
 
-@in_engine
-def test_delta_is_delta_under_transformers(model, prompts, dense):
-    """Prompts come in pieces beside decode rows, and later from the prefix cache."""
+@pytest.fixture(scope="module")
+def under_delta(model, prompts):
+    """One engine for many calls, in a pool of 26 blocks; and what transformers gives.
+
+    Eight requests of 370 tokens, which after 14 more want 32 blocks, are behind the prompts.
+    """
+    crowd = [prompts[2][start : start + 370] for start in range(0, 560, 70)]
+    calls = [
+        *(TOGETHER, [2], [3]),
+        {"prompts": list(range(4, 12))},
+        {"prompts": [3, 4], "n": 3, "top_k": 1, "temperature": 0.5},
+        {"prompts": [4, 3, 5], "abort": 1},
+        [3, 5],
+    ]
+    options = {"num_gpu_blocks_override": 26}
+    found, done = engine(model, prompts + crowd, DELTA, calls, **options)
+    assert found is not None, done.stderr[-2000:]
     method = Settings.read(DELTA).method
-    expected = under_transformers(model, prompts, method)
-    assert expected != dense
-    found, _ = engine(model, prompts, DELTA, [TOGETHER, [2], [3]])
-    together, *alone = found["calls"]
-    assert together["tokens"] == expected
-    assert [call["tokens"][0] for call in alone] == expected[2:]
+    return found["calls"], under_transformers(model, prompts + crowd[:2], method)
+
+
+@in_engine
+def test_delta_is_delta_under_transformers(under_delta, dense):
+    """Prompts come in pieces beside decode rows, and later from the prefix cache."""
+    (together, *alone, _, _, _, _), expected = under_delta
+    assert expected[:4] != dense
+    assert together["tokens"] == expected[:4] and together["preemptions"] == 0
+    assert [call["tokens"][0] for call in alone] == expected[2:4]
     assert all(call["cached"][0] >= 512 for call in alone)
+
+
+@in_engine
+def test_delta_with_preemptions(under_delta):
+    """The last to come make room for the first, and are processed again."""
+    calls, expected = under_delta
+    crowded = calls[3]
+    assert crowded["preemptions"] > 0
+    assert crowded["tokens"][:2] == expected[4:]
+    assert [len(tokens) for tokens in crowded["tokens"]] == [TOKENS] * 8
+
+
+@in_engine
+def test_delta_draws_several_answers_to_a_prompt(under_delta):
+    """They share the blocks of the prompt; drawn from one best token, all are the greedy answer."""
+    calls, expected = under_delta
+    assert calls[4]["tokens"] == [[expected[3]] * 3, [expected[4]] * 3]
+
+
+@in_engine
+def test_delta_when_a_request_is_aborted(under_delta):
+    """The others go on, and the next ones get its blocks."""
+    calls, expected = under_delta
+    first, aborted, last = calls[5]["tokens"]
+    assert [first, last] == expected[4:]
+    assert 0 < len(aborted) < TOKENS and aborted == expected[3][: len(aborted)]
+    assert calls[6]["tokens"] == [expected[3], expected[5]]
 
 
 @in_engine
@@ -528,6 +583,7 @@ def test_what_cannot_work_stops_the_start(model, prompts, wanted, reason):
     ("method", "options", "reason"),
     [
         ("full", {"kv_cache_dtype": "fp8"}, "kv_cache_dtype=fp8"),
+        ("delta", {"enable_lora": True}, "LoRA adapters"),
         ("delta", {"block_size": 40}, "blocks of 40 tokens"),
         ("delta", {"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ("lazy-eviction", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),

@@ -117,6 +117,7 @@ class Settings:
         """Raise ValueError, with the reason, for a server that cannot run the method."""
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         block, model = cache.block_size, vllm_config.model_config
+        heads = _head_sizes(getattr(model, "hf_text_config", None))
         reasons = {
             "pipeline parallelism: a stage would lack the pages that one below it selected": (
                 parallel.pipeline_parallel_size > 1
@@ -127,6 +128,12 @@ class Settings:
                 vllm_config.speculative_config is not None
             ),
             f"kv_cache_dtype={cache.cache_dtype}": cache.cache_dtype != "auto",
+            "LoRA adapters, which have not been run": (
+                getattr(vllm_config, "lora_config", None) is not None
+            ),
+            f"layers with heads of {' and of '.join(map(str, heads))}, which have not been run": (
+                len(heads) > 1
+            ),
             "latent attention, which vLLM runs by other backends": model is not None
             and model.use_mla,
             "a model without attention": model is not None and model.is_attention_free,
@@ -139,6 +146,16 @@ class Settings:
         for reason, applies in reasons.items():
             if applies:
                 raise ValueError(f"{WHERE}: cannot run {self.method!r} with {reason}")
+
+
+def _head_sizes(config: Any) -> list[int]:
+    """Those of a model's layers, where its configuration has one for each, as Gemma 4's does."""
+    layers = getattr(config, "per_layer_config", None)
+    if not layers:
+        return []
+    count = config.num_hidden_layers
+    sizes = {getattr(layers[index], "head_dim", None) for index in range(count)}
+    return sorted(size for size in sizes if size is not None)
 
 
 def _check_lazy(method: LazyEviction, page: int) -> None:
