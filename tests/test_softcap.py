@@ -1,6 +1,7 @@
 """Soft caps on the logits (Gemma 2), beyond the cases of the op test and the matrix of models."""
 
 import functools
+import sys
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_what_is_out_of_range_stays_so():
     assert not lse[0, 2:].isnan().any()
 
 
-@pytest.mark.parametrize("name", ["cpu", "triton"])
+@pytest.mark.parametrize("name", ["cpu", "cuda-host", "triton"])
 def test_codes_are_capped_too(name):
     """Behind the scales of K and before those of V."""
     if name not in ops.OPS["decode_attention"].impls:
@@ -99,6 +100,21 @@ def test_gemma2_decodes_as_stock(method):
         turn = gemma2().generate(more, attention_mask=mask, past_key_values=cache, **given)
     again = gemma2().generate(more, attention_mask=mask, **given)
     assert torch.equal(turn, again)
+
+
+@pytest.mark.parametrize("method", [Delta.example(8), LazyEviction.example(16)], ids=str)
+def test_gemma2_decodes_with_the_gpu_kernels(method, monkeypatch):
+    """CUDA code in place of the CPU's, in budgets that leave tokens out."""
+    with kvcomp.patch(gemma2(), method):
+        want = generate(max_new_tokens=6)
+    calls = []
+    for name in "decode_attention", "append_attention", "attend_and_select":
+        module, emulated = sys.modules[f"kvcomp.ops.{name}"], ops.OPS[name].impl("cuda-host")
+        called = functools.partial(lambda run, *args: calls.append(args) or run(*args), emulated)
+        monkeypatch.setattr(module, "_op", called)
+    with kvcomp.patch(gemma2(), method):
+        assert torch.equal(generate(max_new_tokens=6), want)
+    assert calls
 
 
 def test_the_cap_is_felt():

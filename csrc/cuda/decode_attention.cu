@@ -11,10 +11,11 @@ void decode_attention(const DecodeAttentionParams& params, int device, std::uint
                   [&](auto type) { launch_decode_attention(type, params, launch); });
 }
 
-int decode_attention_blocks(ScalarType dtype, int head_dim, int device) {
+int decode_attention_blocks(ScalarType dtype, int head_dim, int value_dim, int device) {
   DecodeAttentionParams params{};
   params.kv_dtype = dtype;
   params.head_dim = head_dim;
+  params.value_dim = value_dim;
   params.num_heads = params.num_kv_heads = params.num_splits = 1;
   if (dtype == ScalarType::i8) return decode_codes_blocks(params, device);
   int blocks = 0;

@@ -16,7 +16,8 @@ void attend_and_select(const AttendAndSelectParams& params, int device, std::uin
 void attention_hits(const AttentionHitsParams& params, int device, std::uintptr_t stream);
 void compact_kv(const CompactKvParams& params, int device, std::uintptr_t stream);
 void decode_attention(const DecodeAttentionParams& params, int device, std::uintptr_t stream);
-int decode_attention_blocks(ScalarType dtype, int head_dim, int device);  // of an SM at once
+// Of an SM at once.
+int decode_attention_blocks(ScalarType dtype, int head_dim, int value_dim, int device);
 void decode_codes(const DecodeAttentionParams& params, int device, std::uintptr_t stream);
 int decode_codes_blocks(const DecodeAttentionParams& params, int device);
 void fetch_rows(const FetchRowsParams& params, int device, std::uintptr_t stream);

@@ -120,14 +120,11 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
   if (several && (m.size < 1 || m.size > kMostQueries)) {
     at.fail("q", "m from 1 to " + std::to_string(kMostQueries), m.size);
   }
-  check_head_dims(at, backend, D.size, Dv.size);
+  check_head_dims(at, D.size, Dv.size);
   if (words && Dv.size != D.size) at.fail("words", "None where k and v differ in size", "a tensor");
   if (page_size < 1) at.fail("page_size", "at least 1", page_size);
   if (!(given.softcap >= 0 && std::isfinite(given.softcap))) {
     at.fail("softcap", "a positive number or None", std::to_string(given.softcap));
-  }
-  if (given.softcap > 0 && backend == Backend::cuda) {
-    at.fail("softcap", "None for CUDA, whose kernels cap no logits", std::to_string(given.softcap));
   }
   std::int64_t positions = T.size;
   if (page_ids) {
@@ -174,7 +171,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
     at.device(backend, {&q, &*partial_out, &*partial_lse});
     at.dtype(*partial_out, {DType::f32});
     at.dtype(*partial_lse, {DType::f32});
-    shape_by_head(*partial_out, S, D);
+    shape_by_head(*partial_out, S, Dv);
     shape_by_head(*partial_lse, S);
     at.contiguous(*partial_out);
     at.contiguous(*partial_lse);

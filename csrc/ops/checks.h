@@ -20,12 +20,11 @@ inline void check_head_dim(const Boundary& at, const char* argument, std::int64_
 }
 
 // Columns of q and k, and of v.
-inline void check_head_dims(const Boundary& at, Backend backend, std::int64_t head_dim,
-                            std::int64_t value_dim) {
+inline void check_head_dims(const Boundary& at, std::int64_t head_dim, std::int64_t value_dim) {
   const bool unlike = std::ranges::any_of(kUnlikeSizes, [=](const UnlikeSizes& sizes) {
     return sizes.key == head_dim && sizes.value == value_dim;
   });
-  if (unlike && backend != Backend::cuda) return;
+  if (unlike) return;
   check_head_dim(at, "q", head_dim);
   if (value_dim != head_dim) at.fail("v", std::to_string(head_dim) + " columns, as k", value_dim);
 }

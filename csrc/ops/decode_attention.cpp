@@ -30,16 +30,18 @@ void decode_attention(Backend backend, py::handle q, py::handle k, py::handle v,
                                                      stream);
 }
 
-// How many blocks of the kernel for k's dtype and head size a multiprocessor of its GPU takes.
-int decode_attention_blocks(py::handle k_) {
+// How many blocks of the kernel for k's dtype and both head sizes a multiprocessor of its GPU
+// takes.
+int decode_attention_blocks(py::handle k_, py::handle v_) {
   const Boundary at{"decode_attention"};
-  const TensorView k = at.tensor("k", k_);
-  at.device(Backend::cuda, {&k});
-  const std::int64_t head_dim = k.shape[k.ndim - 1];
-  check_head_dim(at, "k", head_dim);
+  const TensorView k = at.tensor("k", k_), v = at.tensor("v", v_);
+  at.device(Backend::cuda, {&k, &v});
+  const std::int64_t head_dim = k.shape[k.ndim - 1], value_dim = v.shape[v.ndim - 1];
+  check_head_dims(at, head_dim, value_dim);
   if constexpr (kWithCuda) {
     const ScalarType dtype = k.dtype == DType::i8 ? ScalarType::i8 : at.scalar_type(k);
-    return cuda::decode_attention_blocks(dtype, static_cast<int>(head_dim), k.device.index);
+    return cuda::decode_attention_blocks(dtype, static_cast<int>(head_dim),
+                                         static_cast<int>(value_dim), k.device.index);
   }
   return 0;
 }

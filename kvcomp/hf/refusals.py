@@ -33,8 +33,6 @@ def refuse(model: PreTrainedModel) -> None:
         "is an encoder-decoder": model.config.is_encoder_decoder,
         "requires its own cache class": not generative._supports_default_dynamic_cache(),
         "says nothing of its layers (num_hidden_layers)": not hasattr(config, "num_hidden_layers"),
-        "caps its attention logits, which kvcomp's CUDA kernels do not": capped
-        and model.device.type not in ("cpu", "meta"),
         "caps its attention logits, and keeps latents": capped and latent_rank(config) is not None,
         "computes eager attention by itself (reorder_and_upcast_attn)": eager
         and any(values_of(config, "reorder_and_upcast_attn")),
@@ -72,11 +70,6 @@ def refuse_sizes(model: PreTrainedModel) -> None:
         raise ValueError(
             f"kvcomp.patch: {name} has keys and values of sizes {unknown}; of those that differ"
             f" only {known} are supported"
-        )
-    if unlike and model.device.type == "cuda":
-        raise ValueError(
-            f"kvcomp.patch: {name} has keys and values of different sizes, which the kernels for"
-            " GPUs do not take yet"
         )
 
 

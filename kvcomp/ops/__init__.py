@@ -31,7 +31,7 @@ from kvcomp.ops.store_slots import store_slots
 from kvcomp.ops.unit_scores import unit_scores
 
 HEAD_SIZES: tuple[int, ...] = _C.head_sizes  # that attention is compiled for
-UNLIKE_SIZES: tuple[tuple[int, int], ...] = _C.unlike_sizes  # of K and V, on a CPU or by Triton
+UNLIKE_SIZES: tuple[tuple[int, int], ...] = _C.unlike_sizes  # of K and V
 
 __all__ = [
     "HEAD_SIZES",

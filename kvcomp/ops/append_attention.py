@@ -138,7 +138,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
         out, lse = given_or_made(out, lse, made)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:
-            partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size, max_len)
+            partial_out, partial_lse, size = partials(q, k, v, lse, page_ids, page_size, max_len)
         extension.append_attention(
             *(backend, q, k, v, seq_lens, q_lens, tail, page_ids),
             *(logits, out, lse, page_size, scale),

@@ -125,7 +125,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
         lse = outputs[1]
         partial_out, partial_lse, size, arrived = None, None, 0, None
         if in_splits:
-            partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size, max_len)
+            partial_out, partial_lse, size = partials(q, k, v, lse, page_ids, page_size, max_len)
             arrived = seq_lens.new_empty(lse.shape, dtype=torch.int32)
         extension.attend_and_select(
             *(backend, q, k, v, seq_lens, page_ids, logits, *outputs, page_size, scale, *rest[:4]),

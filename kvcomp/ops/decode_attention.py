@@ -55,7 +55,7 @@ def decode_attention(
         k, v: [B, Hkv, T, D] of q's dtype, or int8 with `words`; any strides on B, Hkv and T, D
             contiguous. Or a pool [pages, Hkv, P, D]: the stride of pages is a multiple of that of
             tokens, the same multiple for k and v. V has Dv columns: D, or another number where
-            `UNLIKE_SIZES` has the two, except in CUDA.
+            `UNLIKE_SIZES` has the two.
         seq_lens: [B] int32, tokens attended, at most T (dense) or K * page_size (paged).
         page_ids: [B, 1, K] (one set for all heads) or [B, Hkv, K], int32; [B, K] with a pool.
         page_size: tokens in a page: 1, 16, 32 or 64; any positive size works. P with a pool.
@@ -221,7 +221,7 @@ def native(extension: ModuleType, backend: int) -> Callable:
         out, lse = given_or_made(out, lse, made)
         partial_out, partial_lse, size = None, None, 0
         if in_splits:
-            partial_out, partial_lse, size = partials(q, k, lse, page_ids, page_size, max_len)
+            partial_out, partial_lse, size = partials(q, k, v, lse, page_ids, page_size, max_len)
         extension.decode_attention(
             *(backend, q, k, v, seq_lens, page_ids, logits, out, lse, page_size, scale),
             *(partial_out, partial_lse, size, words, softcap, max_len, checked, raw_stream(q)),
@@ -232,35 +232,44 @@ def native(extension: ModuleType, backend: int) -> Callable:
 
 
 def partials(
-    q: Tensor, k: Tensor, lse: Tensor, page_ids: Tensor | None, page_size: int, max_len: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    page_ids: Tensor | None,
+    page_size: int,
+    max_len: int,
 ) -> tuple[Tensor | None, Tensor | None, int]:
     """Room for out and lse of the CUDA kernel's splits, None where it makes but one; their size.
 
     q [B, Hq, D] or [B, m, Hq, D]: the splits are the same for any m.
     """
     positions = k.shape[2] if page_ids is None else page_ids.shape[-1] * page_size
-    splits, size = plan(q, k, min(positions, max_len))
+    splits, size = plan(q, k, v, min(positions, max_len))
     if splits == 1:
         return None, None, size
     partial_lse = lse.new_empty(*lse.shape, splits)
-    return lse.new_empty(*partial_lse.shape, q.shape[-1]), partial_lse, size
+    return lse.new_empty(*partial_lse.shape, v.shape[-1]), partial_lse, size
 
 
-def plan(q: Tensor, k: Tensor, positions: int) -> tuple[int, int]:
+def plan(q: Tensor, k: Tensor, v: Tensor, positions: int) -> tuple[int, int]:
     """How many splits of how many positions the CUDA kernel makes."""
     group = q.shape[-2] // k.shape[1]
     blocks = q.shape[0] * k.shape[1] * -(-group // HEADS_PER_BLOCK)
     chunks = max(1, -(-positions // MIN_SPLIT))
-    resident = blocks_per_multiprocessor(k.device, k.dtype, k.shape[-1])
+    resident = blocks_per_multiprocessor(k.device, k.dtype, k.shape[-1], v.shape[-1])
     return plan_splits(blocks, chunks, num_multiprocessors(q.device) * resident)
 
 
 @cache
-def blocks_per_multiprocessor(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+def blocks_per_multiprocessor(
+    device: torch.device, dtype: torch.dtype, head_dim: int, value_dim: int
+) -> int:
     """Blocks of the CUDA kernel that run there at once; where there is no GPU, as on Ampere."""
     if device.type != "cuda":
         return 2
-    return _C.decode_attention_blocks(torch.empty(head_dim, dtype=dtype, device=device))
+    k, v = (torch.empty(size, dtype=dtype, device=device) for size in (head_dim, value_dim))
+    return _C.decode_attention_blocks(k, v)
 
 
 _op = bind(

@@ -9,8 +9,6 @@ import torch
 from kvcomp.selftest.case import (
     HALF_AND_FULL,
     HALF_LOGITS,
-    SOFTCAP,
-    UNLIKE,
     Case,
     attention_inputs,
     generator_for,
@@ -94,7 +92,7 @@ def _narrow(case: Case) -> Case:
         q, k, v, *rest = case.make(dtype, device)
         return q, k, v[..., :128], *rest
 
-    return replace(case, make=make, refused_by=(*case.refused_by, *UNLIKE))
+    return replace(case, make=make)
 
 
 def _room(*shape, dtype) -> torch.Tensor | None:
@@ -311,8 +309,7 @@ def _capped(case: Case, softcap: float) -> Case:
     def make(dtype, device):
         return *case.make(dtype, device), None, None, None, softcap
 
-    refused_by = (*case.refused_by, *SOFTCAP)
-    return replace(case, name=f"{case.name}-softcap", make=make, refused_by=refused_by)
+    return replace(case, name=f"{case.name}-softcap", make=make)
 
 
 CAPPED = {

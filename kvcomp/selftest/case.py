@@ -29,8 +29,6 @@ class Case:
 
 HALF_AND_FULL = (torch.float32, torch.float16, torch.bfloat16)
 HALF_LOGITS = ("cpu",)  # backends that refuse them
-UNLIKE = ("cuda", "cuda-host")  # that refuse V of another size than K
-SOFTCAP = ("cuda", "cuda-host")  # that refuse a cap of the logits
 
 
 def generator_for(*key) -> torch.Generator:

@@ -6,8 +6,8 @@
 // L2. Only tiles that reach the new tokens look at a mask. The splits are those of one query, so
 // that a column has the bits that decode_attention gives it.
 //
-// Bytes: 2 * T * D elements per KV head; 4 * D * m * Hq per split, written and read, for the merge;
-// with logits 4 * T * m * Hq, or 2 in 16 bits.
+// Bytes: T * (D + Dv) elements per KV head; 4 * Dv * m * Hq per split, written and read, for the
+// merge; with logits 4 * T * m * Hq, or 2 in 16 bits.
 #pragma once
 
 #include <cstdint>
@@ -72,24 +72,24 @@ class AppendColumns {
   bool wrong_;
 };
 
-template <typename T, int D, int kFragments>
-__global__ void __launch_bounds__(TileOf<T, D, kFragments>::Type::kThreads,
-                                  TileOf<T, D, kFragments>::Type::kBlocks)
+template <typename T, int D, int Dv, int kFragments>
+__global__ void __launch_bounds__(TileOf<T, D, Dv, kFragments>::Type::kThreads,
+                                  TileOf<T, D, Dv, kFragments>::Type::kBlocks)
     append_attention_kernel(const __grid_constant__ AppendAttentionParams p) {
-  constexpr int kColumns = TileOf<T, D, kFragments>::Type::kColumns;
+  constexpr int kColumns = TileOf<T, D, Dv, kFragments>::Type::kColumns;
   const int rows = p.num_queries * (p.attention.num_heads / p.attention.num_kv_heads);
   const int tiles = (rows + kColumns - 1) / kColumns;
   const int sequence = blockIdx.y, kv_head = blockIdx.x / tiles;
   const AppendColumns columns(p, sequence, kv_head, blockIdx.x % tiles * kColumns, kColumns);
-  attend_split<T, D, kFragments>(p.attention, columns, sequence, kv_head, blockIdx.z);
+  attend_split<T, D, Dv, kFragments>(p.attention, columns, sequence, kv_head, blockIdx.z);
 }
 
-template <typename T, int D, int kFragments, typename Launch>
+template <typename T, int D, int Dv, int kFragments, typename Launch>
 void launch_append_attention(const AppendAttentionParams& p, int rows, const Launch& launch) {
-  using Tile = typename TileOf<T, D, kFragments>::Type;
+  using Tile = typename TileOf<T, D, Dv, kFragments>::Type;
   const int tiles = (rows + Tile::kColumns - 1) / Tile::kColumns;
   const DecodeAttentionParams& attention = p.attention;
-  launch(append_attention_kernel<T, D, kFragments>,
+  launch(append_attention_kernel<T, D, Dv, kFragments>,
          dim3(attention.num_kv_heads * tiles, attention.batch, attention.num_splits),
          dim3(Tile::kThreads), Tile::kShared, p);
 }
@@ -100,20 +100,21 @@ template <typename T, typename Launch>
 void launch_append_attention(T, const AppendAttentionParams& p, const Launch& launch) {
   const DecodeAttentionParams& attention = p.attention;
   const int rows = p.num_queries * (attention.num_heads / attention.num_kv_heads);
-  with_head_size(attention.head_dim, [&](auto head_dim) {
-    constexpr int D = head_dim();
-    if constexpr (kQueriesInFull<T> || D > 128) {
-      launch_append_attention<T, D, 1>(p, rows, launch);
-    } else if (rows <= 8) {
-      launch_append_attention<T, D, 1>(p, rows, launch);
-    } else if (rows <= 16) {
-      launch_append_attention<T, D, 2>(p, rows, launch);
-    } else {
-      launch_append_attention<T, D, 4>(p, rows, launch);
-    }
-    launch_merge_splits<D>(attention, attention.batch * p.num_queries * attention.num_heads,
-                           launch);
-  });
+  with_head_sizes<kMayDiffer<T>>(
+      attention.head_dim, attention.value_dim, [&](auto key, auto value) {
+        constexpr int D = key(), Dv = value();
+        if constexpr (kQueriesInFull<T> || D > 128) {
+          launch_append_attention<T, D, Dv, 1>(p, rows, launch);
+        } else if (rows <= 8) {
+          launch_append_attention<T, D, Dv, 1>(p, rows, launch);
+        } else if (rows <= 16) {
+          launch_append_attention<T, D, Dv, 2>(p, rows, launch);
+        } else {
+          launch_append_attention<T, D, Dv, 4>(p, rows, launch);
+        }
+        launch_merge_splits<Dv>(attention, attention.batch * p.num_queries * attention.num_heads,
+                                launch);
+      });
 }
 
 }  // namespace kvcomp

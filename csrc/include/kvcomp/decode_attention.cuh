@@ -5,11 +5,11 @@
 // query heads that share it, so that each K and V row is read once. Its warps take tiles of 16
 // tokens in turn, each with a pipeline and a softmax of its own: no barrier before the end. K and V
 // are the tall operands of the tensor cores, tokens in rows, S [16 tokens, 8 heads] = K qT and OT
-// [D, 8 heads] += VT P; where a group has fewer heads than 8 the columns idle, which costs nothing
+// [Dv, 8 heads] += VT P; where a group has fewer heads than 8 the columns idle, which costs nothing
 // in a kernel that waits for memory. Dense and paged input differ in where the slot of a token
 // comes from. At the end the warps' states are merged, and in a second kernel those of the splits.
 //
-// Bytes: 2 * T * D elements per KV head; 4 * D * Hq per split, written and read, for the merge;
+// Bytes: T * (D + Dv) elements per KV head; 4 * Dv * Hq per split, written and read, for the merge;
 // with logits 4 * T * Hq, or 2 in 16 bits. In flight per block: (stages - 1) tiles of 16 rows of K
 // and V per warp.
 #pragma once
@@ -27,11 +27,11 @@ namespace kvcomp {
 
 // --- one split of the tokens, by a block ---------------------------------------------------------
 
-template <typename T, int D, int kFragments, typename Columns>
+template <typename T, int D, int Dv, int kFragments, typename Columns>
 __device__ void attend_split(const DecodeAttentionParams& p, const Columns& columns, int sequence,
                              int kv_head, int split_index) {
-  using Tile = typename TileOf<T, D, kFragments>::Type;
-  using Warp = DecodeWarp<T, D, kFragments, Columns>;
+  using Tile = typename TileOf<T, D, Dv, kFragments>::Type;
+  using Warp = DecodeWarp<T, D, Dv, kFragments, Columns>;
   const DecodeSplit split(p, sequence, kv_head, split_index);
   if (columns.count() > 0) {
     auto* stages = dynamic_shared<typename Tile::Stage>() + threadIdx.x / 32 * Tile::kStages;
@@ -49,8 +49,8 @@ __device__ void attend_split(const DecodeAttentionParams& p, const Columns& colu
   }
 
   const auto& states = *dynamic_shared<typename Tile::States>();
-  for (int i = threadIdx.x; i < columns.stored() * D; i += Tile::kThreads) {
-    const int column = i / D, element = i % D;
+  for (int i = threadIdx.x; i < columns.stored() * Dv; i += Tile::kThreads) {
+    const int column = i / Dv, element = i % Dv;
     DecodeMerge merge;
     float out = 0;
     if (column < columns.count()) {
@@ -65,26 +65,27 @@ __device__ void attend_split(const DecodeAttentionParams& p, const Columns& colu
     const float value = merge.sum == 0 ? 0.0f : out / merge.sum;
     const int64_t row = columns.out(column);
     if (p.num_splits == 1) {
-      store_as(p.q_dtype, value, p.out, row * D + element);
+      store_as(p.q_dtype, value, p.out, row * Dv + element);
       if (element == 0) p.lse[row] = merge.lse();
     } else {
       const int64_t partial = row * p.num_splits + split_index;
-      p.partial_out[partial * D + element] = value;
+      p.partial_out[partial * Dv + element] = value;
       if (element == 0) p.partial_lse[partial] = merge.lse();
     }
     if (element == 0 && split_index == 0 && p.arrived) p.arrived[row] = 0;
   }
 }
 
-template <typename T, int D>
-__global__ void __launch_bounds__(TileOf<T, D, 1>::Type::kThreads, TileOf<T, D, 1>::Type::kBlocks)
+template <typename T, int D, int Dv>
+__global__ void __launch_bounds__(TileOf<T, D, Dv, 1>::Type::kThreads,
+                                  TileOf<T, D, Dv, 1>::Type::kBlocks)
     decode_attention_kernel(const __grid_constant__ DecodeAttentionParams p) {
-  constexpr int kColumns = TileOf<T, D, 1>::Type::kColumns;
+  constexpr int kColumns = TileOf<T, D, Dv, 1>::Type::kColumns;
   const int sequence = blockIdx.y, group = p.num_heads / p.num_kv_heads;
   const int tiles = (group + kColumns - 1) / kColumns;
   const int kv_head = blockIdx.x / tiles;
   const DecodeColumns columns(p, sequence, kv_head, blockIdx.x % tiles);
-  attend_split<T, D, 1>(p, columns, sequence, kv_head, blockIdx.z);
+  attend_split<T, D, Dv, 1>(p, columns, sequence, kv_head, blockIdx.z);
 }
 
 // --- the splits merged ---------------------------------------------------------------------------
@@ -96,10 +97,10 @@ __global__ void __launch_bounds__(kThreads)
   merge_head(p, blockIdx.x);
 }
 
-template <int D, typename Launch>
+template <int Dv, typename Launch>
 void launch_merge_splits(const DecodeAttentionParams& p, int rows, const Launch& launch) {
   if (p.num_splits == 1 || p.arrived) return;
-  constexpr int kThreads = (D + 31) / 32 * 32;
+  constexpr int kThreads = (Dv + 31) / 32 * 32;
   launch(merge_splits_kernel<kThreads>, dim3(rows), dim3(kThreads), 0, p);
 }
 
@@ -109,13 +110,13 @@ void launch_merge_splits(const DecodeAttentionParams& p, int rows, const Launch&
 // args...)`.
 template <typename T, typename Launch>
 void launch_decode_attention(T, const DecodeAttentionParams& p, const Launch& launch) {
-  with_head_size(p.head_dim, [&](auto head_dim) {
-    using Tile = typename TileOf<T, head_dim(), 1>::Type;
+  with_head_sizes<kMayDiffer<T>>(p.head_dim, p.value_dim, [&](auto key, auto value) {
+    using Tile = typename TileOf<T, key(), value(), 1>::Type;
     const int tiles = (p.num_heads / p.num_kv_heads + Tile::kColumns - 1) / Tile::kColumns;
-    launch(decode_attention_kernel<T, head_dim()>,
+    launch(decode_attention_kernel<T, key(), value()>,
            dim3(p.num_kv_heads * tiles, p.batch, p.num_splits), dim3(Tile::kThreads), Tile::kShared,
            p);
-    launch_merge_splits<head_dim()>(p, p.batch * p.num_heads, launch);
+    launch_merge_splits<value()>(p, p.batch * p.num_heads, launch);
   });
 }
 

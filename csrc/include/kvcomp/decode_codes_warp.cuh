@@ -1,34 +1,38 @@
 // A warp of decode_attention and append_attention over K and V in eight bits, on the tensor cores.
 //
-// As the warp of 16-bit rows, tiles of 16 tokens in turn, but a tile has half the bytes. ldmatrix
-// moves codes in pairs along D. Of K a lane gets four neighbours of a row, which are columns of two
-// fragments once q's elements are dealt out alike. Of V, transposed, it gets two neighbours of each
-// of two tokens, which become two rows of VT. Codes turn into fp16 there and nowhere else; K's
-// scales come in at the logits, V's at the probabilities. These are kept in fp16, relative to
-// the largest scale so far times 2^-15, so that none of them overflows and few lose bits.
+// As the warp of 16-bit rows, but a tile has half the bytes. ldmatrix moves codes in pairs along D.
+// Of K a lane gets four neighbours of a row, which are columns of two fragments once q's elements
+// are dealt out alike. Of V, transposed, it gets two neighbours of each of two tokens, which become
+// two rows of VT. Codes turn into fp16 there and nowhere else; K's scales come in at the logits,
+// V's at the probabilities. These are kept in fp16, relative to the largest scale so far times
+// 2^-15, so that none of them overflows and few lose bits.
 #pragma once
 
 #include <cstdint>
 
 #include "kvcomp/codes.cuh"
-#include "kvcomp/decode_softmax.cuh"
 #include "kvcomp/decode_split.cuh"
 #include "kvcomp/matrix.cuh"
+#include "kvcomp/tile_warp.cuh"
 
 namespace kvcomp {
 
 struct Codes {};  // the type of such rows, q in 16 bits
 
+template <>
+inline constexpr bool kMayDiffer<Codes> = false;
+
 template <int D, int kFragments>
-struct CodeTile : DecodeShape<D, kFragments> {
-  using Shape = DecodeShape<D, kFragments>;
-  using Shape::kColumns, Shape::kSteps, Shape::kTokens, Shape::kWarps;
+struct CodeTile : DecodeShape<D, D, kFragments> {
+  using Shape = DecodeShape<D, D, kFragments>;
+  using Shape::kColumns, Shape::kTokens, Shape::kWarps;
+  static constexpr int kSteps = Shape::kKeySteps;
   // The 8 rows of a matrix lie in different banks.
-  static constexpr int kPitch = D % 32 ? D : D + 16;
+  static constexpr int kKeyPitch = D % 32 ? D : D + 16, kValuePitch = kKeyPitch;
 
   struct Stage {
-    alignas(16) int8_t k[kTokens * kPitch];
-    alignas(16) int8_t v[kTokens * kPitch];
+    alignas(16) int8_t k[kTokens * kKeyPitch];
+    alignas(16) int8_t v[kTokens * kValuePitch];
     uint32_t words[kTokens];
     int slot[kTokens];  // where the tokens come from; < 0: not attended, see Slot
   };
@@ -46,7 +50,7 @@ struct CodeTile : DecodeShape<D, kFragments> {
 };
 
 template <int D, int kFragments>
-struct TileOf<Codes, D, kFragments> {
+struct TileOf<Codes, D, D, kFragments> {
   using Type = CodeTile<D, kFragments>;
 };
 
@@ -55,7 +59,7 @@ struct TileOf<Codes, D, kFragments> {
 template <int D, int kFragments>
 class CodeQueries {
   using Tile = CodeTile<D, kFragments>;
-  static constexpr int kSteps = Tile::kSteps, kHeld = Tile::kHoldQueries ? kSteps : 1;
+  static constexpr int kSteps = Tile::kKeySteps, kHeld = Tile::kHoldQueries ? kSteps : 1;
 
  public:
   // By the whole block, before its warps are made.
@@ -120,14 +124,17 @@ class CodeQueries {
 };
 
 template <int D, int kFragments, typename Columns>
-class DecodeWarp<Codes, D, kFragments, Columns> {
+class DecodeWarp<Codes, D, D, kFragments, Columns>
+    : public TileWarp<DecodeWarp<Codes, D, D, kFragments, Columns>, int8_t, CodeTile<D, kFragments>,
+                      kFragments, Columns> {
   using Tile = CodeTile<D, kFragments>;
   using Stage = typename Tile::Stage;
   using Queries = CodeQueries<D, kFragments>;
-  static constexpr int kTokens = Tile::kTokens, kSteps = Tile::kSteps;
-  static constexpr int kPerRow = D / 16, kTotal = kTokens * kPerRow;  // pieces of 16 bytes
-  static constexpr int kPieces = (kTotal + 31) / 32;                  // a lane's, of K or V
-  static constexpr float kHeadroom = 32768;                           // below the largest fp16
+  using Base = TileWarp<DecodeWarp, int8_t, Tile, kFragments, Columns>;
+  friend Base;
+  using Base::lane_, Base::out_;
+  static constexpr int kSteps = Tile::kKeySteps;
+  static constexpr float kHeadroom = 32768;  // below the largest fp16
 
  public:
   __device__ static void share(const DecodeAttentionParams& p, const Columns& columns,
@@ -138,137 +145,34 @@ class DecodeWarp<Codes, D, kFragments, Columns> {
   __device__ DecodeWarp(const DecodeAttentionParams& p, const DecodeSplit& split,
                         const Columns& columns, int sequence, int kv_head, Stage* stages,
                         const uint16_t* queries)
-      : split_(split),
-        columns_(columns),
-        k_(static_cast<const int8_t*>(p.k) + sequence * p.stride_k_b + kv_head * p.stride_k_h),
-        v_(static_cast<const int8_t*>(p.v) + sequence * p.stride_v_b + kv_head * p.stride_v_h),
+      : Base(p, split, columns, sequence, kv_head, stages),
         words_(p.words + sequence * p.stride_words_b + kv_head * p.stride_words_h),
-        stride_k_(p.stride_k_t),
-        stride_v_(p.stride_v_t),
-        aligned_(is_aligned(k_, p.stride_k_t) && is_aligned(v_, p.stride_v_t)),
-        stages_(stages),
-        logits_(p),
-        lane_(threadIdx.x % 32),
-        first_tile_(split.first + threadIdx.x / 32 * kTokens),
         q_(queries) {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        max_[f][i] = -INFINITY;
         factor_[f][i] = Queries::step(queries, f * 8 + lane_ % 4 * 2 + i) * p.scale;
       }
     }
   }
 
-  __device__ void run() {
-    constexpr int kAhead = Tile::kStages - 1;
-    next_id_ = load_id(0);
-#pragma unroll
-    for (int tile = 0; tile < kAhead; ++tile) fetch(tile);
-    for (int tile = 0; position(tile) < split_.end; ++tile) {
-      fetch(tile + kAhead);
-      const Stage& stage = stages_[tile % Tile::kStages];
-      float s[kFragments][4] = {};
-      wait_for_copies<2 * kAhead + 1>();  // K of this tile and the words
-      __syncwarp();
-      multiply_keys(stage, s);
-      const float2 scales[2] = {scales_of(stage.words[lane_ / 4]),
-                                scales_of(stage.words[lane_ / 4 + 8])};
-      mask(stage, position(tile), scales, s);
-      const float grown = grow(fmaxf(scales[0].y, scales[1].y));
-      float decay[kFragments][2];
-#pragma unroll
-      for (int f = 0; f < kFragments; ++f) {
-        advance_softmax(s[f], decay[f], max_[f], sum_[f]);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) decay[f][i] *= grown;
-      }
-      wait_for_copies<2 * kAhead>();
-      __syncwarp();
-      accumulate_values(stage, scales, s, decay);
-      __syncwarp();  // all lanes are done with the stage, which comes to be filled again
-    }
-    wait_for_copies<0>();
-  }
-
-  __device__ void leave(typename Tile::States& states) const {
-    const int warp = threadIdx.x / 32;
-    const float unit = unit_ / kHeadroom;
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float sum = sum_[f][i];
-        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kFullMask, sum, lanes);
-        const int column = f * 8 + lane_ % 4 * 2 + i;
-        if (lane_ < 4) states.max[warp][column] = max_[f][i], states.sum[warp][column] = sum;
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          float* out = states.out[warp][column] + step * 16 + lane_ / 4 * 2;
-          out[0] = out_[f][step][i] * unit;
-          out[1] = out_[f][step][i + 2] * unit;
-        }
-      }
-    }
-  }
-
  private:
-  __device__ static bool is_aligned(const int8_t* base, int64_t stride) {
-    return reinterpret_cast<std::uintptr_t>(base) % 16 == 0 && stride % 16 == 0;
+  // Zeros, as the rows, for a token that is not attended.
+  __device__ void copy_words(Stage& stage, int slot) const {
+    copy_word_async(stage.words + lane_, words_ + max(slot, 0), slot >= 0);
   }
-  __device__ int position(int tile) const { return first_tile_ + tile * Tile::kWarps * kTokens; }
-
-  // Of the page of the lane's token. Nothing is made of it before the tile is fetched.
-  __device__ int load_id(int tile) const {
-    return lane_ < kTokens ? split_.load_id(position(tile) + lane_) : kSkipped;
-  }
-
-  // Asks for a tile's rows; its page ids have been asked for a tile earlier. Rows and words of
-  // tokens that are not attended become zeros.
-  __device__ void fetch(int tile) {
-    Stage& stage = stages_[tile % Tile::kStages];
-    const int slot = lane_ < kTokens ? split_.slot(position(tile) + lane_, next_id_) : kSkipped;
-    if (lane_ < kTokens) {
-      stage.slot[lane_] = slot;
-      copy_word_async(stage.words + lane_, words_ + max(slot, 0), slot >= 0);
-    }
-    int slots[kPieces];
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) slots[i] = __shfl_sync(kFullMask, slot, row_of(i));
-    copy_rows(stage.k, k_, stride_k_, slots);
-    end_copy_group();
-    copy_rows(stage.v, v_, stride_v_, slots);
-    end_copy_group();
-    next_id_ = load_id(tile + 1);
-  }
-
-  // Of the lane's pieces of a tile.
-  __device__ int row_of(int i) const { return min((i * 32 + lane_) / kPerRow, kTokens - 1); }
-  __device__ int column_of(int i) const { return (i * 32 + lane_) % kPerRow * 16; }
-
-  __device__ void copy_rows(int8_t* rows, const int8_t* base, int64_t stride,
-                            const int (&slots)[kPieces]) const {
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      if (kTotal % 32 && i * 32 + lane_ >= kTotal) break;
-      const auto row = static_cast<uint32_t>(max(slots[i], 0));  // 32 x 64 bits are two products
-      int8_t* to = rows + row_of(i) * Tile::kPitch + column_of(i);
-      const int8_t* from = base + row * stride + column_of(i);
-      if (aligned_) {
-        copy_async(to, from, slots[i] >= 0);
-      } else {
-        for (int j = 0; j < 16; ++j) to[j] = slots[i] >= 0 ? from[j] : 0;
-      }
-    }
-  }
+  __device__ int element(int step, int half) const { return step * 16 + lane_ / 4 * 2 + half; }
+  __device__ float unit() const { return unit_ / kHeadroom; }
 
   // Of two steps of 16 columns, or of the last one by itself: the row that the lane names.
   __device__ int named(int step) const {
-    return lane_ % 16 * Tile::kPitch + step * 16 + (step + 1 < kSteps ? lane_ / 16 * 16 : 0);
+    return lane_ % 16 * Tile::kKeyPitch + step * 16 + (step + 1 < kSteps ? lane_ / 16 * 16 : 0);
   }
 
-  __device__ void multiply_keys(const Stage& stage, float (&s)[kFragments][4]) const {
+  __device__ void multiply_keys(const Stage& stage, float (&s)[kFragments][4]) {
+    scales_[0] = scales_of(stage.words[lane_ / 4]);
+    scales_[1] = scales_of(stage.words[lane_ / 4 + 8]);
     // A second chain, so that a product waits for every other one only.
     float odd[kFragments][4] = {};
 #pragma unroll(kSteps <= 16 ? kSteps : 4)
@@ -292,35 +196,8 @@ class DecodeWarp<Codes, D, kFragments, Columns> {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[f][i] += odd[f][i];
-    }
-  }
-
-  // s becomes logits; -inf where a token is not attended.
-  __device__ void mask(const Stage& stage, int first, const float2 (&scales)[2],
-                       float (&s)[kFragments][4]) const {
-    const int token = lane_ / 4;
-    const int slots[2] = {stage.slot[token], stage.slot[token + 8]};
-    const bool all = columns_.see_all(first + kTokens);
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int column = f * 8 + lane_ % 4 * 2 + i % 2, at = first + token + i / 2 * 8;
-        const float poison = slots[i / 2] == kSkipped ? -INFINITY : NAN;
-        s[f][i] = slots[i / 2] < 0 ? poison : s[f][i] * factor_[f][i % 2] * scales[i / 2].x;
-        if (!all && !columns_.sees(column, at)) s[f][i] = -INFINITY;
-      }
-    }
-    if (!logits_) return;
-#pragma unroll
-    for (int f = 0; f < kFragments; ++f) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = f * 8 + lane_ % 4 * 2 + i % 2, at = first + token + i / 2 * 8;
-        if (column < columns_.count() && at < split_.end) {
-          logits_.store(columns_.logits(column), at, s[f][i]);
-        }
+        s[f][i] = (s[f][i] + odd[f][i]) * factor_[f][i % 2] * scales_[i / 2].x;
       }
     }
   }
@@ -337,16 +214,17 @@ class DecodeWarp<Codes, D, kFragments, Columns> {
     return before / unit_;
   }
 
-  __device__ void accumulate_values(const Stage& stage, const float2 (&scales)[2],
-                                    const float (&s)[kFragments][4],
-                                    const float (&decay)[kFragments][2]) {
+  __device__ void accumulate_values(const Stage& stage, const float (&s)[kFragments][4],
+                                    float (&decay)[kFragments][2]) {
+    const float grown = grow(fmaxf(scales_[0].y, scales_[1].y));
     const float to_unit = kHeadroom / unit_;
-    const float weights[2] = {scales[0].y * to_unit, scales[1].y * to_unit};
+    const float weights[2] = {scales_[0].y * to_unit, scales_[1].y * to_unit};
     unsigned probs[kFragments][2];
 #pragma unroll
     for (int f = 0; f < kFragments; ++f) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
+        decay[f][i] *= grown;
         const float weight = weights[i];
         probs[f][i] =
             transpose_matrix(pack(s[f][2 * i] * weight, s[f][2 * i + 1] * weight, __half{}));
@@ -373,21 +251,11 @@ class DecodeWarp<Codes, D, kFragments, Columns> {
     }
   }
 
-  const DecodeSplit& split_;
-  const Columns& columns_;
-  const int8_t *k_, *v_;
   const uint32_t* words_;
-  const int64_t stride_k_, stride_v_;
-  const bool aligned_;  // rows can be copied 16 bytes at a time
-  Stage* stages_;
-  const LogitsOut logits_;
-  const int lane_, first_tile_;
-  int next_id_;  // of the tile to be fetched next, lane's token
   const Queries q_;
+  float2 scales_[2];       // of the lane's tokens of this tile
   float unit_ = 0x1p-24f;  // at least every scale of V so far, a power of two
   float factor_[kFragments][2];
-  float max_[kFragments][2], sum_[kFragments][2] = {};  // of the lane's columns; sums by lane
-  float out_[kFragments][kSteps][4] = {};
 };
 
 }  // namespace kvcomp

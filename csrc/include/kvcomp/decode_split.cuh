@@ -9,16 +9,18 @@
 
 namespace kvcomp {
 
-// kFragments fragments of S are 8 rows of q each: a block's columns.
-template <int D, int kFragments>
+// K has D columns, V has Dv. kFragments fragments of S are 8 rows of q each: a block's columns.
+template <int D, int Dv, int kFragments>
 struct DecodeShape {
-  static constexpr int kTokens = 16, kColumns = 8 * kFragments, kSteps = D / 16;
+  static constexpr int kKeyDim = D, kValueDim = Dv;
+  static constexpr int kTokens = 16, kColumns = 8 * kFragments;
+  static constexpr int kKeySteps = D / 16, kValueSteps = Dv / 16;
   static constexpr int kWarps = D <= 128 ? 4 : 2, kThreads = kWarps * 32;
 
   // After the last token the pipelines' memory holds the states that are merged.
   struct States {
     float max[kWarps][kColumns], sum[kWarps][kColumns];
-    float out[kWarps][kColumns][D];
+    float out[kWarps][kColumns][Dv];
   };
 
  protected:
@@ -34,36 +36,42 @@ struct DecodeShape {
 };
 
 // Of rows in 16 bits; those in fp32 need no more.
-template <int D, int kFragments = 1>
-struct DecodeTile : DecodeShape<D, kFragments> {
-  using Shape = DecodeShape<D, kFragments>;
-  using Shape::kColumns, Shape::kSteps, Shape::kTokens, Shape::kWarps;
-  // As many as keep a block under 82 KB: three of most sizes share an SM of 9.0, two one of 8.0.
-  static constexpr int kStages = D <= 64 ? 4 : D <= 96 ? 3 : 2;
-  // 16 bytes more than D elements: the 8 rows of a matrix then lie in different banks.
-  static constexpr int kPitch = D + 8;
+template <int D, int Dv, int kFragments>
+struct DecodeTile : DecodeShape<D, Dv, kFragments> {
+  using Shape = DecodeShape<D, Dv, kFragments>;
+  using Shape::kColumns, Shape::kKeySteps, Shape::kTokens, Shape::kValueSteps, Shape::kWarps;
+  // 16 bytes more than a row: the 8 rows of a matrix then lie in different banks.
+  static constexpr int kKeyPitch = D + 8, kValuePitch = Dv + 8;
   // Where a lane has no registers for its part of q, all warps read one copy of it.
-  static constexpr bool kShareQueries = kFragments * kSteps > 16;
+  static constexpr bool kShareQueries = kFragments * kKeySteps > 16;
 
   struct Stage {
-    alignas(16) uint16_t k[kTokens * kPitch];
-    alignas(16) uint16_t v[kTokens * kPitch];
+    alignas(16) uint16_t k[kTokens * kKeyPitch];
+    alignas(16) uint16_t v[kTokens * kValuePitch];
     int slot[kTokens];  // where the tokens come from; < 0: not attended, see Slot
   };
+  // As many as keep a block under 82 KB: three of most sizes share an SM of 9.0, two one of 8.0.
+  static constexpr int kMost = 82 * 1024 / (kWarps * static_cast<int>(sizeof(Stage)));
+  static constexpr int kStages = kMost < 2 ? 2 : kMost > 4 ? 4 : kMost;
   static constexpr std::size_t kStates = Shape::with_states(sizeof(Stage) * kStages * kWarps);
-  // Behind them, with kShareQueries, q [kColumns, kPitch] in 16 bits.
-  static constexpr std::size_t kQueries = kShareQueries ? 2 * kColumns * kPitch : 0;
+  // Behind them, with kShareQueries, q [kColumns, kKeyPitch] in 16 bits.
+  static constexpr std::size_t kQueries = kShareQueries ? 2 * kColumns * kKeyPitch : 0;
   static constexpr std::size_t kShared = kStates + kQueries;
   // A thread's sums, its part of q, and its part of S and P; some 60 registers besides.
-  static constexpr int kRegisters = 60 + kFragments * (kSteps * (kShareQueries ? 4 : 6) + 26);
+  static constexpr int kRegisters =
+      60 + kFragments * (kValueSteps * 4 + kKeySteps * (kShareQueries ? 0 : 2) + 26);
   static constexpr int kBlocks = Shape::blocks(kShared, kRegisters);
 };
 
 // The tile of rows of type T; that of codes is in decode_codes.cuh.
-template <typename T, int D, int kFragments>
+template <typename T, int D, int Dv, int kFragments>
 struct TileOf {
-  using Type = DecodeTile<D, kFragments>;
+  using Type = DecodeTile<D, Dv, kFragments>;
 };
+
+// Whether V may have other columns than K: in a type of codes it has as many.
+template <typename T>
+inline constexpr bool kMayDiffer = true;
 
 enum Slot : int { kSkipped = -1, kWild = -2 };  // kWild: an id out of range, which poisons the row
 
@@ -131,16 +139,23 @@ class LogitsOut {
   const DecodeAttentionParams& p_;
 };
 
+// A soft cap: softcap * tanh(logit / softcap), with errors of some 1e-7 of the cap.
+__device__ inline float cap_logit(float logit, float softcap) {
+  const float squared = exp2f(logit * (2 * kLog2e / softcap));  // e^x of tanh x; inf: the cap
+  return softcap - __fdividef(2 * softcap, squared + 1);
+}
+
 // The columns of a block of decode_attention: up to 8 of the query heads that share a KV head.
 // append_attention has its own.
 class DecodeColumns {
+  static constexpr int kColumns = DecodeShape<32, 32, 1>::kColumns;
+
  public:
   __device__ DecodeColumns(const DecodeAttentionParams& p, int sequence, int kv_head, int tile)
       : p_(p),
         sequence_(sequence),
-        first_(kv_head * (p.num_heads / p.num_kv_heads) + tile * DecodeTile<32>::kColumns),
-        count_(min(DecodeTile<32>::kColumns,
-                   (kv_head + 1) * (p.num_heads / p.num_kv_heads) - first_)) {}
+        first_(kv_head * (p.num_heads / p.num_kv_heads) + tile * kColumns),
+        count_(min(kColumns, (kv_head + 1) * (p.num_heads / p.num_kv_heads) - first_)) {}
 
   // Columns that attend, and those that have outputs.
   __device__ int count() const { return count_; }
@@ -170,7 +185,7 @@ class DecodeColumns {
 
 // One warp's way through its tokens: made from the block's place, run() attends, leave(states)
 // hands over max, sum and output of each column.
-template <typename T, int D, int kFragments, typename Columns>
+template <typename T, int D, int Dv, int kFragments, typename Columns>
 class DecodeWarp;
 
 }  // namespace kvcomp

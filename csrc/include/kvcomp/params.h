@@ -41,7 +41,7 @@ struct DecodeAttentionParams {
   int32_t page_pitch;  // slots from one page to the next; page_size where they lie side by side
   int32_t num_splits, split_size;  // S, and positions of each
   float scale;
-  float softcap;  // logits become softcap * tanh(logit / softcap); 0: they stay. On a CPU
+  float softcap;  // logits become softcap * tanh(logit / softcap); 0: they stay
 };
 
 // K and V of new tokens in eight bits. A row is codes in [-127, 127] times its scale; a word holds
