@@ -188,12 +188,30 @@ def test_a_plan_counts_the_bytes_of_a_real_cache(kind):
     assert Full().step_bytes(at).held == 40 * shape.kv_per_token
 
 
+@pytest.mark.parametrize("method", [one for one in SMALL if one.static], ids=name_of)
+def test_a_static_cache_gives_the_tokens_of_the_dynamic_one(method):
+    """Two turns of padded rows; a slot is a latent and a rotated key."""
+    model = tiny_model("deepseek_v3")
+    options = {"max_new_tokens": 40, "output_logits": True, "return_dict_in_generate": True}
+    with kvcomp.patch(model, method) as run:
+        want = generate(model, batch(), **options)
+        figures = run.report()
+    with kvcomp.patch(model, method, max_tokens=64) as run:
+        for _ in range(2):
+            got = generate(model, batch(), **options)
+            assert torch.equal(got.sequences, want.sequences)
+            torch.testing.assert_close(got.logits, want.logits)
+    report = run.report()
+    assert report.evictions == 2 * figures.evictions
+    assert (report.kept_peak, report.attended_ratio) == (figures.kept_peak, figures.attended_ratio)
+    row = 4 * (model.config.kv_lora_rank + model.config.qk_rope_head_dim)
+    assert run.meter.slot_bytes == [row] * len(model.model.layers)
+
+
 def test_what_needs_more_than_latents_is_refused():
     model = tiny_model("deepseek_v3")
     with pytest.raises(ValueError, match="moves keys to other positions"):
         kvcomp.patch(model, StreamingLLM(budget=24))
-    with pytest.raises(ValueError, match=r"max_tokens.*no static cache"):
-        kvcomp.patch(model, Full(), max_tokens=64)
     with (
         kvcomp.patch(model, LazyEviction(budget=24, window=7, alpha=0.02, unit="query_head")),
         pytest.raises(ValueError, match="use another unit than 'query_head'"),

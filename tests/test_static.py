@@ -45,7 +45,7 @@ def generate(model, batch, **options):
 
 
 @BOTH
-@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama", "deepseek_v3"])
 def test_one_graph_for_all_steps(kind, method):
     """40 steps over page borders, padded rows among them; another batch size is another graph."""
     model, graphs = tiny_model(kind), []

@@ -81,6 +81,7 @@ class KVCache:
     """
 
     layer_class: ClassVar[type[LayerCache]] = LayerCache
+    latent_class: ClassVar[type[LatentLayer]] = LatentLayer
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class KVCache:
         self.inv_freq = inv_freq
         self.eight_bits = eight_bits
         self.meter = Meter(num_layers) if meter is None else meter
-        layer = self.layer_class if rank is None else partial(LatentLayer, rank=rank)
+        layer = self.layer_class if rank is None else partial(self.latent_class, rank=rank)
         self.layers = [layer(self, position) for position in range(num_layers)]
         self.beside: list[KVCache] = []
         self.counted = True

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvcomp._torch import keep_address
 from kvcomp.cache.kv_cache import KVCache, Policy
+from kvcomp.cache.latent import LatentLayer
 from kvcomp.cache.later import forget, known, later
 from kvcomp.cache.layer import LayerCache
 from kvcomp.cache.ring import StaticRing
@@ -59,13 +60,14 @@ class StaticLayerCache(LayerCache):
 
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Add n tokens to every row, like `LayerCache.append`. The caller checks the room."""
+        k, v = self._as_kept(k.detach(), v.detach())
         self._check(k, v, valid)
         self.first = not self.filled
         if self.first:
             self._open(k, v)
         elif self._most is not None and k.shape[2] > 1:
             self._fit(int(self.seq_lens.max()) + k.shape[2])
-        self.added = self._scatter(self._encoded(k.detach(), v.detach()), valid)
+        self.added = self._scatter(self._encoded(k, v), valid)
         self.seq_lens.add_(self.added)
         if self.logical_lens is not self.seq_lens:
             self.logical_lens.add_(self.added)
@@ -182,6 +184,10 @@ def _has_room(
     return same and (memory.dtype, memory.device) == (dtype, device)
 
 
+class StaticLatentLayer(LatentLayer, StaticLayerCache):
+    """Rows of latents (MLA) in memory of a fixed size."""
+
+
 class StaticKVCache(KVCache):
     """The layers of one batch, with room for `max_tokens` columns (padding included).
 
@@ -195,6 +201,7 @@ class StaticKVCache(KVCache):
     """
 
     layer_class = StaticLayerCache
+    latent_class = StaticLatentLayer
     meter: StaticMeter
 
     def __init__(
@@ -203,13 +210,14 @@ class StaticKVCache(KVCache):
         num_layers: int,
         meter: StaticMeter,
         max_tokens: int,
+        rank: int | None = None,
         eight_bits: EightBits | None = None,
     ) -> None:
         self.max_tokens = max_tokens
         self.columns = torch.zeros((), dtype=torch.int64)
         self.sizes: Sizes = (0, 0, 0)
         self._ring: StaticRing | None = None  # also between sequences
-        super().__init__(method, num_layers, meter, eight_bits=eight_bits)
+        super().__init__(method, num_layers, meter, rank=rank, eight_bits=eight_bits)
 
     def reset(self) -> None:
         """Forget the sequences and keep the memory."""

@@ -70,5 +70,5 @@ class StaticCache(Cache):
     def _new_kv(
         self, method: Method, num_layers: int, meter: StaticMeter, *rest: Any
     ) -> StaticKVCache:
-        *_, eight_bits = rest
-        return StaticKVCache(method, num_layers, meter, self.max_tokens, eight_bits)
+        _, rank, eight_bits = rest
+        return StaticKVCache(method, num_layers, meter, self.max_tokens, rank, eight_bits)

@@ -18,7 +18,6 @@ from kvcomp.cache import Report, StaticKVCache, StaticMeter
 from kvcomp.checks import is_whole, require
 from kvcomp.hf.cache import Cache
 from kvcomp.hf.compiled import announced, frozen, keep_code
-from kvcomp.hf.latent import latent_rank
 from kvcomp.hf.layer import Layer
 from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.run import BROKEN, Run
@@ -125,11 +124,6 @@ class StaticRun(Run):
             raise ValueError(
                 f"kvcomp.patch: max_tokens: {type(self.model).__name__} has sliding or linear"
                 " layers, which cannot use a static cache; leave max_tokens out"
-            )
-        if latent_rank(self.config) is not None:
-            raise ValueError(
-                f"kvcomp.patch: max_tokens: the layers of {type(self.model).__name__} cache latents"
-                " (MLA), for which there is no static cache; leave max_tokens out"
             )
         ours = [layer for layer in first.layers if isinstance(layer, Layer)]
         windows = [layer.window for layer in ours if layer.window is not None]
