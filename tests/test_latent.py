@@ -219,6 +219,16 @@ def test_what_needs_more_than_latents_is_refused():
         generate(model, batch())
 
 
+@pytest.mark.parametrize("rank, rotated", [(24, 8), (16, 8), (1024, 16)])
+def test_rows_that_attention_is_not_compiled_for_are_refused(rank, rotated):
+    model = tiny_model("deepseek_v3", kv_lora_rank=rank, qk_rope_head_dim=rotated, head_dim=rotated)
+    with pytest.raises(
+        ValueError, match=f"latents of {rank} columns and rotated keys of {rotated}"
+    ):
+        kvcomp.patch(model, LouisKV.example(24))
+    generate(model, batch(), max_new_tokens=2)  # as it was
+
+
 class Quantized(nn.Module):
     """A projection whose weights nothing can be absorbed from."""
 

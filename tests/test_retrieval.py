@@ -118,6 +118,19 @@ def test_half_floats(name, dtype):
 
 
 @pytest.mark.parametrize("name", SLOW)
+def test_keys_and_values_of_unlike_sizes(name, poisoned_outputs):
+    """192 and 128 columns, as in MiMo-V2-Flash: in the pool, on the device and in a second turn."""
+    trace = Walk(45, 20, steps=24, seed=6)
+    trace.q, trace.k = (
+        x.repeat(1, 1, 1, 1, 192 // DIM) * (DIM / 192) ** 0.5 for x in (trace.q, trace.k)
+    )
+    trace.v = torch.randn(*trace.v.shape[:-1], 128, generator=torch.Generator().manual_seed(6))
+    _, cache = assert_follows(make(name), trace)
+    pools = [layer.hosted.pool for layer in cache.layers]
+    assert all(pool.blocks[0].shape[-1] == 192 + 128 for pool in pools)
+
+
+@pytest.mark.parametrize("name", SLOW)
 def test_what_is_small_grows(name, monkeypatch, poisoned_outputs):
     """Pools of several blocks, an index and a slab that are enlarged, and no larger than said."""
     monkeypatch.setattr(host_pool, "FIRST_ROWS", 5)

@@ -16,6 +16,7 @@ from torch.nn import Module
 
 from kvcomp.hf.decoder import attention_modules, values_of
 from kvcomp.hf.linear import is_linear
+from kvcomp.ops.latent_attention import MOST_COLUMNS, takes
 
 EXPAND = "expand_kv"
 QUERIES = 512  # at a time, so that no [n, T] matrix of a long turn is formed
@@ -113,6 +114,14 @@ class Latents:
 def refuse_latents(model: Any) -> None:
     """Raise ValueError, with the reason, for layers whose latents cannot be attended as such."""
     name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    rank = latent_rank(config) or 0
+    rotated = max(filter(None, values_of(config, "qk_rope_head_dim")), default=0)
+    if not takes(rank + rotated, rank):
+        raise ValueError(
+            f"kvcomp.patch: {name} caches latents of {rank} columns and rotated keys of {rotated}"
+            f" (MLA); supported are multiples of 16, together at most {MOST_COLUMNS}"
+        )
     for module in attention_modules(model):
         if not hasattr(module, "kv_b_proj"):
             continue

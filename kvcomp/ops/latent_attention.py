@@ -13,6 +13,7 @@ from kvcomp.ops._registry import bind, raw_stream
 from kvcomp.ops._splits import MIN_SPLIT, num_multiprocessors, plan_splits
 from kvcomp.ops.decode_attention import attended, listed, logits_of
 
+MOST_COLUMNS = 1024  # of a row
 BLOCKS_PER_MULTIPROCESSOR = 2  # of the CUDA kernel, see latent_attention.cuh
 
 
@@ -70,6 +71,12 @@ def reference(q, latents, seq_lens, page_ids, page_size, value_dim, scale, logit
     if logits is not None:
         logits[..., : x.shape[-1]] = x.flatten(1, 3)
     return out.flatten(1, 2), lse.flatten(1, 2)
+
+
+def takes(dim: int, value_dim: int) -> bool:
+    """Whether rows of `dim` columns, the first `value_dim` of them the value, are of a size that
+    attention is compiled for."""
+    return dim % 16 == value_dim % 16 == 0 and value_dim <= dim <= MOST_COLUMNS
 
 
 def fake(q, latents, seq_lens, page_ids, page_size, value_dim, scale, logits):
