@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
@@ -20,9 +21,13 @@ def require(
 
 
 def require_one_of(known: Iterable[str], where: str, got: Any) -> None:
-    """Raise ValueError unless `got` is one of the `known` names."""
+    """Raise ValueError unless `got` is one of the `known` names. It ends with the nearest one."""
     names = list(known)
-    require(got in names, where, f"one of {', '.join(names)}", got)
+    if got in names:
+        return
+    near = difflib.get_close_matches(str(got).lower().replace("_", "-"), names, 1, 0.75)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{where}: expected one of {', '.join(names)}, got {got!r}{hint}")
 
 
 def is_whole(value: Any) -> bool:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch._dynamo.utils import counters
 
 import kvcomp
 import kvcomp.demo
-from kvcomp import METHODS, cli
+from kvcomp import METHODS, cli, reasoner
 from kvcomp.ops import OPS
 from kvcomp.reasoner import task
 from slow.static_decoding import compile_config
@@ -219,6 +220,24 @@ def test_a_missing_extra_is_named(monkeypatch, call):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = call("demo", "--plot", "x.png")
     assert code == 2 and "matplotlib" in err and "kvcomp[bench]" in err
+
+
+def test_an_answer_ends_where_the_model_has_no_more_positions(call, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(reasoner.path(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    given = ("generate", folder, "--method", "full", "--temperature", 0, "--prompt")
+    code, out, err = call(*given, PROBLEM.prompt)
+    assert code == 0 and out and "the answer ends at the model's last position, 64" in err
+    code, out, err = call(*given, f"{PROBLEM.prompt} " * 3)
+    assert (code, out) == (2, "")
+    assert "--prompt: expected fewer tokens than the 64 positions that the model knows" in err
+
+
+def test_a_name_that_is_nearly_right_is_answered_with_the_right_one(call):
+    _, _, err = call("generate", "reasoner", "--prompt", "x", "--method", "louiskv")
+    assert err.endswith("got 'louiskv'; did you mean 'louis-kv'?\n")
 
 
 # --- output that is refused, and answers that are stopped -----------------------------------------

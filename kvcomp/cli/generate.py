@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kvcomp import Delethink, Method
 from kvcomp.cli.common import Device, Dtype, Kv, load, pick_device, pick_dtype, pick_kv
 from kvcomp.cli.output import deliver, say, say_aside
 from kvcomp.cli.settings import (
@@ -105,14 +106,16 @@ def generate(
     chosen = choose(strategy or [], options or [], while_decoding=True)
     network, tokenizer = load(model, where, kind)
     inputs = encode(tokenizer, text, chat).to(where)
+    columns = inputs["input_ids"].shape[1]
+    most = fitting(network.config, chosen_method, columns, max_new_tokens)
     room = None
     if compiled:
-        room = inputs["input_ids"].shape[1] + max_new_tokens
+        room = columns + most
         sampling["compile_config"] = for_generate()
     streamer = text_streamer(tokenizer)
     code = 0
     with patch(network, chosen_method, max_tokens=room, kv=kept) as run:
-        more = chosen.generation(run, tokenizer, inputs["input_ids"].shape[1])
+        more = chosen.generation(run, tokenizer, columns)
         # A sampled answer is a function of the seed, with and without speculation.
         more["logits_processor"] = [*more.get("logits_processor", []), GumbelNoise(seed)]
         if isinstance(stand := more.get("custom_generate"), Stand):
@@ -121,15 +124,36 @@ def generate(
         def answer() -> None:
             nonlocal code
             try:
-                network.generate(
-                    **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling, **more
+                out = network.generate(
+                    **inputs, max_new_tokens=most, streamer=streamer, **sampling, **more
                 )
+                if most < max_new_tokens and out.shape[1] == columns + most:
+                    say_aside(
+                        f"kvcomp: the answer ends at the model's last position, {columns + most}"
+                    )
             except (KeyboardInterrupt, Stopped) as stop:
                 code = exit_code(stop)
                 streamer.end()  # what it holds back until a word is whole
 
         deliver(answer, lambda: say_aside(run.report()))
     raise typer.Exit(code)
+
+
+def fitting(config: Any, method: Method, columns: int, asked: int) -> int:
+    """`asked` tokens, or those for which the model has positions behind `columns` tokens.
+
+    Raises:
+        ValueError: the prompt alone takes all of them.
+    """
+    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is None or isinstance(method, Delethink) or method.moves_keys:
+        return asked  # the method itself bounds the positions
+    if columns >= longest:
+        raise ValueError(
+            f"kvcomp: --prompt: expected fewer tokens than the {longest} positions that the model"
+            f" knows, got {columns}"
+        )
+    return min(asked, longest - columns)
 
 
 def read_prompt(prompt: str) -> str:

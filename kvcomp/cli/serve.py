@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcomp import models
+from kvcomp.checks import require_one_of
 from kvcomp.cli.output import say
 from kvcomp.cli.settings import Budget, Set, parse
 from kvcomp.engines.vllm import check
@@ -65,9 +66,7 @@ def serve(
 
 def build_settings(method: str, budget: int | None, settings: list[str]) -> dict[str, Any]:
     """The value of vLLM's `kvcomp` key from the options of the command line."""
-    if method not in METHODS:
-        known = ", ".join(METHODS)
-        raise ValueError(f"kvcomp: --method: expected one of {known}, got {method!r}")
+    require_one_of(METHODS, "kvcomp: --method", method)
     hints = typing.get_type_hints(METHODS[method])
     kinds = {field.name: hints[field.name] for field in dataclasses.fields(METHODS[method])}
     kinds = {"page_size": int} | {name: kind for name, kind in kinds.items() if name != "group"}

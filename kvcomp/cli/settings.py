@@ -126,9 +126,10 @@ def choose(names: list[str], settings: list[str], *, while_decoding: bool = Fals
     known = WHILE_DECODING if while_decoding else list(STRATEGIES)
     for name in names:
         if name not in known:
-            wanted = f"expected one of {', '.join(known)}"
-            hint = "; use kvcomp think" if name in STRATEGIES else ""
-            raise ValueError(f"kvcomp: --strategy: {wanted}, got {name!r}{hint}")
+            if name in STRATEGIES:
+                wanted = f"expected one of {', '.join(known)}"
+                raise ValueError(f"kvcomp: --strategy: {wanted}, got {name!r}; use kvcomp think")
+            require_one_of(known, "kvcomp: --strategy", name)
     options: dict[str, dict[str, Any]] = {}
     for setting in settings:
         name, _, rest = setting.partition(".")
