@@ -128,22 +128,14 @@ class PlacedLayer:
         assert read["page_size"] == self.step.page_size, "the engine cuts pages as the method does"
         return self._read(q, scale, lens, self.step.pages_of(read["page_ids"]), logits)
 
-    def attend_and_select(
-        self, q: Tensor, scale: float, *, page_size: int, num_pages: int, **selection: Any
-    ) -> tuple[Tensor, ...]:
+    def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
         """As `Layer.attend_and_select`, of pages of the table."""
         step = self.step
+        page_size = selection.pop("page_size")
         assert page_size == step.page_size, "the engine cuts pages as the method does"
-        pages = step.lens.new_empty(len(step.lens), 1, num_pages)
-        found = ops.attend_and_select(
-            *(q, self.k, self.v, step.lens),
-            **step.reading(step.table),
-            num_pages=num_pages,
-            scale=scale,
-            out=self.out,
-            pages=pages,
-            **selection,
-        )
+        pages = step.lens.new_empty(len(step.lens), 1, selection["num_pages"])
+        selection.update(step.reading(step.table), scale=scale, out=self.out, pages=pages)
+        found = ops.attend_and_select(q, self.k, self.v, step.lens, **selection)
         step.select(columns=found[3], pages=pages[:, 0])
         return found
 
