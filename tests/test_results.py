@@ -365,30 +365,37 @@ def test_the_sizes_of_louis_kv(reproduce):
         ]
 
 
-def test_the_bounds_on_real_text(reproduce):
+BOUNDS = [  # the table, and the files of each of its columns
+    ("| bound |", [("loss-half", "loss-quarter"), ("2048",)]),
+    ("| bound on Gemma 3 |", [("gemma",)]),
+]
+
+
+@pytest.mark.parametrize("corner, files", [each for each in BOUNDS if stored(each[1][0][0])])
+def test_the_bounds_on_real_text(reproduce, corner, files):
     from language.loss import summaries
 
     found = {}
-    for tokens, names in ((1024, ("loss-half", "loss-quarter")), (2048, ("2048",))):
+    for names in files:
         rows = [row for name in names for row in rows_of(f"language/{name}")]
-        found[tokens] = {(s["method"], s["bound"]): s for s in summaries(rows)}
-    for label, (*cells, held) in table(RESULTS, "| bound |").items():
+        found[names] = {(s["method"], s["bound"]): s for s in summaries(rows)}
+    for label, (*cells, held) in table(RESULTS, corner).items():
         what, limit = label.rsplit(": ", 1)
         method, share = what.split(" at ")
         within = []
-        for tokens, cell in zip(found, cells, strict=True):
-            got = found[tokens].get((method, share))
-            other = found[tokens].get((limit.removeprefix("the link of "), share))
+        for names, cell in zip(found, cells, strict=True):
+            got = found[names].get((method, share))
+            other = found[names].get((limit.removeprefix("the link of "), share))
             if got is None or (limit.startswith("the link") and other is None):
-                assert cell == "–", (label, tokens)
+                assert cell == "–", (label, names)
             elif limit.startswith("the link"):
                 link, most = (each["link_bytes"] / 1024 for each in (got, other))
-                assert cell == f"{link:.0f} of {most:.0f} KiB", (label, tokens)
+                assert cell == f"{link:.0f} of {most:.0f} KiB", (label, names)
                 within.append(link < most)
             else:
                 low, high = got["d_nll_interval"]
                 few = f", {got['windows']} windows" if got["windows"] != 16 else ""
-                assert cell == f"{got['d_nll']:+.3f} [{low:.3f}, {high:.3f}]{few}", (label, tokens)
+                assert cell == f"{got['d_nll']:+.3f} [{low:.3f}, {high:.3f}]{few}", (label, names)
                 within.append(got["d_nll"] <= float(limit))
         assert held == ("yes" if all(within) else "no"), label
 
