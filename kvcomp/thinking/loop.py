@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from itertools import zip_longest
+from collections.abc import Sequence
+from itertools import accumulate, chain, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from kvcomp.thinking.stand import Stand
 
 
-LEAD = 32.0  # tokens by which a row that is so far ahead counts 1 / e of one that is not
+AT_ONCE = 4  # logits [V] that are looked at together; more take fresh memory at each step
+LEAD = 4.0  # tokens by which a row that is so far ahead counts 1 / e of one that is not
 
 
 class Decoding:
@@ -80,14 +82,14 @@ class Decoding:
             self.table.read(row)
         mask = model_kwargs.get("attention_mask")
         nothing = [Draft() for _ in self.rows]
-        self._take(self._picked(logits, nothing)[0], streamer)
+        self._take(self._picked(logits.flatten(0, 1), range(len(self.rows)), nothing)[0], streamer)
         while not all(self.ended):
             began, active = time.perf_counter(), self.ended.count(False)
             drafts, expected = self._drafts(cache)
             total, widest = sum(map(len, drafts)), max(map(len, drafts))
             tokens = active + total if self.apart else len(drafts) * (1 + widest)
-            logits = self._forward(cache, drafts, mask)
-            picked, paths = self._picked(logits, drafts)
+            logits, first = self._forward(cache, drafts, mask)
+            picked, paths = self._picked(logits, first, drafts)
             counts = [len(each) for each in picked]  # none of a row that has ended
             if not self.apart:
                 going = zip(counts, self.ended, strict=True)
@@ -146,8 +148,10 @@ class Decoding:
             count = max(count, *map(len, ahead))
         return [count] * len(found)
 
-    def _forward(self, cache: Any, drafts: list[Draft], mask: Tensor | None) -> Tensor:
-        """Logits [B, width, V], behind each row's newest token and its drafts."""
+    def _forward(
+        self, cache: Any, drafts: list[Draft], mask: Tensor | None
+    ) -> tuple[Tensor, Sequence[int]]:
+        """Logits [N, V] behind all newest tokens and their drafts, and the first of each row."""
         device, width = self.ids.device, 1 + max(map(len, drafts))
         table = [
             [row[-1], *draft.tokens, *[self.pad] * (width - 1 - len(draft))]
@@ -167,7 +171,8 @@ class Decoding:
         if not self.staged or not self.apart:
             if self.staged:
                 cache.stage()
-            return self.model(input_ids=ids, **given).logits
+            logits = self.model(input_ids=ids, **given).logits
+            return logits.flatten(0, 1), range(0, len(ids) * width, width)
         # Rows have drafts of their own number: all in one, so that there is no padding.
         lengths = [
             0 if ended else 1 + len(draft) for draft, ended in zip(drafts, self.ended, strict=True)
@@ -176,28 +181,27 @@ class Decoding:
         own = torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]
         given["position_ids"] = given["position_ids"][own][None]
         logits = self.model(input_ids=ids[own][None], **given).logits[0]
-        padded = logits.new_zeros(len(ids), width, logits.shape[1])
-        padded[own] = logits
-        return padded
+        return logits, list(accumulate(lengths, initial=0))
 
     def _commit(self, cache: Any, counts: list[int], paths: list[list[int]]) -> None:
         if self.staged:
             cache.commit(torch.tensor(counts) if self.apart else counts[0])
 
     def _picked(
-        self, logits: Tensor, drafts: list[Draft]
+        self, logits: Tensor, first: Sequence[int], drafts: list[Draft]
     ) -> tuple[list[list[int]], list[list[int]]]:
         """Of each row, the drafts that are right and the token behind them; and the nodes behind
-        which these tokens come."""
+        which these tokens come. Arguments as `_forward` returns them."""
         picked: list[list[int]] = [[] for _ in drafts]
         paths: list[list[int]] = [[] for _ in drafts]
-        drawn = self._drawn(logits, drafts)
+        drawn = self._drawn(logits, first, drafts)
         for number, (row, draft) in enumerate(zip(self.rows, drafts, strict=True)):
             node: int | None = None if self.ended[number] else 0
             while node is not None:
                 if drawn is None:
                     prefix = self._prefix(number, picked[number])
-                    found = self.draws.behind(logits[number, node : node + 1], number, prefix)
+                    own = logits[first[number] + node][None]
+                    found = self.draws.behind(own, number, prefix)
                 else:
                     found = drawn[number][node]
                 token, ids, probs = found
@@ -209,19 +213,22 @@ class Decoding:
                 node = self.drafter.trust.note(draft, node, token)
         return picked, paths
 
-    def _drawn(self, logits: Tensor, drafts: list[Draft]) -> list[list[Drawn]] | None:
+    def _drawn(
+        self, logits: Tensor, first: Sequence[int], drafts: list[Draft]
+    ) -> list[list[Drawn]] | None:
         """Behind each node of each row; None: that needs the tokens before it."""
         if not self.draws.at_once:
             return None
         device = logits.device
         nodes = [
-            (number, node, len(self.rows[number]) + depth)
+            (first[number] + node, number, len(self.rows[number]) + depth)
             for number, draft in enumerate(drafts)
             if not self.ended[number]
             for node, depth in enumerate([0, *draft.depths])
         ]
         at = torch.tensor(nodes, device=device)
-        flat = iter(self.draws.all(logits[at[:, 0], at[:, 1]], at[:, 0], at[:, 2]))
+        parts = (self.draws.all(logits[p[:, 0]], p[:, 1], p[:, 2]) for p in at.split(AT_ONCE))
+        flat = chain.from_iterable(parts)
         return [
             [] if ended else [next(flat) for _ in range(1 + len(draft))]
             for draft, ended in zip(drafts, self.ended, strict=True)
