@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvcomp.thinking.stand import Stand
 
 
-AT_ONCE = 4  # logits [V] that are looked at together; more take fresh memory at each step
+AT_ONCE = 2**18  # logits that are looked at together; more take fresh memory at each step
 LEAD = 4.0  # tokens by which a row that is so far ahead counts 1 / e of one that is not
 
 
@@ -227,7 +227,8 @@ class Decoding:
             for node, depth in enumerate([0, *draft.depths])
         ]
         at = torch.tensor(nodes, device=device)
-        parts = (self.draws.all(logits[p[:, 0]], p[:, 1], p[:, 2]) for p in at.split(AT_ONCE))
+        count = max(AT_ONCE // logits.shape[1], 1)
+        parts = (self.draws.all(logits[p[:, 0]], p[:, 1], p[:, 2]) for p in at.split(count))
         flat = chain.from_iterable(parts)
         return [
             [] if ended else [next(flat) for _ in range(1 + len(draft))]
