@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvcomp.ops.linear_rows import MAX_ROWS
+
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +134,7 @@ def test_a_step_beside_other_engines():
     shown = table(README, "| engine |")
     groups = {
         "kvcomp, eager and compiled": ("kvcomp", "kvcomp, compiled"),
+        'kvcomp, kv="int8"': ("kvcomp, int8",),
         "transformers, its default cache": ("hf dynamic",),
         "vLLM for CPUs": ("vllm",),
         "OpenVINO GenAI, u8 KV": ("openvino, u8",),
@@ -194,6 +197,26 @@ def test_several_queries_per_step():
             kinds = ("one-by-one", "cpu", "cat-sdpa")
             shown = [f"{measured[shape, kind]['ms_min']:.1f}" for kind in kinds]
             assert cell == ", ".join(shown) + " ms"
+
+
+def test_a_step_beside_other_engines_again():
+    rows = rows_of("decode/peer-smollm2-again")
+    ms = {(row["name"], row["tokens"]): row["ms"] for row in rows}
+    shown = table(RESULTS, "| step beside engines, again |")
+    assert shown == {
+        label: [f"{ms[name, tokens]:.1f}" for tokens in (2048, 6144)]
+        for label, name in PEERS.items()
+    }
+
+
+def test_linear_layers_win_wherever_they_are_taken():
+    steps = [
+        row
+        for row in rows_of("ops/linear_rows")
+        if "all of" in row["shape"] and row["impl"] == "cpu"
+    ]
+    assert max(int(row["shape"].split()[0]) for row in steps) == MAX_ROWS
+    assert all(row["ratios"]["torch-linear"] > 1.0 for row in steps)
 
 
 def test_linear_layers_of_a_step():
