@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+from test_sharing import SHARING
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import every_model
@@ -318,6 +319,18 @@ def test_delethink_is_the_mean_of_its_contexts():
     assert nested.held == step.held
     assert nested.read == pytest.approx(((20 + 48) * 3 + 16 * 3) * place.token_bytes, rel=0.05)
     assert nested.scoring > 0
+
+
+@pytest.mark.parametrize(
+    "kind, fields", [("falcon_h1", {}), ("zaya", {}), ("gemma4_text", SHARING)]
+)
+def test_layers_that_share_or_hold_states_too(kind, fields):
+    """The K and V of a cache that exists, against the plan from its config."""
+    model = every_model.tiny(AutoModelForCausalLM, kind, **fields)
+    shape = shape_of(model.config, dtype="float32")
+    with kvcomp.patch(model, Full()) as run, torch.no_grad():
+        model(torch.randint(3, 100, (2, 40)), past_key_values=run.new_cache())
+    assert run.report().kv_bytes_kept == 2 * 40 * shape.kv_per_token > 0
 
 
 @pytest.mark.parametrize("kv", ["model", "int8"])

@@ -219,6 +219,19 @@ def test_linear_layers_win_wherever_they_are_taken():
     assert all(row["ratios"]["torch-linear"] > 1.0 for row in steps)
 
 
+def test_wide_heads():
+    wide, narrow = (
+        next(
+            row["ms"]
+            for row in rows_of("ops/wide-heads")
+            if (row["impl"], row["shape"]) == ("cpu", f"B=1 {heads} n=16384")
+        )
+        for heads in ("8/2x512", "16/4x256")
+    )
+    assert wide < 1.1 * narrow
+    assert f"takes {wide:.2f} and\n{narrow:.2f} ms" in RESULTS.read_text()
+
+
 def test_linear_layers_of_a_step():
     measured = {(row["shape"], row["impl"]): row for row in rows_of("ops/linear_rows")}
     for rows, cells in table(RESULTS, "| rows of linear layers |").items():
