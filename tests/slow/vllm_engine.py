@@ -67,15 +67,14 @@ def run(llm: Any, asked: list, tokens: int, abort: int | None, fields: dict) -> 
         return llm.generate(asked, params, use_tqdm=False)
     engine, outputs = llm.llm_engine, {}
     names = [f"request-{place}" for place in range(len(asked))]
-    known = [
-        engine.add_request(name, prompt, params) for name, prompt in zip(names, asked, strict=True)
-    ]
+    for name, prompt in zip(names, asked, strict=True):
+        engine.add_request(name, prompt, params)
     aborted = False
     while engine.has_unfinished_requests():
         outputs |= {output.request_id: output for output in engine.step()}
         begun = [len(output.outputs[0].token_ids) >= FEW for output in outputs.values()]
         if not aborted and len(begun) == len(asked) and all(begun):
-            engine.abort_request([known[abort]])
+            engine.abort_request([names[abort]])
             aborted = True
     return [outputs[name] for name in names]
 
