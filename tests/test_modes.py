@@ -38,7 +38,7 @@ def flavours():
             yield pytest.param(name, 80, id=f"{name}-static")
 
 
-FLAVOURS = pytest.mark.parametrize("name, max_tokens", flavours())
+FLAVOURS = pytest.mark.parametrize("name, max_tokens", list(flavours()))
 
 
 # Gradient checkpointing.

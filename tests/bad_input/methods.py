@@ -57,7 +57,7 @@ ROWS = [
     Bad(making(lambda: LazyEviction(budget=40, window=9, sinks=32)), "sinks: expected 0 to .*= 31"),
     Bad(making(lambda: LazyEviction(sinks=-1)), "sinks: expected 0 to"),
     Bad(making(lambda: Delta(sinks=-1)), "sinks: expected at least 0 pages, got -1"),
-    Bad(making(lambda: Delta(budget=128, sinks=1)), r"at least .recent . sinks. . page_size = 144"),
+    Bad(making(lambda: Delta(budget=64, sinks=1)), r"at least .recent . sinks. . page_size = 72"),
     Bad(making(lambda: LazyEviction(window=0)), "window: expected at least 1 step, got 0"),
     Bad(making(lambda: LazyEviction(unit="head")), "unit: expected one of kv_head.*, got 'head'"),
     Bad(
