@@ -203,10 +203,11 @@ def paced(seconds, hopes, right, forwards=400):
     """The drafts of the last forwards, which take seconds(drafts); a share of drafts is right."""
     pace, found = Pace(), []
     for _ in range(forwards):
-        drafts = pace.drafts(1, 1.0, hopes)
+        drafts = 0 if pace.rests else pace.drafts(1, 1.0, hopes)
         found.append(drafts)
         hoped = sum(hopes[:drafts])
-        pace.note(1 + drafts, seconds(drafts), drafts, hoped, right * hoped)
+        gained = 1 + right * hoped
+        pace.note(1 + drafts, seconds(drafts), drafts, hoped, right * hoped, gained)
     return found[forwards // 2 :]
 
 
@@ -226,6 +227,19 @@ def test_nothing_is_drafted_where_it_loses():
     ):
         found = paced(seconds, sure, right)
         assert found.count(0) > 0.85 * len(found) and any(found)
+
+
+def test_drafting_that_takes_more_than_it_wins_rests():
+    """Whatever number of drafts is chosen: the time that choosing takes counts too."""
+    sure, pace, drafted = [0.95**n for n in range(1, 8)], Pace(), []
+    for _ in range(400):
+        drafts = 0 if pace.rests else pace.drafts(1, 1.0, sure)
+        drafted.append(not pace.rests)
+        hoped = sum(sure[:drafts])
+        seconds = 1.0 if pace.rests else 2.0 + 0.1 * drafts
+        pace.note(1 + drafts, seconds, drafts, hoped, 0.1 * hoped, 1 + 0.1 * hoped)
+    assert sum(drafted) <= 48 and any(drafted[200:])
+    assert not any(drafted[-100:])
 
 
 def test_trust_is_the_share_that_was_right():
@@ -252,6 +266,7 @@ def test_bad_input(llama):
         ({"sure": float("nan")}, "sure: expected a probability"),
         ({"seed": -1}, "seed: expected a number from 0"),
         ({"adapt": 1}, "adapt: expected True or False"),
+        ({"together": 1}, "together: expected True, False or None"),
     ):
         with pytest.raises(ValueError, match=match):
             Stand(**given)

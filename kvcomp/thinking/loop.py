@@ -97,11 +97,12 @@ class Decoding:
             self._commit(cache, counts, paths)
             self.ahead = [each[n:] for each, n in zip(picked, counts, strict=True)]
             new = [each[:n] for each, n in zip(picked, counts, strict=True)]
+            gained = self._gained(new)
             self._take(new, streamer)
             if self.pace is not None:
                 right = sum(map(len, new)) - active
                 seconds = time.perf_counter() - began
-                self.pace.note(tokens, seconds, total, expected, right)
+                self.pace.note(tokens, seconds, total, expected, right, gained)
 
     def _drafts(self, cache: Any) -> tuple[list[Draft], float]:
         """Of each row, behind its newest token; and how many of all to expect to be right."""
@@ -112,6 +113,8 @@ class Decoding:
         numbers = [number for number, ended in enumerate(self.ended) if not ended]
         rows = [(n, len(self.rows[n]), self.rows[n][-longest:]) for n in numbers]
         ahead = [self.ahead[number] for number in numbers]
+        if self.pace is not None and self.pace.rests:
+            most = min(most, max(map(len, ahead)))
         found = self.drafter.draft(rows, ahead, most, self.draws.noise)
         counts = self._apart(numbers, found) if self.apart else self._alike(found, ahead)
         for number, draft, count in zip(numbers, found, counts, strict=True):
@@ -120,6 +123,15 @@ class Decoding:
             return drafts, sum(sum(draft.chances) for draft in drafts)
         columns = zip(*(drafts[number].chances for number in numbers), strict=False)
         return drafts, sum(len(column) * math.prod(column) for column in columns)
+
+    def _gained(self, new: list[list[int]]) -> float:
+        """Tokens by which new ones bring the batch on: by the soft minimum of its lengths, as the
+        last row ends it."""
+        going = [(len(self.rows[n]), len(new[n])) for n, over in enumerate(self.ended) if not over]
+        behind = min(length for length, _ in going)
+        before = sum(math.exp((behind - length) / LEAD) for length, _ in going)
+        after = sum(math.exp((behind - length - more) / LEAD) for length, more in going)
+        return LEAD * math.log(before / after)
 
     def _apart(self, numbers: list[int], found: list[Draft]) -> list[int]:
         """Drafts of each row, where each takes its own. What is won for a row that is behind counts

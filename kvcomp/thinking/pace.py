@@ -1,4 +1,9 @@
-"""Pace: how many drafts are worth checking, by what forwards take and how many drafts are right."""
+"""Pace: how many drafts are worth checking, by what forwards take and how many drafts are right.
+
+Drafting as a whole is judged too, by what it has won: tables and draws take time that no number of
+drafts shows. After a trial that has lost, nothing is drafted for a while, and for twice as long
+after the next one.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,10 @@ from collections.abc import Sequence
 NEW = 0.2  # weight of a new forward in the running means
 AGAIN = 64  # forwards after which what has not been tried since is forgotten, and so tried again
 HOPE = 0.5  # of the seconds of a larger forward, where no smaller one is known
+TRIAL = 8  # forwards after which drafting is judged
+WORTH = 1.02  # times the tokens per second of forwards without drafts, for a trial to win
+REST, LONGEST = 16, 256  # forwards without drafts after the first trial that lost, and at most
+LOOK = 4  # forwards without drafts, to learn what they take
 PRIOR = 2.0  # drafts of which as many as expected were right, before any was checked
 
 
@@ -19,6 +28,16 @@ class Pace:
         self._last: dict[int, int] = {}  # number of the last forward with so many tokens
         self._forwards = self._drafted = 0  # and the number of the last one with drafts
         self._expected = self._right = PRIOR
+        self._rows = 0
+        self._plain: float | None = None  # seconds of a forward at rest
+        self._gained = self._spent = 0.0  # tokens of a row and seconds in this trial
+        self._tried = self._left = 0  # forwards of this trial, and of this rest
+        self._pause = REST
+
+    @property
+    def rests(self) -> bool:
+        """Whether nothing should be drafted for the next forward."""
+        return self._left > 0
 
     def drafts(self, rows: int, won: float, hopes: Sequence[float], each: int = 1) -> int:
         """The number of drafts that wins most per second.
@@ -29,6 +48,8 @@ class Pace:
             hopes: what the first draft wins, by what is expected of it, then the second, ...
             each: tokens that a draft adds to the forward.
         """
+        if rows != self._rows:
+            self._rows, self._plain = rows, None
         trust = self._right / self._expected
         best, most = 0, 0.0
         known = sorted(self._seconds.items())
@@ -39,8 +60,18 @@ class Pace:
                 best, most = drafts, rate
         return best
 
-    def note(self, tokens: int, seconds: float, drafts: int, expected: float, right: float) -> None:
-        """A forward took so long; so many of its drafts were right."""
+    def note(
+        self,
+        tokens: int,
+        seconds: float,
+        drafts: int,
+        expected: float,
+        right: float,
+        gained: float,
+    ) -> None:
+        """A forward took so long, with drafting; so many of its drafts were right, and it gained so
+        many tokens of a row, where one without drafts gains 1."""
+        self._judge(seconds, drafts, gained)
         self._forwards += 1
         before = self._seconds.get(tokens)
         if before is None:
@@ -58,6 +89,27 @@ class Pace:
         if self._forwards - self._drafted >= AGAIN:
             self._expected = self._right = PRIOR
             self._drafted = self._forwards
+
+    def _judge(self, seconds: float, drafts: int, gained: float) -> None:
+        """A forward more of a rest or of a trial."""
+        if self.rests:
+            self._left -= 1
+            if not drafts:
+                before = self._plain or seconds
+                self._plain = before + NEW * (min(seconds, 2 * before) - before)
+            return
+        self._tried += 1
+        self._gained, self._spent = self._gained + gained, self._spent + seconds
+        if self._tried < TRIAL:
+            return
+        plain = self._plain or HOPE * self._spent / self._tried
+        if self._gained * plain > WORTH * self._spent:
+            self._pause = REST
+        elif self._plain is None:
+            self._left = LOOK
+        else:
+            self._left, self._pause = self._pause, min(2 * self._pause, LONGEST)
+        self._tried, self._gained, self._spent = 0, 0.0, 0.0
 
 
 def _guessed(known: list[tuple[int, float]], tokens: int) -> float:
