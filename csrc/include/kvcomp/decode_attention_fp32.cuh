@@ -125,7 +125,6 @@ class LaneWarp {
       if (column >= columns.count()) continue;
       if constexpr (kHoldsQueries) {
         load_parts<float, D>(query(column), q_[column]);
-#pragma unroll
         const auto rounded = rows_.rounding(column);
 #pragma unroll
         for (int i = 0; i < kParts; ++i) q_[column][i] = rounded(q_[column][i]);
