@@ -13,6 +13,7 @@ Parts:
     votes       one row, majority, short-m@k and latent-trajectory, in turn on each problem
     signals     AUC of each signal of a trajectory, and of length alone, for rows that are right
     cgrs        what tentative answers cost: tokens fed for them, and time, with and without `lazy`
+    hint        time of hints at the end of a sentence and of hints put back, to none
     stop        tokens of a thought against the bias of its end, and within a forced budget
     rounds      tokens and K/V of PDR and SR beside one row of as many tokens
     stand       tokens per second of a method with Stand and without, in turn; with --text also of a
@@ -210,6 +211,38 @@ def cgrs(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[Row]:
     ]
 
 
+def hint(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[Row]:
+    """Greedy and of one length; a sentence ends with each "9"."""
+    question = Question(0, tokenizer, options.steps)
+    size = question.columns
+    tokens = options.steps * task.TOKENS_PER_STEP
+    given = {"hint": "from sum", "alpha": 16, "longest": 64, "ends": ("9",)}
+    fixed = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    found: dict[str, list[tuple[float, int]]] = {}
+    with kvcomp.patch(model, kvcomp.Full()):
+        for _ in range(3):
+            for name in ("plain", "end", "rewind"):
+                more: dict[str, Any] = {}
+                if name != "plain":
+                    made = thinking.ConciseHint(tokenizer, size, place=name, **given)
+                    rewinds = name == "rewind"
+                    more = {"custom_generate": made} if rewinds else {"logits_processor": [made]}
+                call = partial(model.generate, **question.inputs, **fixed, **more)
+                out, seconds = timed(call)
+                hints = tokenizer.decode(out[0, size:]).count("from sum")
+                found.setdefault(name, []).append((seconds, hints))
+    plain = statistics.median(seconds for seconds, _ in found["plain"])
+    return [
+        {
+            "part": "hint",
+            "contender": name,
+            "time_to_plain": statistics.median(seconds for seconds, _ in runs) / plain,
+            "hints": runs[0][1],
+        }
+        for name, runs in found.items()
+    ]
+
+
 def stop(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[Row]:
     """Mean tokens of thoughts whose end is EOS, by bias; and the range of those in a budget."""
     question = Question(0, tokenizer, options.steps)
@@ -274,6 +307,7 @@ PARTS = {
     "votes": votes,
     "signals": signals,
     "cgrs": cgrs,
+    "hint": hint,
     "stop": stop,
     "rounds": rounds,
     "stand": stand,

@@ -203,6 +203,60 @@ def test_hints_under_generate(model, words, name):
     assert all("w{so}" in text for text in texts)
 
 
+def rewound(model, words, prompt, most, hint, alpha, beta, longest, mark):
+    """The slow way: every interval begins with a fresh prompt of the text with all hints in it."""
+    size = prompt.shape[1] + most
+    fresh = ids = prompt
+    hints = 0
+    while True:
+        tau = int(min(alpha + beta * ids.shape[1], longest))
+        begun, more = ids.shape[1], min(ids.shape[1] + tau, size) - fresh.shape[1]
+        ids = torch.cat([fresh, decode(model, fresh, tokens=more)], 1)
+        if ids.shape[1] == size:
+            return ids[:, prompt.shape[1] :], hints
+        texts = words.batch_decode([[token] for token in ids[0, begun:].tolist()])
+        skipped = min((tau - alpha) / longest, 0.8) * len("".join(texts))
+        for place in range(len(texts)):
+            if len("".join(texts[:place])) + texts[place].find(mark) < int(skipped):
+                continue
+            if mark in texts[place] and ids.shape[1] + len(hint) < size:
+                head, tail = ids[:, : begun + place + 1], ids[:, begun + place + 1 :]
+                fresh = ids = torch.cat([head, torch.tensor([hint]), tail], 1)
+                hints += 1
+                break
+
+
+@pytest.mark.parametrize("name", ["full", "delta"])
+def test_hints_put_back_are_a_fresh_encoding_of_the_text(model, words, name):
+    prompt, numbers = ids(), {"alpha": 8, "beta": 0.1, "longest": 40}
+    with kvcomp.patch(model, METHODS[name]):
+        hint = thinking.ConciseHint(words, 24, place="rewind", hint="{so}", ends=("3w",), **numbers)
+        wanted, hints = rewound(model, words, prompt, 90, hint.hint, mark="3w", **numbers)
+        assert torch.equal(decode(model, prompt, tokens=90, custom_generate=hint), wanted)
+        kept = decode(model, prompt, tokens=90, custom_generate=hint)  # nothing is left over
+    assert torch.equal(kept, wanted) and hints > 2
+
+
+def test_a_hint_put_back_stands_where_the_published_rule_has_it(words):
+    """Before the blank behind a mark; later intervals are searched from a later share on."""
+    hint = thinking.ConciseHint(words, 0, place="rewind", hint="{so}", alpha=128)
+    text = words.encode("a. b. c.d", add_special_tokens=False)
+    assert hint._place(text, 128) == 2
+    assert hint._place(text, 128 + 512) == 5  # from half of 9 characters on
+    assert hint._place(text, 128 + 1024) is None  # from 80%
+    assert hint._place(words.encode("a.b", add_special_tokens=False), 128) is None
+
+
+@pytest.mark.parametrize("name", ["lazy", "louis", "delethink"])
+def test_hints_are_not_put_back_where_tokens_cannot_be(model, words, name):
+    hint = thinking.ConciseHint(words, 24, place="rewind", hint="{so}")
+    with kvcomp.patch(model, METHODS[name]) as run:
+        with pytest.raises(ValueError, match="ConciseHint: place='rewind': expected a m") as error:
+            decode(model, ids(), custom_generate=hint)
+        assert run.report().tokens_decoded == 0
+    assert "\n" not in str(error.value)
+
+
 # --- suppression of reflection --------------------------------------------------------------------
 
 
@@ -303,6 +357,7 @@ BAD = [
     (lambda w, run: thinking.ConciseHint(reasoner_words(), 3), "ConciseHint: hint: expected a"),
     (lambda w, run: thinking.ConciseHint(w, 3, ends=(".", "")), "ConciseHint: ends"),
     (lambda w, run: thinking.ConciseHint(w, 3, ends="."), "ConciseHint: ends"),
+    (lambda w, run: thinking.ConciseHint(w, 3, place="back"), "ConciseHint: place"),
     (lambda w, run: thinking.ConciseHint(w, 3, alpha=20, longest=10), "at least alpha=20"),
     (lambda w, run: thinking.Cgrs(None, w), "Cgrs: run"),
     (lambda w, run: thinking.Cgrs(run, w, delta=1.0), "Cgrs: delta"),

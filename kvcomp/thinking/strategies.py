@@ -26,6 +26,7 @@ from kvcomp.thinking.votes import AnswerOf, Result
 
 NOT_OPTIONS = (
     "answer_of",
+    "place",
     "processors",
     "seed",
     "streamer",
