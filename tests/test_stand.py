@@ -246,14 +246,14 @@ def test_trust_is_the_share_that_was_right():
     """By kind, and from the table's probability where nothing was checked."""
     trust = Trust()
     entry = Entry(np.array([5, 6]), np.array([0.9, 0.1]), 3, True)
-    kind = trust.kind(entry, 0)
+    kind = trust.kind(entry)
     before = trust.chance(kind)
     assert before == pytest.approx(0.9, abs=0.05)
-    draft = Draft([5], [0], [before], [kind])
+    draft = Draft([5], [before], [kind])
     for token in [5, 7] * 50:
         assert trust.note(draft, 0, token) == (1 if token == 5 else None)
     assert trust.chance(kind) == pytest.approx(0.5, abs=0.03)
-    assert trust.chance(trust.kind(entry._replace(order=2), 0)) == before
+    assert trust.chance(trust.kind(entry._replace(order=2))) == before
 
 
 def test_bad_input(llama):

@@ -82,19 +82,19 @@ class Decoding:
             self.table.read(row)
         mask = model_kwargs.get("attention_mask")
         nothing = [Draft() for _ in self.rows]
-        self._take(self._picked(logits.flatten(0, 1), range(len(self.rows)), nothing)[0], streamer)
+        self._take(self._picked(logits.flatten(0, 1), range(len(self.rows)), nothing), streamer)
         while not all(self.ended):
             began, active = time.perf_counter(), self.ended.count(False)
             drafts, expected = self._drafts(cache)
             total, widest = sum(map(len, drafts)), max(map(len, drafts))
             tokens = active + total if self.apart else len(drafts) * (1 + widest)
             logits, first = self._forward(cache, drafts, mask)
-            picked, paths = self._picked(logits, first, drafts)
+            picked = self._picked(logits, first, drafts)
             counts = [len(each) for each in picked]  # none of a row that has ended
             if not self.apart:
                 going = zip(counts, self.ended, strict=True)
                 counts = [min(n for n, ended in going if not ended)] * len(counts)
-            self._commit(cache, counts, paths)
+            self._commit(cache, counts)
             self.ahead = [each[n:] for each, n in zip(picked, counts, strict=True)]
             new = [each[:n] for each, n in zip(picked, counts, strict=True)]
             gained = self._gained(new)
@@ -195,17 +195,14 @@ class Decoding:
         logits = self.model(input_ids=ids[own][None], **given).logits[0]
         return logits, list(accumulate(lengths, initial=0))
 
-    def _commit(self, cache: Any, counts: list[int], paths: list[list[int]]) -> None:
+    def _commit(self, cache: Any, counts: list[int]) -> None:
         if self.staged:
             cache.commit(torch.tensor(counts) if self.apart else counts[0])
 
-    def _picked(
-        self, logits: Tensor, first: Sequence[int], drafts: list[Draft]
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """Of each row, the drafts that are right and the token behind them; and the nodes behind
-        which these tokens come. Arguments as `_forward` returns them."""
+    def _picked(self, logits: Tensor, first: Sequence[int], drafts: list[Draft]) -> list[list[int]]:
+        """Of each row, the drafts that are right and the token behind them. Arguments as
+        `_forward` returns them."""
         picked: list[list[int]] = [[] for _ in drafts]
-        paths: list[list[int]] = [[] for _ in drafts]
         drawn = self._drawn(logits, first, drafts)
         for number, (row, draft) in enumerate(zip(self.rows, drafts, strict=True)):
             node: int | None = None if self.ended[number] else 0
@@ -221,9 +218,8 @@ class Decoding:
                     context = row[-self.table.orders[0] :]
                     self.table.learn([*context, *picked[number]], ids, probs)
                 picked[number].append(token)
-                paths[number].append(node)
                 node = self.drafter.trust.note(draft, node, token)
-        return picked, paths
+        return picked
 
     def _drawn(
         self, logits: Tensor, first: Sequence[int], drafts: list[Draft]
@@ -233,10 +229,10 @@ class Decoding:
             return None
         device = logits.device
         nodes = [
-            (first[number] + node, number, len(self.rows[number]) + depth)
+            (first[number] + node, number, len(self.rows[number]) + node)
             for number, draft in enumerate(drafts)
             if not self.ended[number]
-            for node, depth in enumerate([0, *draft.depths])
+            for node in range(1 + len(draft))
         ]
         at = torch.tensor(nodes, device=device)
         count = max(AT_ONCE // logits.shape[1], 1)

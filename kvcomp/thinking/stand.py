@@ -80,9 +80,7 @@ class Stand:
         known = together is None or isinstance(together, bool)
         require(known, "Stand: together", "True, False or None", together)
         self.table = NgramTable(sorted(orders, reverse=True), top)
-        self.drafter = Drafter(
-            self.table, depth=depth, nodes=depth, branches=1, sure=sure, shape=None
-        )
+        self.drafter = Drafter(self.table, depth=depth, sure=sure)
         self.adapt, self.together = adapt, together
         self.noise, self.streamer = GumbelNoise(seed), streamer
         self._words: int | None = None  # in the vocabulary that the table is about
