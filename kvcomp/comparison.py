@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 METHOD, BASELINE = "#2563eb", "#9aa5b1"
 
 
+def plural(count: int, what: str) -> str:
+    """A count and its noun."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def steps_bar(console: Console) -> Progress:
     """A progress bar that counts steps and disappears at the end."""
     return Progress(

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from kvcomp import METHODS, Method
-from kvcomp.comparison import Bars, chart, dtypes, machine, methods_table, steps_bar
+from kvcomp.comparison import Bars, chart, dtypes, machine, methods_table, plural, steps_bar
 from kvcomp.hf import patch
 from kvcomp.reasoner import path, task
 
@@ -187,10 +187,6 @@ def headline(result: dict[str, Any]) -> str:
     )
 
 
-def plural(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
-
-
 def table(result: dict[str, Any]) -> Table:
     """One row per method: correct steps, answers with all steps correct, tokens, bytes, rate."""
     return methods_table(
@@ -220,5 +216,6 @@ def plot(result: dict[str, Any]) -> bytes:
             ("attended_ratio", "tokens attended (100 % = dense)"),
         )
     )
-    title = f"budget {meta['budget']} of {meta['context']} tokens, {meta['problems']} problems"
+    problems = plural(meta["problems"], "problem")
+    title = f"budget {meta['budget']} of {meta['context']} tokens, {problems}"
     return chart(rows, steps, attended, title)

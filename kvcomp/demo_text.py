@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kvcomp.comparison import Bars, chart, dtypes, machine, methods_table, steps_bar
+from kvcomp.comparison import Bars, chart, dtypes, machine, methods_table, plural, steps_bar
 from kvcomp.methods import Method
 from kvcomp.reading import Dense, read, scaled, windows
 
@@ -96,8 +96,8 @@ def headline(result: dict[str, Any]) -> str:
     """Model, text, budget, data types and device, in one line."""
     meta = result["meta"]
     return (
-        f"{meta['model']}: {meta['windows']} windows of {meta['tokens']} tokens of the Python"
-        f" reference, {meta['prompt']} of them the prompt; budget {meta['budget']};"
+        f"{meta['model']}: {plural(meta['windows'], 'window')} of {meta['tokens']} tokens of the"
+        f" Python reference, {meta['prompt']} of them the prompt; budget {meta['budget']};"
         f" {dtypes(meta)} on {meta['device_name']}"
     )
 

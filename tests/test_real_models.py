@@ -151,7 +151,7 @@ def test_a_short_demo(folder, tmp_path, capsys):
     assert abs(full["d_nll"]) < 1e-3 and full["top1"] == 1
     assert louis["attended_ratio"] < full["attended_ratio"] == 1
     out = capsys.readouterr().out
-    assert "louis-kv" in out and NAME in out
+    assert "louis-kv" in out and f"{NAME}: 1 window of 64 tokens" in out
 
 
 def test_the_command_line_knows_its_name_and_its_template(folder, capsys):

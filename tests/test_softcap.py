@@ -79,7 +79,7 @@ def test_codes_are_capped_too(name):
     check(Case("append_attention", "codes-softcap", append), name, torch.bfloat16, device)
 
 
-@pytest.mark.parametrize("softcap", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("softcap", [-1.0, float("nan"), float("inf"), 1e39, 1e-50])
 def test_a_wrong_cap(softcap):
     q, k, v = attention_inputs(1, 4, 2, 8, 32, torch.float32)
     with pytest.raises(ValueError, match="'softcap': expected a positive number or None"):

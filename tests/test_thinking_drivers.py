@@ -389,6 +389,52 @@ def test_a_leader_writes_the_first_tokens_of_each_sentence(model, drafter, words
     assert found.handovers == sum(a != b for a, b in itertools.pairwise(turns)) > 2
 
 
+# --- positions ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short_model():
+    return tiny_model("llama", num_hidden_layers=3, max_position_embeddings=32)
+
+
+@pytest.mark.parametrize("name", ["full", "lazy"])
+def test_rows_stop_at_the_last_position_of_the_model(short_model, model, words, name):
+    with kvcomp.patch(short_model, METHODS[name]) as run:
+        rows = Rows(run, prompt(), Sampling(max_new_tokens=40), eos=[])
+        rows.finish()
+        assert len(rows.all[0].ids) == 32 - 20 and not rows.all[0].ended
+        most = {"temperature": 0, "max_new_tokens": 40}
+        for strategy in ("stand", "majority"):
+            chosen = thinking.Chosen([strategy])
+            more = {"chat": False, "answer_of": lambda text: None}
+            found = chosen.drive(run, words, prompt(), None, **more, **most)
+            assert max(found.lengths or [found.total_tokens]) <= 32
+        with kvcomp.patch(model, kvcomp.Full()) as other:
+            found = thinking.follow_leader(other, run, words, prompt(), **most)
+            assert len(found.ids) == 12
+
+
+def test_a_prompt_that_takes_all_positions_is_refused(short_model, model, words, tmp_path):
+    most, log = Sampling(max_new_tokens=4), tmp_path / "log.jsonl"
+    many = [{"id": "short", "ids": [40, 41]}, {"id": "long", "ids": [40] * 32}]
+    expected = "expected fewer tokens than the 32 positions that the model knows, got 32"
+    with kvcomp.patch(short_model, kvcomp.Full()) as run:
+        with pytest.raises(ValueError, match=rf"^kvcomp.thinking: inputs: {expected}"):
+            Rows(run, prompt(count=32), most)
+        with pytest.raises(ValueError, match=rf"^kvcomp.thinking: problem 'long': {expected}"):
+            thinking.think(run, words, many, thinking.Chosen([]), log=log)
+        with pytest.raises(
+            ValueError, match="at: expected fewer than the 12 tokens of a row, got 20"
+        ):
+            thinking.latent_trajectory(run, words, prompt(), at=20, block=4)
+        with (
+            kvcomp.patch(model, kvcomp.Full()) as other,
+            pytest.raises(ValueError, match=rf"inputs of the drafter: {expected}"),
+        ):
+            thinking.follow_leader(other, run, words, prompt(count=32))
+        assert run.report().tokens_decoded == 0 and not log.exists()
+
+
 # --- bad input ------------------------------------------------------------------------------------
 
 

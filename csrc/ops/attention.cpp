@@ -123,7 +123,11 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
   check_head_dims(at, D.size, Dv.size);
   if (words && Dv.size != D.size) at.fail("words", "None where k and v differ in size", "a tensor");
   if (page_size < 1) at.fail("page_size", "at least 1", page_size);
-  if (!(given.softcap >= 0 && std::isfinite(given.softcap))) {
+  if (!std::isfinite(static_cast<float>(given.scale))) {
+    at.fail("scale", "a finite number of 32 bits", std::to_string(given.scale));
+  }
+  const float softcap = static_cast<float>(given.softcap);  // which may be 0 or infinite
+  if (!std::isfinite(softcap) || softcap < 0 || (softcap == 0) != (given.softcap == 0)) {
     at.fail("softcap", "a positive number or None", std::to_string(given.softcap));
   }
   std::int64_t positions = T.size;
@@ -228,7 +232,7 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
       .num_splits = static_cast<std::int32_t>(S.size),
       .split_size = static_cast<std::int32_t>(given.split_size),
       .scale = static_cast<float>(given.scale),
-      .softcap = static_cast<float>(given.softcap),
+      .softcap = softcap,
   };
   if (readable(backend) && !given.checked) {
     // An empty list has no memory, so it would pass for no list; with lengths of 0 that is the

@@ -1,5 +1,6 @@
 // Native entry of latent_attention: checks, params, implementation.
 #include <algorithm>
+#include <cmath>
 
 #include "ops/attention.h"
 #include "ops/checks.h"
@@ -34,6 +35,9 @@ void latent_attention(Backend backend, py::handle q_, py::handle latents_, py::h
   check_row_dim(at, "q", D.size, kMostLatent);
   check_row_dim(at, "value_dim", value_dim, D.size);
   if (page_size < 1) at.fail("page_size", "at least 1", page_size);
+  if (!std::isfinite(static_cast<float>(scale))) {
+    at.fail("scale", "a finite number of 32 bits", std::to_string(scale));
+  }
   std::int64_t positions = T.size;
   if (page_ids) {
     at.dtype(*page_ids, {DType::i32});

@@ -62,7 +62,9 @@ SelectPagesParams select_pages_params(const Boundary& at, Backend backend, const
   if (B.size < 1) at.fail("scores", "at least one sequence", B.size);
   if (H.size < 1) at.fail("scores", "at least one head", H.size);
   constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
-  if (page_size < 1 || page_size > kMax) at.fail("page_size", "at least 1", page_size);
+  if (page_size < 1 || page_size > kMax) {
+    at.fail("page_size", "in 1.." + std::to_string(kMax), page_size);
+  }
   if (num_recent < 1) at.fail("num_recent", "at least 1", num_recent);
   if (num_sink < 0) at.fail("num_sink", "at least 0", num_sink);
   if (num_recent > K.size || num_sink > K.size - num_recent) {

@@ -1,4 +1,6 @@
 // Native entry of unit_scores: checks, params, implementation.
+#include <cmath>
+
 #include "ops/checks.h"
 #include "ops/run.h"
 
@@ -35,6 +37,9 @@ void unit_scores(Backend backend, py::handle q_, py::handle centroids_, py::hand
   }
   check_row_dim(at, "q", D.size, 2 * kMostLatent);  // digests may be pairs of vectors
   check_size(at, centroids, "units", U.size);
+  if (!std::isfinite(static_cast<float>(scale))) {
+    at.fail("scale", "a finite number of 32 bits", std::to_string(scale));
+  }
 
   const UnitScoresParams params{
       .dtype = at.scalar_type(q),

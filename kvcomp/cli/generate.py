@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from kvcomp import Delethink, Method
 from kvcomp.cli.common import Device, Dtype, Kv, load, pick_device, pick_dtype, pick_kv
 from kvcomp.cli.output import deliver, say, say_aside
 from kvcomp.cli.settings import (
@@ -101,13 +100,14 @@ def generate(
 
     from kvcomp.hf import patch
     from kvcomp.hf.compiled import for_generate
+    from kvcomp.hf.positions import fitting
     from kvcomp.thinking import GumbelNoise, Stand
 
     chosen = choose(strategy or [], options or [], while_decoding=True)
     network, tokenizer = load(model, where, kind)
     inputs = encode(tokenizer, text, chat).to(where)
     columns = inputs["input_ids"].shape[1]
-    most = fitting(network.config, chosen_method, columns, max_new_tokens)
+    most = fitting(network.config, chosen_method, columns, max_new_tokens, "kvcomp: --prompt")
     room = None
     if compiled:
         room = columns + most
@@ -137,23 +137,6 @@ def generate(
 
         deliver(answer, lambda: say_aside(run.report()))
     raise typer.Exit(code)
-
-
-def fitting(config: Any, method: Method, columns: int, asked: int) -> int:
-    """`asked` tokens, or those for which the model has positions behind `columns` tokens.
-
-    Raises:
-        ValueError: the prompt alone takes all of them.
-    """
-    longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest is None or isinstance(method, Delethink) or method.moves_keys:
-        return asked  # the method itself bounds the positions
-    if columns >= longest:
-        raise ValueError(
-            f"kvcomp: --prompt: expected fewer tokens than the {longest} positions that the model"
-            f" knows, got {columns}"
-        )
-    return min(asked, longest - columns)
 
 
 def read_prompt(prompt: str) -> str:

@@ -116,9 +116,11 @@ def think(
 
 def summary(found: dict[str, Result], golds: dict[str, Any]) -> str:
     """One line: problems, right answers where they are known, tokens."""
+    from kvcomp.comparison import plural
+
     graded = [name for name in found if golds[name] is not None]
     right = sum(found[name].answer == str(golds[name]).strip() for name in graded)
-    parts = [f"{len(found)} problems"]
+    parts = [plural(len(found), "problem")]
     if graded:
         parts.append(f"{right} of {len(graded)} right")
     total, path = (

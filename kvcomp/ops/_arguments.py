@@ -80,7 +80,7 @@ KINDS = {  # of a schema -> whether a value is of it, and what to call it
     "List[Tensor]": (lambda value: False, "a list of tensors"),
     "int": (_is_whole, "a whole number of 64 bits"),
     "float": (_is_number, "a number"),
-    "bool": (lambda value: True, "True or False"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
 }
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcomp.hf.chunked_run import ChunkedRun
+from kvcomp.hf.positions import fitting
 from kvcomp.hf.run import Run
 from kvcomp.hf.static_run import StaticRun
 from kvcomp.thinking.checks import is_count, is_number, require, require_texts
@@ -106,10 +107,14 @@ def follow_leader(
     eos = {*eos_of(leader.model), *eos_of(drafter.model)}
     sides = {True: _Side(leader), False: _Side(drafter)}
     ids = torch.as_tensor(inputs["input_ids"]).cpu()
+    most = drawn.max_new_tokens
+    for name, run in (("leader", leader), ("drafter", drafter)):
+        at = f"kvcomp.thinking: {where}: inputs of the {name}"
+        most = fitting(run.model.config, run.method, ids.shape[1], most, at)
     found = Followed("", [], 0, 0)
     leads, before, begins = True, True, True  # the prompt is over, so a sentence begins
     written = 0  # of this sentence
-    while len(found.ids) < drawn.max_new_tokens and not (found.ids and found.ids[-1] in eos):
+    while len(found.ids) < most and not (found.ids and found.ids[-1] in eos):
         if begins:
             leads, written = gates.random() < gate, 0
         turn = leads and written < lead

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kvcomp.hf.positions import fitting
 from kvcomp.hf.run import Run
 from kvcomp.journal import Journal, require_field, require_keys
 from kvcomp.problems import prepare
@@ -91,6 +92,8 @@ def think(
             f"at least one token, and ids below the {words} of the model",
             max(problem.ids, default="none"),
         )
+        where = f"kvcomp.thinking: problem {problem.id!r}"
+        fitting(run.model.config, run.method, len(problem.ids), 1, where)
     questions = {str(each["id"]): _question(each) for each in wanted}
     for name, (question, _) in questions.items():
         require(

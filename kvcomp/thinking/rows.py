@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from kvcomp.hf.chunked_cache import ChunkedCache
+from kvcomp.hf.positions import fitting
 from kvcomp.hf.prefill import packs, prefill
 from kvcomp.hf.run import Run
 from kvcomp.hf.static_run import StaticRun
@@ -121,11 +122,16 @@ class Rows:
         followers: others that do.
         eos: ids that end a row; default: the model's.
 
+    Rows also stop, without having ended, at the last position that the model knows.
+
     Attributes:
         all: every row, by number; those that have left too.
         live: the rows in the batch.
         steps: forwards of one token.
         columns: of the prompts.
+
+    Raises:
+        ValueError: an argument out of range, or a prompt that takes all positions of the model.
     """
 
     def __init__(
@@ -144,13 +150,17 @@ class Rows:
         require(is_count(copies, 1), "copies", "at least 1", copies)
         self.run, self.sampling = run, sampling
         self.eos = set(eos_of(run.model) if eos is None else eos)
-        self.most = sampling.max_new_tokens
+        ids = torch.as_tensor(inputs["input_ids"])
+        require(ids.ndim == 2 and ids.numel() > 0, "inputs", "ids [B, n]", list(ids.shape))
+        self.most = fitting(
+            *(run.model.config, run.method, ids.shape[1], sampling.max_new_tokens),
+            "kvcomp.thinking: inputs",
+        )
         if isinstance(run.method, Delethink) and run.method.budget is not None:
             self.most = min(self.most, run.method.budget)
         self.warpers = LogitsProcessorList(sampling.warpers())
         device = run.model.device
-        ids = torch.as_tensor(inputs["input_ids"]).to(device)
-        require(ids.ndim == 2 and ids.numel() > 0, "inputs", "ids [B, n]", list(ids.shape))
+        ids = ids.to(device)
         mask = inputs.get("attention_mask")
         mask = None if mask is None or bool(mask.all()) else mask.to(device)
         self.columns, self.steps = ids.shape[1], 0

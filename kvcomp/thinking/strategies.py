@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvcomp.hf.positions import fitting
 from kvcomp.hf.run import Run
 from kvcomp.thinking.ask import Ask
 from kvcomp.thinking.cgrs import Cgrs
@@ -172,10 +173,12 @@ class Chosen:
         """One row by `generate`, whose loop a strategy replaces."""
         ids = inputs["input_ids"].to(run.model.device)
         columns, before = ids.shape[1], _forwards(run)
+        config, most = run.model.config, sampling.max_new_tokens
+        most = fitting(config, run.method, columns, most, "kvcomp.thinking: inputs")
         out = run.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            **sampling.for_generate(),
+            **replace(sampling, max_new_tokens=most).for_generate(),
             **self.generation(run, tokenizer, columns),
         )
         written = out[0, columns:].tolist()

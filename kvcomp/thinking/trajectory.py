@@ -157,6 +157,7 @@ def latent_trajectory(
     require(len(inputs["input_ids"]) == 1, f"{where}: inputs", "one prompt", "several")
     with LatentTrajectory(run, block) as heard:
         rows = Rows(run, inputs, drawn, copies=k, processors=processors, followers=[heard])
+        require(at < rows.most, f"{where}: at", f"fewer than the {rows.most} tokens of a row", at)
         while rows.live and len(rows.live[0].ids) < at:
             rows.step()
         ended = [row for row in rows.all if row.ended]

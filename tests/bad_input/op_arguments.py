@@ -21,7 +21,7 @@ MISTAKES = {  # by annotation -> what is expected, and what people pass
     "float | None": (NUMBER, ("0.5", [0.5], np.zeros(2))),
     "int | None": (WHOLE, ("1", 2.5, np.zeros(2))),
     "int | Tensor | None": (WHOLE, ("1", 2.5, np.zeros(2))),
-    "bool": ("True or False", ()),  # whatever is true or false
+    "bool": ("True or False", (None, 1, "yes", np.zeros(2))),
     "str": ("one of", ()),  # of words, which other rows are about
 }
 
