@@ -315,11 +315,6 @@ class LayerCache(Moved):
             added = valid.sum(1).int()
             self._uniform = False
         # A row's padding lands behind its valid tokens, where the next append overwrites it.
-        if not self.seq_lens.is_cuda:  # slices are copied several times as fast
-            for row, start in enumerate(self.seq_lens.tolist()):
-                for part, value in zip(self.stored(start + count).parts, new.parts, strict=True):
-                    part[row, :, start:] = value[row]
-            return added
         slots = self.seq_lens.long()[:, None] + steps
         for part, value in zip(self.stored(self.capacity).parts, new.parts, strict=True):
             part[rows, :, slots] = value.transpose(1, 2)

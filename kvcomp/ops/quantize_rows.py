@@ -38,7 +38,7 @@ def quantize_rows(
     Source:
         a scale per token and head: KVQuant (2401.18079), section 3; Hadamard: QuaRot (2404.00456).
     """
-    _op(k, v, k_codes, v_codes, words, bool(turn))
+    _op(k, v, k_codes, v_codes, words, turn)
 
 
 def dequantized(

@@ -56,7 +56,7 @@ def store_segments(
             the pool or the slots do not have. Nothing is changed in that case.
     """
     tensors = k, v, slot_rows, seq_lens, starts, num_units, closed, pool, centroids
-    _op(*tensors, words, bool(turned))
+    _op(*tensors, words, turned)
 
 
 def reference(

@@ -243,10 +243,10 @@ def store_segments(**changes):
     return Call(ops.store_segments, *args.values())
 
 
-def unit_scores(**changes):
+def unit_scores(scale=None, **changes):
     args = {"q": torch.randn(B, HQ, D), "centroids": torch.randn(B, HKV, U, D)}
     args |= {"starts": bounds(), "num_indexed": ints(U, 0), "active": ints(1, 1), **changes}
-    return Call(ops.unit_scores, *args.values())
+    return Call(ops.unit_scores, *args.values(), scale=scale)
 
 
 def select_units(budget=9, **changes):
