@@ -127,6 +127,12 @@ def linear_rows(draw):
     return x, weight, draw.normal(outputs) if draw.int(0, 1) else None
 
 
+def norm_rows(draw):
+    draw.dtype = draw.of(st.sampled_from(HALF_AND_FULL))
+    rows, width = draw.int(0, 20), draw.int(1, 300)
+    return draw.normal(rows, width), draw.normal(width), 10.0 ** -draw.int(3, 9)
+
+
 def merge_states(draw):
     draw.dtype = draw.of(st.sampled_from(HALF_AND_FULL))
     batch, heads, dim = draw.int(1, 4), draw.int(1, 9), draw.of(dims)
@@ -284,6 +290,7 @@ INPUTS = {  # op -> how its arguments are drawn, which of them it writes, what t
     "latent_attention": (latent_attention, (7,), unattended),
     "linear_rows": (linear_rows, (), None),
     "merge_states": (merge_states, (), None),
+    "norm_rows": (norm_rows, (), None),
     "page_scores": (page_scores, (), None),
     "select_pages": (select_pages, (), None),
     "attend_and_select": (attend_and_select, (8,), unattended),

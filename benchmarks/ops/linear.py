@@ -1,4 +1,5 @@
-"""linear_rows: the linear layers of a decode step, one by one and all of a model's in turn."""
+"""linear_rows: the linear layers of a decode step, one by one and all of a model's in turn.
+norm_rows: its RMS norms."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, rms_norm
 
 from harness.contenders import Against, Contender, Settings, implementations, measure
 from harness.record import Row
@@ -48,6 +49,7 @@ MODELS = {
     ),
 }
 ROWS = (1, 4, 8, 16, 32)
+NORMS = ((1, 576), (1, 1024), (8, 576), (16, 128), (32, 4096))  # rows and their width
 SMOKE = {"two layers": Sizes(((96, 64), (64, 96)), 2, (300, 64))}
 
 
@@ -101,3 +103,24 @@ def _bench_step(name: str, sizes: Sizes, rows: int, dtype: str, run: Settings) -
 def _layer(rows: int, outputs: int, width: int, dtype: str, device: str) -> tuple[Tensor, Tensor]:
     x = torch.randn(rows, width, device=device).to(DTYPES[dtype])
     return x, (torch.randn(outputs, width, device=device) * width**-0.5).to(DTYPES[dtype])
+
+
+def bench_norm_rows(options: argparse.Namespace, run: Settings) -> Iterator[list[Row]]:
+    """Beside the six ops of transformers' layers, and torch's one."""
+    for dtype in options.dtype:
+        for rows, width in ((2, 64),) if options.smoke else NORMS:
+            moved = (2 * rows + 1) * width * DTYPES[dtype].itemsize
+            shapes = (rows, width), (width,)
+            x, weight = (torch.randn(*n, device=run.device).to(DTYPES[dtype]) for n in shapes)
+            baselines = {
+                "six ops": lambda sets: _six_ops(*sets),
+                "torch-rms_norm": lambda sets: rms_norm(sets[0], sets[1].shape, *sets[1:]),
+            }
+            sets = [(x, weight, 1e-6)]
+            contenders = plain_contenders("norm_rows", sets[0], moved, baselines, run)
+            yield measure("norm_rows", f"{rows} x {width}", dtype, sets, contenders, run)
+
+
+def _six_ops(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)

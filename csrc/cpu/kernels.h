@@ -16,6 +16,7 @@ void kmeans(const KmeansParams& params);
 void latent_attention(const DecodeAttentionParams& params);
 void linear_rows(const LinearRowsParams& params);
 void merge_states(const MergeStatesParams& params);
+void norm_rows(const NormRowsParams& params);
 void page_scores(const PageScoresParams& params);
 void quantize_rows(const QuantizeRowsParams& params);
 void query_similarity(const QuerySimilarityParams& params);

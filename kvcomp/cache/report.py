@@ -51,8 +51,9 @@ class Report:
             that it paused there, boundary_median: median pause.
         tokens_reencoded: tokens encoded again at boundaries, over all rows.
         linear_rows_layers: linear layers of the model that go through the op `linear_rows` where
-            they have at most 32 rows of input; other_linear_layers: those left to torch. Both are 0
-            with `patch(linear_rows=False)`.
+            they have at most 32 rows of input; other_linear_layers: those left to torch;
+            norm_rows_layers: RMS norms that go through the op `norm_rows`. All are 0 with
+            `patch(linear_rows=False)`.
         layers: per managed layer: position, tokens_attended, kept and evicted tokens, bytes read
             and fetched, retrieval rate.
     """
@@ -92,6 +93,7 @@ class Report:
     tokens_reencoded: int = 0
     linear_rows_layers: int = 0
     other_linear_layers: int = 0
+    norm_rows_layers: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -218,7 +220,8 @@ class Report:
         )
         linear = (
             f"  linear    {self.linear_rows_layers} layers go through linear_rows,"
-            f" {self.other_linear_layers} keep their own way"
+            f" {self.other_linear_layers} keep their own way;"
+            f" {self.norm_rows_layers} norms through norm_rows"
         )
         checked = (
             f"  drafts    {self.tokens_accepted} of {self.tokens_drafted} accepted, in"

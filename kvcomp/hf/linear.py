@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kvcomp import _torch, ops
+from kvcomp import ops
+from kvcomp.hf.few_rows import is_on_cpu, is_plain, takes, undisturbed
 from kvcomp.ops.linear_rows import MAX_ROWS
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class LinearLayers(NamedTuple):
@@ -40,7 +39,7 @@ def speed_up(model: nn.Module) -> tuple[LinearLayers, Callable[[], None]]:
         the number of layers of both kinds, and a function that undoes the change.
     """
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    taken = [layer for layer in layers if _is_plain(layer)]
+    taken = [layer for layer in layers if type(layer) is nn.Linear and is_plain(layer)]
     for layer in taken:
         # A bound method, so that a copied or pickled layer has its own.
         layer.__dict__["forward"] = MethodType(forward, layer)
@@ -51,18 +50,6 @@ def speed_up(model: nn.Module) -> tuple[LinearLayers, Callable[[], None]]:
                 del layer.__dict__["forward"]
 
     return LinearLayers(len(taken), len(layers) - len(taken)), undo
-
-
-def _is_plain(layer: nn.Linear) -> bool:
-    weight = layer._parameters.get("weight")
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in layer.__dict__
-        and type(weight) is nn.Parameter
-        and weight.is_cpu
-        and weight.dtype in DTYPES
-        and weight.stride(-1) == 1
-    )
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -80,31 +67,23 @@ def is_linear(layer: nn.Module) -> bool:
 
 def forward(self: nn.Linear, input: Tensor) -> Tensor:
     """Replaces `nn.Linear.forward`. It sees all changes to the layer since the patch."""
-    weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-    if (
-        (is_compiling() or not tracing_state())  # a traced size is a tensor
-        and type(input) is Tensor
-        and type(weight) is nn.Parameter
-        and input.numel() <= MAX_ROWS * weight.shape[-1]
-        and input.is_cpu
-        and weight.is_cpu
-        and weight.dtype in DTYPES
-        and not autocasting("cpu")
-        and not (
-            grad_enabled()
-            and (input.requires_grad or weight.requires_grad or _wants_gradient(bias))
-        )
-    ):
-        if is_compiling():
-            if not packing:
-                return ops.linear_rows(input, weight, bias)
-            return type(self).forward(self, input)
-        if not (num_dispatch_modes() or num_function_modes() or transforming()):
-            try:
-                return COMPUTE(input, weight, bias)
-            except (TypeError, ValueError):  # torch takes other inputs, or explains its error
-                pass
+    parameters = self._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if not takes(input, weight, bias):
+        return type(self).forward(self, input)
+    if is_compiling():
+        if not packing and is_on_cpu(input, weight) and _are_few(input, weight):
+            return ops.linear_rows(input, weight, bias)
+    elif undisturbed() and _are_few(input, weight):  # a traced size is a tensor
+        try:
+            return COMPUTE(input, weight, bias)
+        except (TypeError, ValueError):  # torch takes other inputs, or explains its error
+            pass
     return type(self).forward(self, input)
+
+
+def _are_few(input: Tensor, weight: Tensor) -> bool:
+    return input.numel() <= MAX_ROWS * weight.shape[-1]
 
 
 packing = False  # whether inductor is to pack the weights of what compiles now
@@ -121,13 +100,6 @@ def left_to_torch() -> Iterator[None]:
         packing = before
 
 
-def _wants_gradient(bias: Tensor | None) -> bool:
-    return bias is not None and bias.requires_grad
-
-
 # Looked up once, because a look-up by dotted name costs some 20 ns per call.
 COMPUTE = ops.OPS["linear_rows"].impl("cpu")
-autocasting, grad_enabled = torch.is_autocast_enabled, torch.is_grad_enabled
-is_compiling, tracing_state = torch.compiler.is_compiling, _torch.tracing_state
-num_dispatch_modes, num_function_modes = _torch.num_dispatch_modes, _torch.num_function_modes
-transforming = _torch.transforming
+is_compiling = torch.compiler.is_compiling

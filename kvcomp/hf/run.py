@@ -34,6 +34,7 @@ from kvcomp.hf.generation import Generation
 from kvcomp.hf.latent import EXPAND, Latents, as_stored, keeps_latents
 from kvcomp.hf.layer import SKIPS, Layer
 from kvcomp.hf.linear import LinearLayers, speed_up
+from kvcomp.hf.norm import speed_up_norms
 from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.refusals import refuse, unwrapped
 from kvcomp.hf.rotation import key_rotation
@@ -94,11 +95,13 @@ class Run(Generation):
         self._running = threading.local()
         self._gate = Gate(self._take_back)
         self._undo: list[Callable[[], object]] = []
-        self._linear = LinearLayers()
+        self._linear, self._norms = LinearLayers(), 0
         try:
             self._apply()
             if linear_rows:
                 self._linear, undo = speed_up(model)
+                self._undo.append(undo)
+                self._norms, undo = speed_up_norms(model)
                 self._undo.append(undo)
         except BaseException:
             self.undo()
@@ -145,6 +148,7 @@ class Run(Generation):
         """The report of everything decoded so far; `layers=True` adds numbers per layer."""
         report = Report.of(self.method, self.meter, self._decode_seconds, layers)
         report.linear_rows_layers, report.other_linear_layers = self._linear
+        report.norm_rows_layers = self._norms
         return report
 
     def undo(self) -> None:

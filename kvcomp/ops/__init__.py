@@ -17,6 +17,7 @@ from kvcomp.ops.kmeans import kmeans
 from kvcomp.ops.latent_attention import latent_attention
 from kvcomp.ops.linear_rows import linear_rows
 from kvcomp.ops.merge_states import merge_states
+from kvcomp.ops.norm_rows import norm_rows
 from kvcomp.ops.page_scores import page_scores
 from kvcomp.ops.quantize_rows import quantize_rows
 from kvcomp.ops.query_similarity import query_similarity
@@ -48,6 +49,7 @@ __all__ = [
     "latent_attention",
     "linear_rows",
     "merge_states",
+    "norm_rows",
     "page_scores",
     "quantize_rows",
     "query_similarity",

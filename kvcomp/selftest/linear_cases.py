@@ -1,4 +1,4 @@
-"""Cases of linear layers on few rows."""
+"""Cases of linear layers and of norms on few rows."""
 
 from __future__ import annotations
 
@@ -34,4 +34,30 @@ def linear_cases() -> list[Case]:
         build("no-rows", (0, 1), 32, 8),
         build("no-outputs", (2,), 32, 0),
         build("no-width", (2,), 0, 5),
+    ]
+
+
+def norm_cases() -> list[Case]:
+    """Odd widths, rows of zeros and rows so small that eps decides."""
+
+    def build(name, rows, width, size=1.0, eps=1e-6):
+        def make(dtype, device):
+            generator = generator_for(name)
+            x = (torch.randn(*rows, width, generator=generator) * size).to(dtype)
+            weight = torch.randn(width, generator=generator).to(dtype)
+            return (*on(device, x, weight), eps)
+
+        return Case("norm_rows", name, make, HALF_AND_FULL)
+
+    return [
+        build("one-number", (1,), 1),
+        build("one-vector", (), 40),
+        build("decode-step", (1, 1), 576, eps=1e-5),
+        build("heads", (2, 1, 4), 64),
+        build("odd", (3,), 77),
+        build("zeros", (2,), 96, size=0.0),
+        build("small", (5,), 96, size=1e-3),
+        build("large", (2,), 96, size=100.0),
+        build("two-threads", (300,), 531),
+        build("no-rows", (0, 1), 32),
     ]

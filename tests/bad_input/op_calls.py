@@ -97,6 +97,11 @@ def linear_rows(**changes):
     return Call(ops.linear_rows, **args | changes)
 
 
+def norm_rows(**changes):
+    args = {"x": torch.randn(B, 1, D), "weight": torch.randn(D), "eps": 1e-6}
+    return Call(ops.norm_rows, **args | changes)
+
+
 def quantize_rows(turn=False, **changes):
     args = {"k": torch.randn(B, HKV, 3, D), "v": torch.randn(B, HKV, 3, D)}
     args |= {name: torch.zeros(B, HKV, 3, D, dtype=torch.int8) for name in ("k_codes", "v_codes")}

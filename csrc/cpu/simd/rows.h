@@ -100,6 +100,10 @@ struct TypedRows {
   // As pv, for the first `width` elements of the rows; acc [num_heads, width].
   void (*pv_shared)(const float* probs, int num_heads, int width, RowPointers rows, int count,
                     const float* rescale, float* acc);
+
+  // out = x / sqrt(|x|^2 * over + eps) * weight. All have `width` elements, a multiple of kRowStep;
+  // over is 1 / the number of those that count, behind which x is 0. out may be x.
+  void (*norm)(const void* x, const void* weight, int width, float over, float eps, void* out);
 };
 
 // Loops over rows of codes.

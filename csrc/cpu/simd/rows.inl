@@ -54,6 +54,7 @@ inline Vec exp(Vec x) {
 #include "latent.inl"
 #include "linear.inl"
 #include "logits.inl"
+#include "norm.inl"
 #include "selection.inl"
 
 // --- rows changed in place ---------------------------------------------------------------------
@@ -88,7 +89,7 @@ constexpr TypedRows typed_rows() {
   return {&prepare_q<T>, &qk<T>,        &pv<T>,         &store_row<T>,
           &blend<T>,     &nearest<T>,   &rotate<T>,     &products<T>,
           &linear<T>,    &widen_row<T>, &narrow_row<T>, &prepare_shared_q<T>,
-          &pack<T>,      &qk_packed<T>, &pv_shared<T>};
+          &pack<T>,      &qk_packed<T>, &pv_shared<T>,  &norm<T>};
 }
 
 constexpr CodeRows code_rows() {

@@ -94,6 +94,16 @@ struct LinearRowsParams {
   int32_t num_rows, width;
 };
 
+struct NormRowsParams {
+  ScalarType dtype;    // of x, weight and out
+  const void* x;       // [num_rows, width], contiguous
+  const void* weight;  // [width]
+  void* out;           // [num_rows, width], contiguous
+  int64_t num_rows;
+  int32_t width;
+  float eps;
+};
+
 struct MergeStatesParams {
   ScalarType dtype;    // of out_a, out_b and out
   const void* out_a;   // [B, Hq, D], contiguous
