@@ -297,10 +297,13 @@ class LayerCache(Moved):
         """Write tokens behind the last one of each row. Returns their number per row."""
         if valid is not None or not self._uniform:
             return self._scatter(new, valid)
-        end = self.max_len + new.k.shape[2]
-        for part, value in zip(self.stored(end).parts, new.parts, strict=True):
-            part[:, :, self.max_len :] = value
-        return new.k.shape[2]
+        first, count = self.max_len, new.k.shape[2]
+        end = first + count
+        self._k[:, :, first:end] = new.k
+        self._v[:, :, first:end] = new.v
+        if new.words is not None:
+            self.slots[WORDS][:, :, first:end] = new.words
+        return count
 
     def _scatter(self, new: Rows, valid: Tensor | None) -> Tensor | int:
         """Write the valid tokens of each row behind its last one. Returns their number per row."""

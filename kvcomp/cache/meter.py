@@ -179,18 +179,24 @@ class Meter:
         """Update the peaks from `cache`. Called when it has grown, and before tokens leave it."""
         if not cache.counted:
             return
-        used = allocated = notes = host = 0
-        for position, layer in enumerate(cache.layers):
-            self.token_bytes[position] = layer.token_bytes
-            self.slot_bytes[position] = layer.slot_bytes
-            notes += layer.max_len * layer.note_bytes * len(layer.seq_lens)
-            notes += layer.row_note_bytes
-            host += layer.host_bytes
-            self.peak_len = max(self.peak_len, layer.max_len)
-            for each in (cache, *cache.beside):
-                used += each.layers[position].max_len * layer.slot_bytes
-                allocated += each.layers[position].capacity * layer.slot_bytes
+        used = allocated = notes = host = longest = 0
         rows = cache.layers[0].seq_lens.shape[0]
+        for position, layer in enumerate(cache.layers):  # at every step: only what there is
+            length, size = layer.max_len, layer.slot_bytes
+            self.token_bytes[position] = layer.token_bytes
+            self.slot_bytes[position] = size
+            longest = max(longest, length)
+            used += length * size
+            allocated += layer.capacity * size
+            if layer.slots:
+                notes += length * layer.note_bytes * rows
+            if layer.state or layer.is_hosted:
+                notes += layer.row_note_bytes
+                host += layer.host_bytes
+            for each in cache.beside:
+                used += each.layers[position].max_len * size
+                allocated += each.layers[position].capacity * size
+        self.peak_len = max(self.peak_len, longest)
         self.peak_bytes = max(self.peak_bytes, used * rows)
         self.peak_note_bytes = max(self.peak_note_bytes, notes)
         self.peak_host_bytes = max(self.peak_host_bytes, host)

@@ -205,15 +205,13 @@ class Slab:
             )
         if not self.allocated:
             return
-        have, got = self._k, k
-        for what, old, new in (
-            ("batch size", have.shape[0], got.shape[0]),
-            ("KV heads", have.shape[1] // self._copies, got.shape[1]),
-            ("head size", have.shape[3], got.shape[3]),
-            ("head size of V", self._v.shape[3], v.shape[3]),
-            ("dtype", self._dtype, got.dtype),
-            ("device", have.device, got.device),
-        ):
+        batch, heads, _, dim = self._k.shape
+        had = batch, heads // self._copies, dim, self._v.shape[3], self._dtype, self._k.device
+        got = k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device
+        if had == got:
+            return
+        names = "batch size", "KV heads", "head size", "head size of V", "dtype", "device"
+        for what, old, new in zip(names, had, got, strict=True):
             if old != new:
                 raise ValueError(f"kvcomp: append: {what}: the cache has {old}, got {new}")
 

@@ -69,7 +69,7 @@ class Layer(CacheLayerMixin):
                 " newest tokens"
             )
         self.is_initialized = True
-        fresh = _as_attended(key_states), _as_attended(value_states)
+        fresh = _as_attended(key_states, value_states)
         self._keep(*fresh)
         if not torch.compiler.is_compiling():
             below = self.kv.cache.layers[max(self.kv.position - 1, 0)]
@@ -180,13 +180,15 @@ def taken_back(tokens: int | Tensor, there: int) -> int:
     return -tokens if tokens <= 0 else max(there - tokens, 0)
 
 
-def _as_attended(x: Tensor) -> Tensor:
-    """K or V in the dtype that attention sees under autocast. Models with fp32 weights pass K in
+def _as_attended(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """K and V in the dtype that attention sees under autocast. Models with fp32 weights pass K in
     fp32, because their rotation makes it so, and V in 16 bits."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not _autocasts(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
+    kind = key.device.type
+    if not _autocasts(kind):
+        return key, value
+    dtype = torch.get_autocast_dtype(kind)
+    key, value = (x if x.dtype == torch.float64 else x.to(dtype) for x in (key, value))
+    return key, value
 
 
 def _autocasts(kind: str) -> bool:

@@ -12,6 +12,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from kvcomp._torch import OutsideInference
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -24,7 +26,7 @@ def outlasting(function: Callable[P, R]) -> Callable[P, R]:
         # A compiled step only changes tensors that existed before it.
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return function(*args, **kwargs)
-        with torch.inference_mode(False), torch.no_grad():
+        with OutsideInference():
             return function(*args, **kwargs)
 
     return run
