@@ -199,16 +199,6 @@ def test_several_queries_per_step():
             assert cell == ", ".join(shown) + " ms"
 
 
-def test_a_step_beside_other_engines_again():
-    rows = rows_of("decode/peer-smollm2-again")
-    ms = {(row["name"], row["tokens"]): row["ms"] for row in rows}
-    shown = table(RESULTS, "| step beside engines, again |")
-    assert shown == {
-        label: [f"{ms[name, tokens]:.1f}" for tokens in (2048, 6144)]
-        for label, name in PEERS.items()
-    }
-
-
 def test_linear_layers_win_wherever_they_are_taken():
     steps = [
         row
