@@ -148,6 +148,20 @@ def test_a_step_beside_other_engines():
         assert shown["llama.cpp, the faster of its settings"][index] == f"{best:.1f}"
 
 
+def test_eight_long_sequences_beside_other_engines():
+    rows = rows_of("decode/peer-smollm2-8x6k")
+    assert all(row["agreed"] == 16 for row in rows)
+    ms = {row["name"]: f"{row['ms']:.1f}" for row in rows}
+    said = " ".join(RESULTS.read_text().split())
+    for words in (
+        f'kvcomp {ms["kvcomp"]} ms, with `kv="int8"` {ms["kvcomp, int8"]}, compiled'
+        f" {ms['kvcomp, compiled']}; vLLM {ms['vllm']}, OpenVINO {ms['openvino, u8']},"
+        f" transformers {ms['hf dynamic']}",
+        f"Eager kvcomp is {float(ms['vllm']) / float(ms['kvcomp']):.2f} times as fast as vLLM",
+    ):
+        assert words in said
+
+
 def test_the_readme():
     """A step at 32K tokens from the decode benchmark, the other columns from the demo."""
     demo = {row["method"]: row for row in rows_of("demo")}
