@@ -213,10 +213,11 @@ def test_several_queries_per_step():
             assert cell == ", ".join(shown) + " ms"
 
 
-def test_linear_layers_win_wherever_they_are_taken():
+@pytest.mark.parametrize("name", ["linear_rows", "linear_rows-fp16"])
+def test_linear_layers_win_wherever_they_are_taken(name):
     steps = [
         row
-        for row in rows_of("ops/linear_rows")
+        for row in rows_of(f"ops/{name}")
         if "all of" in row["shape"] and row["impl"] == "cpu"
     ]
     assert max(int(row["shape"].split()[0]) for row in steps) == MAX_ROWS
