@@ -216,9 +216,7 @@ def test_several_queries_per_step():
 @pytest.mark.parametrize("name", ["linear_rows", "linear_rows-fp16"])
 def test_linear_layers_win_wherever_they_are_taken(name):
     steps = [
-        row
-        for row in rows_of(f"ops/{name}")
-        if "all of" in row["shape"] and row["impl"] == "cpu"
+        row for row in rows_of(f"ops/{name}") if "all of" in row["shape"] and row["impl"] == "cpu"
     ]
     assert max(int(row["shape"].split()[0]) for row in steps) == MAX_ROWS
     assert all(row["ratios"]["torch-linear"] > 1.0 for row in steps)
