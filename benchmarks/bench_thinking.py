@@ -216,7 +216,7 @@ def hint(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[Row]:
     question = Question(0, tokenizer, options.steps)
     size = question.columns
     tokens = options.steps * task.TOKENS_PER_STEP
-    given = {"hint": "from sum", "alpha": 16, "longest": 64, "ends": ("9",)}
+    given = {"hint": "from sum", "alpha": min(16, tokens // 4), "longest": 64, "ends": ("9",)}
     fixed = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
     found: dict[str, list[tuple[float, int]]] = {}
     with kvcomp.patch(model, kvcomp.Full()):

@@ -414,6 +414,8 @@ def test_strategies_of_long_reasoning(tmp_path):
     assert {row["part"] for row in rows} <= set(parts)
     of = {(row["part"], row["contender"]): row for row in rows}
     assert of["votes", "majority@4"]["tokens_ratio"] == 1
+    hints = {name: of["hint", name]["hints"] for name in ("plain", "end", "rewind")}
+    assert hints["plain"] == 0 and hints["rewind"]
     assert of["votes", "short-1@4"]["path"] <= of["votes", "short-3@4"]["path"]
     means = [of["stop", f"bias {bias}"]["mean"] for bias in (0, 5, 10, 15, 20)]
     assert means == sorted(means, reverse=True)

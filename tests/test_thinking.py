@@ -257,6 +257,19 @@ def test_hints_are_not_put_back_where_tokens_cannot_be(model, words, name):
     assert "\n" not in str(error.value)
 
 
+def test_processors_and_loops_in_each_others_place_are_named(model, words):
+    end = thinking.ConciseHint(words, 24, hint="{so}")
+    rewind = thinking.ConciseHint(words, 24, place="rewind", hint="{so}")
+    with kvcomp.patch(model, METHODS["full"]) as run:
+        for processor in (end, thinking.GumbelNoise()):
+            with pytest.raises(ValueError, match="kvcomp: generate: custom_generate: expected a"):
+                decode(model, ids(), custom_generate=processor)
+        for loop in (rewind, thinking.Stand()):
+            with pytest.raises(ValueError, match="kvcomp: generate: logits_processor: expected f"):
+                decode(model, ids(), loop)
+        assert run.report().tokens_decoded == 0
+
+
 # --- suppression of reflection --------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache as TransformersCache
 from kvcomp.cache import Meter
 from kvcomp.hf.cache import Cache
 from kvcomp.hf.drafting import Drafts, refuse_assistants, refuse_itself, refuse_processors
-from kvcomp.hf.refusals import refuse_prefixes
+from kvcomp.hf.refusals import refuse_misplaced, refuse_prefixes
 from kvcomp.hf.turns import Turns
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Generation(Turns):
 
         @wraps(generate)
         def generating(*args: Any, **given: Any) -> Any:
+            refuse_misplaced(given.get("custom_generate"), given.get("logits_processor"))
             self._running.generates = lambda: None
             try:
                 return generate(*args, **given)

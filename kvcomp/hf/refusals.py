@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessor, PretrainedConfig, PreTrainedModel
 
 from kvcomp.hf.attention import NAME
 from kvcomp.hf.branches import masks_by_name
@@ -115,3 +115,19 @@ def head_sizes(config: PretrainedConfig) -> set[tuple[int, int]]:
     except RuntimeError:  # layers differ: in Gemma 4 the sliding ones, whose heads nobody minds
         layers = zip(config.per_layer_config, config.layer_types, strict=True)
         return set().union(*(size(layer) for layer, kind in layers if kind != "sliding_attention"))
+
+
+def refuse_misplaced(loop: Any, processors: Any) -> None:
+    """Raise ValueError for a logits processor given to `generate` as its loop, or for a loop
+    (`replaces_loop`) given as a processor."""
+    if isinstance(loop, LogitsProcessor) and not getattr(loop, "replaces_loop", False):
+        raise ValueError(
+            "kvcomp: generate: custom_generate: expected a decoding loop, got the logits processor"
+            f" {type(loop).__name__}; pass it as logits_processor=[...]"
+        )
+    for each in processors or ():
+        if getattr(each, "replaces_loop", False):
+            raise ValueError(
+                "kvcomp: generate: logits_processor: expected functions of logits, got the decoding"
+                f" loop {type(each).__name__.strip('_')}; pass it as custom_generate=..."
+            )

@@ -130,6 +130,8 @@ class _Rewinding(ConciseHint):
     """Hints that are put back into the last interval. After each, what was decoded since the hint
     before is encoded anew in one forward, so that all is as in a fresh prompt."""
 
+    replaces_loop = True  # of `generate`, as its `custom_generate`
+
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,

@@ -56,6 +56,8 @@ class Stand:
         ValueError: a value out of range.
     """
 
+    replaces_loop = True  # of `generate`, as its `custom_generate`
+
     def __init__(
         self,
         *,
