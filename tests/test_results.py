@@ -310,6 +310,22 @@ def test_the_study(reproduce):
     assert (pinned.bound, pinned.steps.mean) == ("1/4", 1)
 
 
+def test_the_reasoner_in_eight_bits(reproduce):
+    from accuracy.summary import summarize
+
+    found = {(s.method, s.bound): s for s in summarize(rows_of("accuracy/eight-bits"))}
+    shown = table(RESULTS, "| the reasoner in eight bits |")
+    assert {f"{method}@int8" for method in shown} == {m for m, _ in found if "@" in m}
+    for method, cells in shown.items():
+        for bound, cell in zip(("3/8", "1/2"), cells, strict=True):
+            bound = "1" if method == "full" else bound
+            wide, eight = found[method, bound], found[f"{method}@int8", bound]
+            steps = f"{100 * wide.steps.mean:.1f} → {100 * eight.steps.mean:.1f} %"
+            held = f"{wide.peak_bytes / 2**20:.2f} → {eight.peak_bytes / 2**20:.2f} MiB"
+            assert cell == f"{steps}, {held}"
+            assert eight.steps.mean >= wide.steps.mean - 0.005
+
+
 LOSS = [  # of a stored file and a bound, the table
     ("loss-half", "| at half of the bytes |", "1/2"),
     ("loss-quarter", "| at a quarter |", "1/4"),
