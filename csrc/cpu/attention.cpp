@@ -55,7 +55,6 @@ class Kernel {
         typed_(typed(rows_, p_.q_dtype)),
         coded_(p_.kv_dtype == ScalarType::i8),
         qk_(coded_ ? rows_.codes.qk : typed_.qk),
-        pv_(coded_ ? rows_.codes.pv : typed_.pv),
         store_(coded_ ? typed_.narrow : typed_.store),
         layout_(p_),
         group_(p_.num_heads / p_.num_kv_heads),
@@ -297,11 +296,15 @@ class Kernel {
       }
       rows_.softmax(scratch.logits, count, rows.count, state.max + at, state.sum + at,
                     scratch.rescale);
-      for (int row = 0; coded_ && row < count; ++row) {
-        rows_.codes.multiply(scratch.logits + row * kTile, v_scale, 1.0f, rows.count);
+      const auto* fetch = first == 0 ? fetch_v : nullptr;
+      float* acc = state.acc + std::size_t(at) * p_.value_dim;
+      if (coded_) {
+        rows_.codes.pv(scratch.logits, v_scale, count, p_.value_dim, rows.v, rows.count, fetch,
+                       scratch.rescale, acc);
+      } else {
+        typed_.pv(scratch.logits, count, p_.value_dim, rows.v, rows.count, fetch, scratch.rescale,
+                  acc);
       }
-      pv_(scratch.logits, count, p_.value_dim, rows.v, rows.count, first == 0 ? fetch_v : nullptr,
-          scratch.rescale, state.acc + std::size_t(at) * p_.value_dim);
     }
   }
 
@@ -374,7 +377,6 @@ class Kernel {
   const simd::TypedRows& typed_;  // of q and out
   const bool coded_;              // K and V are codes
   decltype(simd::TypedRows::qk) qk_;
-  decltype(simd::TypedRows::pv) pv_;
   decltype(simd::TypedRows::store) store_;
   // Memory delivers rows in sequence best when K and V are fetched by turns, 8 to 16 KiB each, and
   // each while the other is in work; scattered rows take longer and are fetched a tile ahead.

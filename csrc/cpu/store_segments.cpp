@@ -38,7 +38,7 @@ void store_head(const StoreSegmentsParams& p, int batch, int head) {
   const auto add_keys = [&] {
     if (num_keys && words) {
       all.codes.split_words(key_words, num_keys, scales, unused);
-      all.codes.pv(scales, 1, p.head_dim, keys, num_keys, nullptr, ones, sum);
+      all.codes.add(scales, p.head_dim, keys, num_keys, sum);
     } else if (num_keys) {
       rows.pv(ones, 1, p.head_dim, keys, num_keys, nullptr, ones, sum);
     }

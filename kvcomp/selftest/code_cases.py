@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -40,7 +41,20 @@ def _coded(case: Case) -> Case:
         q, k, v, *rest = case.make(dtype, "cpu")
         return on(device, q, *(coded := codes_of(k, v))[:2], *rest, coded[2])
 
-    return replace(case, name=f"{case.name}-codes", make=make)
+    return replace(case, name=f"{case.name}-codes", make=make, slack=_of_weights)
+
+
+def _of_weights(args: Sequence) -> float:
+    """What an output errs when the weights of values are rounded to int16 in tiles of 64 tokens.
+
+    A weight errs by at most half a step, 2^-16 of the largest in its tile, so the largest value
+    brings an error of 2^-16 of itself; 64 errors of either sign add up to about sqrt(64) of that.
+    The largest probabilities of all tiles add up to at most 1. (At worst it would be 64 times, and
+    a code alone errs by 2^-8 of the largest in its row.)
+    """
+    codes, words = args[2], args[-1]
+    scales = words.contiguous().view(torch.float16).unflatten(-1, (-1, 2))[..., 1].float()
+    return 8 * 2**-16 * (codes.float() * scales[..., None]).nan_to_num().abs().max().item()
 
 
 def codes_of(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

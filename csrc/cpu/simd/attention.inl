@@ -26,7 +26,7 @@ struct Dot {
   static Vec half_query(const Query* q) { return load(q); }
   static Vec half_row(const T* k) { return load(k); }
   static Vec half_add(Vec q, Vec k, Vec sum) { return fma(q, k, sum); }
-  static Vec finish(Vec sum) { return sum; }
+  static Vec finish(const Vec (&sums)[kLanes]) { return reduce(sums); }
 };
 
 // Brings rows into L1, line by line in the order in which they lie: memory delivers fastest what is
@@ -102,9 +102,8 @@ void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count
         }
       }
     }
-    UNROLL for (int r = 0; r < kLanes; ++r) sums[r] = D::finish(sums[r]);
     float block[kLanes];
-    store(block, reduce(sums) * broadcast(scale));
+    store(block, D::finish(sums) * broadcast(scale));
     UNROLL for (int h = 0; h < H; ++h) {
       __builtin_memcpy(logits + h * kTile + t, block + h * R, R * sizeof(float));
     }

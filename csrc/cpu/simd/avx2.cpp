@@ -48,6 +48,14 @@ inline float reduce_max(Vec a) {
 }
 
 // Lane i is the sum of v[i].
+inline Vec reduce_ints(const Vec (&v)[kLanes]) {
+  const auto add = [](__m256i a, __m256i b) { return _mm256_hadd_epi32(a, b); };
+  const auto ints = [&](int i) { return _mm256_castps_si256(v[i].x); };
+  const __m256i low = add(add(ints(0), ints(1)), add(ints(2), ints(3)));
+  const __m256i high = add(add(ints(4), ints(5)), add(ints(6), ints(7)));
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20),
+                                               _mm256_permute2x128_si256(low, high, 0x31)))};
+}
 inline Vec reduce(const Vec (&v)[kLanes]) {
   const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(v[0].x, v[1].x), _mm256_hadd_ps(v[2].x, v[3].x));
   const __m256 high =
@@ -162,6 +170,23 @@ inline Vec add_products(Ints16 a, Ints16 b, Vec sum) {
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(sum.x), products))};
 }
 inline Vec to_floats(Vec ints) { return {_mm256_cvtepi32_ps(_mm256_castps_si256(ints.x))}; }
+inline void store_ints(std::int16_t* p, Vec v) {
+  const __m256i ints = _mm256_cvtps_epi32(v.x);
+  store_bits(p, _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1)));
+}
+inline Ints16 broadcast_ints(const std::int16_t* p) {
+  std::int32_t both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return _mm256_set1_epi32(both);
+}
+inline void interleave_codes(const Code* a, const Code* b, Ints16& low, Ints16& high) {
+  low = _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(load_bits(a), load_bits(b)));
+  high = _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(load_bits(a), load_bits(b)));
+}
+inline Ints16 interleave_half_codes(const Code* a, const Code* b) {
+  return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(load_8_codes(a), load_8_codes(b)));
+}
+inline void in_order(Vec&, Vec&) {}
 
 template <class T>
 inline Pair load_pair(const T* p) {

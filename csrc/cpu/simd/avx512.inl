@@ -29,20 +29,28 @@ inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.x); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.x); }
 
 // Lane i is the sum of v[i]: sums of pairs of lanes, then of pairs of those, then across.
-inline Vec reduce(const Vec (&v)[kLanes]) {
+template <class Add>
+inline Vec reduce(const Vec (&v)[kLanes], Add add) {
   __m512 fours[4];
   UNROLL for (int i = 0; i < 4; ++i) {
     const __m512 a = v[4 * i].x, b = v[4 * i + 1].x, c = v[4 * i + 2].x, d = v[4 * i + 3].x;
-    const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
-    const __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
-    fours[i] =
-        _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    const __m512d ab = _mm512_castps_pd(add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    const __m512d cd = _mm512_castps_pd(add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    fours[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+                   _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
   }
-  const __m512 low = _mm512_shuffle_f32x4(fours[0], fours[1], 0x88) +
-                     _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd);
-  const __m512 high = _mm512_shuffle_f32x4(fours[2], fours[3], 0x88) +
-                      _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd);
-  return {_mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd)};
+  const auto halves = [&](__m512 a, __m512 b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return {halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]))};
+}
+inline Vec reduce(const Vec (&v)[kLanes]) {
+  return reduce(v, [](__m512 a, __m512 b) { return a + b; });
+}
+inline Vec reduce_ints(const Vec (&v)[kLanes]) {
+  return reduce(v, [](__m512 a, __m512 b) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  });
 }
 
 // Row i becomes column i: squares of four within the quarters, then the quarters.
@@ -132,6 +140,28 @@ inline Ints16 load_half_codes(const Code* p) {
 inline Ints16 load_ints(const std::int16_t* p) { return _mm512_loadu_si512(p); }
 inline Ints16 load_half_ints(const std::int16_t* p) { return _mm512_zextsi256_si512(load_bits(p)); }
 inline Vec to_floats(Vec ints) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(ints.x))}; }
+inline void store_ints(std::int16_t* p, Vec v) {
+  store_bits(p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v.x)));
+}
+inline Ints16 broadcast_ints(const std::int16_t* p) {
+  std::int32_t both;
+  __builtin_memcpy(&both, p, sizeof both);
+  return _mm512_set1_epi32(both);
+}
+// Of 32 elements the quarters 0 and 2, then 1 and 3.
+inline void interleave_codes(const Code* a, const Code* b, Ints16& low, Ints16& high) {
+  low = _mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(load_bits(a), load_bits(b)));
+  high = _mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(load_bits(a), load_bits(b)));
+}
+inline Ints16 interleave_half_codes(const Code* a_, const Code* b_) {
+  const __m128i a = load_16_codes(a_), b = load_16_codes(b_);
+  return _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)));
+}
+inline void in_order(Vec& low, Vec& high) {
+  const __m512 first = _mm512_shuffle_f32x4(low.x, high.x, 0x44);
+  high.x = _mm512_shuffle_f32x4(low.x, high.x, 0xee);
+  low.x = first;
+}
 
 template <class T>
 inline Pair load_pair(const T* p) {

@@ -36,7 +36,7 @@ struct Dot<Bfloat16> {
   static __m512i half_row(const Bfloat16* k) { return _mm512_zextsi256_si512(load_bits(k)); }
   static __m512i half_query(const Query* q) { return half_row(q); }
   static Vec half_add(__m512i q, __m512i k, Vec sum) { return add(q, k, sum); }
-  static Vec finish(Vec sum) { return sum; }
+  static Vec finish(const Vec (&sums)[kLanes]) { return reduce(sums); }
 };
 
 template <class T>

@@ -5,8 +5,8 @@
 
 // --- q k^T -------------------------------------------------------------------------------------
 
-// A sum's lanes are int32 until it is finished. Of 512 products of 2^14 and 127 it stays below
-// 2^31.
+// A sum's lanes are int32, and so are the sums of lanes: all of a row, at most 512 products of 2^14
+// and 127, stays below 2^31.
 template <>
 struct Dot<Code> {
   using Query = std::int16_t;
@@ -19,7 +19,7 @@ struct Dot<Code> {
   static Ints16 half_query(const Query* q) { return load_half_ints(q); }
   static Ints16 half_row(const Code* k) { return load_half_codes(k); }
   static Vec half_add(Ints16 q, Ints16 k, Vec sum) { return add(q, k, sum); }
-  static Vec finish(Vec sum) { return to_floats(sum); }
+  static Vec finish(const Vec (&sums)[kLanes]) { return to_floats(reduce_ints(sums)); }
 };
 
 // The largest magnitude of a row as bits, which order as the numbers do; infinities and NaN are at
@@ -82,6 +82,7 @@ void split_words(const std::uint32_t* words, int count, float* k_scale, float* v
     k_scale[t] = both[2 * t];
     v_scale[t] = both[2 * t + 1];
   }
+  for (int t = count; t < kTile; ++t) k_scale[t] = v_scale[t] = 0.0f;
 }
 
 void multiply(float* x, const float* factors, float factor, int count) {

@@ -112,13 +112,17 @@ struct CodeRows {
   // what one of them is worth; NaN where an element is not finite.
   void (*prepare_q)(const float* q, int head_dim, float* prepared);
 
-  // As those of TypedRows, of codes without their scales; acc is in the order of elements.
+  // As those of TypedRows, of codes: logits without the scales of K, values with theirs, whose list
+  // is as long as a tile; acc is in the order of elements.
   void (*qk)(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, int count,
              RowPointers fetch, float scale, float* logits);
-  void (*pv)(const float* probs, int num_heads, int head_dim, RowPointers rows, int count,
-             RowPointers fetch, const float* rescale, float* acc);
+  void (*pv)(const float* probs, const float* scales, int num_heads, int head_dim, RowPointers rows,
+             int count, RowPointers fetch, const float* rescale, float* acc);
 
-  // The scales of K and V in words, count <= kTile.
+  // acc [D] += sum over t of weights[t] * rows[t], in fp32.
+  void (*add)(const float* weights, int head_dim, RowPointers rows, int count, float* acc);
+
+  // The scales of K and V in words, count <= kTile, behind them zeros to kTile.
   void (*split_words)(const std::uint32_t* words, int count, float* k_scale, float* v_scale);
 
   // x[t] *= factors[t] * factor, t < count.

@@ -4,7 +4,8 @@
 //   kLanes, Vec     that many floats: + - *, zero(), broadcast(float), fma(a, b, c), round(x),
 //                   max(a, b) (b where either is NaN), scale2(x, n) = x * 2^n,
 //                   keep_above(value, x, low) (0 where x <= low), first(x), reduce_add(x),
-//                   reduce_max(x), and reduce(Vec[kLanes]), whose lane i is the sum of vector i
+//                   reduce_max(x), and reduce(Vec[kLanes]), whose lane i is the sum of vector i;
+//                   reduce_ints, of lanes of int32
 //                   transpose(Vec[kLanes]), where_above(a, b, x, y) = a > b ? x : y
 //   masks           above(a, b), at_least(a, b), equal(a, b): bit i is lane i;
 //                   compress(float*, mask, Vec) and compress_ids(int32*, mask, first id): write
@@ -15,6 +16,9 @@
 //   Ints16          2 * kLanes int16: load_codes and load_ints, load_half_codes and load_half_ints
 //                   (kLanes of them, then zeros), add_products(a, b, sum): sums of pairs, added to
 //                   lanes of int32; to_floats(Vec of those)
+//                   store_ints(int16*, Vec), to the nearest; broadcast_ints(p): two of them, again
+//                   and again; interleave_codes(p, q, low, high) and interleave_half_codes(p, q):
+//                   element by element; in_order(a, b): sums with low and with high
 //   kSums           sums that pv holds at once, a power of two: enough to hide an fma's latency
 //   kTall           centres that nearest holds at once, a divisor of kCentreBlock
 //   UNROLL          before a loop whose arrays must end up in registers
@@ -51,6 +55,7 @@ inline Vec exp(Vec x) {
 #include "attention.inl"
 #include "clustering.inl"
 #include "codes.inl"
+#include "codes_values.inl"
 #include "latent.inl"
 #include "linear.inl"
 #include "logits.inl"
@@ -93,7 +98,8 @@ constexpr TypedRows typed_rows() {
 }
 
 constexpr CodeRows code_rows() {
-  return {&prepare_query, &qk<Code>, &pv<Code>, &split_words, &multiply, &quantize, &turn};
+  return {&prepare_query, &qk<Code>, &add_codes, &add_floats,
+          &split_words,   &multiply, &quantize,  &turn};
 }
 
 constexpr Rows make_rows(const char* isa) {

@@ -70,6 +70,13 @@ inline float reduce_max(Vec a) {
 inline Vec reduce(const Vec (&v)[kLanes]) {
   return lanes([&](int i) { return reduce_add(v[i]); });
 }
+inline Vec reduce_ints(const Vec (&v)[kLanes]) {
+  return lanes([&](int i) {
+    std::uint32_t sum = 0;
+    for (const float x : v[i].x) sum += bits_of(x);
+    return float_of(sum);
+  });
+}
 
 inline void transpose(Vec (&v)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {
@@ -199,6 +206,28 @@ inline Vec to_floats(Vec ints) {
   return lanes(
       [&](int i) { return static_cast<float>(static_cast<std::int32_t>(bits_of(ints.x[i]))); });
 }
+inline void store_ints(std::int16_t* p, Vec v) {
+  v = round(v);
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<std::int16_t>(v.x[i]);
+}
+inline Ints16 broadcast_ints(const std::int16_t* p) {
+  Ints16 ints;
+  for (int i = 0; i < 2 * kLanes; ++i) ints.x[i] = p[i % 2];
+  return ints;
+}
+inline Ints16 interleave_half_codes(const Code* a, const Code* b) {
+  Ints16 ints;
+  for (int i = 0; i < kLanes; ++i) {
+    ints.x[2 * i] = a[i].value;
+    ints.x[2 * i + 1] = b[i].value;
+  }
+  return ints;
+}
+inline void interleave_codes(const Code* a, const Code* b, Ints16& low, Ints16& high) {
+  low = interleave_half_codes(a, b);
+  high = interleave_half_codes(a + kLanes, b + kLanes);
+}
+inline void in_order(Vec&, Vec&) {}
 
 #include "rows.inl"
 
