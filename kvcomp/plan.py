@@ -27,7 +27,7 @@ from kvcomp.methods.cost import Place, StepBytes
 
 MEASURED = "measured: copy, read + write"
 SHEET = 0.9  # share of a data sheet's bandwidth that a large copy reaches on an H200
-LONGEST = 2**40  # tokens; a sequence that fits with so many may have any length
+LONGEST = 2**40  # tokens of a batch; a sequence that fits with so many may have any length
 PIECES = 512  # points over which a generation is averaged
 
 
@@ -250,6 +250,10 @@ def plan(
         ("generate", 1 if generate is None else generate, 1),
     ):
         require(value >= least, f"kvcomp.plan: {name}", f"at least {least}", value)
+    for name, value in (("context", context), ("generate", generate or 0)):
+        require(value <= LONGEST, f"kvcomp.plan: {name}", f"at most 2^40 = {LONGEST} tokens", value)
+    expected = f"at most {LONGEST // context}, which is 2^40 tokens in all at context={context}"
+    require(batch <= LONGEST // context, "kvcomp.plan: batch", expected, batch)
     expected = f"fewer tokens than context={context}"
     require(prompt < context, "kvcomp.plan: prompt", expected, prompt)
     for name in ("bandwidth", "memory"):

@@ -600,7 +600,10 @@ LINEAR = {"falcon_h1": 4, "zamba2": 5, "granitemoehybrid": 1}  # layers with sta
 
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("gemma4_text", SHARING), *((kind, {}) for kind in (*LINEAR, "gemma3_text", "gemma2"))],
+    [
+        ("gemma4_text", SHARING),
+        *((kind, {}) for kind in (*LINEAR, "gemma3_text", "gemma2", "mimo_v2_flash")),
+    ],
 )
 def test_bytes_are_those_of_a_real_cache(kind, more):
     model = every_model.tiny(AutoModelForCausalLM, kind, **more)

@@ -30,12 +30,15 @@ Pool pool_of(const Boundary& at, const TensorView& view) {
 
 }  // namespace
 
-void check_listed_tokens(const Boundary& at, const DecodeAttentionParams& p) {
+void check_lengths(const Boundary& at, const DecodeAttentionParams& p) {
   const std::int64_t room =
       p.page_ids ? std::int64_t{p.num_listed} * p.page_size : std::int64_t{p.num_slots};
   const char* const of_room = p.page_ids ? "K * page_size" : "T";
   check_seq_lens(at, p.seq_lens, p.batch, p.num_positions < room ? "max_len" : of_room,
                  p.num_positions);
+}
+
+void check_listed_tokens(const Boundary& at, const DecodeAttentionParams& p) {
   if (!p.page_ids) return;
   const int num_sets = p.stride_ids_h == 0 ? 1 : p.num_kv_heads;
   const std::int32_t num_pages =  // that lie in the cache whole
@@ -234,11 +237,12 @@ AppendAttentionParams attention_params(const Boundary& at, Backend backend, Quer
       .scale = static_cast<float>(given.scale),
       .softcap = softcap,
   };
-  if (readable(backend) && !given.checked) {
+  if (readable(backend)) {
     // An empty list has no memory, so it would pass for no list; with lengths of 0 that is the
     // same.
     if (page_ids && K.size == 0) check_seq_lens(at, params.seq_lens, B.size, "K * page_size", 0);
-    check_listed_tokens(at, params);
+    check_lengths(at, params);
+    if (!given.checked) check_listed_tokens(at, params);
   }
   return {
       .attention = params,

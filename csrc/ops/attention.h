@@ -27,10 +27,11 @@ struct AttentionArguments {
   py::handle words;
   double softcap;
   std::int64_t max_len;  // no sequence is longer
-  bool checked;          // seq_lens and page_ids, by an earlier call
+  bool checked;          // page_ids, by an earlier call
 };
 
-// seq_lens and page_ids hold what they may; readable tensors only.
+// seq_lens hold what they may, and page_ids do; readable tensors only.
+void check_lengths(const Boundary& at, const DecodeAttentionParams& params);
 void check_listed_tokens(const Boundary& at, const DecodeAttentionParams& params);
 
 // Checked, values too where they can be read. Without q_lens and tail, which are up to the caller.

@@ -118,6 +118,7 @@ void latent_attention(Backend backend, py::handle q_, py::handle latents_, py::h
   if (readable(backend)) {
     // As in attention_params: an empty list has no memory.
     if (page_ids && K.size == 0) check_seq_lens(at, attention.seq_lens, B.size, "K * page_size", 0);
+    check_lengths(at, attention);
     check_listed_tokens(at, attention);
   }
   run<cpu::latent_attention, cuda::latent_attention>(at, backend, attention, q.device, stream);

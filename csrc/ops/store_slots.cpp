@@ -1,8 +1,60 @@
 // Native entry of store_slots: checks, params, implementation.
+#include <algorithm>
+#include <array>
+#include <cstddef>
+
 #include "ops/checks.h"
 #include "ops/run.h"
 
 namespace kvcomp {
+namespace {
+
+struct Step {
+  std::int64_t size, stride;  // of a dimension, in bytes
+};
+
+// Whether the sum of whole steps d * stride, with |d| < size in each dimension, can lie between
+// `low` and `high`, both excluded. Strides fall, and one is longer than all that lies within it.
+bool reaches(const Step* step, int dims, std::int64_t low, std::int64_t high) {
+  if (dims == 0) return low < 0 && 0 < high;
+  std::int64_t within = 0;
+  for (int i = 1; i < dims; ++i) within += (step[i].size - 1) * step[i].stride;
+  const std::int64_t stride = step[0].stride, most = step[0].size - 1;
+  const std::int64_t first = std::max(-most, (low - within) / stride - 1);
+  const std::int64_t last = std::min(most, (high + within) / stride + 1);
+  for (std::int64_t d = first; d <= last; ++d) {
+    if (reaches(step + 1, dims - 1, low - d * stride, high - d * stride)) return true;
+  }
+  return false;
+}
+
+// Whether rows of the two pools share bytes: exact for pools of equal strides, such as parts of one
+// cache; otherwise only the first rows are compared.
+bool overlap(const StoreSlotsParams& p, std::int64_t pages) {
+  std::array<Step, 3> steps{{{pages, p.stride_k_pool_p},
+                             {p.num_heads, p.stride_k_pool_h},
+                             {p.page_size, p.stride_k_pool_t}}};
+  const std::array<std::int64_t, 3> others{p.stride_v_pool_p, p.stride_v_pool_h, p.stride_v_pool_t};
+  int dims = 0;
+  bool alike = true;
+  for (int i = 0; i < 3; ++i) {
+    if (steps[i].size == 1) continue;
+    alike = alike && steps[i].stride == others[i];
+    steps[dims++] = steps[i];
+  }
+  std::sort(steps.begin(), steps.begin() + dims,
+            [](const Step& a, const Step& b) { return a.stride > b.stride; });
+  std::int64_t within = std::max(p.k_bytes, p.v_bytes);
+  for (int i = dims - 1; i >= 0; --i) {
+    alike = alike && steps[i].stride >= within;
+    within += (steps[i].size - 1) * steps[i].stride;
+  }
+  const std::int64_t apart =
+      static_cast<const std::byte*>(p.v_pool) - static_cast<const std::byte*>(p.k_pool);
+  return reaches(steps.data(), alike ? dims : 0, -apart - p.v_bytes, -apart + p.k_bytes);
+}
+
+}  // namespace
 
 void store_slots(Backend backend, py::handle k_, py::handle v_, py::handle k_pool_,
                  py::handle v_pool_, py::handle slot_mapping_, std::uintptr_t stream) {
@@ -62,6 +114,10 @@ void store_slots(Backend backend, py::handle k_, py::handle v_, py::handle k_poo
       .k_bytes = static_cast<std::int32_t>(D.size * size),
       .v_bytes = static_cast<std::int32_t>(Dv.size * size),
   };
+  if (Dv.size && pages.size && overlap(params, pages.size)) {
+    at.fail("v_pool", "memory of its own, or the parts of a cache that k_pool leaves",
+            "an overlap");
+  }
   run<cpu::store_slots, cuda::store_slots>(at, backend, params, k.device, stream);
 }
 

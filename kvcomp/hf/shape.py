@@ -66,7 +66,9 @@ def shape_of(
     sliding = [i for i, layer in enumerate(cache.layers) if getattr(layer, "is_sliding", False)]
     heads, kv_heads, head_dim = the_same(name, [head_counts(layers[i], name) for i in managed])
     value_dim = values_beside(layers[managed[0]], head_dim)
-    rows = [row_values(layers[i], name) for i in sliding] or [(kv_heads * (head_dim + value_dim),)]
+    made = projected(model)
+    rows = [(sum(made[i]),) if i in made else row_values(layers[i], name) for i in sliding]
+    rows = rows or [(kv_heads * (head_dim + value_dim),)]
     reading = [i for i, layer in enumerate(cache.layers) if is_dummy(layer)]
     kinds = getattr(text, "layer_types", None) or [None] * len(layers)
     shape = Shape(
@@ -88,9 +90,13 @@ def shape_of(
         **count_weights(model, text, name),
         value_dim=None if value_dim == head_dim else value_dim,
     )
-    counts = {i: head_counts(layers[i], name) for i in (*managed, *sliding)}
-    values = {i: values_beside(layers[i], counts[i][2]) for i in counts}
-    check_heads(model, name, {i: (n * k, n * values[i]) for i, (_, n, k) in counts.items()})
+    for i in managed:
+        said = kv_heads * head_dim, kv_heads * values_beside(layers[i], head_dim)
+        if i in made and made[i] != said:
+            raise ValueError(
+                f"kvcomp.plan: {name}: layer {i} has K and V of {made[i]} values a token, where its"
+                f" config says {said}"
+            )
     if weights is not None:
         share = weights / shape.weights
         shape = replace(
@@ -183,16 +189,13 @@ def count_weights(model: PreTrainedModel, config: Any, name: str) -> dict[str, A
     return {**counts, "parameters": passed // model.dtype.itemsize}
 
 
-def check_heads(model: PreTrainedModel, name: str, layers: dict[int, tuple[int, int]]) -> None:
-    """Raise ValueError if the sizes of a layer's K and V differ from what its config says."""
+def projected(model: PreTrainedModel) -> dict[int, tuple[int, int]]:
+    """Values of K and of V of a token, by layer, where the model has a projection for each. What a
+    config says may hold for the full-attention layers alone (MiMo-V2-Flash)."""
+    found = {}
     for module in model.modules():
         index: Any = getattr(module, "layer_idx", None)
-        if index not in layers:
-            continue
-        for each, expected in zip(("k_proj", "v_proj"), layers[index], strict=True):
-            projection = getattr(module, each, None)
-            if isinstance(projection, nn.Linear) and projection.out_features != expected:
-                raise ValueError(
-                    f"kvcomp.plan: {name}: layer {module.layer_idx} has K or V of"
-                    f" {projection.out_features} values a token, where its config says {expected}"
-                )
+        k, v = (getattr(module, name, None) for name in ("k_proj", "v_proj"))
+        if isinstance(index, int) and isinstance(k, nn.Linear) and isinstance(v, nn.Linear):
+            found[index] = k.out_features, v.out_features
+    return found

@@ -8,12 +8,15 @@ does not help the caller.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
 import torch
 
 from kvcomp import _torch
+
+NO_MEMORY = "can't allocate memory", "not enough memory", "Storage size calculation"
 
 
 def explain(op: str, schema: str, values: tuple) -> None:
@@ -36,6 +39,43 @@ def check_types(op: str, schema: str, *values: Any) -> None:
                     f"kvcomp.{op}: argument '{argument.name}': expected the device of"
                     f" '{first[0]}', {first[1]}, got {tensor.device}"
                 )
+
+
+def check_meta(op: str, schema: str, values: tuple) -> None:
+    """Raise ValueError if some tensors are on the meta device and others are not: shapes alone
+    would then pass for results."""
+    named = zip(_torch.schema_arguments(schema), values, strict=False)
+    places = [(a.name, value.device) for a, value in named if _is_tensor(value)]
+    if len({device.type == "meta" for _, device in places}) < 2:
+        return
+    (first, expected), *others = places
+    name, device = next(place for place in others if place[1].type != expected.type)
+    raise ValueError(
+        f"kvcomp.{op}: argument '{name}': expected the device of '{first}', {expected},"
+        f" got {device}"
+    )
+
+
+def explain_size(op: str, schema: str, fake: Callable, values: tuple, error: Exception) -> None:
+    """Raise ValueError if `error` is the allocator's and a number among `values` is to blame: it
+    is larger than every tensor."""
+    if type(error) is not RuntimeError or not any(text in str(error) for text in NO_MEMORY):
+        return
+    named = list(zip(_torch.schema_arguments(schema), values, strict=False))
+    counts = [(x, a.name) for a, x in named if str(a.type) == "int" and a.name != "max_len"]
+    number, name = max(counts, default=(0, ""))
+    if any(number <= size for _, x in named if _is_tensor(x) for size in x.shape):
+        return
+    try:
+        made = fake(*(x.to("meta") if _is_tensor(x) else x for _, x in named))
+        results = made if isinstance(made, tuple) else (made,)
+        room = f"{sum(result.nbytes for result in results)} bytes"
+    except RuntimeError:
+        room = "more than 2^63 bytes"
+    raise ValueError(
+        f"kvcomp.{op}: argument '{name}': expected a number whose results fit the memory,"
+        f" got {number} for {room}"
+    ) from error
 
 
 def expect(op: str, name: str, kind: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from kvcomp import _C, _torch
-from kvcomp.ops._arguments import check_types, explain
+from kvcomp.ops._arguments import check_meta, check_types, explain, explain_size
 from kvcomp.ops._widen import in_float32
 
 LIBRARY = torch.library.Library("kvcomp", "DEF")
@@ -35,6 +35,7 @@ class Op:
     name: str
     schema: str
     reference: Callable
+    fake: Callable
     native: Native | None
     impls: dict[str, Callable] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # implementation -> why it is absent
@@ -70,7 +71,7 @@ def bind(
         backends: the backends that have sources, "cpu" and "cuda"; with `native`, "cpu".
         triton: whether ``kvcomp.ops.triton.<name>`` exists.
     """
-    op = Op(name, f"{name}{schema}", reference, native)
+    op = Op(name, f"{name}{schema}", reference, fake, native)
     check: Callable
     if native is None:
         backends, check = (), partial(check_types, name, op.schema)
@@ -97,7 +98,7 @@ def bind(
     for device, preference in PREFERENCE.items():
         op.bound[device] = next(choice for choice in preference if choice in op.impls)
         LIBRARY.impl(name, op.impls[op.bound[device]], device.upper())
-    torch.library.register_fake(f"kvcomp::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"kvcomp::{name}", _on_meta(op), lib=LIBRARY)
     OPS[name] = op
     return _shortcut(getattr(torch.ops.kvcomp, name).default, op)
 
@@ -158,8 +159,9 @@ def _shortcut(dispatched: Callable, op: Op) -> Callable:
                 if first.is_cuda:
                     return on_cuda(*args)
             return dispatched(*args)
-        except Exception:
+        except Exception as error:
             explain(op.name, op.schema, args)
+            explain_size(op.name, op.schema, op.fake, args, error)
             raise
 
     return call
@@ -168,6 +170,16 @@ def _shortcut(dispatched: Callable, op: Op) -> Callable:
 def raw_stream(tensor: torch.Tensor) -> int:
     """The current CUDA stream of the tensor's device as an integer; 0 if it is not on a GPU."""
     return _torch.raw_stream(tensor.device) if tensor.is_cuda else 0
+
+
+def _on_meta(op: Op) -> Callable:
+    """Shapes and dtypes of the outputs, for tensors that are all on meta, or none."""
+
+    def shaped(*args):
+        check_meta(op.name, op.schema, args)
+        return op.fake(*args)
+
+    return shaped
 
 
 def _checked(check: Callable, run: Callable) -> Callable:

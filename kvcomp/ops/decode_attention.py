@@ -75,8 +75,8 @@ def decode_attention(
             it, and otherwise by what there is room for, such as all of a wide block table. A longer
             row is an error on the CPU and NaN on a GPU.
         checked: that an earlier call has checked these seq_lens and this list, with K and V as
-            large: as an engine's first layer has for all layers of a step. Their values are then
-            not looked at again, and wrong ones may read any memory.
+            large: as an engine's first layer has for all layers of a step. Only the lengths are
+            then looked at again, and a wrong list may read any memory.
 
     Returns:
         out [B, Hq, Dv] of q's dtype, and lse [B, Hq] fp32, the natural log of the sum of exp.

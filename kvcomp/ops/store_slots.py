@@ -21,13 +21,13 @@ def store_slots(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mappi
             contiguous, a multiple of 16 and at most 1024. V has D columns, or any such number, or
             0.
         k_pool, v_pool: [pages, H, P, D] of the same dtype, any strides but that of D, written. Both
-            may be parts of one tensor.
+            may be parts of one tensor, but share no element.
         slot_mapping: [N] int64, contiguous; distinct ones below pages * P. A negative slot stores
             nothing, as engines pad their batches.
 
     Raises:
-        TypeError, ValueError: wrong dtype, shape, device or layout; on the CPU also a slot that the
-            pool does not have. On a GPU such a slot stores nothing.
+        TypeError, ValueError: wrong dtype, shape, device or layout; pools that overlap; on the CPU
+            also a slot that the pool does not have. On a GPU such a slot stores nothing.
     """
     _op(k, v, k_pool, v_pool, slot_mapping)
 

@@ -79,6 +79,9 @@ PLAN = [
     Bad(planning(batch=0), "plan: batch: expected at least 1, got 0"),
     Bad(planning(prompt=-1), "plan: prompt: expected at least 0, got -1"),
     Bad(planning(prompt=4096), "prompt: expected fewer tokens than context=4096, got 4096"),
+    Bad(planning(context=2**41), "plan: context: expected at most 2.40 = 1099511627776 tokens"),
+    Bad(planning(batch=2**29), "batch: expected at most 268435456, .* context=4096, got 536870912"),
+    Bad(planning(generate=2**41), "plan: generate: expected at most 2.40 = .*, got 2199023255552"),
     Bad(planning(generate=0), "plan: generate: expected at least 1, got 0"),
     *(
         Bad(planning(device=Device("x", value, 1e9)), "device: expected a bandwidth above 0")

@@ -47,6 +47,15 @@ from bad_input.op_calls import (
     want,
 )
 
+
+def shared_pools(start):
+    """Pools in one piece of memory, those of V from `start` numbers on."""
+    cache = torch.zeros(64 * D * 5)
+    shape, strides = (4, HKV, 8, D), (64 * D, 4 * D, 8 * D, 1)
+    parts = (cache.as_strided(shape, strides, first) for first in (0, start))
+    return store_slots(**dict(zip(("k_pool", "v_pool"), parts, strict=True)))
+
+
 ROWS = [
     Bad(
         lambda: decode_attention(k=torch.randn(B, HKV, T, D).half()),
@@ -148,6 +157,8 @@ ROWS = [
     Bad(lambda: append_attention(out=torch.zeros(B, HQ, D)), "append_attention.*'out'"),
     Bad(lambda: attend_and_select(lse=torch.zeros(B)), "attend_and_select.*'lse'"),
     Bad(lambda: pooled(max_len=31), r"'seq_lens'.*\[0, max_len=31\].*32 in row 0"),
+    Bad(lambda: pooled(max_len=31, checked=True), r"'seq_lens'.*max_len=31\].*32 in row 0"),
+    Bad(lambda: append_attention(max_len=T - 1, checked=True), "max_len=39.*40 in row 0"),
     Bad(lambda: pooled(max_len=-1), "'max_len'.*at least 0.*-1"),
     Bad(lambda: pooled(max_len="32"), "'max_len'.*whole number.*'32'", TypeError),
     Bad(lambda: append_attention(max_len=T - 1), "append_attention.*max_len=39.*40 in row 0"),
@@ -171,6 +182,21 @@ ROWS = [
     Bad(lambda: store_slots(k=torch.randn(3, D, HKV).transpose(1, 2)), "'k'.*contiguous"),
     Bad(lambda: store_slots(v=torch.randn(3, 1, D)), "'v'.*H=2.*1"),
     Bad(lambda: store_slots(v_pool=torch.zeros(4, HKV, 9, D)), "'v_pool'.*P=8.*9"),
+    *(
+        Bad(
+            lambda start=start: shared_pools(start), "'v_pool': expected memory of its own.*overlap"
+        )
+        for start in (0, 1, D - 1, 3 * D + 1, 64 * D)
+    ),
+    Bad(lambda: store_slots(k=torch.empty(3, HKV, D, device="meta")), "'v'.*'k', meta, got cpu"),
+    Bad(lambda: decode_attention(q=torch.empty(B, HQ, D, device="meta")), "'k'.*'q', meta"),
+    Bad(
+        lambda: select_pages(num_pages=2**40), "'num_pages': expected .* fit.* for [0-9]{13} bytes"
+    ),
+    Bad(lambda: select_pages(num_pages=2**62), "'num_pages': .*2\\^63 bytes"),
+    Bad(
+        lambda: attend_and_select(num_pages=2**40), "attend_and_select.*'num_pages': expected .*fit"
+    ),
     Bad(lambda: store_slots(k_pool=torch.zeros(4, HKV, 8, 80)), "'k_pool'.*D=64.*80"),
     Bad(
         lambda: store_slots(k=torch.randn(3, HKV, 24), k_pool=torch.zeros(4, HKV, 8, 24)),
