@@ -24,6 +24,7 @@ from kvcomp.methods import *  # noqa: F403  (the methods, by name)
 
 if TYPE_CHECKING:
     from kvcomp import delethink as delethink
+    from kvcomp import models as models
     from kvcomp import thinking as thinking
     from kvcomp.hf.patch import patch as patch
 
@@ -33,7 +34,7 @@ __all__ += methods.__all__
 
 
 # Imported on first use -> the extra that installs what it needs.
-_LATE = {"patch": "hf", "thinking": "hf", "delethink": "delethink"}
+_LATE = {"patch": "hf", "thinking": "hf", "delethink": "delethink", "models": "hf"}
 
 
 def _late(module: str, name: str, extra: str) -> Any:
@@ -50,7 +51,7 @@ def _late(module: str, name: str, extra: str) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """`kvcomp.patch` and `.thinking` need transformers, `.delethink` openai: imported late."""
+    """`kvcomp.patch`, `.models` and `.thinking` need transformers, `.delethink` openai."""
     if name == "patch":
         return _late("kvcomp.hf", name, _LATE[name]).patch
     if name in _LATE:

@@ -15,21 +15,23 @@ from kvcomp.hf.checkpoints import without_checkpoints
 from kvcomp.hf.decoder import decoder_of
 
 CHANGING = ("dynamic", "longrope")  # RoPE types whose frequencies depend on the length
+NAMES = ("inv_freq", "full_attention_inv_freq")  # the second where sliding layers have their own
 TEXT = 8  # tokens of the text for the trial
 
 
 def key_rotation(model: PreTrainedModel) -> Tensor | None:
     """Radians per position [R / 2] fp32, or None if the model does not rotate in the usual way.
 
-    The usual way has one set of frequencies for all full-attention layers, the same at every
-    length, and pairs element i of a head with i + R / 2. The model's own `rotate_half` is checked
-    for the pairing, and a short run of the model confirms it.
+    The usual way has one set of frequencies for all full-attention layers (sliding layers may have
+    another, as in Gemma 3), the same at every length, and pairs element i of a head with i + R / 2.
+    The model's own `rotate_half` is checked for the pairing, and a short run of the model confirms
+    it.
     """
     decoder = decoder_of(model)
     rotary = getattr(decoder, "rotary_emb", None)
     inv_freq = _frequencies(rotary)
     rotate_half = getattr(sys.modules[type(decoder).__module__], "rotate_half", None)
-    if not isinstance(inv_freq, Tensor) or rotate_half is None:
+    if inv_freq is None or rotate_half is None:
         return None
     if changes_with_length(model):
         return None
@@ -49,13 +51,16 @@ def changes_with_length(model: PreTrainedModel) -> bool:
 
 
 def _frequencies(rotary: Any) -> Tensor | None:
-    """`inv_freq`, also if accelerate stores it elsewhere and loads it for each forward."""
-    inv_freq = getattr(rotary, "inv_freq", None)
+    """The full-attention layers' frequencies, also where accelerate loads them for each forward."""
+    name = next((name for name in NAMES if isinstance(getattr(rotary, name, None), Tensor)), None)
+    if name is None:
+        return None
+    inv_freq = getattr(rotary, name)
     bring = getattr(rotary, "_hf_hook", None)
-    if not isinstance(inv_freq, Tensor) or not inv_freq.is_meta or bring is None:
+    if not inv_freq.is_meta or bring is None:
         return inv_freq
     bring.pre_forward(rotary)
-    inv_freq = rotary.inv_freq.clone()
+    inv_freq = getattr(rotary, name).clone()
     bring.post_forward(rotary, None)
     return inv_freq
 

@@ -212,7 +212,7 @@ PATCH = [
     ),
     Bad(
         patching(lambda: model_of("gemma3_text"), dataclasses.replace(SHORT, reset="rotate")),
-        "Gemma3ForCausalLM has layers without a cache|in the usual way",
+        "Gemma3ForCausalLM has layers whose cache does not keep every token; use 'prefill'",
     ),
     Bad(
         patching(dynamic_rope, dataclasses.replace(SHORT, reset="streaming")),
