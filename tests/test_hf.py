@@ -295,12 +295,15 @@ def test_beams_over_an_evicting_cache(llama):
     assert run.report().evictions > 0
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "phi", "phi3", "granite", "gemma3_text"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "qwen3", "phi", "phi3", "granite", "gemma3_text"]
+)
 def test_keys_move_as_the_model_moves_them(kind):
     """A text of one token over and over: its keys differ by their rotation and nothing else."""
     model = known_model(kind)
     with torch.no_grad():
-        cache = model(torch.full((1, 40), 7), past_key_values=DynamicCache(config=model.config)).past_key_values
+        cache = DynamicCache(config=model.config)
+        model(torch.full((1, 40), 7), past_key_values=cache)
     run = kvcomp.patch(model, StreamingLLM())
     run.undo()
     full = [layer for layer in cache.layers if not layer.is_sliding]
