@@ -19,7 +19,9 @@ peer      a step of other engines beside kvcomp's and stock transformers', dense
           same weights; each engine has a process of its own, and takes its steps in turn:
           `--model smollm2-135m --peer vllm=/path/to/python openvino=... llama.cpp=...`. NAME alone
           means this Python. It also compares the first greedy tokens with those of transformers.
-          With --json, a run that was interrupted goes on where it was.
+
+With --json, an interrupted run of one of the parts step and peer goes on with the first context
+that it did not finish.
 
 `--method full-compiled full-frozen` adds full attention with a step that inductor has compiled,
 over weights as they are and over packed ones.
@@ -49,7 +51,7 @@ from pathlib import Path
 
 import torch
 
-from decode.contenders import COMPILED, OURS, STATIC
+from decode.contenders import COMPILED, OURS, STATIC, STOCK
 from decode.generation import bench_generation
 from decode.graph import bench_graphs
 from decode.models import SHAPES
@@ -130,13 +132,14 @@ def begun(options: argparse.Namespace, facts: dict) -> list[dict]:
         ValueError: the file is from another command.
     """
     file = options.json and Path(options.json)
-    if "peer" not in options.part or not file or not file.exists():
+    if options.part not in (["step"], ["peer"]) or not file or not file.exists():
         return []
     content = json.loads(file.read_text())
     if content["meta"]["command"] != facts["command"]:
         raise ValueError(f"{file} is from another command: {content['meta']['command']}")
-    options.done = {(row["batch"], row["tokens"]) for row in content["rows"]}
-    return content["rows"]
+    rows = content["rows"]
+    options.done = {(row["batch"], row["tokens"]) for row in rows if row["name"] == STOCK}
+    return [row for row in rows if (row["batch"], row["tokens"]) in options.done]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from decode.contenders import STOCK, Filling, contender
+from decode.models import make_model
+from decode.steps import split
 from harness import record, timing
 from kvcomp.ops import OPS
 from kvcomp.reasoner import task
@@ -220,6 +223,28 @@ def test_peers_take_turns_in_their_own_processes(tmp_path, capsys):
     assert options.done == {(1, 256)} and list(bench.bench_peer(options)) == []
     with pytest.raises(ValueError, match="from another command"):
         bench.begun(options, {"command": "bench_decode.py --part peer --peer openvino"})
+
+
+def test_looking_into_a_step_leaves_the_patch_in_place():
+    options = script("bench_decode").parse(["--smoke"])
+    model = make_model("tiny", torch.bfloat16, "cpu", 0)
+    filling = Filling.make(model, 1, 32, 0)
+    for name in (STOCK, "full"):
+        player = contender(name, model, filling, 8, options)
+        before = {m: m.__dict__.get("forward") for m in player.model.modules()}
+        assert any(before.values()) == (name == "full")  # linear_rows, norm_rows
+        assert split(player, filling, 2)["linear_ms"] > 0
+        assert {m: m.__dict__.get("forward") for m in player.model.modules()} == before
+        player.close()
+
+
+def test_an_interrupted_run_of_steps_goes_on(tmp_path):
+    bench, file = script("bench_decode"), tmp_path / "steps.json"
+    rows = [{"name": n, "batch": 1, "tokens": t} for t in (256, 512) for n in ("full", STOCK)]
+    file.write_text(json.dumps({"meta": {"command": "bench_decode.py"}, "rows": rows[:3]}))
+    options = bench.parse(["--smoke", "--json", str(file)])
+    assert bench.begun(options, {"command": "bench_decode.py"}) == rows[:2]
+    assert options.done == {(1, 256)} and list(bench.bench_steps(options)) == []
 
 
 def test_a_step_reads_what_its_method_attends_to(decode):
