@@ -69,7 +69,7 @@ def forward(self: nn.Linear, input: Tensor) -> Tensor:
     """Replaces `nn.Linear.forward`. It sees all changes to the layer since the patch."""
     parameters = self._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    if not takes(input, weight, bias):
+    if weight is None or not takes(input, weight, bias):
         return type(self).forward(self, input)
     if is_compiling():
         if not packing and is_on_cpu(input, weight) and _are_few(input, weight):

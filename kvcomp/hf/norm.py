@@ -47,9 +47,10 @@ def speed_up_norms(model: nn.Module) -> tuple[int, Callable[[], None]]:
 def _eps_of(layer: nn.Module) -> str | None:
     """The attribute with the eps of an RMS norm; None: the layer computes something else."""
     held = [*layer._parameters.values(), *layer._buffers.values(), *layer._modules.values()]
-    if len(held) != 1 or not is_plain(layer) or held[0].ndim != 1 or not held[0].numel():
+    weight = held[0] if len(held) == 1 and is_plain(layer) else None
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or not weight.numel():
         return None
-    weight: Tensor = held[0].detach()
+    weight = weight.detach()
     generator = torch.Generator().manual_seed(0)
     # Neither centred nor of one size: a mean that is subtracted shows, and the eps beside x^2.
     x = torch.randn(2, len(weight), generator=generator) + torch.tensor([[1.0], [-1.0]])
@@ -79,7 +80,7 @@ def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if takes(input, weight) and undisturbed() and input.numel() <= MOST:
             state = self.__dict__
             try:
-                return COMPUTE(input, weight, state.get(state.get(EPS)))
+                return COMPUTE(input, weight, state.get(state.get(EPS, "")))
             except (TypeError, ValueError):  # the layer takes other inputs, or explains its error
                 pass
     return type(self).forward(self, *args, **kwargs)
