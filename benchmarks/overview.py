@@ -43,7 +43,7 @@ def _time(axis: Axes, rows: list[dict]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(x, [f"{tokens // 1024}K" for tokens in x])
-    ticks = (200, 500, 1000, 2000, 5000)
+    ticks = (50, 100, 200, 500, 1000, 2000)
     axis.set_yticks(ticks, map(str, ticks))
     axis.minorticks_off()
     axis.set_xlabel("tokens of context")

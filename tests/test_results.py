@@ -107,6 +107,13 @@ def test_a_decode_step():
         for tokens, ms in zip((2048, 8192, 16384, 32768), cells, strict=True):
             assert ms.strip("*") == f"{measured[name, tokens]:.0f}", (label, tokens)
     assert len(shown) == len(measured) / 4
+    for file in ("steps", "steps-smollm2-full"):
+        row = next(
+            r for r in rows_of(f"decode/{file}") if (r["name"], r["tokens"]) == ("full", 2048)
+        )
+        assert row["speedup"] >= 2.8
+    said = f"a step of `full` takes {row['ms']:.1f} ms, against {row['stock_ms']:.1f} ms with"
+    assert said in " ".join(RESULTS.read_text().split())
 
 
 PEERS = {
