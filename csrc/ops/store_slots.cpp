@@ -31,19 +31,22 @@ bool reaches(const Step* step, int dims, std::int64_t low, std::int64_t high) {
 // Whether rows of the two pools share bytes: exact for pools of equal strides, such as parts of one
 // cache; otherwise only the first rows are compared.
 bool overlap(const StoreSlotsParams& p, std::int64_t pages) {
-  std::array<Step, 3> steps{{{pages, p.stride_k_pool_p},
-                             {p.num_heads, p.stride_k_pool_h},
-                             {p.page_size, p.stride_k_pool_t}}};
+  const std::array<Step, 3> given{{{pages, p.stride_k_pool_p},
+                                   {p.num_heads, p.stride_k_pool_h},
+                                   {p.page_size, p.stride_k_pool_t}}};
   const std::array<std::int64_t, 3> others{p.stride_v_pool_p, p.stride_v_pool_h, p.stride_v_pool_t};
+  std::array<Step, 3> steps;  // longest first
   int dims = 0;
   bool alike = true;
   for (int i = 0; i < 3; ++i) {
-    if (steps[i].size == 1) continue;
-    alike = alike && steps[i].stride == others[i];
-    steps[dims++] = steps[i];
+    if (given[i].size == 1) continue;
+    alike = alike && given[i].stride == others[i];
+    int place = dims++;
+    for (; place > 0 && steps[place - 1].stride < given[i].stride; --place) {
+      steps[place] = steps[place - 1];
+    }
+    steps[place] = given[i];
   }
-  std::sort(steps.begin(), steps.begin() + dims,
-            [](const Step& a, const Step& b) { return a.stride > b.stride; });
   std::int64_t within = std::max(p.k_bytes, p.v_bytes);
   for (int i = dims - 1; i >= 0; --i) {
     alike = alike && steps[i].stride >= within;
