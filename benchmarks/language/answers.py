@@ -16,10 +16,10 @@ from torch import Tensor
 from accuracy.intervals import wilson
 from harness.record import meta
 from kvcomp import Method
-from kvcomp.reading import checksums
 from language.lineup import Lineup, measured, together
 from language.loss import PROMPT_SHARE
 from language.questions import Question, Writer, kinds
+from language.settings import settings
 from language.store import Row, Store
 
 KEY = ("method", "bound")
@@ -43,19 +43,12 @@ class Answers:
             for kind in options.kinds or kinds(options.tokens)
             for place in range(options.questions)
         ]
-        settings = {
-            "model": options.model,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "tokens": options.tokens,
-            "prompt": self.prompt,
-            "questions": options.questions,
-            "kinds": options.kinds,
-            "texts": checksums(),
-        }
+        asked = {"questions": options.questions, "kinds": options.kinds}
+        common = settings(model, options, self.prompt, **asked)
         facts = meta(
             "language-answers", model.device.type, context_bytes=self.lineup.room.context_bytes
         )
-        self.store = Store(options.json, KEY, settings, facts)
+        self.store = Store(options.json, KEY, common, facts)
 
     def run(self, bar: Callable[[str, int], Callable[[], None]]) -> Iterator[Row]:
         """What dense attention answers, then the cells that are not there yet."""
@@ -109,6 +102,7 @@ class Answers:
         for (row, _), (hidden, report) in zip(pairs, results, strict=True):
             right = self._right(hidden, questions)
             row = {**row, **measured(report, len(ids)), "kinds": tally(questions, right)}
+            row["solved"] = right
             self.store.add(row)
             yield row
 

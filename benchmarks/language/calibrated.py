@@ -15,9 +15,10 @@ from typing import Any
 from accuracy.intervals import bootstrap
 from harness.record import meta
 from kvcomp import METHODS, Delta, Method
-from kvcomp.reading import Dense, checksums, windows
+from kvcomp.reading import Dense, windows
 from language.lineup import Contender, Lineup, measured, together
 from language.loss import PROMPT_SHARE
+from language.settings import by_window, places, settings
 from language.store import Row, Store
 
 KEY = ("method", "bound")
@@ -51,21 +52,14 @@ class Calibrated:
         self.lineup = Lineup(model, chosen, options.tokens, self.prompt)
         self.windows = windows(tokenizer, options.windows, options.tokens)
         self.shown = windows(tokenizer, SHOWN, options.tokens, offset=options.tokens)
-        settings = {
-            "model": options.model,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "tokens": options.tokens,
-            "prompt": self.prompt,
-            "texts": checksums(),
-            "windows": [[window.text, window.first] for window in self.windows],
-            "shown": [[window.text, window.first] for window in self.shown],
-        }
+        both = {"windows": places(self.windows), "shown": places(self.shown)}
+        common = settings(model, options, self.prompt, **both)
         facts = meta(
             "language-calibrated",
             model.device.type,
             context_bytes=self.lineup.room.context_bytes,
         )
-        self.store = Store(options.json, KEY, settings, facts)
+        self.store = Store(options.json, KEY, common, facts)
 
     def run(self, bar: Callable[[str, int], Callable[[], None]]) -> Iterator[Row]:
         """The cells that are not there yet."""
@@ -97,14 +91,12 @@ class Calibrated:
         dense = Dense(self.model, self.windows, self.prompt)
         tick = bar(each.label, dense.steps)
         (usual, _), (new, report) = together(self.model, pairs, dense.ids, self.prompt, tick)
-        figures = zip(self.windows, *dense.compare([usual, new], slice(None)), strict=True)
+        figures = zip(*dense.compare([usual, new], slice(None)), strict=True)
+        compared = [{"default": before, "found": after} for before, after in figures]
         return row | {
             "kept": False,
             **measured(report, len(dense.ids)),
-            "windows": [
-                {"text": window.text, "first": window.first, "default": before, "found": after}
-                for window, before, after in figures
-            ],
+            "windows": by_window(self.windows, compared),
         }
 
     def _same(self, found: Method, default: Method) -> bool:

@@ -13,10 +13,11 @@ from accuracy.intervals import bootstrap
 from harness.record import meta
 from kvcomp import Full, Method, patch
 from kvcomp.cache import Report
-from kvcomp.reading import checksums, windows
+from kvcomp.reading import windows
 from language.lineup import Lineup, kinds_of, measured, options
 from language.loss import PROMPT_SHARE
 from language.rounding import rounding
+from language.settings import places, settings
 from language.stack import Stack, stackable
 from language.store import Row, Store
 
@@ -38,18 +39,11 @@ class FreeRunning:
         self.lineup = Lineup(model, options, options.tokens, prompt)
         chosen = windows(tokenizer, options.windows, prompt)
         self.prompts = torch.tensor([window.ids for window in chosen], device=model.device)
-        settings = {
-            "model": options.model,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "tokens": options.tokens,
-            "prompt": prompt,
-            "texts": checksums(),
-            "prompts": [[window.text, window.first] for window in chosen],
-        }
+        common = settings(model, options, prompt, prompts=places(chosen))
         facts = meta(
             "language-free", model.device.type, context_bytes=self.lineup.room.context_bytes
         )
-        self.store = Store(options.json, KEY, settings, facts)
+        self.store = Store(options.json, KEY, common, facts)
 
     def run(self, bar: Callable[[str, int], Callable[[], None]]) -> Iterator[Row]:
         """The cells that are not there yet."""

@@ -9,8 +9,9 @@ from typing import Any
 from accuracy.intervals import bootstrap
 from harness.record import meta
 from kvcomp import Method
-from kvcomp.reading import Dense, checksums, windows
+from kvcomp.reading import Dense, windows
 from language.lineup import Contender, Lineup, measured, together
+from language.settings import by_window, places, settings
 from language.store import Row, Store
 
 PROMPT_SHARE = 8  # of a window: so that a quarter of its bytes can hold the prompt, and more
@@ -29,21 +30,14 @@ class LossStudy:
         self.prompt = options.tokens // PROMPT_SHARE
         self.lineup = Lineup(model, options, options.tokens, self.prompt)
         self.windows = windows(tokenizer, options.windows, options.tokens)
-        settings = {
-            "model": options.model,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "tokens": options.tokens,
-            "prompt": self.prompt,
-            "texts": checksums(),
-            "windows": [[window.text, window.first] for window in self.windows],
-        }
+        common = settings(model, options, self.prompt, windows=places(self.windows))
         facts = meta(
             "language-loss",
             model.device.type,
             context_bytes=self.lineup.room.context_bytes,
             token_bytes=self.lineup.room.token_bytes,
         )
-        self.store = Store(options.json, KEY, settings, facts)
+        self.store = Store(options.json, KEY, common, facts)
 
     def cells(self) -> list[tuple[Contender, str, int]]:
         batches = range(0, len(self.windows), self.options.batch)
@@ -86,10 +80,7 @@ class LossStudy:
         for (row, _), (_, report), found in zip(pairs, results, figures, strict=True):
             row = row | {
                 **measured(report, len(ids)),
-                "windows": [
-                    {"text": window.text, "first": window.first, **each}
-                    for window, each in zip(self.windows[rows], found, strict=True)
-                ],
+                "windows": by_window(self.windows[rows], found),
             }
             self.store.add(row)
             yield row
