@@ -22,8 +22,9 @@ class Case:
     # Overwrites what the op leaves unspecified in the arguments.
     blank: Callable[[Sequence], None] | None = None
     refused_by: tuple[str, ...] = ()  # implementations that do not take it
-    # What output 0 may err besides, of the arguments, because kernels round what they add up.
-    slack: Callable[[Sequence], float] | None = None
+    # What output 0 of an implementation may err besides, given its name and the arguments, because
+    # it rounds what it adds up.
+    slack: Callable[[str, Sequence], float] | None = None
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"

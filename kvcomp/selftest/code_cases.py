@@ -44,14 +44,18 @@ def _coded(case: Case) -> Case:
     return replace(case, name=f"{case.name}-codes", make=make, slack=_of_weights)
 
 
-def _of_weights(args: Sequence) -> float:
-    """What an output errs when the weights of values are rounded to int16 in tiles of 64 tokens.
+def _of_weights(impl: str, args: Sequence) -> float:
+    """Error of an output when weights are rounded to int16: 2^-13 of the largest |value|.
 
-    A weight errs by at most half a step, 2^-16 of the largest in its tile, so the largest value
-    brings an error of 2^-16 of itself; 64 errors of either sign add up to about sqrt(64) of that.
-    The largest probabilities of all tiles add up to at most 1. (At worst it would be 64 times, and
-    a code alone errs by 2^-8 of the largest in its row.)
+    Only the CPU kernels round them, in tiles of 64 tokens. A weight errs by at most half a step,
+    2^-16 of the largest in its tile, so a tile's output errs by at most 64 * 2^-16 of its largest
+    probability times the largest value. The errors have either sign and do not follow the values,
+    so we expect, and allow, sqrt(64) of them rather than 64. The largest probabilities of all tiles
+    add up to at most 1, so many tiles err no more than one. For comparison, rounding to codes errs
+    by up to 2^-8 of the largest value.
     """
+    if impl != "cpu":
+        return 0.0
     codes, words = args[2], args[-1]
     scales = words.contiguous().view(torch.float16).unflatten(-1, (-1, 2))[..., 1].float()
     return 8 * 2**-16 * (codes.float() * scales[..., None]).nan_to_num().abs().max().item()

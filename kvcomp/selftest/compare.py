@@ -39,7 +39,7 @@ def check(case: Case, impl: str, dtype: torch.dtype, device: str) -> None:
     for index, (got, want, plain) in enumerate(zip(actual, truth, fallback, strict=True)):
         what = f"{case} {impl} output {index}"
         if got.is_floating_point():
-            slack = case.slack(args) if case.slack and index == 0 else 0.0
+            slack = case.slack(impl, args) if case.slack and index == 0 else 0.0
             assert_close(got, want, plain, what, slack)
         elif not torch.equal(got, want):
             raise WrongResult(f"{what}: {got} is not {want}")
