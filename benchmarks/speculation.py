@@ -19,6 +19,10 @@ from kvcomp import models, thinking
 from kvcomp.reasoner import task
 
 SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.95}
+ASKED = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
+QUESTION = (
+    "A farmer has 17 sheep and buys 5 more each week. How many are there after 6 weeks? Explain."
+)
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 PAGES = Path(__file__).parents[1] / "docs"
 FIRST = "lazy_eviction.md"  # and on from there
@@ -57,6 +61,13 @@ def summary(tokenizer: Any, context: int) -> Tensor:
     return asked(tokenizer.decode(words[: context - asked("").shape[1]]))
 
 
+def question(tokenizer: Any) -> Tensor:
+    """A short question in the chat template: [1, n] ids."""
+    turn = [{"role": "user", "content": QUESTION}]
+    given = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    return tokenizer.apply_chat_template(turn, **given)["input_ids"]
+
+
 def without_drafts() -> thinking.Stand:
     """The loop of Stand over a table that knows nothing: what is won otherwise than by drafts."""
     alone = thinking.Stand(together=False)
@@ -65,7 +76,8 @@ def without_drafts() -> thinking.Stand:
 
 
 def stand(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The reasoner greedy; with --text, a model that writes prose, greedy and four rows sampled."""
+    """The reasoner greedy; with --text, a model that writes prose, greedy and four rows sampled:
+    of a summary, and of the answer to one short question."""
     walk = task.make_problem(16, 2048, seed=1)
     words = tokenizer(walk.prompt + " " + walk.gold(), return_tensors="pt").input_ids
     found = []
@@ -78,12 +90,12 @@ def stand(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict[
         path = models.resolve(options.text)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
-        for context in options.contexts:
-            ids = summary(tokenizer, context)
-            for rows, sampling in ((1, GREEDY), (4, SAMPLED)):
-                size = {"context": ids.shape[1], "rows": rows}
-                case = {"model": options.text, "method": "full", **size}
-                found.append(measured(model, ids, case, sampling, options))
+        summaries = [summary(tokenizer, context) for context in options.contexts]
+        cases = [(ids, *each) for ids in summaries for each in ((1, GREEDY), (4, SAMPLED))]
+        for ids, rows, sampling in [*cases, (question(tokenizer), 4, ASKED)]:
+            size = {"context": ids.shape[1], "rows": rows}
+            case = {"model": options.text, "method": "full", **size}
+            found.append(measured(model, ids, case, sampling, options))
     return found
 
 
@@ -137,7 +149,8 @@ def measured(
         "part": "stand",
         "contender": f"{case['model']} {case['method']} {case['context']} x{case['rows']}",
         **case,
-        "sampled": sampling is SAMPLED,
+        "sampled": sampling["do_sample"],
+        "temperature": sampling["temperature"],
         "plain_tokens_per_second": rate["plain"],
         "stand_tokens_per_second": rate["stand"],
         "ratio": rate["stand"] / rate["plain"],
