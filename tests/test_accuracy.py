@@ -128,9 +128,21 @@ def test_a_bound_holds_all_that_retrieval_may_have_on_the_device(name):
     assert 0.8 * bound < most + cache.meter.peak_note_bytes <= bound
 
 
+@pytest.mark.parametrize("name", ["lazy-eviction", "louis-kv", "delethink"])
+def test_eight_bits_hold_more_tokens_in_the_same_bytes(name):
+    place = Place(600, 60, 4, 4, 2, 64, 2)
+    room = Room("any", place, torch.bfloat16, torch.device("cpu"))
+    coded = room.keeping("int8")
+    bound = room.context_bytes // (2 if name == "louis-kv" else 4)
+    plain, more = fit(name, bound, room, {}), fit(name, bound, coded, {})
+    assert held_bytes(more, coded) <= bound
+    size = "chunk" if name == "delethink" else "budget"
+    assert getattr(more, size) > 1.5 * getattr(plain, size)
+
+
 def test_own_fields_win_and_the_budget_follows_them():
     room = Room("any", Place(400, 60, 4, 4, 2, 64, 4), torch.float32, torch.device("cpu"))
-    bound = room.context_bytes // 2
+    bound = room.context_bytes // (2 if name == "louis-kv" else 4)
     lazy = fit("lazy-eviction", bound, room, {"window": 8, "alpha": 0.01})
     assert (lazy.window, lazy.alpha) == (8, 0.01)
     assert 0.9 * bound < held_bytes(lazy, room) <= bound

@@ -56,6 +56,10 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="METHOD.FIELD=VALUE", help="of the study")
     add("--alpha", type=float, help="of LazyEviction and RaaS; default: calibrated for walks")
     add_kv(add)
+    text = (
+        "what --kv leaves a method at a bound; default: tokens, as many as the model's own K and V"
+    )
+    add("--equal", choices=["tokens", "bytes"], default="tokens", help=text)
     add("--device", metavar="NAME", help="default: the GPU where there is one")
     add("--dtype", metavar="NAME")
     add("--cells", type=int, metavar="N", help="at most so many now; the same command goes on")

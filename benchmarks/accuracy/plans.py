@@ -31,7 +31,7 @@ class Plan(Protocol):
     def published(self, name: str) -> str | None:
         """The accuracy in %, as the paper has it."""
 
-    def method(self, name: str, bound: str, rows: Sequence[Row]) -> Method:
+    def method(self, name: str, kv: str, bound: str, rows: Sequence[Row]) -> Method:
         """`rows` are there already. ValueError: the method cannot work at this bound."""
 
 
@@ -41,17 +41,24 @@ class EqualBytes:
     Args:
         budgets: shares of the longest context ("1/4", "0.25"), or tokens ("512").
         own: METHOD.FIELD=VALUE, what the user set.
+        equal: "tokens": in eight bits a method has the tokens that fit as the model makes K and V;
+            "bytes": those that fit in eight bits.
 
     Raises:
         ValueError: a budget or a setting that is none.
     """
 
     def __init__(
-        self, methods: list[str], budgets: list[str], own: dict[str, dict[str, Any]], room: Room
+        self,
+        methods: list[str],
+        budgets: list[str],
+        own: dict[str, dict[str, Any]],
+        room: Room,
+        equal: str = "tokens",
     ) -> None:
-        self.methods, self.own, self.room = methods, own, room
+        self.methods, self.own, self.room, self.equal = methods, own, room, equal
         self.bounds = {text: self._bytes(text) for text in budgets}
-        self._fitted: dict[tuple[str, str], Method | ValueError] = {}
+        self._fitted: dict[tuple[str, str, Room], Method | ValueError] = {}
 
     def pairs(self) -> list[tuple[str, str]]:
         full = [("full", WHOLE)] if "full" in self.methods else []
@@ -67,15 +74,17 @@ class EqualBytes:
     def published(self, name: str) -> None:
         return None
 
-    def method(self, name: str, bound: str, rows: Sequence[Row]) -> Method:
+    def method(self, name: str, kv: str, bound: str, rows: Sequence[Row]) -> Method:
         limit = self.bounds.get(bound, self.room.context_bytes)
-        if (name, bound) not in self._fitted:
+        room = self.room.keeping(kv) if self.equal == "bytes" else self.room
+        key = name, bound, room
+        if key not in self._fitted:
             try:
-                found = fit(name, limit, self.room, self.own.get(name, {}))
+                found = fit(name, limit, room, self.own.get(name, {}))
             except ValueError as error:
                 found = error
-            self._fitted[name, bound] = found
-        found = self._fitted[name, bound]
+            self._fitted[key] = found
+        found = self._fitted[key]
         if isinstance(found, ValueError):
             raise found
         return found
@@ -113,7 +122,7 @@ class Published:
     def published(self, name: str) -> str | None:
         return self.preset.figures(self.model).get(name)
 
-    def method(self, name: str, bound: str, rows: Sequence[Row]) -> Method:
+    def method(self, name: str, kv: str, bound: str, rows: Sequence[Row]) -> Method:
         if name == "full" or not self.preset.needs_length(self.model):
             return self.known[name]
         if self._methods is None:

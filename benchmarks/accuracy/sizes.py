@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.kv import eight_bits
 from kvcomp import METHODS, Delethink, Method
 from kvcomp.cache import KVCache
 from kvcomp.methods.cost import Place
@@ -46,6 +47,10 @@ class Room:
     def token_bytes(self) -> int:
         """K and V of one token in all layers."""
         return self.place.layers * self.place.token_bytes
+
+    def keeping(self, kv: str) -> Room:
+        """The same with K and V kept as `kv` says, one of `kvcomp.cache.rows.KINDS`."""
+        return replace(self, place=replace(self.place, coded=kv != "model"))
 
 
 def fit(name: str, bound: int, room: Room, own: dict[str, Any]) -> Method:
@@ -150,7 +155,8 @@ def _rehearsed(method: Method, room: Room) -> int:
         for _ in range(ROUNDS)
     ]
     inv_freq = 1e4 ** (-torch.arange(0, place.head_dim, 2, device=room.device) / place.head_dim)
-    cache = KVCache(method, 1, inv_freq=inv_freq)
+    coded = eight_bits("int8" if place.coded else "model", place.head_dim)
+    cache = KVCache(method, 1, inv_freq=inv_freq, eight_bits=coded)
     layer, scale = cache.layers[0], place.head_dim**-0.5
     layer.append(prompt[:, : place.kv_heads], prompt[:, : place.kv_heads])
     cache.prefill(layer, prompt, scale)

@@ -40,7 +40,9 @@ class Study:
         settings = self.work.settings() | {"preset": options.preset}
         if options.preset is None:
             own = own_fields(options.set, options.methods)
-            self.plan = EqualBytes(options.methods, options.budgets, own, room)
+            self.plan = EqualBytes(options.methods, options.budgets, own, room, options.equal)
+            if options.equal == "bytes":
+                settings["equal"] = "bytes"
             settings["alpha"] = self._alpha(self.plan)
             for name in {"lazy-eviction", "raas"} if settings["alpha"] is not None else ():
                 own[name] = {"alpha": settings["alpha"], **own.get(name, {})}
@@ -95,7 +97,7 @@ class Study:
             "reason": None,
         }
         try:
-            method = self.plan.method(name, cell.bound, self.results.rows)
+            method = self.plan.method(name, kv, cell.bound, self.results.rows)
             row["parameters"] = str(method)
             grades, generated, report, trace = self.work.decode(
                 method, kv, problems, cell.seed, tick
