@@ -343,6 +343,23 @@ def test_the_reasoner_in_eight_bits(reproduce):
             assert eight.steps.mean >= wide.steps.mean - 0.005
 
 
+def test_the_reasoner_in_eight_bits_at_equal_bytes(reproduce):
+    from accuracy.summary import summarize
+
+    found = {(s.method, s.bound): s for s in summarize(rows_of("accuracy/eight-bits-equal"))}
+    shown = table(RESULTS, "| steps right at equal bytes, % |")
+    assert shown
+    for method, cells in shown.items():
+        places = [(name, b) for b in ("1/4", "3/8") for name in (method, f"{method}@int8")]
+        for place, cell in zip(places, cells, strict=True):
+            if cell == "–":
+                assert found[place].reason
+                continue
+            steps = found[place].steps
+            low, high = 100 * steps.low, 100 * steps.high
+            assert cell == f"{100 * steps.mean:.1f} ({low:.0f}–{high:.0f})", place
+
+
 LOSS = [  # of a stored file and a bound, the table
     ("loss-half", "| at half of the bytes |", "1/2"),
     ("loss-quarter", "| at a quarter |", "1/4"),
