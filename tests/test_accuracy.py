@@ -142,7 +142,7 @@ def test_eight_bits_hold_more_tokens_in_the_same_bytes(name):
 
 def test_own_fields_win_and_the_budget_follows_them():
     room = Room("any", Place(400, 60, 4, 4, 2, 64, 4), torch.float32, torch.device("cpu"))
-    bound = room.context_bytes // 4
+    bound = room.context_bytes // 2
     lazy = fit("lazy-eviction", bound, room, {"window": 8, "alpha": 0.01})
     assert (lazy.window, lazy.alpha) == (8, 0.01)
     assert 0.9 * bound < held_bytes(lazy, room) <= bound
