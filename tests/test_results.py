@@ -528,6 +528,29 @@ def test_free_running(reproduce):
         ]
 
 
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "real-models.md"])
+def test_a_real_model(reproduce, page):
+    from language.loss import summaries
+
+    losses = {
+        (each["method"], each["bound"]): each["d_nll"]
+        for name in ("loss-half", "loss-quarter")
+        for each in summaries(rows_of(f"language/{name}"))
+    }
+    facts = {(row["method"], row["bound"]): row["kinds"] for row in rows_of("language/answers")}
+    same = {row["method"]: row["same"] for row in rows_of("language/free")}
+    shown = table(page, "| on a real model |")
+    assert len(shown) == 5
+    for method, cells in shown.items():
+        bounds = [(method, "1/2"), (method, "1/4")]
+        counts = [map(sum, zip(*facts[each].values(), strict=True)) for each in bounds]
+        assert cells == [
+            *(f"{losses[each]:+.3f}" for each in bounds),
+            *(f"{right} of {asked}" for right, asked in counts),
+            f"{sum(same[method]) / len(same[method]):.0f} of 448",
+        ]
+
+
 # --- how they were made ---------------------------------------------------------------------------
 
 
