@@ -364,6 +364,7 @@ LOSS = [  # of a stored file and a bound, the table
     ("loss-half", "| at half of the bytes |", "1/2"),
     ("loss-quarter", "| at a quarter |", "1/4"),
     ("2048", "| at a quarter of 2048 tokens |", "1/4"),
+    ("2048-half", "| at half of 2048 tokens |", "1/2"),
     ("bf16", "| at a quarter in bf16 |", "1/4"),
     ("eight-bits-methods", "| at a quarter of the tokens |", "1/4"),
     ("gemma", "| Gemma 3 at half |", "1/2"),
@@ -455,7 +456,7 @@ def test_the_sizes_of_louis_kv(reproduce):
 
 
 BOUNDS = [  # the table, and the files of each of its columns
-    ("| bound |", [("loss-half", "loss-quarter"), ("2048",)]),
+    ("| bound |", [("loss-half", "loss-quarter"), ("2048", "2048-half")]),
     ("| bound on Gemma 3 |", [("gemma",)]),
 ]
 
