@@ -61,10 +61,14 @@ def decode(
 
 
 def reference(
-    model: PreTrainedModel, method: Method, batch: dict[str, Tensor], steps: int = STEPS
+    model: PreTrainedModel,
+    method: Method,
+    batch: dict[str, Tensor],
+    steps: int = STEPS,
+    **options: Any,
 ) -> tuple[Tensor, Report]:
-    """The same under the dynamic flavour, with its report."""
-    with kvcomp.patch(model, method) as run:
+    """The same under the dynamic flavour, with its report. `options` are for the patch."""
+    with kvcomp.patch(model, method, **options) as run:
         logits = decode(model, batch, run.new_cache(), model, steps)
     return logits, run.report(layers=True)
 
