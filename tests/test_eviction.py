@@ -128,11 +128,13 @@ BASELINES = {
 }
 
 
-@pytest.mark.parametrize("lens", [(45, 22), (26, 1)], ids=["long", "short"])
+@pytest.mark.parametrize(
+    "lens, kv_heads", [((45, 22), 2), ((26, 1), 2), ((45, 22), 1)], ids=["long", "short", "one"]
+)
 @pytest.mark.parametrize("name", BASELINES)
-def test_baseline_does_what_it_says(name, lens, poisoned_outputs):
+def test_baseline_does_what_it_says(name, lens, kv_heads, poisoned_outputs):
     method, slow, notes = BASELINES[name]
-    trace = Trace(*lens, steps=40, seed=1)
+    trace = Trace(*lens, steps=40, seed=1, kv_heads=kv_heads)
     notes = () if "total" in notes else notes  # sums agree to rounding, and the tokens exactly
     assert_follows(method, trace, slow, notes=notes)
 

@@ -35,18 +35,19 @@ class Trace:
 
     scale = SCALE
 
-    def __init__(self, *lens, steps, layers=1, seed=0):
+    def __init__(self, *lens, steps, layers=1, seed=0, kv_heads=KV_HEADS):
         self.lens, self.steps, self.layers = lens, steps, layers
+        self.units = {**UNITS, "kv_head": kv_heads}
         shape, total = (layers, len(lens)), max(lens) + steps + SPARE
         generator = torch.Generator().manual_seed(seed)
-        topics = torch.randn(*shape, KV_HEADS, 12, DIM, generator=generator)
-        about = torch.randint(12, (*shape, KV_HEADS, total, 1), generator=generator)
+        topics = torch.randn(*shape, kv_heads, 12, DIM, generator=generator)
+        about = torch.randint(12, (*shape, kv_heads, total, 1), generator=generator)
         asked = torch.rand(*shape, HEADS, total, 1, generator=generator).pow(3).mul(12).long()
-        noise = torch.randn(*shape, KV_HEADS, total, DIM, generator=generator)
+        noise = torch.randn(*shape, kv_heads, total, DIM, generator=generator)
         self.raw_k = topics.gather(3, about.expand(-1, -1, -1, -1, DIM)) + 0.7 * noise
-        topics = topics.repeat_interleave(HEADS // KV_HEADS, 2)
+        topics = topics.repeat_interleave(HEADS // kv_heads, 2)
         self.raw_q = 1.3 * topics.gather(3, asked.expand(-1, -1, -1, -1, DIM))
-        self.v = torch.randn(*shape, KV_HEADS, total, DIM, generator=generator)
+        self.v = torch.randn(*shape, kv_heads, total, DIM, generator=generator)
         self.q, self.k = (rotate(x, range(total)).float() for x in (self.raw_q, self.raw_k))
 
     def fill(self, cache, counts=None, seen=None):
@@ -93,12 +94,12 @@ class Slow:
     num_recent = 0
 
     def __init__(self, method, trace, layer, row, unit, start=0):
-        size = HEADS // UNITS[method.unit]
+        size = HEADS // trace.units[method.unit]
         heads = slice(unit * size, unit * size + size)
         self.method, self.t = method, start
         self.q, self.raw_q = (x[layer, row, heads].double() for x in (trace.q, trace.raw_q))
         self.k, self.raw_k, self.v = (
-            x[layer, row].repeat_interleave(HEADS // KV_HEADS, 0)[heads].double()
+            x[layer, row].repeat_interleave(HEADS // x.shape[2], 0)[heads].double()
             for x in (trace.k, trace.raw_k, trace.v)
         )
         self.prompt = self.seen = trace.lens[row]
@@ -337,7 +338,7 @@ def assert_follows(method, trace, slow, *, notes=(), start=0, turn=None):
     """
     cache = new_cache(method, trace.layers)
     cache.steps = start
-    units = UNITS[method.unit]
+    units = trace.units[method.unit]
     sets = {
         (layer, row, unit): slow(method, trace, layer, row, unit, start)
         for layer in range(trace.layers)

@@ -71,6 +71,6 @@ class SinkEviction(Eviction):
             state["sinks"] = keys.clone()
         state["sink_shift"] = shift
         inv_freq = layer.cache.require_rotation().to(shift.device)
-        single = state["sinks"].transpose(1, 2).flatten(0, 1)[:, :, None].contiguous()
+        single = state["sinks"].transpose(1, 2).flatten(0, 1)[:, :, None].clone()
         ops.rotate_keys(single, shift.flatten(), inv_freq)
         layer.replace_keys(single[:, :, 0].unflatten(0, shift.shape).transpose(1, 2))
