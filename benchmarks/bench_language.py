@@ -6,11 +6,12 @@
 loss (the default) reads windows of real text token by token behind a prompt of an eighth, under
 every method at equal bytes, and compares the predictions with those of dense attention. answers
 asks for facts inside such a text, and counts the answers that dense attention gives and the method
-still does. free lets every method write on by itself, and counts the tokens until its text departs
-from dense attention's. calibrated measures a method's fields on two windows and compares it with
-its default on others. premises looks for what the papers take for granted in the dense attention of
-the windows. The model is a short name that `kvcomp get` knows, a folder or a hub name; the texts
-come with Python. A run that was interrupted goes on with the same command.
+still does; facts looks at what evicting methods still hold of them when they are asked for. free
+lets every method write on by itself, and counts the tokens until its text departs from dense
+attention's. calibrated measures a method's fields on two windows and compares it with its default
+on others. premises looks for what the papers take for granted in the dense attention of the
+windows. The model is a short name that `kvcomp get` knows, a folder or a hub name; the texts come
+with Python. A run that was interrupted goes on with the same command.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from kvcomp.cli.common import load, pick_device, pick_dtype
 from kvcomp.cli.output import check_output
 from kvcomp.progress import stderr_console
 from kvcomp.reading import checksums, windows
-from language import answers, calibrated, free, loss, premises
+from language import answers, calibrated, facts, free, loss, premises
 from language.questions import kinds
 from language.rounding import KINDS
 from language.stack import stackable
@@ -42,7 +43,7 @@ SMOKE = {"model": "reasoner", "tokens": 64, "windows": 2, "batch": 2, "budgets":
 SMOKE |= {"methods": ["full", "delta", "lazy-eviction", "louis-kv"], "dtype": "float32"}
 SMOKE |= {"questions": 1, "kinds": ["pass-key", "late 0"]}
 SMOKE |= {"kv": ["model", "int8"]}
-SMOKE_PARTS = {"answers": {"tokens": 256}}
+SMOKE_PARTS = {"answers": {"tokens": 256}, "facts": {"tokens": 256}}
 SMOKE_PARTS |= {"calibrated": {"tokens": 256, "methods": ["delta"], "kv": ["model"]}}
 
 
@@ -95,6 +96,10 @@ def run_answers(options: argparse.Namespace) -> None:
         print(answers.line(row, study.lineup.room.context_bytes))
 
 
+def run_facts(options: argparse.Namespace) -> None:
+    _run_cells(facts.Facts(*_full_attention("facts", options), options), facts.line, options)
+
+
 def run_free(options: argparse.Namespace) -> None:
     _run_cells(study := free.FreeRunning(*_loaded(options), options), free.line, options)
     print("\nmeans over the prompts, with 95 % intervals")
@@ -110,8 +115,22 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
     return load(options.model, pick_device(options.device), pick_dtype(options.dtype))
 
 
+def _full_attention(part: str, options: argparse.Namespace) -> tuple[Any, Any]:
+    model, tokenizer = _loaded(options)
+    if not stackable(model):
+        raise ValueError(
+            f"kvcomp.language: --part {part}: expected a model with full attention everywhere, got"
+            f" {options.model}"
+        )
+    return model, tokenizer
+
+
 def _run_cells(
-    study: loss.LossStudy | answers.Answers | free.FreeRunning | calibrated.Calibrated,
+    study: loss.LossStudy
+    | answers.Answers
+    | facts.Facts
+    | free.FreeRunning
+    | calibrated.Calibrated,
     line: Callable[[Row, int], str],
     options: argparse.Namespace,
 ) -> None:
@@ -131,9 +150,7 @@ def _run_cells(
 
 
 def run_premises(options: argparse.Namespace) -> None:
-    model, tokenizer = _loaded(options)
-    if not stackable(model):
-        raise ValueError("kvcomp.language: premises are of models with full attention everywhere")
+    model, tokenizer = _full_attention("premises", options)
     chosen = windows(tokenizer, options.windows, options.tokens)
     settings = {
         "model": options.model,
@@ -141,9 +158,9 @@ def run_premises(options: argparse.Namespace) -> None:
         "tokens": options.tokens,
         "texts": checksums(),
     }
-    facts = meta("language-premises", model.device.type)
-    store = Store(options.json, ("text", "first"), settings, facts)
-    print(header(facts))
+    about = meta("language-premises", model.device.type)
+    store = Store(options.json, ("text", "first"), settings, about)
+    print(header(about))
     done, count = store.done(), 0
     with _progress() as bar:
         task = bar.add_task("windows", total=len(chosen), completed=len(done))
@@ -170,7 +187,7 @@ def _progress() -> Progress:
 
 
 PARTS = {"loss": run_loss, "answers": run_answers, "free": run_free, "premises": run_premises}
-PARTS |= {"calibrated": run_calibrated}
+PARTS |= {"facts": run_facts, "calibrated": run_calibrated}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

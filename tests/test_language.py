@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from kvcomp import Full, LazyEviction, LouisKV, StreamingLLM, patch
 from kvcomp.cli.common import load
 from kvcomp.methods.cost import Place
 from kvcomp.reading import opening, read, scaled, windows
-from language import answers, free
+from language import answers, facts, free
 from language.lineup import options
 from language.questions import Question, Writer, kinds
 from language.rounding import rounding
@@ -182,3 +183,36 @@ def test_digests_leave_room_for_what_they_stand_for():
     assert held_bytes(method, room) <= room.context_bytes // 4
     for name in ("louis-kv", "cluster-kv", "quest", "stride-retrieval", "free-kv"):
         assert scaled(name, 128, "smollm2-135m").most_resident == 128, name
+
+
+def test_what_a_plain_window_holds_of_a_fact_is_what_lies_in_it(reasoner, monkeypatch):
+    args = ["--part", "facts", "--model", "reasoner", "--tokens", "512", "--questions", "3"]
+    asked = bench_language.parse([*args, "--budgets", "3/4", "--methods", "recency-window"])
+    study = facts.Facts(*reasoner, asked)
+    study.facts = [find_at(study.facts[0], first) for first in (40, 200, 440)]
+    [row] = study.run(lambda what, steps: lambda: None)
+    budget = int(re.search(r"budget=(\d+)", row["parameters"])[1])
+    for fact, seen in zip(study.facts, row["facts"], strict=True):
+        inside = [place for place in fact.digits if place >= fact.asked - budget]
+        assert seen["held"] == pytest.approx(len(inside) / len(fact.digits))
+        assert 0 <= seen["hit_by_question"] <= 1 and seen["since_hit"] <= fact.asked
+
+
+def find_at(fact, first):
+    return replace(fact, mentions=(tuple(range(first, first + 5)),))
+
+
+def test_attended_counts_hits_before_and_by_the_question():
+    class Given:
+        layers = ((torch.zeros(2, 7, 4), torch.zeros(1, 7, 4), 1.0),)
+
+        def probabilities(self, layer, steps):
+            probs = torch.zeros(2, 7, 7)
+            probs[0, 2, 1] = 0.6  # token 1 is hit in step 2 by one head,
+            probs[1, 5, 1] = 0.5  # and by the question
+            probs[1, 3, 0] = probs[0, 3, 2] = 0.5
+            return probs[:, steps]
+
+    fact = facts.Fact(Question("pass-key", tuple(range(7)), 1, 0.5), 5, ((1,), (4,)))
+    seen = facts.attended(Given(), fact, 2)
+    assert seen == {"since_hit": 3, "hit_lately": 0.0, "hit_by_question": 0.5}
