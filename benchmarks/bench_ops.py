@@ -101,6 +101,7 @@ BENCHMARKS = {
     "eight_bits": codes.bench_eight_bits,
     "page_scores": pages.bench_page_scores,
     "select_pages": pages.bench_select_pages,
+    "append_rows": slots.bench_append_rows,
     "store_slots": slots.bench_store_slots,
     "attend_and_select": pages.bench_attend_and_select,
     "attention_hits": eviction.bench_attention_hits,

@@ -188,11 +188,11 @@ def test_what_is_refused(options, words, model):
 
 
 def test_a_gpu_is_no_reason_to_refuse(model):
-    """Every op that takes codes, or makes them, has a kernel there."""
+    """Every op that takes codes, or makes them, has a kernel there; torch writes them to caches."""
     on_gpu = SimpleNamespace(device=torch.device("cuda"), config=model.config)
     assert eight_bits(on_gpu, "int8", None) == EightBits(turn=True)
     for name, op in OPS.items():
-        if "words" in op.schema or name == "hadamard":
+        if ("words" in op.schema and name != "append_rows") or name == "hadamard":
             assert op.missing.get("cuda") != "not written", name
 
 

@@ -187,6 +187,22 @@ def store_slots(draw):
     return k, v, *pools, slots
 
 
+def append_rows(draw):
+    batch, heads, dim = draw.int(1, 4), draw.int(1, 5), draw.int(1, 70)
+    count, slots = draw.int(0, 9), draw.int(9, 40)
+    draw.dtype, layout = draw.of(st.sampled_from(HALF_AND_FULL)), draw.of(layouts)
+    k, v = (kv_cache((batch, heads, count, dim), draw.dtype, draw.generator, layout) for _ in "kv")
+    if draw.of(st.booleans()):
+        k = draw.normal(batch, heads, dim, count).transpose(2, 3)
+    layout = draw.of(layouts)
+    caches = [
+        kv_cache((batch, heads, slots, dim), draw.dtype, draw.generator, layout) for _ in "kv"
+    ]
+    added = ints(draw.lens(batch, count)) if draw.of(st.booleans()) else None
+    lens = ints(draw.lens(batch, slots - count))
+    return k, v, *caches, lens, lens + 3 if draw.of(st.booleans()) else None, None, None, added
+
+
 def attention_hits(draw):
     units = draw.int(1, 3)
     logits, lse, lens = draw.logits(draw.int(1, 3), units * draw.int(1, 5), draw.int(1, 400))
@@ -286,6 +302,7 @@ def select_units(draw):
 
 INPUTS = {  # op -> how its arguments are drawn, which of them it writes, what to blank
     "append_attention": (append_attention, (9,), unattended),
+    "append_rows": (append_rows, (2, 3, 4, 5), None),
     "decode_attention": (decode_attention, (7,), unattended),
     "latent_attention": (latent_attention, (7,), unattended),
     "linear_rows": (linear_rows, (), None),

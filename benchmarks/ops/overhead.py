@@ -50,6 +50,7 @@ def _tiny_calls(device: str) -> dict[str, Callable]:
     return {
         "decode_attention": lambda: ops.decode_attention(q, k, k, one),
         "append_attention": lambda: ops.append_attention(q[None], k, k, one),
+        "append_rows": lambda: ops.append_rows(k, k, pages, pages.clone(), none, added=none),
         "latent_attention": lambda: ops.latent_attention(q, k[0], one, value_dim=16, scale=1.0),
         "linear_rows": lambda: ops.linear_rows(q, q[0]),
         "norm_rows": lambda: ops.norm_rows(q, q[0, 0], 1e-6),

@@ -6,6 +6,7 @@
 namespace kvcomp::cpu {
 
 void append_attention(const AppendAttentionParams& params);
+void append_rows(const AppendRowsParams& params);
 void attend_and_select(const AttendAndSelectParams& params);
 void attention_hits(const AttentionHitsParams& params);
 void compact_kv(const CompactKvParams& params);

@@ -142,9 +142,7 @@ class LayerCache(Moved):
         self._reserve(new, self.max_len + count)
         if not self.token_bytes:
             self._count_bytes()
-        self.added = self._place(new, valid)
-        self.seq_lens += self.added
-        self.logical_lens += self.added
+        self.added = self._put(new, valid)
         self.first = not self.columns
         self.max_len += count
         self.columns += count
@@ -293,32 +291,53 @@ class LayerCache(Moved):
             lens = self.seq_lens.tolist()
             self.max_len, self._uniform = max(lens), max(lens) == min(lens)
 
-    def _place(self, new: Rows, valid: Tensor | None = None) -> Tensor | int:
-        """Write tokens behind the last one of each row. Returns their number per row."""
-        if valid is not None or not self._uniform:
-            return self._scatter(new, valid)
-        first, count = self.max_len, new.k.shape[2]
-        end = first + count
-        self._k[:, :, first:end] = new.k
-        self._v[:, :, first:end] = new.v
-        if new.words is not None:
-            self.slots[WORDS][:, :, first:end] = new.words
-        return count
-
-    def _scatter(self, new: Rows, valid: Tensor | None) -> Tensor | int:
-        """Write the valid tokens of each row behind its last one. Returns their number per row."""
-        batch, _, count, _ = new.k.shape
-        rows = torch.arange(batch, device=new.k.device)[:, None]
-        steps = torch.arange(count, device=new.k.device)
-        added: Tensor | int = count
+    def _put(self, new: Rows, valid: Tensor | None) -> Tensor | int:
+        """Write the valid tokens of each row behind its last one, and count them. Returns their
+        number per row."""
+        added: Tensor | int = new.k.shape[2]
         if valid is not None:
-            if count > 1:
+            if added > 1:
                 order = (~valid).argsort(dim=1, stable=True)  # valid tokens first, in order
                 new = new.take(order[:, None], 2)
-            added = valid.sum(1).int()
+            added = valid.sum(1, dtype=torch.int32)
             self._uniform = False
-        # A row's padding lands behind its valid tokens, where the next append overwrites it.
-        slots = self.seq_lens.long()[:, None] + steps
-        for part, value in zip(self.stored(self.capacity).parts, new.parts, strict=True):
-            part[rows, :, slots] = value.transpose(1, 2)
+        self._write(new, self.seq_lens, self.logical_lens, added)
         return added
+
+    def _place(self, new: Rows) -> None:
+        """Write tokens behind the last one of each row, where the next ones overwrite them."""
+        lens = self.seq_lens.clone()
+        self._write(new, lens, lens, new.k.shape[2])
+
+    def _write(self, new: Rows, lens: Tensor, logical: Tensor, added: Tensor | int) -> None:
+        """Write the first `added` tokens of each row behind its `lens`, and add them to both."""
+        if new.k.is_cpu and not is_compiling():
+            ops.append_rows(
+                new.k,
+                new.v,
+                self._k,
+                self._v,
+                lens,
+                None if logical is lens else logical,
+                new.words,
+                None if new.words is None else self.slots[WORDS],
+                None if isinstance(added, int) else added,
+            )
+            return
+        kept = self.stored(self.capacity).parts
+        if self._uniform:
+            for part, value in zip(kept, new.parts, strict=True):
+                part[:, :, self.max_len : self.max_len + value.shape[2]] = value
+        else:
+            batch, _, count, _ = new.k.shape
+            row = torch.arange(batch, device=lens.device)[:, None]
+            # Padding lands behind a row's valid tokens, where the next append overwrites it.
+            slot = lens.long()[:, None] + torch.arange(count, device=lens.device)
+            for part, value in zip(kept, new.parts, strict=True):
+                part[row, :, slot] = value.transpose(1, 2)
+        lens.add_(added)
+        if logical is not lens:
+            logical.add_(added)
+
+
+is_compiling = torch.compiler.is_compiling  # looked up once

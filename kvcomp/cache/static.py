@@ -67,10 +67,7 @@ class StaticLayerCache(LayerCache):
             self._open(k, v)
         elif self._most is not None and k.shape[2] > 1:
             self._fit(int(self.seq_lens.max()) + k.shape[2])
-        self.added = self._scatter(self._encoded(k, v), valid)
-        self.seq_lens.add_(self.added)
-        if self.logical_lens is not self.seq_lens:
-            self.logical_lens.add_(self.added)
+        self.added = self._put(self._encoded(k, v), valid)
         if self.position == 0:
             self.cache.columns.add_(k.shape[2])
 

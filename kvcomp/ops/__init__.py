@@ -7,6 +7,7 @@ size, P pages. K and V are [B, Hkv, T, D] with any strides on B, Hkv and T, and 
 from kvcomp import _C
 from kvcomp.ops._registry import OPS
 from kvcomp.ops.append_attention import append_attention
+from kvcomp.ops.append_rows import append_rows
 from kvcomp.ops.attend_and_select import attend_and_select
 from kvcomp.ops.attention_hits import attention_hits
 from kvcomp.ops.compact_kv import compact_kv
@@ -39,6 +40,7 @@ __all__ = [
     "OPS",
     "UNLIKE_SIZES",
     "append_attention",
+    "append_rows",
     "attend_and_select",
     "attention_hits",
     "compact_kv",

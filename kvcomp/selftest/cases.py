@@ -7,6 +7,7 @@ layouts that caches have, and every table of cases holds length 1 and rows with 
 
 from __future__ import annotations
 
+from kvcomp.selftest.append_cases import append_cases
 from kvcomp.selftest.attention_cases import attention_cases
 from kvcomp.selftest.case import Case
 from kvcomp.selftest.code_cases import code_cases
@@ -19,6 +20,7 @@ from kvcomp.selftest.selection_cases import selection_cases
 
 CASES: list[Case] = sorted(
     [
+        *append_cases(),
         *attention_cases(),
         *code_cases(),
         *engine_cases(),

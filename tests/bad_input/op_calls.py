@@ -157,6 +157,15 @@ def store_slots(**changes):
     return Call(ops.store_slots, *args.values())
 
 
+def append_rows(**changes):
+    """A good call: three tokens for a row, one for the other."""
+    args = {"k": torch.randn(B, HKV, 3, D), "v": torch.randn(B, HKV, 3, D)}
+    args |= {name: torch.zeros(B, HKV, T, D) for name in ("k_cache", "v_cache")}
+    args |= {"seq_lens": ints(T - 3, 5), "logical_lens": ints(T, 9)}
+    args |= {"words": None, "words_cache": None, "added": ints(3, 1), **changes}
+    return Call(ops.append_rows, *args.values())
+
+
 def attend_and_select(page_size=16, num_pages=2, **changes):
     args = decode_attention().named | {"logits": torch.zeros(B, HQ, T), **changes}
     return Call(ops.attend_and_select, **args, page_size=page_size, num_pages=num_pages)

@@ -12,6 +12,7 @@ from bad_input.op_calls import (
     T,
     U,
     append_attention,
+    append_rows,
     attend_and_select,
     attention_hits,
     bounds,
@@ -174,6 +175,36 @@ ROWS = [
     Bad(lambda: listed_pages(table=torch.zeros(B, 2, 3, dtype=torch.int32)), "'table'.*H=1.*2"),
     Bad(lambda: listed_pages(pages=torch.zeros(B, 1, 3, dtype=torch.int32)), "'pages'.*K=2.*3"),
     Bad(lambda: listed_pages(pages=torch.zeros(B, 1, 2)), "'pages'.*int32", TypeError),
+    Bad(
+        lambda: append_rows(seq_lens=ints(T - 2, 5)), "37\\], with room for 3 of T=40.*38 in row 0"
+    ),
+    Bad(lambda: append_rows(seq_lens=ints(T - 3, -1)), "'seq_lens'.*-1 in row 1"),
+    Bad(lambda: append_rows(added=ints(3, 4)), "'added'.*m=3.*4 in row 1"),
+    Bad(lambda: append_rows(added=ints(3, -1)), "'added'.*-1 in row 1"),
+    Bad(lambda: append_rows(added=torch.tensor([3, 1])), "'added'.*int32.*int64", TypeError),
+    Bad(lambda: append_rows(logical_lens=ints(T)), "'logical_lens'.*B=2.*1"),
+    Bad(lambda: append_rows(v=torch.randn(B, HKV, 2, D)), "'v'.*m=3.*2"),
+    Bad(
+        lambda: append_rows(k=torch.randn(B, HKV, 3, D).half()), "'v'.*float16.*float32", TypeError
+    ),
+    Bad(lambda: append_rows(v_cache=torch.zeros(B, HKV, T + 1, D)), "'v_cache'.*T=40.*41"),
+    Bad(lambda: append_rows(k_cache=torch.zeros(B, HKV, D, T).mT), "'k_cache'.*contiguous"),
+    Bad(
+        lambda: append_rows(words=torch.zeros(B, HKV, 3, dtype=torch.int32)),
+        "'words_cache'.*words.*None",
+    ),
+    Bad(
+        lambda: append_rows(words_cache=torch.zeros(B, HKV, T, dtype=torch.int32)),
+        "'words'.*None",
+    ),
+    Bad(
+        lambda: append_rows(
+            words=torch.zeros(B, HKV, 3, dtype=torch.int32), words_cache=torch.zeros(B, HKV, T)
+        ),
+        "'words_cache'.*int32.*float32",
+        TypeError,
+    ),
+    Bad(lambda: append_rows(k=torch.empty(B, HKV, 3, D, device="meta")), "'v'.*'k', meta, got cpu"),
     Bad(lambda: store_slots(slot_mapping=torch.tensor([9, -1, 32])), "P=32.*32 in row 2"),
     Bad(lambda: store_slots(slot_mapping=ints(9, -1, 3)), "'slot_mapping'.*int64", TypeError),
     Bad(lambda: store_slots(slot_mapping=torch.tensor([9, 3])), "'slot_mapping'.*N=3.*2"),

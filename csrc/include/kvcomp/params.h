@@ -81,6 +81,24 @@ struct AppendAttentionParams {
   int32_t num_queries;  // m
 };
 
+// Rows that come, and the cache that they go to; strides in bytes.
+struct AppendedPart {
+  const void* from;  // [B, H, m, width]
+  void* into;        // [B, H, T, width], last dimension contiguous
+  int64_t stride_from_b, stride_from_h, stride_from_t, stride_from_d;
+  int64_t stride_into_b, stride_into_h, stride_into_t;
+  int32_t width, element;  // elements of a row, and bytes of one
+};
+
+// New tokens, behind the tokens of each sequence.
+struct AppendRowsParams {
+  AppendedPart parts[3];  // K, V, and of codes their words
+  int32_t* seq_lens;      // [B], written
+  int32_t* logical_lens;  // [B], written, or nullptr
+  const int32_t* added;   // [B] of the m tokens; nullptr: all
+  int32_t num_parts, batch, num_heads, num_tokens;
+};
+
 struct LinearRowsParams {
   static constexpr int kMaxRows = 32;
 
