@@ -415,12 +415,12 @@ def test_lists_of_a_set_are_disjoint_and_cover_everything():
     assert all(torch.equal(one, one.sort(-1).values) for one in lists)
 
 
-@pytest.mark.parametrize("file", (["--json", "x.json"], ["--json=x.json"]))
-@pytest.mark.parametrize("place", (0, 2))
+@pytest.mark.parametrize("file", (["--json", "x.json"], ["--json=my results/x.json"]))
+@pytest.mark.parametrize("place", (0, 2, 4))
 def test_a_result_has_every_word_of_its_command_but_the_file(file, place, monkeypatch):
-    words = ["--part", "loss", "--kv", "int8"]
+    words = ["--part", "answers", "--kinds", "late 500"]
     monkeypatch.setattr(sys, "argv", ["/a/bench_x.py", *words[:place], *file, *words[place:]])
-    assert record.meta("x", "cpu")["command"] == "bench_x.py --part loss --kv int8"
+    assert record.meta("x", "cpu")["command"] == "bench_x.py --part answers --kinds 'late 500'"
 
 
 def test_a_file_never_holds_nan(tmp_path):

@@ -510,6 +510,18 @@ def test_answers_inside_a_text(reproduce, name, corner):
         assert cells == [*(f"{good} of {of}" for good, of in counts), total]
 
 
+def test_facts_before_they_are_asked_for():
+    measured = {row["method"]: row["facts"] for row in rows_of("language/facts")}
+    shown = table(ROOT / "docs" / "lazy_eviction.md", "| tokens since the key |")
+    methods = ("lazy-eviction", "h2o", "random-eviction")
+    assert set(measured) == set(methods)
+    assert list(shown) == [str(fact["since_fact"]) for fact in measured["lazy-eviction"]]
+    for place, fact in enumerate(measured["lazy-eviction"]):
+        held = [measured[method][place]["held"] for method in methods]
+        shares = [f"{100 * share:.0f} %" for share in (fact["hit_lately"], *held)]
+        assert shown[str(fact["since_fact"])] == [f"{fact['since_hit']:.0f}", *shares]
+
+
 def test_free_running(reproduce):
     from accuracy.intervals import bootstrap
 

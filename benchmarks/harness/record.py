@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
-import re
+import shlex
 import subprocess
 import sys
 import time
@@ -195,8 +196,11 @@ class OtherLoad:
 
 def _command(words: Sequence[str]) -> str:
     """The command without its file, which may stand anywhere."""
-    line = " ".join([Path(words[0]).name, *words[1:]])
-    return re.sub(r" --json[ =]\S+", "", line)
+    kept = [Path(words[0]).name]
+    for before, word in itertools.pairwise(words):
+        if before != "--json" and word.partition("=")[0] != "--json":
+            kept.append(word)
+    return shlex.join(kept)
 
 
 def _commit() -> str | None:
