@@ -6,7 +6,13 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import kvcomp
 from kvcomp import METHODS, Delethink, Delta, Full, LazyEviction, LouisKV, cli
@@ -16,7 +22,7 @@ from kvcomp.thinking import Cgrs, GumbelNoise, Stand
 from kvcomp.thinking.drafts import Draft, Trust
 from kvcomp.thinking.ngrams import Entry, NgramTable
 from kvcomp.thinking.noise import gumbel
-from kvcomp.thinking.nucleus import draw_nucleus
+from kvcomp.thinking.nucleus import Nucleus
 from kvcomp.thinking.pace import Pace
 from toy_words import toy_tokenizer
 
@@ -219,14 +225,26 @@ def test_as_many_drafts_as_pay_are_checked():
 
 
 def test_nothing_is_drafted_where_it_loses():
-    """Few drafts are right, or forwards take too long; it is tried again now and then."""
+    """Few drafts are right, or forwards take too long."""
     sure = [0.95**n for n in range(1, 8)]
     for seconds, right in (
         (lambda drafts: 1 + drafts, 1.0),
         (lambda drafts: 1.2 + drafts / 9, 0.0),
     ):
         found = paced(seconds, sure, right)
-        assert found.count(0) > 0.85 * len(found) and any(found)
+        assert found.count(0) > 0.97 * len(found)
+
+
+def test_drafts_are_tried_again():
+    """When they begin to be right, and wherever that is."""
+    sure, pace, found = [0.95**n for n in range(1, 8)], Pace(), []
+    for forward in range(1200):
+        drafts = 0 if pace.rests else pace.drafts(1, 1.0, sure)
+        hoped, right = sum(sure[:drafts]), float(forward > 500)
+        pace.note(1 + drafts, 1 + 0.1 * drafts, drafts, hoped, right * hoped, 1 + right * hoped)
+        found.append(drafts)
+    assert sum(found[:500]) < 60
+    assert statistics.mode(found[800:]) == 7
 
 
 def test_drafting_that_takes_more_than_it_wins_rests():
@@ -238,8 +256,7 @@ def test_drafting_that_takes_more_than_it_wins_rests():
         hoped = sum(sure[:drafts])
         seconds = 1.0 if pace.rests else 2.0 + 0.1 * drafts
         pace.note(1 + drafts, seconds, drafts, hoped, 0.1 * hoped, 1 + 0.1 * hoped)
-    assert sum(drafted) <= 48 and any(drafted[200:])
-    assert not any(drafted[-100:])
+    assert sum(drafted) <= 20 and any(drafted[100:])
 
 
 def test_trust_is_the_share_that_was_right():
@@ -310,17 +327,45 @@ def test_the_command_streams_the_tokens_of_the_run_without(capsys, sampling):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_nucleus_is_drawn_from_without_sorting(dtype):
-    """Each sure draw is the one behind transformers' top-p, over sharp and flat rows, with ties."""
+@pytest.mark.parametrize("top_k", [None, 1, 12, 50])
+def test_a_nucleus_is_drawn_from_without_sorting(dtype, top_k):
+    """Each sure draw is the one behind transformers' warpers: sharp and flat rows, with ties."""
     generator = torch.Generator().manual_seed(1)
     width = torch.linspace(0.2, 6, 60)[:, None]
-    scores = (torch.randn(60, 500, generator=generator) * width).to(dtype).float()
+    logits = (torch.randn(60, 500, generator=generator) * width).to(dtype)
     rows, noise, counted = torch.arange(60), GumbelNoise(3), 0
-    for top_p in (0.3, 0.8, 0.95):
-        for place in range(20):
+    cases = [(0.6, 0.3), (1.3, 0.8), (1.0, 0.95)] + ([(0.7, None)] if top_k else [])
+    for temperature, top_p in cases:
+        warpers = [TemperatureLogitsWarper(temperature)]
+        warpers += [] if top_k is None else [TopKLogitsWarper(top_k)]
+        warpers += [] if top_p is None else [TopPLogitsWarper(top_p)]
+        nucleus = Nucleus.of(warpers)
+        assert nucleus == (temperature, top_k, top_p)
+        scores = logits.float()
+        for each in warpers:
+            scores = each(None, scores)
+        for place in range(10):
             places = torch.full((60,), place)
-            tokens, sure, _, _ = draw_nucleus(scores, top_p, noise.seed, rows, places)
-            want = noise.draw(TopPLogitsWarper(top_p)(None, scores), rows, place)
+            tokens, sure, ids, probs = nucleus.draw(logits, noise.seed, rows, places)
+            want = noise.draw(scores, rows, place)
             assert torch.equal(tokens[sure], want[sure])
             counted += int(sure.sum())
-    assert 0.4 < counted / 3600 < 0.99
+        exact = scores.softmax(1).gather(1, ids)[sure]
+        assert float((exact - probs[sure]).abs().amax()) < 1e-2 or top_p is not None
+    share = counted / (600 * len(cases))
+    assert 0.4 < share < 0.99 if top_k is None else share > 0.8
+
+
+def test_other_warpers_have_no_nucleus():
+    """Those that keep too many tokens to look at, stand in another order, or are others."""
+    warm, top_k, top_p = TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.9)
+    for warpers in (
+        [],
+        [warm],
+        [TopKLogitsWarper(64)],
+        [top_p, top_k],
+        [top_k, top_k],
+        [warm, MinPLogitsWarper(0.1)],
+        [TopPLogitsWarper(0.9, min_tokens_to_keep=2)],
+    ):
+        assert Nucleus.of(warpers) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,19 @@ from transformers import (
 )
 
 from kvcomp.thinking.noise import GumbelNoise
-from kvcomp.thinking.nucleus import draw_nucleus, likeliest
+from kvcomp.thinking.nucleus import Nucleus, likeliest
 
 # Processors for which a row is like any other, whatever its tokens are.
 OF_ANY_ROW = TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper
+AT_ONCE = 2**18  # logits that are looked at together; more take fresh memory at each step
 
-Drawn = tuple[int, list[int], list[float]]  # a token, and the likeliest with their probabilities
+
+class Drawn(NamedTuple):
+    """A token, and the likeliest ones with their probabilities; nothing where they are not told."""
+
+    token: int
+    ids: Sequence[int] = ()
+    probs: Sequence[float] = ()
 
 
 class Draws:
@@ -30,7 +37,7 @@ class Draws:
         processors: the last may be a `GumbelNoise`, which counts instead of `noise`.
         noise: None: greedy.
         rows: of the batch.
-        top: tokens whose probabilities are told.
+        top: tokens whose probabilities are told, where they are.
     """
 
     def __init__(
@@ -40,37 +47,40 @@ class Draws:
         self.noise = given[0] if given else noise
         self.processors = [p for p in processors if not isinstance(p, GumbelNoise)]
         self.rows, self.top = rows, top
+        self.nucleus = None if self.noise is None else Nucleus.of(self.processors)
 
     @property
     def at_once(self) -> bool:
         """Whether draws do not depend on the tokens before, so that all are made together."""
         return all(isinstance(each, OF_ANY_ROW) for each in self.processors)
 
-    def all(self, logits: Tensor, numbers: Tensor, ends: Tensor) -> list[Drawn]:
+    def all(self, logits: Tensor, numbers: Tensor, ends: Tensor, told: bool) -> list[Drawn]:
         """Behind each of R nodes: logits [R, V], the numbers of their rows [R], and the tokens up
         to each [R]. Only for draws that are made `at_once`."""
-        scores, nothing = logits.float(), logits.new_zeros(len(logits), 0, dtype=torch.long)
-        last = self.processors[-1] if self.processors else None
-        if self.noise is None or not (
-            isinstance(last, TopPLogitsWarper) and last.min_tokens_to_keep == 1
-        ):
-            for each in self.processors:
-                scores = each(nothing, scores)
-            return self._drawn(scores, numbers, ends)
-        for each in self.processors[:-1]:
-            scores = each(nothing, scores)
-        tokens, sure, probs, ids = draw_nucleus(
-            scores, float(last.top_p), self.noise.seed, numbers, ends
-        )
+        count = max(AT_ONCE // logits.shape[1], 1)
+        if len(logits) > count:
+            parts = zip(logits.split(count), numbers.split(count), ends.split(count), strict=True)
+            return [drawn for part in parts for drawn in self.all(*part, told)]
+        nothing = logits.new_zeros(len(logits), 0, dtype=torch.long)
+        if self.noise is None or self.nucleus is None:
+            return self._drawn(self._processed(nothing, logits), numbers, ends, told)
+        tokens, sure, ids, probs = self.nucleus.draw(logits, self.noise.seed, numbers, ends)
         if not bool(sure.all()):
             rest = ~sure
-            tokens[rest] = self.noise.draw(
-                last(nothing[rest], scores[rest]), numbers[rest], ends[rest]
-            )
+            scores = self._processed(nothing[rest], logits[rest])
+            tokens[rest] = self.noise.draw(scores, numbers[rest], ends[rest])
+        if not told:
+            return list(map(Drawn, tokens.tolist()))
         known = ids[:, : self.top].tolist(), probs[:, : self.top].tolist()
-        return list(zip(tokens.tolist(), *known, strict=True))
+        return list(map(Drawn, tokens.tolist(), *known))
 
-    def behind(self, logits: Tensor, number: int, prefix: Tensor) -> Drawn:
+    def behind_all(self, logits: Tensor, prefixes: Tensor) -> list[Drawn]:
+        """Behind the prefixes [B, n] of all rows, which are equally long: logits [B, V]."""
+        numbers = torch.arange(self.rows, device=logits.device)
+        ends = torch.full_like(numbers, prefixes.shape[1])
+        return self._drawn(self._processed(prefixes, logits), numbers, ends, told=False)
+
+    def behind(self, logits: Tensor, number: int, prefix: Tensor, told: bool) -> Drawn:
         """Behind one prefix [1, n] of a row: logits [1, V]."""
         scores = logits.float()
         for each in self.processors:
@@ -80,14 +90,22 @@ class Draws:
                 scores = self._in_place(each, prefix, scores)[[number]]
         device = scores.device
         at = torch.tensor([number], device=device), torch.tensor([prefix.shape[1]], device=device)
-        return self._drawn(scores, *at)[0]
+        return self._drawn(scores, *at, told)[0]
+
+    def _processed(self, prefixes: Tensor, logits: Tensor) -> Tensor:
+        scores = logits.float()
+        for each in self.processors:
+            scores = each(prefixes, scores)
+        return scores
 
     def _in_place(self, processor: Callable[..., Tensor], prefix: Tensor, scores: Tensor) -> Tensor:
         """What a processor makes of a row [1, n] at each number [B, n]."""
         return processor(prefix.repeat(self.rows, 1), scores.repeat(self.rows, 1))
 
-    def _drawn(self, scores: Tensor, numbers: Tensor, ends: Tensor) -> list[Drawn]:
-        probs, ids = likeliest(scores, self.top)
+    def _drawn(self, scores: Tensor, numbers: Tensor, ends: Tensor, told: bool) -> list[Drawn]:
         noise = self.noise
         tokens = scores.argmax(1) if noise is None else noise.draw(scores, numbers, ends)
-        return list(zip(tokens.tolist(), ids.tolist(), probs.tolist(), strict=True))
+        if not told:
+            return list(map(Drawn, tokens.tolist()))
+        known = (each.tolist() for each in likeliest(scores, self.top))
+        return list(map(Drawn, tokens.tolist(), *known))

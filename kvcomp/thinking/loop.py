@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Sequence
-from itertools import accumulate, chain, zip_longest
+from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from kvcomp.thinking.stand import Stand
 
 
-AT_ONCE = 2**18  # logits that are looked at together; more take fresh memory at each step
 LEAD = 4.0  # tokens by which a row that is so far ahead counts 1 / e of one that is not
 
 
@@ -50,7 +49,8 @@ class Decoding:
         self.ended = [False] * len(self.rows)
         pad = getattr(config, "_pad_token_tensor", None)
         self.pad = 0 if pad is None else int(pad)
-        self.pace = Pace() if stand.adapt else None
+        self.pace = Pace(len(self.rows)) if stand.adapt else None
+        self.known = [0] * len(self.rows)  # tokens of each that the table has seen
         self.together = stand.together
 
     def run(self, cache: Any, streamer: Any, model_kwargs: dict) -> None:
@@ -78,12 +78,15 @@ class Decoding:
         self.offset: Tensor | None = None
         if isinstance(cache, Cache) and last is not None:
             self.offset = last + 1 - cache.kv.layers[0].logical_lens[:, None].to(last.device)
-        for row in self.rows[:1]:  # copies of one prompt, or one of several
-            self.table.read(row)
+        self.table.read(self.rows[0])  # copies of one prompt, or one of several
+        self.known = [self.prompt] * len(self.rows)
         mask = model_kwargs.get("attention_mask")
         nothing = [Draft() for _ in self.rows]
         self._take(self._picked(logits.flatten(0, 1), range(len(self.rows)), nothing), streamer)
         while not all(self.ended):
+            if not self.rests:
+                self._tell()
+                self.table.catch_up()
             began, active = time.perf_counter(), self.ended.count(False)
             drafts, expected = self._drafts(cache)
             total, widest = sum(map(len, drafts)), max(map(len, drafts))
@@ -103,9 +106,24 @@ class Decoding:
                 right = sum(map(len, new)) - active
                 seconds = time.perf_counter() - began
                 self.pace.note(tokens, seconds, total, expected, right, gained)
+        self._tell()  # for further samples of the question
+
+    @property
+    def rests(self) -> bool:
+        """Whether nothing is looked up or learnt for the next forward."""
+        return self.pace is not None and self.pace.rests
+
+    def _tell(self) -> None:
+        """Let the table read what was decoded at rest."""
+        for number, row in enumerate(self.rows):
+            if self.known[number] < len(row):
+                self.table.read(row, self.known[number])
+                self.known[number] = len(row)
 
     def _drafts(self, cache: Any) -> tuple[list[Draft], float]:
         """Of each row, behind its newest token; and how many of all to expect to be right."""
+        if self.rests and not any(self.ahead):
+            return [Draft() for _ in self.rows], 0.0
         longest = self.table.orders[0]
         left = [self.most - len(row) for row in self.rows]
         most = max(int(min(self.drafter.depth, cache.room - 1, max(left) - 1)), 0)
@@ -113,7 +131,7 @@ class Decoding:
         numbers = [number for number, ended in enumerate(self.ended) if not ended]
         rows = [(n, len(self.rows[n]), self.rows[n][-longest:]) for n in numbers]
         ahead = [self.ahead[number] for number in numbers]
-        if self.pace is not None and self.pace.rests:
+        if self.rests:
             most = min(most, max(map(len, ahead)))
         found = self.drafter.draft(rows, ahead, most, self.draws.noise)
         counts = self._apart(numbers, found) if self.apart else self._alike(found, ahead)
@@ -203,41 +221,44 @@ class Decoding:
         """Of each row, the drafts that are right and the token behind them. Arguments as
         `_forward` returns them."""
         picked: list[list[int]] = [[] for _ in drafts]
-        drawn = self._drawn(logits, first, drafts)
+        told = not self.rests
+        drawn = self._drawn(logits, first, drafts, told)
         for number, (row, draft) in enumerate(zip(self.rows, drafts, strict=True)):
             node: int | None = None if self.ended[number] else 0
             while node is not None:
                 if drawn is None:
                     prefix = self._prefix(number, picked[number])
                     own = logits[first[number] + node][None]
-                    found = self.draws.behind(own, number, prefix)
+                    found = self.draws.behind(own, number, prefix, told)
                 else:
                     found = drawn[number][node]
-                token, ids, probs = found
-                if len(picked[number]) >= len(self.ahead[number]):  # else it was learnt before
+                if told and len(picked[number]) >= len(self.ahead[number]):  # else it knows
                     context = row[-self.table.orders[0] :]
-                    self.table.learn([*context, *picked[number]], ids, probs)
-                picked[number].append(token)
-                node = self.drafter.trust.note(draft, node, token)
+                    self.table.learn([*context, *picked[number]], found.ids, found.probs)
+                picked[number].append(found.token)
+                node = self.drafter.trust.note(draft, node, found.token)
         return picked
 
     def _drawn(
-        self, logits: Tensor, first: Sequence[int], drafts: list[Draft]
+        self, logits: Tensor, first: Sequence[int], drafts: list[Draft], told: bool
     ) -> list[list[Drawn]] | None:
         """Behind each node of each row; None: that needs the tokens before it."""
+        lengths = {len(row) for row in self.rows}
         if not self.draws.at_once:
-            return None
-        device = logits.device
+            if told or any(self.ended) or any(drafts) or len(lengths) > 1:
+                return None
+            every = self.draws.behind_all(logits, self.ids[:, : lengths.pop()])
+            return [[each] for each in every]
         nodes = [
             (first[number] + node, number, len(self.rows[number]) + node)
             for number, draft in enumerate(drafts)
             if not self.ended[number]
             for node in range(1 + len(draft))
         ]
-        at = torch.tensor(nodes, device=device)
-        count = max(AT_ONCE // logits.shape[1], 1)
-        parts = (self.draws.all(logits[p[:, 0]], p[:, 1], p[:, 2]) for p in at.split(count))
-        flat = chain.from_iterable(parts)
+        chosen, numbers, ends = torch.tensor(nodes, device=logits.device).unbind(1)
+        if len(nodes) < len(logits):
+            logits = logits[chosen]
+        flat = iter(self.draws.all(logits, numbers, ends, told))
         return [
             [] if ended else [next(flat) for _ in range(1 + len(draft))]
             for draft, ended in zip(drafts, self.ended, strict=True)
@@ -253,18 +274,32 @@ class Decoding:
 
     def _take(self, new: list[list[int]], streamer: Any) -> None:
         """Tokens of each row are true, up to where it ends."""
+        told, lengths = not self.rests, {len(row) for row in self.rows}
+        alike = len(lengths) == 1 and all(len(tokens) == 1 for tokens in new)
+        if alike:  # as `generate` does it
+            end = lengths.pop()
+            self.ids[:, end] = torch.tensor(new, device=self.ids.device)[:, 0]
+            ends = self.stopping(self.ids[:, : end + 1], None).tolist()
         for number, tokens in enumerate(new):
             row = self.rows[number]
             for token in tokens:
                 if self.ended[number]:
                     break
-                self.ids[number, len(row)] = token
                 row.append(token)
-                prefix = self.ids[number : number + 1, : len(row)]
-                ends = self.stopping(prefix.repeat(len(self.rows), 1), None)
-                self.ended[number] = bool(ends[number])
+                if alike:
+                    self.ended[number] = ends[number]
+                else:
+                    self.ids[number, len(row) - 1] = token
+                    self.ended[number] = self._ends(number)
                 if streamer is not None:
                     streamer.put(torch.tensor([token]))
+            if told:
+                self.known[number] = len(row)
+
+    def _ends(self, number: int) -> bool:
+        """Whether a row ends with its newest token."""
+        prefix = self.ids[number : number + 1, : len(self.rows[number])]
+        return bool(self.stopping(prefix.repeat(len(self.rows), 1), None)[number])
 
     def sequences(self) -> Tensor:
         longest = max(map(len, self.rows))

@@ -32,9 +32,11 @@ class NgramTable:
 
     def __init__(self, orders: Sequence[int], top: int) -> None:
         self.orders, self.top = tuple(orders), top
+        self._none = np.arange(0, -top, -1, dtype=np.int32)  # no tokens, of which each is another
         self.clear()
 
     def clear(self) -> None:
+        self._unread: list[tuple[list[int], int]] = []  # texts, and where to begin
         self._rows: dict[int, int] = {}  # hash of a context -> its row
         self._tokens = np.zeros((256, self.top), np.int32)
         self._probs = np.zeros((256, self.top), np.float32)
@@ -73,21 +75,44 @@ class NgramTable:
             self._seen[row] += 1
             self._said[row] |= said
 
-    def read(self, ids: Sequence[int]) -> None:
-        """A text that is given: what came next in it was sure, and nothing is known beside it."""
-        sure = [1.0] + [0.0] * (self.top - 1)
-        for place in range(min(self.orders), len(ids)):
-            before = ids[max(place - self.orders[0], 0) : place]
-            self.learn(before, [ids[place], *range(-1, -self.top, -1)], sure, said=False)
+    def read(self, ids: Sequence[int], start: int = 0) -> None:
+        """A text that is given, of which all before `start` is known: what came next in it was
+        sure, and nothing is known beside it. It is read when something is
+        looked up, as most runs rest most of the time."""
+        before = max(start - self.orders[0], 0)
+        self._unread.append((list(ids[before:]), start - before))
+
+    def catch_up(self) -> None:
+        """Read what there is to read."""
+        texts, self._unread = self._unread, []
+        for ids, start in texts:
+            for place in range(max(start, min(self.orders)), len(ids)):
+                for order in self.orders:
+                    if place >= order:
+                        self._read(hash(tuple(ids[place - order : place])), ids[place])
 
     def find(self, ids: Sequence[int]) -> Entry | None:
         """What is known behind the longest context of ids that is known."""
+        self.catch_up()
         for order in self.orders:
             if len(ids) >= order:
                 row = self._rows.get(hash(tuple(ids[-order:])))
                 if row is not None:
                     return Entry(self._tokens[row], self._probs[row], order, bool(self._said[row]))
         return None
+
+    def _read(self, key: int, token: int) -> None:
+        row = self._rows.get(key)
+        if row is None:
+            row = self._rows[key] = len(self._rows)
+            self._grow(row)
+            self._tokens[row], self._probs[row] = self._none, 0.0
+            self._tokens[row, 0], self._probs[row, 0] = token, 1.0
+        elif self._tokens[row, 0] == token and self._probs[row, 0] == 1.0:
+            pass  # it was sure of that already
+        else:
+            self._merge(row, [token], [1.0])
+        self._seen[row] += 1
 
     def _merge(self, row: int, tokens: Sequence[int], probs: Sequence[float]) -> None:
         seen = int(self._seen[row])
