@@ -72,3 +72,17 @@ def one_thread():
 def poisoned_outputs():
     with compare.poisoned_outputs():
         yield
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run a command line in this process: exit code, standard output, standard error."""
+    from kvcomp import cli  # needs typer
+
+    monkeypatch.setenv("COLUMNS", "140")
+
+    def run(*args):
+        code = cli.main([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    return run

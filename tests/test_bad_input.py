@@ -11,6 +11,8 @@ from kvcomp.ops import OPS
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TABLES = {  # -> packages without which there is nothing to try
+    "attention_ops": (),
+    "selection_ops": (),
     "ops": (),
     "op_arguments": (),
     "methods": (),

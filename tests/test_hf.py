@@ -7,54 +7,22 @@ import weakref
 
 import pytest
 import torch
-import transformers
-from packaging import version
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+from transformers import DynamicCache, TextStreamer
 
 import kvcomp
-from kvcomp import METHODS, Delta, Full, LazyEviction, LouisKV, StreamingLLM, reasoner
-from kvcomp.cache import HostMemoryError
-from kvcomp.hf import answer_loss, decode_all
-from kvcomp.hf.calibrate import better
-from kvcomp.hf.decode import answer_losses
-from kvcomp.hf.recorders import PageRecorder
-from kvcomp.methods.retrieval import Retrieval
+from hf_batches import STEPS, generate, known_model, padded_batch
+from kvcomp import METHODS, Delta, Full, LazyEviction, StreamingLLM
 from kvcomp.testing.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-STEPS = 24
 DENSE_DELTA = Delta(budget=256, page_size=16, recent=2, warmup=1)  # covers every context here
 LAZY = LazyEviction(budget=24, window=7, alpha=0.02)
-RETRIEVALS = [name for name, method in METHODS.items() if issubclass(method, Retrieval)]
 SPARSE_DELTA = Delta(budget=16, page_size=4, recent=2, warmup=1)
 
 
 @pytest.fixture(scope="module")
 def llama():
     return tiny_model("llama", num_hidden_layers=6)
-
-
-def padded_batch(width=21, pad=6):
-    """Token ids [2, width] and their mask; the first row is left-padded by `pad`."""
-    ids = torch.randint(3, 128, (2, width), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    ids[0, :pad] = mask[0, :pad] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def generate(model, batch, **options):
-    return model.generate(**batch, **{"max_new_tokens": STEPS, "do_sample": False, **options})
-
-
-def known_model(kind):
-    """A tiny model; skips where an older transformers cannot make it."""
-    try:
-        return tiny_model(kind)
-    except ValueError as unknown:
-        if version.parse(transformers.__version__) >= version.parse("5.17"):
-            raise
-        pytest.skip(str(unknown)[:80])
 
 
 @pytest.mark.parametrize(
@@ -353,30 +321,6 @@ def test_report_counts_what_the_formula_says(llama):
     assert "tokens/s" in str(report)
 
 
-def test_calibrate_finds_the_layer_that_points_and_the_one_that_reads():
-    """The reasoner's layer 2 points at the facts and layer 5 reads them: one serves the other."""
-    model = AutoModelForCausalLM.from_pretrained(reasoner.path(), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(reasoner.path())
-    prompts = [reasoner.task.make_problem(nodes=24, steps=60, seed=seed).prompt for seed in (1, 2)]
-    method = Delta(budget=64, page_size=4, recent=2)
-    recorder = PageRecorder(method, every=10)
-    decode_all(model, prompts, recorder, tokenizer=tokenizer, max_new_tokens=120)
-    recall = torch.stack(recorder.recalls).mean(0)
-    assert torch.allclose(recall.diagonal(), torch.ones(8))
-    assert recall[:5, 5].argmax() == 2
-    assert recall[2, 5] > recall[[0, 1, 3, 4], 5].max() + 0.1
-
-
-def test_calibrate_returns_a_delta_that_fits(llama):
-    prompts = [list(range(3, 60)), list(range(90, 20, -1))]
-    found = Delta.calibrate(
-        llama, prompts, num_delta=2, max_new_tokens=20, every=5, budget=16, page_size=4, recent=2
-    )
-    assert found.delta_layers[0] == found.warmup == 2
-    assert len(found.delta_layers) == 2
-    found.check(6)
-
-
 def test_an_exception_leaves_the_model_usable(llama):
     batch = padded_batch()
     stock = generate(llama, batch)
@@ -389,222 +333,3 @@ def test_an_exception_leaves_the_model_usable(llama):
     assert torch.equal(generate(llama, batch), stock)
     assert "_kvcomp_run" not in llama.model.layers[0].self_attn.__dict__
     assert "_prepare_cache_for_generation" not in llama.__dict__
-
-
-def test_calibrate_finds_the_hits_that_matter_to_lazy_eviction():
-    """On the reasoner, whose idle heads spread thin, a low alpha calls every token important."""
-    model = AutoModelForCausalLM.from_pretrained(reasoner.path(), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(reasoner.path())
-    problem = reasoner.task.make_problem(nodes=32, steps=70, seed=1, live=4)
-    found = LazyEviction.calibrate(
-        model,
-        [problem.prompt],
-        tokenizer=tokenizer,
-        max_new_tokens=280,
-        budget=96,
-        alphas=(1e-4, 0.2),
-    )
-    assert found.alpha in (None, 0.2)  # None is 1 / budget, which is tried beside them
-    assert found == LazyEviction(budget=96, window=found.window, alpha=found.alpha)
-    assert 1 <= found.window <= 24
-    given = torch.tensor(tokenizer(problem.gold())["input_ids"])[-280:]
-    low, high = (
-        answer_loss(model, [problem.prompt], [given], method, tokenizer=tokenizer)
-        for method in (LazyEviction(budget=96, window=24, alpha=1e-4), found)
-    )
-    dense = answer_loss(model, [problem.prompt], [given], Full(), tokenizer=tokenizer)
-    assert dense < high < low
-
-
-def test_calibrate_keeps_the_default_unless_another_is_clearly_better():
-    default, lucky, good = (LazyEviction(budget=32, window=w) for w in (8, 4, 2))
-    noise = torch.randn(64 * 24, generator=torch.Generator().manual_seed(0))
-    even = (torch.arange(len(noise)) // 64 % 2 == 0).float()
-    losses = {default: 2 + noise, lucky: 2 + noise - 0.5 * even, good: 1.9 + noise}
-    assert better(default, [default], lambda method: [losses[method]]) == default
-    assert better(default, [lucky], lambda method: [losses[method]]) == default  # not confirmed
-    assert better(default, [good], lambda method: list(losses[method].split(500))) == good
-    losses[good] = 1.99 + noise.flip(0)  # no more than chance explains
-    assert better(default, [good], lambda method: [losses[method]]) == default
-
-
-def test_calibrations_read_given_answers(llama):
-    prompts = [list(range(3, 30)), list(range(90, 63, -1)), [5, 6, 7]]
-    answers = [torch.arange(40, 70), torch.arange(20, 50), torch.arange(99, 59, -1)]
-    fields = {"budget": 16, "window": 4}
-    found = answer_losses(llama, prompts, answers, LazyEviction(**fields))
-    single = [
-        answer_loss(llama, [prompt], [answer], LazyEviction(**fields))
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    assert torch.allclose(torch.stack([x.mean() for x in found]), torch.tensor(single), atol=1e-4)
-    pages = {"budget": 16, "page_size": 4, "recent": 2, "num_delta": 1, "every": 5}
-    assert Delta.calibrate(llama, prompts, answers=answers, **pages).delta_layers == (2,)
-    lazy = LazyEviction.calibrate(llama, prompts, answers=answers, alphas=(0.05,), budget=16)
-    assert lazy.budget == 16 and lazy.window <= 4
-    tau = LouisKV.calibrate(llama, prompts, answers=answers, budget=16, local=4, sinks=1).tau
-    assert -1 <= tau <= 1
-
-
-# Retrieval from host memory.
-
-
-def two_turns(model, batch, copies=False):
-    """Both answers of a conversation; the second also on a copy of the cache, if wanted."""
-    extra = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(2))
-    first = generate(model, batch, return_dict_in_generate=True)
-    ids = torch.cat([first.sequences, extra[: len(first.sequences)]], 1)
-    mask = torch.ones_like(ids)
-    mask[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"]
-    second = {"input_ids": ids, "attention_mask": mask}
-    copied = copy.deepcopy(first.past_key_values) if copies else None
-    out = generate(model, second, past_key_values=first.past_key_values)
-    if copies:
-        assert torch.equal(generate(model, second, past_key_values=copied), out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def stock_turns(llama):
-    return two_turns(llama, padded_batch(60, 11))
-
-
-@pytest.mark.parametrize("name", RETRIEVALS)
-def test_all_retrieved_is_stock_generate(llama, name, stock_turns):
-    """A left-padded batch, two turns: prompt and answer go to the host and come back."""
-    with kvcomp.patch(llama, METHODS[name].example(256)) as run:
-        assert torch.equal(two_turns(llama, padded_batch(60, 11)), stock_turns)
-    assert int(sum(run.meter.fetched_rows)) > 1000
-
-
-@pytest.mark.parametrize("name", RETRIEVALS)
-def test_new_tokens_attend_to_what_is_only_in_the_pool(llama, name):
-    """A prompt in three pieces under a small budget: the logits of stock attention."""
-    batch = padded_batch(60, 11)
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    with torch.no_grad():
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        stock = llama(**batch, position_ids=positions).logits
-        with kvcomp.patch(llama, METHODS[name].example(16)) as run:
-            cache = run.new_cache()
-            for first, last in ((0, 30), (30, 32), (32, 60)):
-                out = llama(
-                    ids[:, first:last],
-                    attention_mask=mask[:, :last],
-                    position_ids=positions[:, first:last],
-                    past_key_values=cache,
-                ).logits
-                held = [layer.max_len for layer in cache.kv.layers]
-                assert held[0] == last and max(held[1:]) <= 16
-                valid = mask[:, first:last].bool()
-                torch.testing.assert_close(
-                    out[valid], stock[:, first:last][valid], rtol=1e-3, atol=1e-3
-                )
-
-
-@pytest.mark.parametrize("name", RETRIEVALS)
-def test_a_second_turn_under_a_small_budget(llama, name):
-    """Rows of a padded batch as they are alone, also when copied in between."""
-    batch = padded_batch(40, 11)
-    alone = {name: tensor[:1, 11:] for name, tensor in batch.items()}
-    with kvcomp.patch(llama, METHODS[name].example(16)):
-        together = two_turns(llama, batch, copies=True)
-        assert torch.equal(two_turns(llama, alone)[0], together[0, 11:])
-
-
-@pytest.mark.parametrize("name", RETRIEVALS)
-def test_a_row_with_fewer_tokens_than_sinks(llama, name):
-    """It is dense until it has enough, its neighbour is as it is alone, and pieces may be short."""
-    batch = padded_batch(60, 57)
-    alone = {name: tensor[1:] for name, tensor in batch.items()}
-    stock = generate(llama, batch)
-    with kvcomp.patch(llama, METHODS[name].example(256)):  # 8 sinks
-        assert torch.equal(generate(llama, batch), stock)
-        assert torch.equal(generate(llama, batch, prefill_chunk_size=7), stock)
-    with kvcomp.patch(llama, METHODS[name].example(16)):
-        assert torch.equal(generate(llama, batch)[1:], generate(llama, alone))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_beams": 3},
-        {"num_beams": 4, "num_return_sequences": 2},
-        {"do_sample": True, "num_return_sequences": 3},
-        {"prefill_chunk_size": 5},
-    ],
-    ids=lambda options: "-".join(options),
-)
-@pytest.mark.parametrize("name", ["louis-kv", "cluster-kv"])
-def test_ways_to_generate_with_a_pool(llama, name, options):
-    batch = padded_batch(30, 6)
-    torch.manual_seed(7)
-    stock = generate(llama, batch, **options)
-    with kvcomp.patch(llama, METHODS[name].example(256)):  # a chunk may be all padding
-        torch.manual_seed(7)
-        assert torch.equal(generate(llama, batch, **options), stock)
-    if "num_beams" in options:
-        alone = {name: tensor[:1, 6:] for name, tensor in batch.items()}
-        with kvcomp.patch(llama, METHODS[name].example(16)):
-            together = generate(llama, batch, **options)
-            rows = options.get("num_return_sequences", 1)
-            assert torch.equal(generate(llama, alone, **options), together[:rows, 6:])
-
-
-@pytest.mark.parametrize("name", RETRIEVALS)
-def test_a_filled_cache_can_be_copied(llama, name):
-    """The recipe for prefix caching, with work still under way in the background."""
-    ids = padded_batch(60)["input_ids"][1:]
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with kvcomp.patch(llama, METHODS[name].example(16)) as run, torch.no_grad():
-        filled = run.new_cache()
-        llama(ids[:, :50], past_key_values=filled)
-        outs = [generate(llama, batch, past_key_values=copy.deepcopy(filled)) for _ in range(2)]
-        assert torch.equal(*outs)
-        assert torch.equal(generate(llama, batch, past_key_values=filled), outs[0])
-
-
-@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3"])
-def test_a_pool_for_half_floats_and_hybrid_layers(kind):
-    model = known_model(kind).bfloat16()
-    batch = padded_batch(60, 11)
-    alone = {name: tensor[1:] for name, tensor in batch.items()}
-    with kvcomp.patch(model, LouisKV.example(24)) as run:
-        together = generate(model, batch)
-        assert torch.equal(generate(model, alone)[0], together[1])
-    assert int(sum(run.meter.fetched_rows)) > 0
-
-
-def test_calibrate_finds_the_similarity_below_which_a_share_of_the_steps_lies(llama):
-    prompts = [list(range(3, 60)), list(range(90, 20, -1))]
-    fields = {"budget": 200, "sinks": 4, "local": 16, "segment": (1, 1000), "dense_layers": 1}
-    found = LouisKV.calibrate(llama, prompts, rate=0.3, max_new_tokens=30, **fields)
-    assert found == LouisKV(tau=found.tau, **fields)
-    with kvcomp.patch(llama, found) as run:
-        for prompt in prompts:
-            ids = torch.tensor([prompt])
-            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            generate(llama, batch, max_new_tokens=30)
-    steps = 2 * (30 - 2) * 5  # an answer's first step has nothing to compare with
-    retrievals = int(sum(run.meter.retrievals)) - 2 * 5
-    assert retrievals / steps == pytest.approx(0.3, abs=0.03)
-
-
-def test_refused_host_memory_leaves_the_model_unpatched(llama):
-    """At the prompt, and at a step in the middle; nobody has to call undo()."""
-    batch = padded_batch()
-    stock, implementation = generate(llama, batch), llama.config._attn_implementation
-    method = LouisKV.example(64)
-    with kvcomp.patch(llama, method) as run:
-        generate(llama, batch, max_new_tokens=260)
-    enough = run.report().host_bytes_peak
-    for limit, least in ((1000, 0), (enough - 1, 21)):
-        seen = []
-        run = kvcomp.patch(llama, dataclasses.replace(method, host_limit=limit))
-        with pytest.raises(HostMemoryError, match=f"limit of {limit} bytes"):
-            seen.append(run.new_cache())
-            generate(llama, batch, max_new_tokens=260, past_key_values=seen[0])
-        assert seen[0].get_seq_length() >= least  # the second limit is reached while decoding
-        assert llama.config._attn_implementation == implementation
-        assert torch.equal(generate(llama, batch), stock)
-        run.undo()

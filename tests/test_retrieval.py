@@ -1,44 +1,22 @@
 """Retrieval methods against slow readings of their rules: what is resident, what is in the pool."""
 
 import copy
-import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvcomp
-from kvcomp import METHODS, LessIsMore, LouisKV, PerTokenRetrieval, TidalDecode, reasoner
+from kvcomp import METHODS, LouisKV, PerTokenRetrieval, reasoner
 from kvcomp.cache import host_pool, slab, unit_index
-from kvcomp.cache.host_pool import HostMemory, HostMemoryError, HostPool
-from kvcomp.cache.rows import Rows
 from kvcomp.methods.retrieval import Retrieval
-from slow.eviction import DIM, KV_HEADS, SCALE, new_cache
+from retrieval_examples import FIELDS, SMALL, louis, make
+from slow.eviction import DIM, KV_HEADS, new_cache
 from slow.retrieval import SLOW
 from slow.retrieval_check import assert_follows
 from slow.retrieval_traces import Recorded, Recorder, Walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SMALL = {"budget": 24, "sinks": 3, "local": 8, "newest": 6, "dense_layers": 0}
-FIELDS = {
-    "louis-kv": {"segment": (2, 7), "cluster_size": 4},
-    "per-token-retrieval": {"segment": (2, 7), "cluster_size": 4},
-    "stride-retrieval": {"stride": 5, "cluster_size": 4},
-    "cluster-kv": {"cluster_size": 6, "output_window": 9, "output_cluster": 3},
-    "quest": {"page_size": 4},
-    "arkvale": {"page_size": 4},
-    "free-kv": {"page_size": 4, "tau": 0.7},
-}
-
-
-def make(name, **fields):
-    return METHODS[name](**{**SMALL, **FIELDS[name], **fields})
-
-
-def louis(**fields):
-    return make("louis-kv", **fields)
 
 
 def test_every_retrieval_method_has_a_slow_reading():
@@ -341,191 +319,6 @@ def test_crop_is_refused(name):
     Walk(12, 10, steps=2).run(cache)
     with pytest.raises(ValueError, match="cannot take tokens back"):
         cache.crop(1)
-
-
-# Memory that is refused.
-
-
-BLOCK = 2 * KV_HEADS * 256 * 2 * DIM * 4  # the first block of two rows
-
-
-def test_a_pool_holds_the_same_whichever_way_it_is_written():
-    """From a GPU rows are laid out first; here by a pool that takes the CPU for one."""
-    k, v = torch.randn(2, 2, 700, 32).unbind()
-    for device in "cpu", "cuda":
-        pool = HostPool(Rows(k[None], v[None]), HostMemory())
-        pool.reserve(300)
-        pool.reserve(703)
-        assert len(pool.blocks) == 2
-        pool.device = torch.device(device)
-        pool.write(0, 3, Rows(k, v))
-        pool.device = torch.device("cpu")
-        for found, want in zip(pool.read(0, 3, 703).parts, (k, v), strict=True):
-            assert torch.equal(found, want)
-
-
-def test_pinned_memory_counts_as_torch_takes_it(monkeypatch):
-    """A power of two of bytes for each block."""
-    plain = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **rest: plain(*shape, **rest))
-    memory = HostMemory(limit=4096)
-    assert memory.empty((3, 100), torch.float32, pinned=True).nbytes == 1200
-    assert memory.used == 2048
-    with pytest.raises(HostMemoryError, match="2048 are taken; 4096 more are needed"):
-        memory.empty((3, 200), torch.float32, pinned=True)
-    memory.empty((512,), torch.float32, pinned=True)
-    assert memory.used == 4096
-
-
-def test_pinned_rows_that_are_selected_take_what_they_took(monkeypatch):
-    plain = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory, **rest: plain(*shape, **rest))
-    stream = SimpleNamespace(synchronize=lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    pool = HostPool(Rows(*torch.zeros(2, 3, 2, 1, 32)), HostMemory())
-    pool.device = torch.device("cuda")
-    pool.reserve(300)
-    before = pool.memory.used
-    for _ in range(3):
-        pool.select(torch.arange(3))
-    assert pool.memory.used == before == 2**19 > pool.nbytes
-
-
-def test_host_memory_over_its_limit():
-    trace = Walk(40, 12, steps=240)
-    cache = new_cache(louis(host_limit=BLOCK - 1))
-    want = f"limit of {BLOCK - 1} bytes, of which 0 are taken; {BLOCK} more are needed"
-    with pytest.raises(HostMemoryError, match=want):
-        trace.fill(cache)
-    cache, free = new_cache(louis(host_limit=2 * BLOCK - 1)), new_cache(louis())
-    for each in (cache, free):
-        trace.fill(each)
-    for step in range(256 - 40):
-        assert torch.equal(trace.decode(cache, step), trace.decode(free, step))
-    layer, step = cache.layers[0], 256 - 40
-    with pytest.raises(HostMemoryError, match=f"limit of .* {BLOCK} are taken; {BLOCK} more"):
-        trace.decode(cache, step)
-    assert cache.state.memory.used == BLOCK == layer.hosted.pool.nbytes
-    cache.state.memory.limit = None  # given more, it goes on as if nothing had been
-    q = trace.q[0][torch.arange(2), :, torch.tensor(trace.lens) + step]
-    assert torch.equal(cache.attend(layer, q, SCALE), trace.decode(free, step)[0])
-    for later in range(step + 1, 240):
-        assert torch.equal(trace.decode(cache, later), trace.decode(free, later))
-
-
-def test_rows_that_have_no_room_are_not_lost():
-    trace = Walk(40, 12, steps=20)
-    cache = new_cache(louis(host_limit=BLOCK))
-    trace.fill(cache)
-    with pytest.raises(HostMemoryError, match=f"limit of {BLOCK} bytes"):
-        cache.select(torch.tensor([0, 0, 1]))
-    assert cache.state.memory.used == BLOCK == cache.layers[0].hosted.pool.nbytes
-    got = torch.stack([trace.decode(cache, step) for step in range(20)])
-    assert torch.equal(got, trace.run(new_cache(louis())))
-
-
-def test_memory_that_cannot_be_pinned(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise RuntimeError("CUDA error: out of memory")
-
-    trace, cache = Walk(40, 12, steps=9), new_cache(louis())
-    empty = torch.empty
-    monkeypatch.setattr(host_pool.torch, "empty", refuse)
-    with pytest.raises(HostMemoryError, match=f"{BLOCK} bytes were refused, 0 are .*out of memory"):
-        trace.fill(cache)
-    assert issubclass(HostMemoryError, MemoryError)
-    assert cache.state.memory.used == 0
-    monkeypatch.setattr(host_pool.torch, "empty", empty)
-    cache.reset()
-    assert torch.equal(trace.run(cache), trace.run(new_cache(louis())))
-
-
-# What goes wrong in the background.
-
-
-def test_what_fails_in_the_background_is_raised_and_stays_raised():
-    class Failing(LouisKV):
-        def units(self, keys, first, last):
-            raise ArithmeticError("in the background")
-
-    fields = dataclasses.asdict(louis())
-    trace, cache = Walk(40, 12, steps=3), new_cache(Failing(**fields))
-    trace.fill(cache)
-    with pytest.raises(ArithmeticError, match="in the background"):
-        copy.deepcopy(cache)
-    for _ in range(2):
-        with pytest.raises(ArithmeticError, match="in the background"):
-            trace.decode(cache, 0)
-
-
-# The methods that share tokens between layers.
-
-LAYERS = 5
-
-
-def slow_shared(trace, method, choose):
-    """The outputs of all steps, [steps, layers, B, Hq, D], one layer of one row at a time."""
-    outputs = []
-    for step in range(trace.steps):
-        rows = []
-        for row, length in enumerate(trace.lens):
-            length, chosen, layers = length + step + 1, None, []
-            everything = max(trace.lens) + step + 1 <= method.budget
-            for layer in range(trace.layers):
-                q = trace.q[layer, row, :, length - 1].double().unflatten(0, (KV_HEADS, -1))
-                k, v = (x[layer, row, :, :length].double() for x in (trace.k, trace.v))
-                logits = q @ k.transpose(1, 2) * SCALE  # [Hkv, G, n]
-                probs = logits.softmax(-1)
-                if layer in (1, 3):
-                    chosen = choose(method, logits)
-                elif layer > 1 and not everything:
-                    probs = logits.masked_fill(~chosen[:, None], -torch.inf).softmax(-1)
-                layers.append((probs @ v).flatten(0, 1))
-            rows.append(torch.stack(layers))
-        outputs.append(torch.stack(rows, 1))
-    return torch.stack(outputs).float()
-
-
-def most_probable(method, logits):
-    score = logits.softmax(-1).sum(1)
-    score[:, -method.recent :] = torch.inf
-    keep = score.topk(min(method.budget, score.shape[-1]), -1).indices
-    return torch.zeros_like(score).scatter(-1, keep, 1.0).bool()
-
-
-def best_of_any_head(method, logits):
-    length = logits.shape[-1]
-    ranking = logits.flatten(0, 1).argsort(-1, descending=True).tolist()
-    chosen = list(range(length))[-method.recent :]
-    for place in range(length):
-        for token in sorted({tokens[place] for tokens in ranking}):
-            if token not in chosen and len(chosen) < method.budget:
-                chosen.append(token)
-    mask = torch.zeros(length, dtype=torch.bool)
-    mask[chosen] = True
-    return mask.expand(KV_HEADS, -1)
-
-
-@pytest.mark.parametrize(
-    "method, choose",
-    [(TidalDecode, most_probable), (LessIsMore, best_of_any_head)],
-    ids=["tidal-decode", "less-is-more"],
-)
-@pytest.mark.parametrize("recent", [1, 5])
-def test_shared_tokens(method, choose, recent):
-    method = method(budget=16, recent=recent, dense_layers=1, selecting=(1, 3))
-    trace = Walk(40, 11, steps=14, layers=LAYERS)
-    got = trace.run(new_cache(method, LAYERS))
-    torch.testing.assert_close(got, slow_shared(trace, method, choose), rtol=1e-4, atol=2e-5)
-
-
-def test_shared_tokens_read_what_they_say():
-    cache = new_cache(TidalDecode(budget=16, dense_layers=1), LAYERS)
-    assert cache.method.plan(LAYERS) == (1, 2) and TidalDecode().plan(28) == (2, 14)
-    trace = Walk(40, steps=10, layers=LAYERS)
-    trace.run(cache)
-    dense = sum(range(41, 51))
-    assert [int(n) for n in cache.meter.read_tokens] == [dense] * 3 + [160] * 2
 
 
 # Parameters.
