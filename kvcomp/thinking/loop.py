@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvcomp.thinking.stand import Stand
 
 
-LEAD = 4.0  # tokens by which a row that is so far ahead counts 1 / e of one that is not
+LEAD = 2.0  # tokens by which a row that is so far ahead counts 1 / e of one that is not
 
 
 class Decoding:

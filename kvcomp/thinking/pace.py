@@ -12,7 +12,7 @@ from collections.abc import Sequence
 NEW = 0.2  # weight of a new forward in the running means
 AGAIN = 64  # forwards of trials after which what was not tried is forgotten, and so tried again
 HOPE = 0.5  # of the seconds of a larger forward, where no smaller one is known
-STEEP = 0.25  # of a forward's seconds, for as many tokens more, where only one size is known
+STEEP = 0.5  # of a forward's seconds, for as many tokens more, where only one size is known
 TRIAL = 8  # forwards after which drafting is judged
 BLIND = 3  # the same, while it is not known what forwards without drafts take
 LOST = 0.5  # forwards without drafts; a trial that has lost more ends at once
