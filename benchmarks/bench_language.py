@@ -30,7 +30,7 @@ from harness.record import header, meta
 from kvcomp import METHODS
 from kvcomp.cli.common import load, pick_device, pick_dtype
 from kvcomp.cli.output import check_output
-from kvcomp.progress import stderr_console
+from kvcomp.progress import passing_bar
 from kvcomp.reading import checksums, windows
 from language import answers, calibrated, facts, free, loss, premises
 from language.questions import kinds
@@ -176,13 +176,8 @@ def run_premises(options: argparse.Namespace) -> None:
 
 
 def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=stderr_console(),
-        transient=True,
+    return passing_bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     )
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from kvcomp.info import cpu_model, versions
+from kvcomp.progress import passing_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,14 +26,13 @@ def plural(count: int, what: str) -> str:
 
 def steps_bar(console: Console) -> Progress:
     """A progress bar that counts steps and disappears at the end."""
-    return Progress(
+    return passing_bar(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("steps"),
         TimeRemainingColumn(),
         console=console,
-        transient=True,
     )
 
 

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
 
 
 def stderr_console() -> Console:
@@ -17,6 +18,15 @@ def stderr_console() -> Console:
     from rich.console import Console
 
     return Console(file=cast("IO[str]", _Lenient(sys.stderr or open(os.devnull, "w"))))
+
+
+def passing_bar(*columns: ProgressColumn, console: Console | None = None) -> Progress:
+    """A progress bar that disappears at its end. There is none in a file or pipe, where it could
+    not be taken back; rich would write an empty line."""
+    from rich.progress import Progress
+
+    console = console or stderr_console()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 class _Lenient:

@@ -168,6 +168,7 @@ def test_a_stopped_answer_ends_with_its_report(signum):
 def test_a_progress_bar_that_cannot_be_shown_costs_nothing(call, monkeypatch):
     with open("/dev/full", "w") as full, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", full)
+        patched.setenv("FORCE_COLOR", "1")  # a bar as on a terminal
         code, out, _ = call(*DEMO)
         cli.silence(full)
     assert code == 0 and "\nfull " in out

@@ -156,6 +156,12 @@ def test_terms_are_shown_and_must_be_accepted(index, capsys):
     assert "Be" in (Path(models.path("polite")) / "TERMS.html").read_text()
 
 
+def test_the_command_prints_the_folder_and_nothing_else(index, capsys):
+    for _ in range(2):  # fetched, and here
+        assert cli.main(["get", "tiny"]) == 0
+        assert capsys.readouterr() == (f"{models.folder() / 'tiny'}\n", "")
+
+
 def test_the_command_lists_and_refuses_names(index, capsys):
     assert cli.main(["get"]) == 0
     listed = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Answers are found in what a model says, and graded by value."""
 
+import signal
 import threading
 from pathlib import Path
 
@@ -197,10 +198,21 @@ def test_garbage_is_wrong_and_raises_nothing(checker, place, monkeypatch):
 
 
 def test_what_never_ends_is_stopped_and_the_next_is_graded(monkeypatch):
-    monkeypatch.setattr(equivalence, "SECONDS", 0.5)  # less than math-verify gives itself
+    monkeypatch.setattr(equivalence, "SECONDS", 0.5)
     assert not grade("math", "5", "\\boxed{9^{9^{9^{9}}}}").correct
     monkeypatch.undo()
     assert grade("math", "1.5", "\\boxed{\\frac{3}{2}}").correct
+
+
+def test_a_busy_machine_does_not_change_a_grade(monkeypatch):
+    """A child that is stopped for longer than a pair may take goes on where it was."""
+    assert grade("math", "0.25", "\\boxed{\\frac14}").correct
+    monkeypatch.setattr(equivalence, "SECONDS", 1.0)
+    child = equivalence._child.process
+    child.send_signal(signal.SIGSTOP)
+    threading.Timer(1.5, child.send_signal, [signal.SIGCONT]).start()
+    assert grade("math", "1.5", "\\boxed{\\frac{3}{2}}").correct
+    assert equivalence._child.process is child
 
 
 def test_a_comparison_that_dies_is_wrong_and_the_next_is_graded():

@@ -1,8 +1,9 @@
 """Whether two answers are the same, by math-verify, in a process of its own.
 
 A formula that a model wrote can take for ever to evaluate, or all memory, and math-verify's own
-limit is a signal, which only the main thread can have, and which does not stop a long integer
-power. So a child process compares, one pair a line, and is killed when it takes too long.
+limit is a signal, which only the main thread can have, which does not stop a long integer power,
+and which also counts the time that other processes have the processor. So a child process compares,
+one pair a line, and ends itself when a pair takes too much of the processor.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from evaluation.notation import alike
 
-SECONDS = 20.0  # for a pair, with which math-verify should be done after its own 5 + 5 + 5
+SECONDS = 15.0  # of the processor, for a pair
+HELD_UP = 900.0  # by the clock, after which the child is taken for dead
 START_SECONDS = 120.0  # for the child's imports, on a busy machine
 COMPARER = Path(__file__).with_name("comparer.py")
 LONGEST = 2000  # characters of an answer; a longer one is compared as text alone
@@ -70,9 +72,9 @@ class _Child:
         with self.lock:
             process = self.process or self.start()
             try:
-                process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+                process.stdin.write(json.dumps([gold, answer, SECONDS]).encode() + b"\n")
                 process.stdin.flush()
-                reply = self.read(process, SECONDS)
+                reply = self.read(process, HELD_UP)
             except OSError:
                 reply = b""
             if not reply:

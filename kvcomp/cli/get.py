@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 
 from kvcomp import models
 from kvcomp.cli.output import say, say_aside
 from kvcomp.models.fetch import terms
-from kvcomp.progress import stderr_console
+from kvcomp.progress import passing_bar
 
 NAMES = ", ".join(models.MODELS)
 
@@ -36,13 +36,8 @@ def get(
         return
     if name in models.MODELS and models.MODELS[name].terms and not models.installed(name):
         say_aside(terms(name))
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=stderr_console(),
-        transient=True,
+    with passing_bar(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     ) as bar:
         task = bar.add_task("", total=None)
 
