@@ -108,11 +108,23 @@ class NgramTable:
             self._grow(row)
             self._tokens[row], self._probs[row] = self._none, 0.0
             self._tokens[row, 0], self._probs[row, 0] = token, 1.0
-        elif self._tokens[row, 0] == token and self._probs[row, 0] == 1.0:
-            pass  # it was sure of that already
         else:
-            self._merge(row, [token], [1.0])
+            self._add(row, token)
         self._seen[row] += 1
+
+    def _add(self, row: int, token: int) -> None:
+        """`_merge` with a token that was sure."""
+        tokens, probs, weight = self._tokens[row], self._probs[row], 1 / (self._seen[row] + 1)
+        probs *= 1 - weight
+        ids = tokens.tolist()
+        place = ids.index(token) if token in ids else self.top - 1
+        chance = probs[place] * (ids[place] == token) + weight
+        if chance < probs[place]:
+            return
+        while place and probs[place - 1] < chance:
+            tokens[place], probs[place] = tokens[place - 1], probs[place - 1]
+            place -= 1
+        tokens[place], probs[place] = token, chance
 
     def _merge(self, row: int, tokens: Sequence[int], probs: Sequence[float]) -> None:
         seen = int(self._seen[row])

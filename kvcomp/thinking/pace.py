@@ -15,8 +15,8 @@ HOPE = 0.5  # of the seconds of a larger forward, where no smaller one is known
 STEEP = 0.5  # of a forward's seconds, for as many tokens more, where only one size is known
 TRIAL = 8  # forwards after which drafting is judged
 BLIND = 3  # the same, while it is not known what forwards without drafts take
-LOST = 0.5  # forwards without drafts; a trial that has lost more ends at once
-SHARE = 0.02  # of a run that trials may cost
+LOST = 2.0  # forwards, for one row; a trial that has lost more ends at once
+SPARE = 12  # forwards of rest for each that a trial has lost, times the number of rows
 WORTH = 1.02  # times the tokens per second of forwards without drafts, for a trial to win
 REST, LONGEST = 16, 256  # forwards without drafts after the first trial that lost, and at most
 LOOK = 4  # forwards without drafts, to learn what they take
@@ -29,7 +29,8 @@ class Pace:
     were right among those expected to be.
 
     Args:
-        rows: of the batch. Several begin with a rest, as drafts win less for them.
+        rows: of the batch. Several begin with a rest and rest longer: drafts win less for them,
+            and a few forwards show that.
     """
 
     def __init__(self, rows: int = 1) -> None:
@@ -39,7 +40,7 @@ class Pace:
         self._rows = 0
         self._plain: float | None = None  # seconds of a forward at rest
         self._gained = self._spent = 0.0  # tokens of a row and seconds in this trial
-        self._tried = 0  # forwards of this trial
+        self._batch, self._tried = rows, 0  # forwards of this trial
         self._left = LOOK if rows > 1 else 0  # of this rest
         self._hope()
         self._pause = REST
@@ -121,14 +122,15 @@ class Pace:
         self._gained, self._spent = self._gained + gained, self._spent + seconds
         plain = self._plain or HOPE * self._spent / self._tried
         lost = self._spent / plain - self._gained  # forwards without drafts
-        if self._tried < (TRIAL if self._plain else BLIND) and not (self._plain and lost > LOST):
+        enough = self._tried >= (TRIAL if self._plain else BLIND)
+        if not enough and not (self._plain and lost > LOST / self._batch):
             return
         if self._gained * plain > WORTH * self._spent:
             self._pause = REST
         elif self._plain is None:
             self._left = LOOK
         else:
-            self._left = min(max(self._pause, int(lost / SHARE)), LONGEST)
+            self._left = min(max(self._pause, int(SPARE * self._batch * lost)), LONGEST)
             self._pause = min(2 * self._left, LONGEST)
         self._tried, self._gained, self._spent = 0, 0.0, 0.0
 
