@@ -12,11 +12,10 @@ from collections.abc import Sequence
 NEW = 0.2  # weight of a new forward in the running means
 AGAIN = 64  # forwards of trials after which what was not tried is forgotten, and so tried again
 HOPE = 0.5  # of the seconds of a larger forward, where no smaller one is known
-STEEP = 0.5  # of a forward's seconds, for as many tokens more, where only one size is known
+STEEP = 0.1  # of a forward's seconds, for a token more, where only one size is known
 TRIAL = 8  # forwards after which drafting is judged
-BLIND = 3  # the same, while it is not known what forwards without drafts take
-LOST = 2.0  # forwards, for one row; a trial that has lost more ends at once
-SPARE = 12  # forwards of rest for each that a trial has lost, times the number of rows
+LOST = 0.5  # forwards; a trial of several rows that has lost more ends at once
+SPARE = 50  # forwards of rest for each that a trial of several rows has lost
 WORTH = 1.02  # times the tokens per second of forwards without drafts, for a trial to win
 REST, LONGEST = 16, 256  # forwards without drafts after the first trial that lost, and at most
 LOOK = 4  # forwards without drafts, to learn what they take
@@ -29,19 +28,19 @@ class Pace:
     were right among those expected to be.
 
     Args:
-        rows: of the batch. Several begin with a rest and rest longer: drafts win less for them,
-            and a few forwards show that.
+        rows: of the batch. For several rows drafts win less, and a few forwards show that: they
+            begin with a rest, end a trial sooner, and rest longer by what it has lost.
     """
 
     def __init__(self, rows: int = 1) -> None:
         self._seconds: dict[int, float] = {}
         self._last: dict[int, int] = {}  # number of the last forward with so many tokens
         self._forwards = 0
-        self._rows = 0
+        self._rows = rows
         self._plain: float | None = None  # seconds of a forward at rest
         self._gained = self._spent = 0.0  # tokens of a row and seconds in this trial
-        self._batch, self._tried = rows, 0  # forwards of this trial
-        self._left = LOOK if rows > 1 else 0  # of this rest
+        self._several, self._tried = rows > 1, 0  # forwards of this trial
+        self._left = LOOK if self._several else 0  # of this rest
         self._hope()
         self._pause = REST
 
@@ -122,15 +121,15 @@ class Pace:
         self._gained, self._spent = self._gained + gained, self._spent + seconds
         plain = self._plain or HOPE * self._spent / self._tried
         lost = self._spent / plain - self._gained  # forwards without drafts
-        enough = self._tried >= (TRIAL if self._plain else BLIND)
-        if not enough and not (self._plain and lost > LOST / self._batch):
+        if self._tried < TRIAL and not (self._several and self._plain and lost > LOST):
             return
         if self._gained * plain > WORTH * self._spent:
             self._pause = REST
         elif self._plain is None:
             self._left = LOOK
         else:
-            self._left = min(max(self._pause, int(SPARE * self._batch * lost)), LONGEST)
+            spared = int(SPARE * lost) if self._several else 0
+            self._left = min(max(self._pause, spared), LONGEST)
             self._pause = min(2 * self._left, LONGEST)
         self._tried, self._gained, self._spent = 0, 0.0, 0.0
 
@@ -139,7 +138,7 @@ def _slope(known: list[tuple[int, float]]) -> float:
     """Seconds of a token more. The smallest forward has no drafts, and any draft at all takes more
     than one more of them."""
     (low, fast), (high, slow) = known[min(1, len(known) - 1)], known[-1]
-    return max(slow - fast, 0.0) / (high - low) if high > low else STEEP * fast / low
+    return max(slow - fast, 0.0) / (high - low) if high > low else STEEP * fast
 
 
 def _guessed(known: list[tuple[int, float]], tokens: int) -> float:
