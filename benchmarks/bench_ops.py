@@ -96,6 +96,7 @@ BENCHMARKS = {
     "merge_states": attention.bench_merge_states,
     "linear_rows": linear.bench_linear_rows,
     "norm_rows": linear.bench_norm_rows,
+    "rotate_rows": linear.bench_rotate_rows,
     "quantize_rows": codes.bench_quantize_rows,
     "hadamard": codes.bench_hadamard,
     "eight_bits": codes.bench_eight_bits,

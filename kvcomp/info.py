@@ -148,7 +148,7 @@ def _isa_line(cpu: dict[str, Any]) -> str:
 def _linear_line(cpu: dict[str, Any]) -> str:
     return (
         f"of a patched model on the CPU: linear_rows ({cpu['isa']}) for up to {cpu['linear_rows']}"
-        " rows and norm_rows without gradients, torch for more"
+        " rows, norm_rows and rotate_rows without gradients, torch for more"
     )
 
 

@@ -15,7 +15,7 @@ from harness import timing
 from kvcomp.ops import OPS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-FOR_CPUS = {"append_rows", "linear_rows", "norm_rows"}
+FOR_CPUS = {"append_rows", "linear_rows", "norm_rows", "rotate_rows"}
 
 
 @pytest.fixture(scope="module")

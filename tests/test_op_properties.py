@@ -133,6 +133,14 @@ def norm_rows(draw):
     return draw.normal(rows, width), draw.normal(width), 10.0 ** -draw.int(3, 9)
 
 
+def rotate_rows(draw):
+    draw.dtype = draw.of(st.sampled_from(HALF_AND_FULL))
+    batch, tokens, dim = draw.int(1, 4), draw.int(0, 6), 16 * draw.int(1, 20)
+    q, k = (draw.normal(batch, tokens, draw.int(1, 7), dim).transpose(1, 2) for _ in "qk")
+    angles = draw.of(st.sampled_from([1, batch]))
+    return q, k, draw.normal(angles, tokens, dim), draw.normal(angles, tokens, dim)
+
+
 def merge_states(draw):
     draw.dtype = draw.of(st.sampled_from(HALF_AND_FULL))
     batch, heads, dim = draw.int(1, 4), draw.int(1, 9), draw.of(dims)
@@ -308,6 +316,7 @@ INPUTS = {  # op -> how its arguments are drawn, which of them it writes, what t
     "linear_rows": (linear_rows, (), None),
     "merge_states": (merge_states, (), None),
     "norm_rows": (norm_rows, (), None),
+    "rotate_rows": (rotate_rows, (), None),
     "page_scores": (page_scores, (), None),
     "select_pages": (select_pages, (), None),
     "attend_and_select": (attend_and_select, (8,), unattended),

@@ -124,3 +124,28 @@ def bench_norm_rows(options: argparse.Namespace, run: Settings) -> Iterator[list
 def _six_ops(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def bench_rotate_rows(options: argparse.Namespace, run: Settings) -> Iterator[list[Row]]:
+    """A token of one and of eight sequences, beside the sixteen ops of transformers' models."""
+    heads, kv_heads, dim = options.shape[0]
+    for batch in (1, 8):
+        for dtype in options.dtype:
+            shapes = [(batch, 1, heads, dim), (batch, 1, kv_heads, dim), *[(batch, 1, dim)] * 2]
+            q, k, cos, sin = (torch.randn(*x, device=run.device).to(DTYPES[dtype]) for x in shapes)
+            sets = [(q.transpose(1, 2), k.transpose(1, 2), cos, sin)]
+            moved = 2 * (q.nbytes + k.nbytes + cos.nbytes)
+            baselines = {"sixteen ops": lambda sets: _sixteen_ops(*sets)}
+            contenders = plain_contenders("rotate_rows", sets[0], moved, baselines, run)
+            shape = f"B={batch} H={heads}/{kv_heads}x{dim}"
+            yield measure("rotate_rows", shape, dtype, sets, contenders, run)
+
+
+def _sixteen_ops(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + _turned(q) * sin, k * cos + _turned(k) * sin
+
+
+def _turned(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)

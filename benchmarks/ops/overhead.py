@@ -54,6 +54,7 @@ def _tiny_calls(device: str) -> dict[str, Callable]:
         "latent_attention": lambda: ops.latent_attention(q, k[0], one, value_dim=16, scale=1.0),
         "linear_rows": lambda: ops.linear_rows(q, q[0]),
         "norm_rows": lambda: ops.norm_rows(q, q[0, 0], 1e-6),
+        "rotate_rows": lambda: ops.rotate_rows(k, k, q, q),
         "merge_states": lambda: ops.merge_states(q, lse, q, lse),
         "quantize_rows": lambda: ops.quantize_rows(k, k, codes, codes, words),
         "hadamard": lambda: ops.hadamard(q),

@@ -23,6 +23,7 @@ void quantize_rows(const QuantizeRowsParams& params);
 void query_similarity(const QuerySimilarityParams& params);
 void recurrence_update(const RecurrenceUpdateParams& params);
 void rotate_keys(const RotateKeysParams& params);
+void rotate_rows(const RotateRowsParams& params);
 void segment_boundaries(const SegmentBoundariesParams& params);
 void select_pages(const SelectPagesParams& params);
 void select_units(const SelectUnitsParams& params);

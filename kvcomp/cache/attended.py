@@ -48,7 +48,9 @@ class Attended(Slab):
         if self.is_shared:
             self._tokens = read.copy()
             self._tokens.pop("logits", None)
-        return self.attend_over(q, scale, self.stored(), **read)
+        # Only GPUs divide the tokens by the room that there is.
+        rows = self.stored(self.capacity if self._k.is_cpu else None)
+        return self.attend_over(q, scale, rows, **read)
 
     def attend_and_select(self, q: Tensor, scale: float, **selection: Any) -> tuple[Tensor, ...]:
         """`attend_and_select` over this layer, counted, for layers without `sinks`. `selection` is

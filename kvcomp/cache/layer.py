@@ -116,6 +116,10 @@ class LayerCache(Moved):
         units = self.hosted.index.nbytes if self.is_hosted else 0
         return sum(tensor.nbytes for tensor in self.state.values()) + units
 
+    def has_room(self, count: int) -> bool:
+        """Whether `count` more tokens go into memory that there is."""
+        return self.filled and self.max_len + count <= self.capacity
+
     def append(self, k: Tensor, v: Tensor, valid: Tensor | None = None) -> None:
         """Add n tokens to every row.
 
@@ -252,7 +256,7 @@ class LayerCache(Moved):
         """Reorder, repeat or drop sequences: rows become `rows` ([B'] int64 indices)."""
         if not self.filled:
             return
-        rows = rows.to(self._k.device)
+        rows, self._accepted = rows.to(self._k.device), None
         if self.is_hosted:
             self.hosted.select(rows)
         self._arrivals.select(rows)

@@ -216,7 +216,9 @@ class Meter:
 
 def _total(counts: Tensor) -> Count:
     """The sum; a number on the CPU, because adding up tensors would take ten times as long."""
-    return counts.sum() if counts.is_cuda else sum(counts.flatten().tolist())
+    if counts.is_cuda:
+        return counts.sum()
+    return sum((counts if counts.ndim == 1 else counts.flatten()).tolist())
 
 
 def _add(counts: list[Count], position: int, count: Count) -> None:

@@ -52,7 +52,8 @@ class Report:
         tokens_reencoded: tokens encoded again at boundaries, over all rows.
         linear_rows_layers: linear layers of the model that go through the op `linear_rows` where
             they have at most 32 rows of input; other_linear_layers: those left to torch;
-            norm_rows_layers: RMS norms that go through the op `norm_rows`. All are 0 with
+            norm_rows_layers: RMS norms that go through the op `norm_rows`; rotate_rows_layers:
+            attention layers that rotate through the op `rotate_rows`. All are 0 with
             `patch(linear_rows=False)`.
         layers: per managed layer: position, tokens_attended, kept and evicted tokens, bytes read
             and fetched, retrieval rate.
@@ -94,6 +95,7 @@ class Report:
     linear_rows_layers: int = 0
     other_linear_layers: int = 0
     norm_rows_layers: int = 0
+    rotate_rows_layers: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
@@ -221,7 +223,8 @@ class Report:
         linear = (
             f"  linear    {self.linear_rows_layers} layers go through linear_rows,"
             f" {self.other_linear_layers} keep their own way;"
-            f" {self.norm_rows_layers} norms through norm_rows"
+            f" {self.norm_rows_layers} norms through norm_rows,"
+            f" {self.rotate_rows_layers} rotations through rotate_rows"
         )
         checked = (
             f"  drafts    {self.tokens_accepted} of {self.tokens_drafted} accepted, in"

@@ -42,6 +42,7 @@ class Slab:
         self.shared_sets = False
         self.token_bytes = self.slot_bytes = 0
         self._most: tuple[int, int] | None = None  # (budget, window) of `limit`
+        self._accepted: tuple | None = None  # what the latest tokens were like that `_check` let in
         self._copies = 1  # of each KV head, see `repeat_heads`
 
     @property
@@ -61,6 +62,8 @@ class Slab:
     def stored(self, end: int | None = None) -> Rows:
         """What lies in slots [0, end), as ops take it; None: `max_len`."""
         end = self.max_len if end is None else end
+        if end == self._k.shape[2]:
+            return Rows(self._k, self._v, self.slots.get(WORDS))
         words = None if self.eight_bits is None else self.slots[WORDS][:, :, :end]
         return Rows(self._k[:, :, :end], self._v[:, :, :end], words)
 
@@ -189,6 +192,11 @@ class Slab:
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """Raise ValueError for new tokens that do not fit those before, or each other."""
+        what = None
+        if valid is None and not torch.compiler.is_compiling():
+            what = k.shape, v.shape, k.dtype, v.dtype, k.device
+            if what == self._accepted:
+                return
         if k.ndim != 4 or v.shape[:-1] != k.shape[:-1] or 0 in k.shape:
             raise ValueError(
                 "kvcomp: append: expected k and v [B, Hkv, n, D] of the same B, Hkv and n, none of"
@@ -209,6 +217,8 @@ class Slab:
         had = batch, heads // self._copies, dim, self._v.shape[3], self._dtype, self._k.device
         got = k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device
         if had == got:
+            if what is not None:
+                self._accepted = what
             return
         names = "batch size", "KV heads", "head size", "head size of V", "dtype", "device"
         for what, old, new in zip(names, had, got, strict=True):

@@ -91,7 +91,7 @@ class StaticLayerCache(LayerCache):
         """Rows become `rows` ([B'] int64 indices), in place if their number does not change."""
         if not self.filled:
             return
-        rows = rows.to(self._k.device)
+        rows, self._accepted = rows.to(self._k.device), None
         if len(rows) == len(self.seq_lens):
             placed = [self._placed] if known(self, "_placed") else []
             for tensor in (*self._slab, *self.state.values(), *self.slots.values(), *placed):

@@ -125,6 +125,11 @@ class Cache(TransformersCache):
         return KVCache(*args)
 
     @property
+    def marks(self) -> bool:
+        """Whether the running forward's tokens are not all valid, or lie in one row."""
+        return self.padding is not None or self.packing is not None
+
+    @property
     def meter(self) -> Meter:
         return self.kv.meter
 

@@ -62,7 +62,8 @@ class Layer(CacheLayerMixin):
         Raises:
             ValueError: the model is not the patched one, so its attention would not read `kv`.
         """
-        if not self.owner.entered:
+        owner, kv = self.owner, self.kv
+        if not owner.entered:
             raise ValueError(
                 "kvcomp: past_key_values: expected the model that this cache was made for, while it"
                 " is patched (this run may have been undone); another model would see only the"
@@ -70,33 +71,36 @@ class Layer(CacheLayerMixin):
             )
         self.is_initialized = True
         fresh = _as_attended(key_states, value_states)
-        self._keep(*fresh)
+        count = key_states.shape[2]
+        if owner.staging or owner.marks or not kv.has_room(count):
+            self._keep(*fresh)
+        else:  # nothing new outlasts this call
+            kv.append(*fresh)
         if not torch.compiler.is_compiling():
-            below = self.kv.cache.layers[max(self.kv.position - 1, 0)]
-            if (
-                below.seen_and_staged != self.kv.seen_and_staged
-            ):  # before the method uses all layers
+            seen, below = kv.seen_and_staged, kv.cache.layers[max(kv.position - 1, 0)]
+            if below.seen_and_staged != seen:  # before the method uses all layers
                 raise ValueError(f"kvcomp: {SKIPS}")
-            if self.window is not None and self.kv.seen_and_staged > self.window:
+            if self.window is not None and seen > self.window:
                 raise ValueError(
                     f"kvcomp: the model's window of {self.window} tokens is full, from where on its"
                     " layers would no longer attend to all"
                 )
         self.fresh = fresh
-        if self.kv.is_shared:
+        if kv.is_shared:
             self.shared = fresh
         return fresh
 
     @outlasting
     def _keep(self, key: Tensor, value: Tensor) -> None:
-        if self.owner.staging:
-            drafts = self.owner.packed_drafts
+        owner = self.owner
+        if owner.staging:
+            drafts = owner.packed_drafts
             if drafts is None:
                 self.kv.stage(key, value)
             else:
                 self.kv.stage(drafts.rows(key, 2), drafts.rows(value, 2), drafts.lens)
         else:
-            packing, valid = self.owner.packing, self.owner.padding
+            packing, valid = owner.packing, owner.padding
             if packing is not None:
                 key, value, valid = packing.rows(key, 2), packing.rows(value, 2), packing.valid
             self.kv.append(key, value, valid)
@@ -183,6 +187,8 @@ def taken_back(tokens: int | Tensor, there: int) -> int:
 def _as_attended(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """K and V in the dtype that attention sees under autocast. Models with fp32 weights pass K in
     fp32, because their rotation makes it so, and V in 16 bits."""
+    if key.is_cpu and not torch.is_autocast_enabled("cpu"):
+        return key, value
     kind = key.device.type
     if not _autocasts(kind):
         return key, value

@@ -34,8 +34,8 @@ def patch(
             steps then compile to one graph: transformers compiles them on a GPU, and
             `run.compile()` does so for your own loops. See `kvcomp.hf.StaticRun`.
         linear_rows: on a CPU, send linear layers with at most 32 rows of input, as decode steps
-            have them, through the op `linear_rows`, and RMS norms through `norm_rows`. False leaves
-            them to torch.
+            have them, through the op `linear_rows`, RMS norms through `norm_rows`, and rotary
+            embeddings through `rotate_rows`. False leaves them to torch.
         kv: "int8" keeps K and V of the managed layers in eight bits, with an fp16 scale per token
             and KV head: about half the bytes, under any method. The first forward attends to exact
             K and V, what follows to those that are kept. "model": as the model makes them.

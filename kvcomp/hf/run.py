@@ -37,6 +37,7 @@ from kvcomp.hf.linear import LinearLayers, speed_up
 from kvcomp.hf.norm import speed_up_norms
 from kvcomp.hf.outlast import outlasting
 from kvcomp.hf.refusals import refuse, unwrapped
+from kvcomp.hf.rotary import speed_up_rotations
 from kvcomp.hf.rotation import key_rotation
 from kvcomp.hf.wrapper import Wrapper
 from kvcomp.methods import Method
@@ -95,13 +96,15 @@ class Run(Generation):
         self._running = threading.local()
         self._gate = Gate(self._take_back)
         self._undo: list[Callable[[], object]] = []
-        self._linear, self._norms = LinearLayers(), 0
+        self._linear, self._norms, self._rotations = LinearLayers(), 0, 0
         try:
             self._apply()
             if linear_rows:
                 self._linear, undo = speed_up(model)
                 self._undo.append(undo)
                 self._norms, undo = speed_up_norms(model)
+                self._undo.append(undo)
+                self._rotations, undo = speed_up_rotations(model)
                 self._undo.append(undo)
         except BaseException:
             self.undo()
@@ -148,7 +151,7 @@ class Run(Generation):
         """The report of everything decoded so far; `layers=True` adds numbers per layer."""
         report = Report.of(self.method, self.meter, self._decode_seconds, layers)
         report.linear_rows_layers, report.other_linear_layers = self._linear
-        report.norm_rows_layers = self._norms
+        report.norm_rows_layers, report.rotate_rows_layers = self._norms, self._rotations
         return report
 
     def undo(self) -> None:

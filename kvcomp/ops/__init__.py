@@ -24,6 +24,7 @@ from kvcomp.ops.quantize_rows import quantize_rows
 from kvcomp.ops.query_similarity import query_similarity
 from kvcomp.ops.recurrence_update import recurrence_update
 from kvcomp.ops.rotate_keys import rotate_keys
+from kvcomp.ops.rotate_rows import rotate_rows
 from kvcomp.ops.segment_boundaries import segment_boundaries
 from kvcomp.ops.select_pages import select_pages
 from kvcomp.ops.select_units import select_units
@@ -57,6 +58,7 @@ __all__ = [
     "query_similarity",
     "recurrence_update",
     "rotate_keys",
+    "rotate_rows",
     "segment_boundaries",
     "select_pages",
     "select_units",

@@ -14,7 +14,7 @@ from kvcomp.selftest.code_cases import code_cases
 from kvcomp.selftest.engine_cases import engine_cases
 from kvcomp.selftest.eviction_cases import eviction_cases
 from kvcomp.selftest.latent_cases import latent_cases
-from kvcomp.selftest.linear_cases import linear_cases, norm_cases
+from kvcomp.selftest.linear_cases import linear_cases, norm_cases, rotation_cases
 from kvcomp.selftest.retrieval_cases import retrieval_cases
 from kvcomp.selftest.selection_cases import selection_cases
 
@@ -29,6 +29,7 @@ CASES: list[Case] = sorted(
         *linear_cases(),
         *norm_cases(),
         *retrieval_cases(),
+        *rotation_cases(),
         *selection_cases(),
     ],
     key=lambda case: case.op,

@@ -1,4 +1,4 @@
-"""Cases of linear layers and of norms on few rows."""
+"""Cases of linear layers, of norms and of rotary embeddings on few rows."""
 
 from __future__ import annotations
 
@@ -60,4 +60,33 @@ def norm_cases() -> list[Case]:
         build("large", (2,), 96, size=100.0),
         build("two-threads", (300,), 531),
         build("no-rows", (0, 1), 32),
+    ]
+
+
+def rotation_cases() -> list[Case]:
+    """Heads split as models do, angles of all sequences or of each, and many tokens."""
+
+    def build(name, batch, tokens, heads, kv_heads, dim, angles=1, inside=False):
+        def make(dtype, device):
+            generator = generator_for(name)
+
+            def drawn(*shape):
+                return torch.randn(shape, generator=generator).to(dtype)
+
+            shape = (batch, tokens, heads + kv_heads, dim)
+            both = drawn(*shape) if inside else drawn(batch, tokens, 2 * shape[2], dim)[:, :, ::2]
+            q, k = both.transpose(1, 2).split([heads, kv_heads], 1)
+            return on(device, q, k, drawn(angles, tokens, dim), drawn(angles, tokens, dim))
+
+        return Case("rotate_rows", name, make, HALF_AND_FULL)
+
+    return [
+        build("one-head", 1, 1, 1, 1, 16),
+        build("decode-step", 1, 1, 9, 3, 64, inside=True),
+        build("rows", 3, 1, 4, 2, 80, angles=3),
+        build("drafts", 2, 5, 7, 1, 128, angles=2, inside=True),
+        build("shared", 3, 2, 2, 2, 48),
+        build("largest", 1, 2, 1, 1, 1024),
+        build("two-threads", 2, 300, 4, 2, 96, angles=2),
+        build("no-tokens", 2, 0, 2, 1, 32),
     ]

@@ -102,6 +102,12 @@ def norm_rows(**changes):
     return Call(ops.norm_rows, **args | changes)
 
 
+def rotate_rows(**changes):
+    args = {"q": torch.randn(B, HQ, 3, D), "k": torch.randn(B, HKV, 3, D)}
+    args |= {name: torch.randn(B, 3, D) for name in ("cos", "sin")}
+    return Call(ops.rotate_rows, **args | changes)
+
+
 def quantize_rows(turn=False, **changes):
     args = {"k": torch.randn(B, HKV, 3, D), "v": torch.randn(B, HKV, 3, D)}
     args |= {name: torch.zeros(B, HKV, 3, D, dtype=torch.int8) for name in ("k_codes", "v_codes")}

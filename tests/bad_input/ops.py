@@ -25,6 +25,7 @@ from bad_input.op_calls import (
     quantize_rows,
     recurrence_update,
     rotate_keys,
+    rotate_rows,
     store_segments,
     store_slots,
     want,
@@ -247,6 +248,21 @@ ROWS = [
     Bad(lambda: fetch_rows(pool=tuple(pool(R))), "'pool'.*list.*tuple", TypeError),
     Bad(lambda: fetch_rows(pool=pool(R, device="meta")), "'pool.0.'"),
     Bad(lambda: fetch_rows(num_sinks=-1), "'num_sinks'.*-1"),
+    Bad(lambda: rotate_rows(k=torch.randn(B, HKV, 4, D)), "'k'.*n=3.*4"),
+    Bad(lambda: rotate_rows(q=torch.randn(B, 3, D)), "'q'.*B, Hq, n, D"),
+    Bad(lambda: rotate_rows(cos=torch.randn(3, 3, D)), "'cos'.*1 or B=2.*3"),
+    Bad(lambda: rotate_rows(sin=torch.randn(1, 3, D)), "'sin'.*B of cos=2.*1"),
+    Bad(lambda: rotate_rows(cos=torch.randn(B, 3, D // 2)), "'cos'.*D=64.*32"),
+    Bad(lambda: rotate_rows(sin=torch.randn(B, 3, D).half()), "'sin'.*float32.*16", TypeError),
+    Bad(lambda: rotate_rows(q=torch.randn(B, HQ, D, 3).mT), "'q'.*contiguous"),
+    Bad(
+        lambda: rotate_rows(
+            q=torch.randn(B, HQ, 3, 40),
+            k=torch.randn(B, HKV, 3, 40),
+            **dict.fromkeys(("cos", "sin"), torch.randn(B, 3, 40)),
+        ),
+        "'q'.*multiple of 16.*40",
+    ),
     Bad(
         lambda: append_rows(seq_lens=ints(T - 2, 5)), "37\\], with room for 3 of T=40.*38 in row 0"
     ),

@@ -122,6 +122,23 @@ struct NormRowsParams {
   float eps;
 };
 
+struct RotatedRows {
+  const void* x;  // [B, H, n, D], last dimension contiguous
+  void* out;      // likewise
+  int64_t stride_x_b, stride_x_h, stride_x_t;
+  int64_t stride_out_b, stride_out_h, stride_out_t;
+  int32_t num_heads;
+};
+
+struct RotateRowsParams {
+  ScalarType dtype;       // of all
+  RotatedRows rows[2];    // queries and keys
+  const void *cos, *sin;  // [B, n, D], last dimension contiguous
+  int64_t stride_cos_b, stride_cos_t;
+  int64_t stride_sin_b, stride_sin_t;
+  int32_t batch, num_tokens, head_dim;
+};
+
 struct MergeStatesParams {
   ScalarType dtype;    // of out_a, out_b and out
   const void* out_a;   // [B, Hq, D], contiguous
