@@ -321,7 +321,10 @@ def test_bad_input(llama):
     for method, options, match in (
         (h2o, {}, "h2o cannot check several tokens at once: it evicts at every step"),
         (Full(), {"num_beams": 2}, "num_beams: expected 1"),
-        (Full(), {"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        *(
+            (Full(), {name: True, "return_dict_in_generate": True}, name)
+            for name in ("output_scores", "output_logits", "output_hidden_states")
+        ),
     ):
         with kvcomp.patch(llama, method) as run:
             with pytest.raises(ValueError, match=match):

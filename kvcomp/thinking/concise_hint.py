@@ -21,9 +21,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from kvcomp.hf.cache import Cache
-from kvcomp.hf.static_cache import StaticCache
 from kvcomp.thinking.checks import is_count, is_number, require, require_texts
+from kvcomp.thinking.custom_loop import refuse_others
 from kvcomp.thinking.words import ends_with, tokens_of
 
 ENDS = (".", "?", "!", "\n")
@@ -202,10 +201,7 @@ class _Rewinding(ConciseHint):
 
     def _refuse(self, cache: Any, ids: Tensor, mask: Any, config: Any, streamer: Any) -> None:
         where = "ConciseHint: place='rewind'"
-        known = isinstance(cache, Cache) and not isinstance(cache, StaticCache)
-        got = type(cache).__name__
-        expected = "a model under kvcomp.patch(model, method), without max_tokens or Delethink"
-        require(known, where, expected, got)
+        refuse_others(where, cache, config, chunks=False)
         method = cache.kv.method
         able = method.croppable and cache.all_managed
         why = "layers that are not managed" if method.croppable else method.one_way
@@ -216,8 +212,4 @@ class _Rewinding(ConciseHint):
         require(
             ids.shape[1] == self.prompt, where, f"a prompt of {self.prompt} columns", ids.shape[1]
         )
-        require((config.num_beams or 1) == 1, f"{where}: num_beams", "1", config.num_beams)
-        scores = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-        wanted = [name for name in scores if getattr(config, name, False)]
-        require(not wanted, where, "no output of steps that are encoded again", wanted)
         require(streamer is None, where, "no streamer, as text changes that is written", streamer)

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from kvcomp.hf.cache import Cache
 from kvcomp.hf.chunked_cache import ChunkedCache
 from kvcomp.hf.drafting import refuse_processors
 from kvcomp.hf.rotation import changes_with_length
-from kvcomp.hf.static_cache import StaticCache
 from kvcomp.ops.append_attention import MOST_QUERIES
 from kvcomp.thinking.checks import is_count, is_number, require
+from kvcomp.thinking.custom_loop import refuse_others
 from kvcomp.thinking.drafts import Drafter
 from kvcomp.thinking.loop import Decoding
 from kvcomp.thinking.ngrams import NgramTable
@@ -102,7 +101,7 @@ class Stand:
         """What `generate(custom_generate=...)` calls: [B, tokens] ids, or an output with them.
 
         Raises:
-            ValueError: a model that is not patched, beams, scores as an output, a method under
+            ValueError: a model that is not patched, beams, outputs of single steps, a method under
                 which drafts cannot be checked, or a logits processor that remembers the steps
                 before; before anything is decoded.
         """
@@ -133,17 +132,7 @@ class Stand:
 
 def _refuse(model: Any, cache: Any, config: Any) -> None:
     """Raise ValueError, with the reason, for what `Stand` cannot do."""
-    known = isinstance(cache, Cache | ChunkedCache) and not isinstance(cache, StaticCache)
-    require(
-        known,
-        "Stand",
-        "a model under kvcomp.patch(model, method), without max_tokens",
-        type(cache).__name__,
-    )
-    beams = config.num_beams or 1
-    require(beams == 1, "Stand: num_beams", "1, as drafts have one next token", beams)
-    scores = bool(config.output_scores or config.output_logits)
-    require(not scores, "Stand: output_scores, output_logits", "False", scores)
+    refuse_others("Stand", cache, config, chunks=True)
     context = cache.context if isinstance(cache, ChunkedCache) else cache
     method: Any = context.kv.method
     if (reason := context.drafts_refused) is not None:
