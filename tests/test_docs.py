@@ -117,6 +117,14 @@ def test_a_row_for_every_method_and_op():
         assert rows(INDEX.parent / "ops.md", name), name
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_the_row_of_an_op_has_its_gpu_kernels(name):
+    sources = {"CUDA": f"csrc/cuda/{name}.cu", "Triton": f"kvcomp/ops/triton/{name}.py"}
+    kernels = [kind for kind, file in sources.items() if (ROOT / file).is_file()]
+    (row,) = rows(INDEX.parent / "ops.md", name)
+    assert row.endswith(f" | {', '.join(kernels) or '–'} |"), row
+
+
 def test_the_index_names_every_page():
     for page in PAGES[2:]:
         assert f"]({page.name})" in INDEX.read_text(), page.name
