@@ -78,15 +78,15 @@ def test_delta_chooses_the_same_pages(problem, monkeypatch):
     model, task, inputs, tokenizer = problem
     same = []
 
-    def in_both(q, k, v, seq_lens, page_size, num_pages, *, logits, num_recent=1, **scaled):
+    def in_both(q, k, v, seq_lens, page_size, num_pages, *, logits, **scaled):
+        forced = {name: scaled.pop(name) for name in ("num_recent", "num_sink")}
         assert (
             logits.dtype == torch.float16
-            and scaled.keys() == {"scale", "num_sink", "words", "softcap"}
-            and not scaled["num_sink"]
+            and scaled.keys() == {"scale", "words", "softcap"}
             and scaled["words"] is scaled["softcap"] is None
         )
         reference = OPS["attend_and_select"].impl("reference")
-        rest = 1, True, num_recent, 0
+        rest = 1, True, *forced.values()
         start = q, k, v, seq_lens, None, page_size, num_pages, scaled["scale"]
         *_, exact, _ = reference(*start, logits.float(), *rest)
         # As kernels do it: the scores are those of the rounded logits.
@@ -96,7 +96,7 @@ def test_delta_chooses_the_same_pages(problem, monkeypatch):
         scores = OPS["page_scores"].impl("reference")(
             logits[:, :, : k.shape[2]], lse, seq_lens, page_size, 1, True
         )
-        chosen = ops.select_pages(scores, seq_lens, page_size, num_pages, num_recent=num_recent)
+        chosen = ops.select_pages(scores, seq_lens, page_size, num_pages, **forced)
         same.append(torch.equal(chosen[0], exact))
         return out, lse, scores, *chosen
 

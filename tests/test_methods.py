@@ -65,9 +65,10 @@ def test_reset_forgets(name):
     assert torch.equal(decode(cache, 40), first)
 
 
-def test_delta_attends_to_what_the_paper_says():
+@pytest.mark.parametrize("sinks", [0, 1, 2])
+def test_delta_attends_to_what_the_paper_says(sinks):
     """Against a slow reading of the rule, in plain torch, one layer and row at a time."""
-    method = Delta(budget=24, page_size=4, recent=2, warmup=1, delta_layers=(1, 4))
+    method = Delta(budget=24, page_size=4, recent=2, warmup=1, delta_layers=(1, 4), sinks=sinks)
     cache = KVCache(method, LAYERS)
     prompt, steps = 33, 12
     got = decode(cache, steps, prompt)
@@ -92,7 +93,7 @@ def test_delta_attends_to_what_the_paper_says():
                 score = torch.zeros(2, pages * 4)
                 score[:, :length] = probs.amax(1)
                 score = score.view(2, pages, 4).sum(-1)
-                score[:, -2:] = torch.inf
+                score[:, -2:] = score[:, :sinks] = torch.inf
                 keep = score.topk(6, -1).indices
                 chosen = torch.zeros(2, pages).scatter(1, keep, 1.0).bool()
                 chosen = chosen.repeat_interleave(4, 1)[:, :length]

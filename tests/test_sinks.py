@@ -120,10 +120,10 @@ def test_delta_scores_what_is_left_beside_them(layer):
     cache.attend(layer, q, 0.3)
     probs, _ = probabilities(layer, q)
     pages = probs.amax(1).unflatten(-1, (10, 4)).sum(-1)
-    pages[:, -1] = torch.inf  # the newest
+    pages[:, [0, -1]] = torch.inf  # the first and the newest
     want = pages.topk(4).indices.sort(-1).values.int()
     assert torch.equal(cache.state.pages[0][:, 0], want)
     unaware = (layer.keys[:, :, :40].repeat_interleave(2, 1) @ q[..., None])[..., 0] * 0.3
     pages = unaware.softmax(-1).amax(1).unflatten(-1, (10, 4)).sum(-1)
-    pages[:, -1] = torch.inf
+    pages[:, [0, -1]] = torch.inf
     assert not torch.equal(pages.topk(4).indices.sort(-1).values.int(), want)

@@ -37,7 +37,7 @@ PUBLISHED = {
     "DeepSeek-R1-Distill-Qwen-7B": (2, 14, 22),
     "DeepSeek-R1-Distill-Qwen-14B": (2, 6, 42),
 }
-PUBLISHED_PAGE = 16  # tokens
+PUBLISHED_FIELDS = {"page_size": 16, "sinks": 0}
 SELECTS = ("query", "step")
 
 
@@ -46,7 +46,7 @@ class Delta(Method, name="delta"):
     """Layer-aware sparse attention. Layer numbers count the layers that the method manages.
 
     Attributes:
-        budget: k = K * P, tokens that a sparse layer attends to, recent pages included.
+        budget: k = K * P, tokens that a sparse layer attends to, recent and first pages included.
         page_size: P, tokens per page; 16 in the paper.
         recent: L, newest pages, always in the set; a partial page counts.
         warmup: W0, number of first layers that attend densely.
@@ -65,7 +65,7 @@ class Delta(Method, name="delta"):
     recent: int = 8  # L
     warmup: int = 2  # W0
     delta_layers: tuple[int, ...] | None = None  # D
-    sinks: int = 0
+    sinks: int = 1
     select: str = field(default="query", repr=False)
     group: Any = field(default=None, repr=False, compare=False)
 
@@ -100,7 +100,7 @@ class Delta(Method, name="delta"):
     @classmethod
     def published(cls, model: Any, **fields: Any) -> Self:
         """An instance with the published delta layers of a model, given as such or by name
-        ("DeepSeek-R1-Distill-Qwen-7B"), and the published pages of 16 tokens.
+        ("DeepSeek-R1-Distill-Qwen-7B"), and the paper's pages of 16 tokens, the first not kept.
 
         Raises:
             ValueError: no set was published for that model; `calibrate` finds one.
@@ -111,7 +111,7 @@ class Delta(Method, name="delta"):
                 f"kvcomp.Delta: no published delta layers for {short!r}, only for"
                 f" {', '.join(PUBLISHED)}; Delta.calibrate(model, prompts) finds them"
             )
-        return cls.for_model(model, **{"page_size": PUBLISHED_PAGE, **fields})
+        return cls.for_model(model, **{**PUBLISHED_FIELDS, **fields})
 
     @classmethod
     def for_model(cls, model: Any, **fields: Any) -> Self:
