@@ -25,11 +25,12 @@ from kvcomp import Delta, LazyEviction
 from kvcomp.engines.vllm import pages
 from kvcomp.engines.vllm.blocks import leaving
 from kvcomp.engines.vllm.lazy import LazyStep, PromptLengths
-from kvcomp.engines.vllm.placing import asked, check_others, manageable, page_sizes, place_layers
+from kvcomp.engines.vllm.managed import ManagedLayer
+from kvcomp.engines.vllm.placing import asked, check_others, page_sizes, place_layers
 from kvcomp.engines.vllm.prompts import PromptPlanner, Prompts
 from kvcomp.engines.vllm.settings import Settings, SinkWindow
 from kvcomp.engines.vllm.sink_window import kept_pages
-from kvcomp.engines.vllm.step import PlacedLayer, Step
+from kvcomp.engines.vllm.step import Step
 
 
 class KvcompCPUBackend(CPUAttentionBackend):
@@ -133,13 +134,10 @@ class KvcompBuilder(CPUAttentionMetadataBuilder):
         return self.logits[:needed].view(batch, self.num_heads, positions)
 
 
-class KvcompImpl(CPUAttentionBackendImpl):
+class KvcompImpl(ManagedLayer, CPUAttentionBackendImpl):
     """One attention layer."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.managed = manageable(self, self.sliding_window != -1)
-        self.placed: PlacedLayer | None = None  # by the builder, when all layers are known
+    no_window = -1
 
     def do_kv_cache_update(
         self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -149,36 +147,17 @@ class KvcompImpl(CPUAttentionBackendImpl):
         else:
             pages.write(kv_cache, key, value, slot_mapping[: len(key)])
 
-    def forward(
+    def keys_and_values(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        return pages.keys_and_values(kv_cache)
+
+    def attend_to_prompts(
         self,
         layer: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Any,
+        metadata: Any,
         output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """query, output [tokens, Hq, D]; kv_cache [pages, Hkv, P, 2 * D]."""
-        if not self.managed or attn_metadata is None:  # without metadata: a warm-up
-            return super().forward(
-                layer,
-                query,
-                key,
-                value,
-                kv_cache,
-                attn_metadata,
-                output,
-                output_scale,
-                output_block_scale,
-            )
-        count, step = attn_metadata.num_decodes, attn_metadata.step
-        if step is not None:
-            k, v = pages.keys_and_values(kv_cache)
-            assert self.placed is not None, "the builder places all layers before the first step"
-            self.placed.decode(query[:count], k, v, step, self.scale, output[:count])
-        if attn_metadata.prompts is not None:
-            attn_metadata.prompts.attend(query, kv_cache, output, self.scale)
-        return output
+    ) -> None:
+        metadata.prompts.attend(query, kv_cache, output, self.scale)

@@ -26,9 +26,10 @@ from vllm.v1.attention.backends.triton_attn import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from kvcomp import Delta
-from kvcomp.engines.vllm.placing import asked, check_others, manageable, page_sizes, place_layers
+from kvcomp.engines.vllm.managed import ManagedLayer
+from kvcomp.engines.vllm.placing import asked, check_others, page_sizes, place_layers
 from kvcomp.engines.vllm.settings import Settings
-from kvcomp.engines.vllm.step import PlacedLayer, Step
+from kvcomp.engines.vllm.step import Step
 
 
 class KvcompBackend(TritonAttentionBackend):
@@ -140,51 +141,35 @@ class KvcompBuilder(TritonAttentionMetadataBuilder):
         )
 
 
-class KvcompImpl(TritonAttentionImpl):
+class KvcompImpl(ManagedLayer, TritonAttentionImpl):
     """One attention layer."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.managed = manageable(self, self.sliding_window != (-1, -1))
-        self.placed: PlacedLayer | None = None  # by the builder, when all layers are known
+    no_window = (-1, -1)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         return not self.managed and super().fused_output_quant_supported(quant_key)
 
-    def forward(
+    def knows(self, metadata: Any) -> bool:
+        return isinstance(metadata, KvcompMetadata)
+
+    def keys_and_values(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Of any strides."""
+        k, v = kv_cache.split(self.head_size, dim=-1)
+        return k, v
+
+    def attend_to_prompts(
         self,
         layer: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: Any,
+        metadata: Any,
         output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """query, output [tokens, Hq, D]; kv_cache [pages, Hkv, P, 2 * D] of any strides."""
-        if not self.managed or not isinstance(attn_metadata, KvcompMetadata):
-            return super().forward(
-                layer,
-                query,
-                key,
-                value,
-                kv_cache,
-                attn_metadata,
-                output,
-                output_scale,
-                output_block_scale,
-            )
-        count, step, prompts = attn_metadata.num_decodes, attn_metadata.step, attn_metadata.prompts
-        if step is not None:
-            k, v = kv_cache.split(self.head_size, dim=-1)
-            assert self.placed is not None, "the builder places all layers before the first step"
-            self.placed.decode(query[:count], k, v, step, self.scale, output[:count])
-        if prompts is not None:
-            rest = query[count:], key[count:], value[count:], kv_cache, prompts, output[count:]
-            super().forward(layer, *rest)
-        return output
+    ) -> None:
+        count, prompts = metadata.num_decodes, metadata.prompts
+        rest = query[count:], key[count:], value[count:], kv_cache, prompts, output[count:]
+        TritonAttentionImpl.forward(self, layer, *rest)
 
 
 def behind(batch: CommonAttentionMetadata, row: int, token: int) -> CommonAttentionMetadata:
