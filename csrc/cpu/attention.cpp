@@ -21,23 +21,13 @@
 #include <vector>
 
 #include "attention_state.h"
-#include "attention_tile.h"
+#include "attention_walks.h"
 #include "kvcomp/head_sizes.h"
 
 namespace kvcomp::cpu {
 namespace {
 
-constexpr int kMostRows = 64;  // of a KV head in a walk: their states stay in L2
-
-// The rows [first_row, first_row + rows) of each KV head [head, head + heads_together).
-struct Walk {
-  int batch, head, first_row, rows;
-};
-
-// A token of a walk, the first of a tile.
-struct Place {
-  int batch, walk, token;
-};
+constexpr int kAhead = 2;  // tiles for whose pieces memory is asked before they are fetched
 
 // A walk that lies in several parts.
 struct Cut {
@@ -56,29 +46,21 @@ class Kernel {
         coded_(p_.kv_dtype == ScalarType::i8),
         qk_(coded_ ? rows_.codes.qk : typed_.qk),
         store_(coded_ ? typed_.narrow : typed_.store),
-        layout_(p_),
-        group_(p_.num_heads / p_.num_kv_heads),
-        state_rows_(layout_.heads_together * std::min(group_ * m_.num_queries, kMostRows)) {
-    static thread_local std::vector<std::int64_t> first_span;
-    first_span.assign(1, 0);
-    for (int b = 0; b < p_.batch; ++b) {
-      first_span.push_back(first_span.back() + std::int64_t{num_walks(b)} * num_spans(b));
-      work_ += std::int64_t{p_.seq_lens[b]} * queries(b) * p_.num_heads * p_.head_dim;
-    }
-    first_span_ = first_span.data();
-  }
+        walks_(params),
+        layout_(walks_.layout()) {}
 
   void run() {
     constexpr std::int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
     constexpr int kPartsPerThread = 4;        // so that a thread that falls behind takes fewer
-    const std::int64_t total = first_span_[p_.batch];
-    const int threads = num_threads(work_, kGrain);
+    const std::int64_t total = walks_.total(), work = walks_.work();
+    const int threads = num_threads(work, kGrain);
     const int parts = threads == 1
                           ? 1
                           : static_cast<int>(std::min<std::int64_t>(
-                                {std::int64_t{threads} * kPartsPerThread, work_ / kGrain, total}));
-    state_size_ = State::size(state_rows_, p_.value_dim);
-    scratch_size_ = Scratch::size(state_rows_, p_.head_dim, p_.value_dim);
+                                {std::int64_t{threads} * kPartsPerThread, work / kGrain, total}));
+    const int rows = walks_.state_rows();
+    state_size_ = State::size(rows, p_.value_dim);
+    scratch_size_ = Scratch::size(rows, p_.head_dim, p_.value_dim);
     const std::size_t cut_size = find_cuts(parts);
     static thread_local Workspace workspace;
     scratches_ = workspace.get(parts * scratch_size_ + cut_size);
@@ -91,54 +73,12 @@ class Kernel {
       for (int part = 0; part < parts; ++part) run_part(part, parts);
     }
     for (int b = 0; b < p_.batch; ++b) {
-      const int answered = num_spans(b) > 0 ? queries(b) : 0;
+      const int answered = walks_.num_spans(b) > 0 ? walks_.queries(b) : 0;
       for (int query = answered; query < m_.num_queries; ++query) store_nothing(b, query);
     }
   }
 
  private:
-  // Of a sequence.
-  int queries(int batch) const { return m_.q_lens ? m_.q_lens[batch] : m_.num_queries; }
-  int num_blocks(int batch) const { return (queries(batch) * group_ + kMostRows - 1) / kMostRows; }
-  int num_walks(int batch) const {
-    return p_.num_kv_heads / layout_.heads_together * num_blocks(batch);
-  }
-  int num_spans(int batch) const {
-    return (p_.seq_lens[batch] + layout_.span_size - 1) / layout_.span_size;
-  }
-
-  Walk walk_at(const Place& place) const {
-    const int blocks = num_blocks(place.batch), block = place.walk % blocks;
-    const int rows = queries(place.batch) * group_;
-    const int first = rows * block / blocks;
-    return {place.batch, place.walk / blocks * layout_.heads_together, first,
-            rows * (block + 1) / blocks - first};
-  }
-
-  std::int64_t part_begin(int part, int parts) const {
-    return first_span_[p_.batch] * part / parts;
-  }
-
-  Place place_at(std::int64_t span) const {
-    const std::int64_t* after = std::upper_bound(first_span_, first_span_ + p_.batch + 1, span);
-    const int batch = static_cast<int>(after - first_span_) - 1;
-    const std::int64_t rest = span - first_span_[batch];
-    const int spans = num_spans(batch);
-    return {batch, static_cast<int>(rest / spans),
-            static_cast<int>(rest % spans) * layout_.span_size};
-  }
-
-  void advance(Place& place) const {
-    place.token += layout_.tile_size;
-    if (place.token < p_.seq_lens[place.batch]) return;
-    place.token = 0;
-    if (++place.walk < num_walks(place.batch)) return;
-    place.walk = 0;
-    do {
-      ++place.batch;
-    } while (place.batch < p_.batch && first_span_[place.batch] == first_span_[place.batch + 1]);
-  }
-
   // Lists the walks that borders between parts cut; returns the room for the states of their spans.
   std::size_t find_cuts(int parts) {
     static thread_local std::vector<Cut> cuts;
@@ -147,12 +87,12 @@ class Kernel {
     cut_at.assign(parts + 1, -1);
     std::size_t size = 0;
     for (int part = 1; part < parts; ++part) {
-      const std::int64_t border = part_begin(part, parts);
-      const Place place = place_at(border);
+      const std::int64_t border = walks_.part_begin(part, parts);
+      const Place place = walks_.place_at(border);
       if (place.token == 0) continue;
       const std::int64_t first = border - place.token / layout_.span_size;
       if (cuts.empty() || cuts.back().first_span != first) {
-        const int spans = num_spans(place.batch);
+        const int spans = walks_.num_spans(place.batch);
         cuts.push_back({first, spans, spans, size});
         size += spans * state_size_;
       }
@@ -174,23 +114,26 @@ class Kernel {
   }
 
   State cut_state(const Cut& cut, int span) const {
-    return State(cut_states_ + cut.states + span * state_size_, state_rows_);
+    return State(cut_states_ + cut.states + span * state_size_, walks_.state_rows());
   }
 
   void run_part(int part, int parts) const {
-    const std::int64_t begin = part_begin(part, parts), end = part_begin(part + 1, parts);
+    const std::int64_t begin = walks_.part_begin(part, parts);
+    const std::int64_t end = walks_.part_begin(part + 1, parts);
     if (begin == end) return;
-    const Scratch scratch(scratches_ + part * scratch_size_, state_rows_, p_.head_dim,
+    const Scratch scratch(scratches_ + part * scratch_size_, walks_.state_rows(), p_.head_dim,
                           p_.value_dim);
     TileRows rows[2];
     TileRows *current = &rows[0], *next = &rows[1];
-    Place place = place_at(begin), following = place;
-    Walk walk = walk_at(place);
+    Place place = walks_.place_at(begin), following = place;
+    Walk walk = walks_.walk_at(place);
+    Asked asked{place, end - begin};
+    for (int i = 0; i < kAhead; ++i) ask(asked);
     gather(*current, place, walk.head);
     std::int64_t walk_begin = begin;  // of this part
     for (std::int64_t number = begin; number < end; ++number) {
       if (number == begin || place.token == 0) {
-        walk = walk_at(place);
+        walk = walks_.walk_at(place);
         walk_begin = number;
         prepare_q(walk, scratch.q);
       }
@@ -203,13 +146,14 @@ class Kernel {
       const int stop = std::min(place.token + layout_.span_size, length);
       const bool whole = stop == length;  // the walk ends here
       for (int token = place.token; token < stop; token += layout_.tile_size, place = following) {
-        advance(following);
+        walks_.advance(following);
+        ask(asked);
         const bool last = number + 1 == end && token + layout_.tile_size >= stop;
         for (int i = 0; i < layout_.heads_together; ++i) {
           if (i + 1 < layout_.heads_together) {
             gather(*next, place, walk.head + i + 1);
           } else if (!last) {
-            gather(*next, following, walk_at(following).head);
+            gather(*next, following, walks_.walk_at(following).head);
           } else {
             next = current;
           }
@@ -226,9 +170,24 @@ class Kernel {
     }
   }
 
+  // Where the tiles of a part begin for whose pieces memory has not been asked, and the spans left.
+  struct Asked {
+    Place next;
+    std::int64_t spans;
+  };
+  void ask(Asked& asked) const {
+    if (!p_.page_ids || asked.spans == 0) return;
+    const Place place = asked.next;
+    const int head = walks_.walk_at(place).head, end = walks_.tile_end(place);
+    for (int i = 0; i < layout_.heads_together; ++i) {
+      TileRows::ask(p_, place.batch, head + i, place.token, end);
+    }
+    walks_.advance(asked.next);
+    if (asked.next.token % layout_.span_size == 0) --asked.spans;
+  }
+
   void gather(TileRows& rows, const Place& place, int head) const {
-    const int end = std::min(place.token + layout_.tile_size, p_.seq_lens[place.batch]);
-    rows.gather(p_, place.batch, head, place.token, end, layout_.tile_size);
+    rows.gather(p_, place.batch, head, place.token, walks_.tile_end(place), layout_.tile_size);
   }
 
   // Query and query head of a walk's row.
@@ -236,8 +195,8 @@ class Kernel {
     int query, head;
   };
   Row row_of(const Walk& walk, int head, int row) const {
-    const int at = walk.first_row + row;
-    return {at / group_, (walk.head + head) * group_ + at % group_};
+    const int at = walk.first_row + row, group = walks_.group();
+    return {at / group, (walk.head + head) * group + at % group};
   }
 
   template <class Visit>  // (index in a state, row) of all of a walk's rows
@@ -310,7 +269,7 @@ class Kernel {
 
   // -inf for the new tokens that a query does not see; and what is wanted of the logits.
   void finish_logits(const TileRows& rows, int batch, Row row, float* logits) const {
-    const int first_new = p_.seq_lens[batch] - queries(batch);
+    const int first_new = p_.seq_lens[batch] - walks_.queries(batch);
     if (rows.position[rows.count - 1] >= first_new) {
       const std::uint64_t seen = m_.tail ? m_.tail[batch * m_.stride_tail_b + row.query]
                                          : ~(~std::uint64_t{1} << row.query);
@@ -378,13 +337,10 @@ class Kernel {
   const bool coded_;              // K and V are codes
   decltype(simd::TypedRows::qk) qk_;
   decltype(simd::TypedRows::store) store_;
+  const Walks walks_;
   // Memory delivers rows in sequence best when K and V are fetched by turns, 8 to 16 KiB each, and
   // each while the other is in work; scattered rows take longer and are fetched a tile ahead.
-  const Layout layout_;
-  const int group_;                 // G
-  const int state_rows_;            // of the largest walk
-  std::int64_t work_ = 0;           // multiply-adds of qk
-  const std::int64_t* first_span_;  // [B + 1] spans of all walks before a sequence
+  const Layout& layout_;
   std::size_t state_size_, scratch_size_;
   Cut* cuts_;
   const int* cut_at_;  // [parts + 1] which walk the border before a part cuts, -1: none

@@ -51,53 +51,43 @@ struct TileRows {
   // Tokens [first, end) of a sequence; end - first <= tile_size.
   void gather(const DecodeAttentionParams& p, int batch, int head, int first, int end,
               int tile_size) {
-    const int size = size_of(p.kv_dtype);
-    const char* k_base =
-        static_cast<const char*>(p.k) + (batch * p.stride_k_b + head * p.stride_k_h) * size;
-    const char* v_base =
-        static_cast<const char*>(p.v) + (batch * p.stride_v_b + head * p.stride_v_h) * size;
-    const std::int64_t step_k = p.stride_k_t * size, step_v = p.stride_v_t * size;
-    const std::uint32_t* words_base =
-        p.words ? p.words + batch * p.stride_words_b + head * p.stride_words_h : nullptr;
+    const Bases bases(p, batch, head);
     count = num_pieces = 0;
-    const auto add = [&](int token, std::int64_t slot, int length) {
-      const char *next_k = k_base + slot * step_k, *next_v = v_base + slot * step_v;
+    const bool pages = p.page_ids && p.page_size > 1;
+    for_each_piece(p, batch, head, first, end, [&](int token, std::int64_t slot, int length) {
+      if (pages) {
+        touch(bases.k + slot * bases.step_k, (length - 1) * bases.step_k);
+        touch(bases.v + slot * bases.step_v, (length - 1) * bases.step_v);
+      }
+      const char *next_k = bases.k + slot * bases.step_k, *next_v = bases.v + slot * bases.step_v;
       const int begin = count;  // and pointers in registers: lists are written, nothing is read
-      for (int i = 0; i < length; ++i, next_k += step_k, next_v += step_v) {
+      for (int i = 0; i < length; ++i, next_k += bases.step_k, next_v += bases.step_v) {
         position[begin + i] = token + i;
         k[begin + i] = next_k;
         v[begin + i] = next_v;
       }
-      if (words_base) {
-        touch(words_base + slot);
-        pieces[num_pieces++] = {words_base + slot, length};
+      if (bases.words) {
+        touch(bases.words + slot);
+        pieces[num_pieces++] = {bases.words + slot, length};
       }
       count = begin + length;
-    };
-    const std::int32_t* ids =
-        p.page_ids ? p.page_ids + batch * p.stride_ids_b + head * p.stride_ids_h : nullptr;
-    if (!ids) {
-      add(first, first, end - first);
-    } else if (p.page_size == 1) {
-      for (int at = first; at < end; ++at) {
-        if (ids[at] >= 0) add(at, ids[at] * std::int64_t{p.page_pitch}, 1);
-      }
-    } else {
-      for (int at = first, page = first / p.page_size; at < end; ++page) {
-        const int length = std::min((page + 1) * p.page_size, end) - at;
-        const std::int64_t slot = ids[page] * std::int64_t{p.page_pitch} + at - page * p.page_size;
-        if (ids[page] >= 0) {
-          touch(k_base + slot * step_k, (length - 1) * step_k);
-          touch(v_base + slot * step_v, (length - 1) * step_v);
-          add(at, slot, length);
-        }
-        at += length;
-      }
-    }
+    });
     for (int i = count; i < tile_size; ++i) {  // full lists, as rows.h wants them
-      k[i] = count ? k[count - 1] : k_base;
-      v[i] = count ? v[count - 1] : v_base;
+      k[i] = count ? k[count - 1] : bases.k;
+      v[i] = count ? v[count - 1] : bases.v;
     }
+  }
+
+  // Asks for the listed pieces of tokens [first, end). A piece that lies by itself takes an address
+  // translation of its own, the slowest part of it, and more so if the translation is not cached
+  // either: a tile ahead, when gather asks again, is too late for some.
+  static void ask(const DecodeAttentionParams& p, int batch, int head, int first, int end) {
+    const Bases bases(p, batch, head);
+    for_each_piece(p, batch, head, first, end, [&](int, std::int64_t slot, int) {
+      if (bases.words) touch(bases.words + slot);
+      touch(bases.k + slot * bases.step_k);
+      touch(bases.v + slot * bases.step_v);
+    });
   }
 
   void read_words(std::uint32_t* words) const {
@@ -112,9 +102,45 @@ struct TileRows {
   }
 
  private:
-  // Starts to fetch where a piece begins and, `last` bytes behind, ends. A piece that lies by
-  // itself takes an address translation of its own, which is the slowest part of it: a page's comes
-  // in time only if it is asked for before its rows are.
+  // Slot 0 of a KV head.
+  struct Bases {
+    const char *k, *v;
+    std::int64_t step_k, step_v;  // bytes
+    const std::uint32_t* words;
+
+    Bases(const DecodeAttentionParams& p, int batch, int head) {
+      const int size = size_of(p.kv_dtype);
+      k = static_cast<const char*>(p.k) + (batch * p.stride_k_b + head * p.stride_k_h) * size;
+      v = static_cast<const char*>(p.v) + (batch * p.stride_v_b + head * p.stride_v_h) * size;
+      step_k = p.stride_k_t * size;
+      step_v = p.stride_v_t * size;
+      words = p.words ? p.words + batch * p.stride_words_b + head * p.stride_words_h : nullptr;
+    }
+  };
+
+  template <class Visit>  // (token, slot, length) of each piece of tokens [first, end)
+  [[gnu::always_inline]] static void for_each_piece(const DecodeAttentionParams& p, int batch,
+                                                    int head, int first, int end,
+                                                    const Visit& visit) {
+    const std::int32_t* ids =
+        p.page_ids ? p.page_ids + batch * p.stride_ids_b + head * p.stride_ids_h : nullptr;
+    if (!ids) {
+      visit(first, first, end - first);
+    } else if (p.page_size == 1) {
+      for (int at = first; at < end; ++at) {
+        if (ids[at] >= 0) visit(at, ids[at] * std::int64_t{p.page_pitch}, 1);
+      }
+    } else {
+      for (int at = first, page = first / p.page_size; at < end; ++page) {
+        const int length = std::min((page + 1) * p.page_size, end) - at;
+        const std::int64_t slot = ids[page] * std::int64_t{p.page_pitch} + at - page * p.page_size;
+        if (ids[page] >= 0) visit(at, slot, length);
+        at += length;
+      }
+    }
+  }
+
+  // Starts to fetch where a piece begins and, `last` bytes behind, ends.
   [[gnu::always_inline]] static void touch(const void* piece, std::int64_t last = 0) {
     __builtin_prefetch(piece, 0, 2);
     if (last > 0) __builtin_prefetch(static_cast<const char*>(piece) + last, 0, 2);

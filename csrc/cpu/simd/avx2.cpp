@@ -47,14 +47,21 @@ inline float reduce_max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ps(two, _mm_movehdup_ps(two)));
 }
 
-// Lane i is the sum of v[i].
+// Lane i is the sum of v[i]. Horizontal additions would be shorter, and slower: of integers, any
+// order of adding gives the same.
 inline Vec reduce_ints(const Vec (&v)[kLanes]) {
-  const auto add = [](__m256i a, __m256i b) { return _mm256_hadd_epi32(a, b); };
-  const auto ints = [&](int i) { return _mm256_castps_si256(v[i].x); };
-  const __m256i low = add(add(ints(0), ints(1)), add(ints(2), ints(3)));
-  const __m256i high = add(add(ints(4), ints(5)), add(ints(6), ints(7)));
-  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20),
-                                               _mm256_permute2x128_si256(low, high, 0x31)))};
+  const auto add = [](__m256i a, __m256i b) { return _mm256_add_epi32(a, b); };
+  const auto pair = [&](int i) {  // pairs of lanes of v[i] and of v[i + 1], in turn
+    const __m256i a = _mm256_castps_si256(v[i].x), b = _mm256_castps_si256(v[i + 1].x);
+    return add(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+  };
+  const auto four = [&](int i) {  // halves of v[i] to v[i + 3]
+    const __m256i a = pair(i), b = pair(i + 2);
+    return add(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+  };
+  const __m256i low = four(0), high = four(4);
+  return {_mm256_castsi256_ps(
+      add(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)))};
 }
 inline Vec reduce(const Vec (&v)[kLanes]) {
   const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(v[0].x, v[1].x), _mm256_hadd_ps(v[2].x, v[3].x));
@@ -165,9 +172,11 @@ inline Ints16 load_ints(const std::int16_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 inline Ints16 load_half_ints(const std::int16_t* p) { return _mm256_zextsi128_si256(load_bits(p)); }
+// In assembly, so that sums stay in their registers and products are not made ahead: GCC 12 makes
+// more of them than there are registers, and a sum that waits for memory costs ten cycles a step.
 inline Vec add_products(Ints16 a, Ints16 b, Vec sum) {
-  const __m256i products = _mm256_madd_epi16(a, b);
-  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(sum.x), products))};
+  asm volatile("vpaddd %1, %0, %0" : "+x"(sum.x) : "x"(_mm256_madd_epi16(a, b)));
+  return sum;
 }
 inline Vec to_floats(Vec ints) { return {_mm256_cvtepi32_ps(_mm256_castps_si256(ints.x))}; }
 inline void store_ints(std::int16_t* p, Vec v) {

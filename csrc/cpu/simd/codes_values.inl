@@ -45,17 +45,19 @@ void add_codes_block(const Weights* weights, int head_dim, RowPointers rows, int
     fetch.beside<N * kLanes>(column);
     const Code* first = static_cast<const Code*>(rows[t]) + column;
     const Code* second = static_cast<const Code*>(rows[t + 1]) + column;
-    Ints16 v[N];
     UNROLL for (int n = 0; n < N; n += kStep) {
+      Ints16 v[kStep];
       if constexpr (N == 1) {
         v[0] = interleave_half_codes(first, second);
       } else {
-        interleave_codes(first + n * kLanes, second + n * kLanes, v[n], v[n + 1]);
+        interleave_codes(first + n * kLanes, second + n * kLanes, v[0], v[1]);
       }
-    }
-    UNROLL for (int h = 0; h < H; ++h) {
-      const Ints16 w = broadcast_ints(weights[h].integers + t);
-      UNROLL for (int n = 0; n < N; ++n) sums[h][n] = add_products(w, v[n], sums[h][n]);
+      UNROLL for (int h = 0; h < H; ++h) {
+        const Ints16 w = broadcast_ints(weights[h].integers + t);
+        UNROLL for (int i = 0; i < kStep; ++i) {
+          sums[h][n + i] = add_products(w, v[i], sums[h][n + i]);
+        }
+      }
     }
   }
   UNROLL for (int h = 0; h < H; ++h) {
