@@ -61,21 +61,25 @@ class Attention(NamedTuple):
     logits: Tensor
 
 
-def attention_sets(shape: Shape, budget: int, run: Settings) -> list[Attention]:
+def attention_sets(
+    shape: Shape, budget: int, run: Settings, copies: int | None = None
+) -> list[Attention]:
     """Cold sets: enough copies of K and V, and lists that divide the tokens among them.
 
     The lists of one K and V are disjoint, so that all lists together touch all of it, and sets
     of the same K and V are not neighbours.
+
+    copies: how many, where K and V themselves do not decide what is enough.
     """
     generator = torch.Generator(run.device).manual_seed(0)
     random = partial(torch.randn, generator=generator, device=run.device)
     kv_shape = (shape.batch, shape.kv_heads, shape.tokens, shape.dim)
     first = random(kv_shape, dtype=shape.dtype), random(kv_shape, dtype=shape.dtype)
-    count = run.num_sets(shape.kv_bytes(shape.batch * shape.tokens))
-    copies = [first] + [(first[0].clone(), first[1].clone()) for _ in range(count - 1)]
-    by_token = [tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in c) for c in copies]
+    count = copies or run.num_sets(shape.kv_bytes(shape.batch * shape.tokens))
+    kv = [first] + [(first[0].clone(), first[1].clone()) for _ in range(count - 1)]
+    by_token = [tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in c) for c in kv]
     one = torch.empty(shape.batch, shape.heads, 1, dtype=shape.dtype, device=run.device)
-    logits = [empty_logits(one, shape.tokens) for _ in copies]
+    logits = [empty_logits(one, shape.tokens) for _ in kv]
     integers = partial(torch.tensor, dtype=torch.int32, device=run.device)
     same = {
         "lens": integers([shape.tokens] * shape.batch),
@@ -100,7 +104,7 @@ def attention_sets(shape: Shape, budget: int, run: Settings) -> list[Attention]:
             **same,
         )
         for pages, tokens in zip(page_lists, token_lists, strict=True)
-        for (k, v), (k_by_token, v_by_token), buffer in zip(copies, by_token, logits, strict=True)
+        for (k, v), (k_by_token, v_by_token), buffer in zip(kv, by_token, logits, strict=True)
     ]
 
 
