@@ -210,7 +210,7 @@ def test_discarded_drafts_have_never_been(llama, name):
         first = check(llama, cache, drafts)
         cache.discard()
         for got, want in zip(cache.kv.layers, untouched.kv.layers, strict=True):
-            beside = {"_k", "_v", "_cache", "hosted", "slots"}
+            beside = {"_k", "_v", "_cache", "_accepted", "hosted", "slots"}
             same(
                 *(
                     {n: v for n, v in state(x, set()).items() if n not in beside}

@@ -62,9 +62,10 @@ class Slab:
     def stored(self, end: int | None = None) -> Rows:
         """What lies in slots [0, end), as ops take it; None: `max_len`."""
         end = self.max_len if end is None else end
+        words = None if self.eight_bits is None else self.slots[WORDS]
         if end == self._k.shape[2]:
-            return Rows(self._k, self._v, self.slots.get(WORDS))
-        words = None if self.eight_bits is None else self.slots[WORDS][:, :, :end]
+            return Rows(self._k, self._v, words)
+        words = None if words is None else words[:, :, :end]
         return Rows(self._k[:, :, :end], self._v[:, :, :end], words)
 
     def query(self, q: Tensor) -> Tensor:
