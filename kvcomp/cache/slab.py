@@ -193,10 +193,10 @@ class Slab:
 
     def _check(self, k: Tensor, v: Tensor, valid: Tensor | None) -> None:
         """Raise ValueError for new tokens that do not fit those before, or each other."""
-        what = None
+        tokens = None
         if valid is None and not torch.compiler.is_compiling():
-            what = k.shape, v.shape, k.dtype, v.dtype, k.device
-            if what == self._accepted:
+            tokens = k.shape, v.shape, k.dtype, v.dtype, k.device
+            if tokens == self._accepted:
                 return
         if k.ndim != 4 or v.shape[:-1] != k.shape[:-1] or 0 in k.shape:
             raise ValueError(
@@ -218,8 +218,8 @@ class Slab:
         had = batch, heads // self._copies, dim, self._v.shape[3], self._dtype, self._k.device
         got = k.shape[0], k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device
         if had == got:
-            if what is not None:
-                self._accepted = what
+            if tokens is not None:
+                self._accepted = tokens
             return
         names = "batch size", "KV heads", "head size", "head size of V", "dtype", "device"
         for what, old, new in zip(names, had, got, strict=True):
