@@ -33,7 +33,7 @@ class Trace:
     Row b has its own tokens 0 .. lens[b] + steps - 1, the first lens[b] of them its prompt.
     """
 
-    scale = SCALE
+    scale, units = SCALE, UNITS
 
     def __init__(self, *lens, steps, layers=1, seed=0, kv_heads=KV_HEADS):
         self.lens, self.steps, self.layers = lens, steps, layers
