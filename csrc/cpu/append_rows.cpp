@@ -41,6 +41,7 @@ void append_rows(const AppendRowsParams& p) {
     const std::int64_t count = p.added ? p.added[b] : p.num_tokens, first = p.seq_lens[b];
     for (int i = 0; i < p.num_parts; ++i) {
       const AppendedPart& part = p.parts[i];
+      if (part.width == 0) continue;  // no values: there may be no memory either
       copy(part,
            static_cast<const char*>(part.from) + b * part.stride_from_b + head * part.stride_from_h,
            static_cast<char*>(part.into) + b * part.stride_into_b + head * part.stride_into_h +
