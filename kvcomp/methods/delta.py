@@ -121,9 +121,10 @@ class Delta(Method, name="delta"):
 
     @classmethod
     def example(cls, budget: int | None = None) -> Self:
-        """Pages of 4, two recent pages and one delta layer, for short contexts and few layers."""
+        """Pages of 4, at most two recent ones, and one delta layer, for short contexts and few
+        layers."""
         budget = 128 if budget is None else budget
-        return cls(budget=budget, page_size=4, recent=2, delta_layers=(2,))
+        return cls(budget=budget, page_size=4, recent=2 if budget >= 12 else 1, delta_layers=(2,))
 
     def check(self, num_layers: int) -> None:
         outside = [x for x in self.delta_layers or () if not self.warmup <= x < num_layers]

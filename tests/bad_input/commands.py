@@ -120,7 +120,7 @@ GENERATE = [
     ("./no-such-model --prompt x", "./no-such-model"),
     ("reasoner --prompt x --method magic", "--method: expected one of .* got 'magic'"),
     ("reasoner --prompt x --budget 100", "multiple of page_size=8, got 100"),
-    ("reasoner --prompt x --budget 16", "64 tokens"),
+    ("reasoner --prompt x --budget 16", "72 tokens"),
     ("reasoner --prompt x --budget -64", "budget: expected .* got -64"),
     ("reasoner --prompt x --budget 0", "budget: expected .* got 0"),
     ("reasoner --prompt x --budget many", "--budget"),

@@ -34,7 +34,7 @@ def making(make):
 
 ROWS = [
     Bad(making(lambda: Delta(budget=100)), "multiple of page_size"),
-    Bad(making(lambda: Delta(budget=56)), "recent \\* page_size"),
+    Bad(making(lambda: Delta(budget=56, sinks=0)), "least recent \\* page_size"),
     Bad(making(lambda: Delta(page_size=0)), "page_size: expected at least 1 token, got 0"),
     Bad(making(lambda: KVCache(Delta(delta_layers=(2, 30)), 28)), "up to 27"),
     Bad(making(lambda: KVCache(Delta(delta_layers=(1, 14)), 28)), "from warmup=2"),
@@ -57,7 +57,7 @@ ROWS = [
     Bad(making(lambda: LazyEviction(budget=40, window=9, sinks=32)), "sinks: expected 0 to .*= 31"),
     Bad(making(lambda: LazyEviction(sinks=-1)), "sinks: expected 0 to"),
     Bad(making(lambda: Delta(sinks=-1)), "sinks: expected at least 0 pages, got -1"),
-    Bad(making(lambda: Delta(budget=64, sinks=1)), r"at least .recent . sinks. . page_size = 72"),
+    Bad(making(lambda: Delta(budget=64)), r"at least .recent . sinks. . page_size = 72"),
     Bad(making(lambda: LazyEviction(window=0)), "window: expected at least 1 step, got 0"),
     Bad(making(lambda: LazyEviction(unit="head")), "unit: expected one of kv_head.*, got 'head'"),
     Bad(
@@ -190,8 +190,8 @@ ROWS = [
     ),
     Bad(making(lambda: Delta(recent=0)), "recent: expected at least 1 page, got 0"),
     Bad(making(lambda: Delta(warmup=-1)), "warmup: expected at least 0 layers, got -1"),
-    Bad(making(lambda: Delta(budget=-16)), "budget: expected at least recent . page_size"),
-    Bad(making(lambda: Delta.example(4)), "budget: expected at least recent . page_size = 8"),
+    Bad(making(lambda: Delta(budget=-16)), "budget: expected at least .recent . sinks. . page_size"),
+    Bad(making(lambda: Delta.example(4)), "budget: expected at least .recent . sinks. . page_size = 8"),
     Bad(
         making(lambda: Delta.published("gpt-2")), "no published delta layers for 'gpt-2'.*calibrate"
     ),
