@@ -161,8 +161,8 @@ def test_the_readme():
 @pytest.mark.parametrize(
     "name, corner, least",
     [
-        ("eight_bits", "| attention over 16K tokens |", 1.7),
-        ("eight_bits-avx2", "| attention over 16K tokens, AVX2 |", 1.1),
+        ("eight_bits", "| attention over 16K tokens |", 1.35),
+        ("eight_bits-avx2", "| attention over 16K tokens, AVX2 |", 1.35),
     ],
 )
 def test_attention_over_eight_bits(name, corner, least):
