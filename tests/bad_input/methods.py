@@ -190,8 +190,8 @@ ROWS = [
     ),
     Bad(making(lambda: Delta(recent=0)), "recent: expected at least 1 page, got 0"),
     Bad(making(lambda: Delta(warmup=-1)), "warmup: expected at least 0 layers, got -1"),
-    Bad(making(lambda: Delta(budget=-16)), "budget: expected at least .recent . sinks. . page_size"),
-    Bad(making(lambda: Delta.example(4)), "budget: expected at least .recent . sinks. . page_size = 8"),
+    Bad(making(lambda: Delta(budget=-16)), "at least .recent . sinks. . page_size"),
+    Bad(making(lambda: Delta.example(4)), "at least .recent . sinks. . page_size = 8"),
     Bad(
         making(lambda: Delta.published("gpt-2")), "no published delta layers for 'gpt-2'.*calibrate"
     ),
