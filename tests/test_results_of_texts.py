@@ -116,8 +116,10 @@ def test_the_reasoner_in_eight_bits_at_equal_bytes(reproduce):
 LOSS = [  # of a stored file and a bound, the table
     ("loss-half", "| at half of the bytes |", "1/2"),
     ("loss-quarter", "| at a quarter |", "1/4"),
+    ("loss-three-eighths", "| at three eighths |", "3/8"),
     ("2048", "| at a quarter of 2048 tokens |", "1/4"),
     ("2048-half", "| at half of 2048 tokens |", "1/2"),
+    ("6144", "| at a quarter of 6144 tokens |", "1/4"),
     ("bf16", "| at a quarter in bf16 |", "1/4"),
     ("eight-bits-methods", "| at a quarter of the tokens |", "1/4"),
     ("gemma", "| Gemma 3 at half |", "1/2"),
@@ -164,6 +166,19 @@ def first_windows(count):
     return {summary["method"]: summary for summary in summaries(list(cut.values()))}
 
 
+def test_the_first_page_of_delta(reproduce):
+    from language.loss import summaries
+
+    found = {row["method"]: row for row in summaries(rows_of("language/6144"))}
+    shown = table(ROOT / "docs" / "delta.md", "| DELTA at 6144 tokens |")
+    assert len(shown) == 2
+    for label, cells in shown.items():
+        got = found["delta:sinks=0" if "sinks=0" in label else "delta"]
+        low, high = got["d_nll_interval"]
+        loss = f"{got['d_nll']:+.3f} [{low:.3f}, {high:.3f}]"
+        assert cells == [loss, f"{100 * got['top1']:.1f} %"]
+
+
 def test_the_pages_of_delta(reproduce):
     lines = (ROOT / "docs" / "delta.md").read_text().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("| pages of DELTA |")) + 2
@@ -171,6 +186,7 @@ def test_the_pages_of_delta(reproduce):
     for line in lines[first : first + 5]:
         page, recent, *cells = (cell.strip() for cell in line.split("|")[1:-1])
         method = f"delta:page_size={page}" + (f",recent={recent}" if recent != "2" else "")
+        method += ",sinks=0"
         got = found[method]
         low, high = got["d_nll_interval"]
         assert f"page_size={page}, recent={recent}," in got["parameters"]
@@ -209,7 +225,7 @@ def test_the_sizes_of_louis_kv(reproduce):
 
 
 BOUNDS = [  # the table, and the files of each of its columns
-    ("| bound |", [("loss-half", "loss-quarter"), ("2048", "2048-half")]),
+    ("| bound |", [("loss-half", "loss-quarter"), ("2048", "2048-half"), ("6144",)]),
     ("| bound on Gemma 3 |", [("gemma",)]),
 ]
 
