@@ -57,7 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.shapes = SHAPES
     if options.smoke:
         options.part, options.shapes = ["attention"], [(4, 2, 64, 8)]
-        options.batch, options.tokens, options.budget, options.repeats = [2], [256], 128, 3
+        options.batch, options.tokens, options.budget, options.repeats = [2], [256], 192, 3
     return options
 
 
