@@ -84,12 +84,9 @@ def slots_of(
 
 
 @triton.jit
-def scales_of(p_words, b_slot, m_n):
-    """Scales of K and of V of the tokens at b_slot, 0 where there is none."""
-    b_word = tl.load(p_words + b_slot, mask=m_n, other=0)
-    b_k = b_word.to(tl.int16).to(tl.float16, bitcast=True)
-    b_v = (b_word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return b_k.to(tl.float32), b_v.to(tl.float32)
+def scale_of(b_word):
+    """The fp16 in the lower half of each word."""
+    return b_word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -111,7 +108,7 @@ def in_integers(b_q):
 
 
 @triton.jit
-def add_codes(b_v, b_probs, b_v_scale, b_out, b_decay, b_unit, dtype: tl.constexpr):
+def add_codes(b_v, b_v_scale, b_probs, b_out, b_decay, b_unit, dtype: tl.constexpr):
     """b_out decayed, plus V's codes times probabilities times scales; and the next b_unit.
 
     Both sums are relative to b_unit / HEADROOM, where b_unit is a power of two no smaller than any
@@ -141,12 +138,37 @@ def cap(b_logits, softcap):
 
 
 @triton.jit
-def advance_softmax(b_logits, b_max):
-    """Probabilities relative to the new maximum, what that does to earlier ones, the maximum."""
+def logits_of(b_k, b_word, b_q, b_step, scale, softcap):
+    """Logits [BLOCK_N, BLOCK_G] of keys [BLOCK_N, D].
+
+    b_word: the tokens' scales; None: K holds no codes. softcap: None: no cap.
+    """
+    b_zeros = tl.zeros([b_k.shape[0], b_q.shape[1]], tl.float32)
+    b_logits = dot(b_k.to(b_q.dtype), b_q, b_zeros) * scale
+    if b_word is not None:
+        b_logits *= b_step[None, :] * scale_of(b_word)[:, None]
+    if softcap is not None:
+        b_logits = cap(b_logits, softcap)
+    return b_logits
+
+
+@triton.jit
+def attend(b_logits, b_v, b_word, b_max, b_sums, b_out, b_unit, dtype: tl.constexpr):
+    """The state of the softmax (maximum, sums, output, unit of V's codes) with these tokens, too.
+
+    b_word: None: V holds no codes. dtype: what codes are multiplied in.
+    """
     b_new = tl.maximum(b_max, tl.max(b_logits, 0))
     b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
     b_decay = tl.exp2((b_max - b_base) * LOG2E)
-    return tl.exp2((b_logits - b_base[None, :]) * LOG2E), b_decay, b_new
+    b_probs = tl.exp2((b_logits - b_base[None, :]) * LOG2E)
+    b_sums = b_sums * b_decay[None, :] + b_probs
+    if b_word is None:
+        b_out = dot(b_v, b_probs.to(b_v.dtype), b_out * b_decay[None, :])
+    else:
+        b_v_scale = scale_of(b_word >> 16)
+        b_out, b_unit = add_codes(b_v, b_v_scale, b_probs, b_out, b_decay, b_unit, dtype)
+    return b_new, b_sums, b_out, b_unit
 
 
 @triton.jit

@@ -16,18 +16,16 @@ from torch import Tensor
 
 from kvcomp.ops._splits import MIN_SPLIT
 from kvcomp.ops.decode_attention import NO_BOUND
-from kvcomp.ops.triton import COMPILE, dot, on_its_device
+from kvcomp.ops.triton import COMPILE, on_its_device
 from kvcomp.ops.triton._tile import (
     GROWING,
     HEADROOM,
     Places,
     Splits,
-    add_codes,
-    advance_softmax,
-    cap,
+    attend,
     config,
     in_integers,
-    scales_of,
+    logits_of,
     slots_of,
     split_of,
     store_logits,
@@ -115,10 +113,11 @@ def append_attention_kernel(
     p_ids = page_ids
     if page_ids is not None:
         p_ids += i_b * stride_ids_b + i_kv * stride_ids_h
+    b_step = None
     if words is not None:
         p_words = words + i_b * stride_words_b + i_kv * stride_words_h
         b_q, b_step = in_integers(b_q)
-        b_unit = tl.full([], 2.0**-24, tl.float32)  # the least scale of V
+    b_unit = tl.full([], 2.0**-24, tl.float32)  # the least scale of V
 
     b_max = tl.full([BLOCK_G], float("-inf"), tl.float32)
     b_sums = tl.zeros([BLOCK_N, BLOCK_G], tl.float32)  # summed over tokens once, at the end
@@ -127,12 +126,10 @@ def append_attention_kernel(
         b_slot, m_n, m_wild = slots_of(p_ids, i_n, b_len, num_slots, page_pitch, PAGE_SIZE, BLOCK_N)
         m_nd = m_n[:, None] & m_d[None, :]
         b_k = tl.load(p_k + b_slot[:, None] * stride_k_t, mask=m_nd, other=0)
-        b_logits = dot(b_k.to(b_q.dtype), b_q, tl.zeros([BLOCK_N, BLOCK_G], tl.float32)) * scale
+        b_word = None
         if words is not None:
-            b_k_scale, b_v_scale = scales_of(p_words, b_slot, m_n)
-            b_logits *= b_step[None, :] * b_k_scale[:, None]
-        if softcap is not None:
-            b_logits = cap(b_logits, softcap)
+            b_word = tl.load(p_words + b_slot, mask=m_n, other=0)
+        b_logits = logits_of(b_k, b_word, b_q, b_step, scale, softcap)
         o_n = i_n + tl.arange(0, BLOCK_N)
         o_bit = tl.minimum(tl.maximum(o_n - i_new, 0), 63).to(tl.int64)
         m_seen = (o_n < i_new)[:, None] | ((b_tail[None, :] >> o_bit[:, None]) & 1 == 1)
@@ -146,14 +143,11 @@ def append_attention_kernel(
             m_logits = (o_n < b_len)[:, None] & m_g[None, :]
             store_logits(p_logits + o_n[:, None], b_logits, m_logits)
 
-        b_probs, b_decay, b_max = advance_softmax(b_logits, b_max)
-        b_sums = b_sums * b_decay[None, :] + b_probs
         m_vn = m_v[:, None] & m_n[None, :]
         b_v = tl.load(p_v + b_slot[None, :] * stride_v_t, mask=m_vn, other=0)
-        if words is None:
-            b_out = dot(b_v, b_probs.to(b_v.dtype), b_out * b_decay[None, :])
-        else:
-            b_out, b_unit = add_codes(b_v, b_probs, b_v_scale, b_out, b_decay, b_unit, b_q.dtype)
+        b_max, b_sums, b_out, b_unit = attend(
+            b_logits, b_v, b_word, b_max, b_sums, b_out, b_unit, b_q.dtype
+        )
 
     # Lengths that cannot be.
     m_wrong = (b_asked < 0) | (b_asked > num_positions) | (i_new < 0)
