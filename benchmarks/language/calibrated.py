@@ -63,10 +63,7 @@ class Calibrated:
 
     def run(self, bar: Callable[[str, int], Callable[[], None]]) -> Iterator[Row]:
         """The cells that are not there yet."""
-        for each, bound in self.lineup.cells():
-            if (each.label, bound) in self.store.done():
-                continue
-            row, default = self.lineup.begin(each, bound)
+        for each, row, default in self.lineup.left(self.store):
             if default is not None:
                 row |= self._compare(each, default, bar)
             self.store.add(row)

@@ -75,12 +75,9 @@ class Facts:
 
     def run(self, bar: Callable[[str, int], Callable[[], None]]) -> Iterator[Row]:
         """The cells that are not there yet."""
-        for each, bound in self.lineup.cells():
-            if (each.label, bound) in self.store.done():
-                continue
-            row, method = self.lineup.begin(each, bound)
+        for each, row, method in self.lineup.left(self.store):
             if method is not None:
-                tick = bar(f"{each.label} {bound}", len(self.facts))
+                tick = bar(f"{each.label} {row['bound']}", len(self.facts))
                 row["facts"] = [self._look(method, fact, tick) for fact in self.facts]
             self.store.add(row)
             yield row

@@ -49,10 +49,7 @@ class FreeRunning:
         """The cells that are not there yet."""
         dense = self._dense(bar)
         ready: list[tuple[Row, Method]] = []
-        for each, bound in self.lineup.cells():
-            if (each.label, bound) in self.store.done():
-                continue
-            row, method = self.lineup.begin(each, bound)
+        for _, row, method in self.lineup.left(self.store):
             if method is None:
                 self.store.add(row)
                 yield row

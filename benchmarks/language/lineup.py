@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, get_type_hints
@@ -21,7 +21,7 @@ from kvcomp.reading import read
 from language.rounding import KINDS, rounding
 from language.sizes import sized
 from language.stack import Stack, stackable
-from language.store import Row
+from language.store import Row, Store
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,13 @@ class Lineup:
             for each in self.contenders
             if each.name != "full" or bound == self.bounds[0]
         ]
+
+    def left(self, store: Store) -> Iterator[tuple[Contender, Row, Method | None]]:
+        """The cells that the store does not have, begun."""
+        done = store.done()
+        for each, bound in self.cells():
+            if (each.label, bound) not in done:
+                yield each, *self.begin(each, bound)
 
     def begin(self, each: Contender, bound: str) -> tuple[Row, Method | None]:
         """What is known of a cell before it is run, and the method if it can work there."""
