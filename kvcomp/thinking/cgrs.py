@@ -58,7 +58,7 @@ class Cgrs(LogitsProcessor):
         ValueError: a value out of range, a static run, or a model without such words.
     """
 
-    stepwise = True  # it probes the cache behind each token
+    stepwise = True  # its calls are steps, but for loops that know a `Looking` processor
 
     def __init__(
         self,
@@ -95,41 +95,60 @@ class Cgrs(LogitsProcessor):
         self.words = torch.tensor(spellings(tokenizer, words, caller="Cgrs"))
         self.probes = self.trial_tokens = self.suppressed = 0
         self.certainties: list[float] = []
+        self.begin(0)
+
+    def begin(self, rows: int) -> None:
+        """Another generation of so many rows begins."""
         self._columns = 0
-        self._rates: list[float] = []  # p of each row since its last paragraph ended
-        self._rows: list[int] = []  # their numbers when decoding began
+        self._rates = [self.rate or 0.0] * rows  # p of each since its last paragraph ended
+        self._rows = list(range(rows))  # their numbers when decoding began
+        self._counted = [0] * rows  # columns up to which `suppressed` has counted
 
     def select(self, rows: Tensor) -> None:
         """Rows of the batch become `rows` ([B'] int64 indices)."""
         self._rates = [self._rates[row] for row in rows.tolist()]
         self._rows = [self._rows[row] for row in rows.tolist()]
+        self._counted = [self._counted[row] for row in rows.tolist()]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         if input_ids.shape[1] != self._columns + 1 or len(input_ids) != len(self._rates):
-            self._rates = [self.rate or 0.0] * len(input_ids)  # another generation begins
-            self._rows = list(range(len(input_ids)))
+            self.begin(len(input_ids))
         self._columns = input_ids.shape[1]
+        return self._of(list(range(len(input_ids))), input_ids, scores)
+
+    def looks(self, ids: Tensor) -> bool:
+        """Whether the cache is probed behind a prefix [1, n], of which it must hold all, no more."""
+        return self.rate is None and ends_with(self.tokenizer, ids, self.ends)[0]
+
+    def behind(self, row: int, ids: Tensor, scores: Tensor) -> Tensor:
+        """As a call, for one row of the batch at any of its columns: ids [1, n], scores [1, V]."""
+        return self._of([row], ids, scores)
+
+    def _of(self, rows: list[int], ids: Tensor, scores: Tensor) -> Tensor:
         self.words = self.words.to(scores.device)
         if self.rate is None:
-            self._renew(input_ids, scores)
+            self._renew(rows, ids, scores)
+        columns = ids.shape[1]
         drawn = [
-            random.Random(f"{self.seed}/{row}/{self._columns}").random() < rate
-            for row, rate in zip(self._rows, self._rates, strict=True)
+            random.Random(f"{self.seed}/{self._rows[row]}/{columns}").random() < self._rates[row]
+            for row in rows
         ]
+        for row, suppresses in zip(rows, drawn, strict=True):
+            self.suppressed += suppresses and columns > self._counted[row]
+            self._counted[row] = max(columns, self._counted[row])
         if not any(drawn):
             return scores
-        self.suppressed += sum(drawn)
         hidden = scores.index_fill(1, self.words, torch.finfo(scores.dtype).min)
         return torch.where(torch.tensor(drawn, device=scores.device)[:, None], hidden, scores)
 
-    def _renew(self, ids: Tensor, scores: Tensor) -> None:
+    def _renew(self, rows: list[int], ids: Tensor, scores: Tensor) -> None:
         """Probe the rows whose paragraph has just ended."""
         ended = torch.tensor(ends_with(self.tokenizer, ids, self.ends))
         if self.lazy:
             ended &= torch.isin(scores.argmax(1), self.words).cpu()
-        rows = ended.nonzero()[:, 0]
-        if len(rows):
-            for row, sure in zip(rows.tolist(), self._probe(rows).tolist(), strict=True):
+        asked = torch.tensor(rows)[ended]
+        if len(asked):
+            for row, sure in zip(asked.tolist(), self._probe(asked).tolist(), strict=True):
                 self.certainties.append(sure)
                 self._rates[row] = max(0.0, (sure - self.delta) / (1 - self.delta))
 

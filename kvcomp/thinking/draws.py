@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +30,20 @@ class Drawn(NamedTuple):
     probs: Sequence[float] = ()
 
 
+@runtime_checkable
+class Looking(Protocol):
+    """A logits processor that looks into the cache behind some tokens, and remembers it."""
+
+    def begin(self, rows: int) -> None:
+        """Another generation of so many rows begins."""
+
+    def looks(self, ids: Tensor) -> bool:
+        """Whether it looks behind a prefix [1, n]."""
+
+    def behind(self, row: int, ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [1, V] behind a prefix [1, n] of a row."""
+
+
 class Draws:
     """Logits processors and noise of one call of `generate`.
 
@@ -48,6 +62,14 @@ class Draws:
         self.processors = [p for p in processors if not isinstance(p, GumbelNoise)]
         self.rows, self.top = rows, top
         self.nucleus = None if self.noise is None else Nucleus.of(self.processors)
+        self.looking = [p for p in self.processors if isinstance(p, Looking)]
+        for each in self.looking:
+            each.begin(rows)
+
+    def looks(self, prefix: Tensor) -> bool:
+        """Whether the cache must hold a prefix [1, n], and nothing else, before it is drawn behind
+        it."""
+        return any(each.looks(prefix) for each in self.looking)
 
     @property
     def at_once(self) -> bool:
@@ -84,7 +106,9 @@ class Draws:
         """Behind one prefix [1, n] of a row: logits [1, V]."""
         scores = logits.float()
         for each in self.processors:
-            if self.rows == 1 or isinstance(each, OF_ANY_ROW):
+            if isinstance(each, Looking):
+                scores = each.behind(number, prefix, scores)
+            elif self.rows == 1 or isinstance(each, OF_ANY_ROW):
                 scores = each(prefix, scores)
             else:  # it may tell rows apart by their numbers
                 scores = self._in_place(each, prefix, scores)[[number]]

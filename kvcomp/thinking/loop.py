@@ -84,7 +84,9 @@ class Decoding:
             self.table.catch_up()
         mask = model_kwargs.get("attention_mask")
         nothing = [Draft() for _ in self.rows]
-        self._take(self._picked(logits.flatten(0, 1), range(len(self.rows)), nothing), streamer)
+        picked = self._picked(logits.flatten(0, 1), range(len(self.rows)), nothing)
+        self._look(picked, [1] * len(picked))
+        self._take(picked, streamer)
         while not all(self.ended):
             if not self.rests:
                 self._tell()
@@ -95,11 +97,15 @@ class Decoding:
             tokens = active + total if self.apart else len(drafts) * (1 + widest)
             logits, first = self._forward(cache, drafts, mask)
             picked = self._picked(logits, first, drafts)
-            counts = [len(each) for each in picked]  # none of a row that has ended
+            # None of a row that has ended.
+            counts = [len(each) + (n in self.waiting) for n, each in enumerate(picked)]
             if not self.apart:
                 going = zip(counts, self.ended, strict=True)
                 counts = [min(n for n, ended in going if not ended)] * len(counts)
             self._commit(cache, counts)
+            looked = time.perf_counter()
+            self._look(picked, counts)
+            began += time.perf_counter() - looked
             self.ahead = [each[n:] for each, n in zip(picked, counts, strict=True)]
             new = [each[:n] for each, n in zip(picked, counts, strict=True)]
             gained = self._gained(new)
@@ -136,6 +142,8 @@ class Decoding:
         if self.rests:
             most = min(most, max(map(len, ahead)))
         found = self.drafter.draft(rows, ahead, most, self.draws.noise)
+        if self.draws.looking:
+            found = [self._up_to_a_look(*each) for each in zip(numbers, found, strict=True)]
         counts = self._apart(numbers, found) if self.apart else self._alike(found, ahead)
         for number, draft, count in zip(numbers, found, counts, strict=True):
             drafts[number] = draft.cut(count)
@@ -219,9 +227,29 @@ class Decoding:
         if self.staged:
             cache.commit(torch.tensor(counts) if self.apart else counts[0])
 
+    def _up_to_a_look(self, number: int, draft: Draft) -> Draft:
+        """A draft that ends where a processor looks into the cache, which holds no more then."""
+        for count in range(len(draft)):
+            if self.draws.looks(self._prefix(number, draft.tokens[:count])):
+                return draft.cut(count)
+        return draft
+
+    def _look(self, picked: list[list[int]], counts: list[int]) -> None:
+        """Pick the tokens that waited until the cache holds those before them."""
+        told = not self.rests
+        for number, logits in self.waiting.items():
+            path = picked[number]
+            if counts[number] == len(path) + 1:
+                found = self.draws.behind(logits, number, self._prefix(number, path), told)
+                if told:
+                    context = self.rows[number][-self.table.orders[0] :]
+                    self.table.learn([*context, *path], found.ids, found.probs)
+                path.append(found.token)
+
     def _picked(self, logits: Tensor, first: Sequence[int], drafts: list[Draft]) -> list[list[int]]:
-        """Of each row, the drafts that are right and the token behind them. Arguments as
-        `_forward` returns them."""
+        """Of each row, the drafts that are right and the token behind them, unless it is `waiting`.
+        Arguments as `_forward` returns them."""
+        self.waiting: dict[int, Tensor] = {}  # of rows: the logits [1, V] of their last node
         picked: list[list[int]] = [[] for _ in drafts]
         told = not self.rests
         drawn = self._drawn(logits, first, drafts, told)
@@ -231,6 +259,9 @@ class Decoding:
                 if drawn is None:
                     prefix = self._prefix(number, picked[number])
                     own = logits[first[number] + node][None]
+                    if node == len(draft) and self.draws.looks(prefix):
+                        self.waiting[number] = own
+                        break
                     found = self.draws.behind(own, number, prefix, told)
                 else:
                     found = drawn[number][node]
@@ -247,7 +278,8 @@ class Decoding:
         """Behind each node of each row; None: that needs the tokens before it."""
         lengths = {len(row) for row in self.rows}
         if not self.draws.at_once:
-            if told or any(self.ended) or any(drafts) or len(lengths) > 1:
+            alike = not (any(self.ended) or any(drafts)) and len(lengths) == 1
+            if told or not alike or self.draws.looking:
                 return None
             every = self.draws.behind_all(logits, self.ids[:, : lengths.pop()])
             return [[each] for each in every]

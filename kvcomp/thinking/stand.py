@@ -25,6 +25,7 @@ from kvcomp.ops.append_attention import MOST_QUERIES
 from kvcomp.thinking.checks import is_count, is_number, require
 from kvcomp.thinking.custom_loop import refuse_others
 from kvcomp.thinking.drafts import Drafter
+from kvcomp.thinking.draws import Looking
 from kvcomp.thinking.loop import Decoding
 from kvcomp.thinking.ngrams import NgramTable
 from kvcomp.thinking.noise import GumbelNoise
@@ -103,12 +104,12 @@ class Stand:
         Raises:
             ValueError: a model that is not patched, beams, outputs of single steps, a method under
                 which drafts cannot be checked, or a logits processor that remembers the steps
-                before; before anything is decoded.
+                before, unless it is one of ours (`Looking`); before anything is decoded.
         """
         cache: Any = model_kwargs.get("past_key_values")
         streamer = self.streamer if streamer is None else streamer
         _refuse(model, cache, generation_config)
-        refuse_processors(logits_processor)
+        refuse_processors([p for p in logits_processor if not isinstance(p, Looking)])
         words = model.config.get_text_config(decoder=True).vocab_size
         if self._words != words:
             self.table.clear()

@@ -43,13 +43,11 @@ class Strategy:
             "rounds", which drive the model by prompt ids, and by texts that they ask.
         call: what makes it, or runs it.
         make: (run, tokenizer, columns of the prompt, options) -> a processor or loop.
-        alone: a loop that takes several tokens in a step: without those that look at each.
     """
 
     kind: str
     call: Callable[..., Any]
     make: Callable[[Run, Any, int, Mapping[str, Any]], Any] | None = None
-    alone: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -73,7 +71,7 @@ STRATEGIES: dict[str, Strategy] = {
     "concise-hint": Strategy("processor", ConciseHint, _by_prompt(ConciseHint)),
     "stop-scale": Strategy("processor", StopScale, _by_prompt(StopScale)),
     "budget-forcing": Strategy("processor", BudgetForcing, _by_prompt(BudgetForcing)),
-    "stand": Strategy("loop", Stand, lambda run, words, columns, o: Stand(**o), alone=True),
+    "stand": Strategy("loop", Stand, lambda run, words, columns, o: Stand(**o)),
     "majority": Strategy("rows", majority),
     "short-m": Strategy("rows", short_m_at_k),
     "latent-trajectory": Strategy("rows", latent_trajectory),
@@ -107,13 +105,6 @@ class Chosen:
                 require(option in known, f"{name}", f"one of {', '.join(known)}", option)
         leading = [name for name in self.names if STRATEGIES[name].kind != "processor"]
         require(len(leading) < 2, "strategy", "one at most that leads", " and ".join(leading))
-        alone = [name for name in leading if STRATEGIES[name].alone]
-        require(
-            not alone or "cgrs" not in self.names,
-            "strategy",
-            "cgrs, which looks at every step, or one that takes several tokens at once",
-            " and ".join(self.names),
-        )
 
     @property
     def leading(self) -> str | None:
