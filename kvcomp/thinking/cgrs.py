@@ -117,7 +117,7 @@ class Cgrs(LogitsProcessor):
         return self._of(list(range(len(input_ids))), input_ids, scores)
 
     def looks(self, ids: Tensor) -> bool:
-        """Whether the cache is probed behind a prefix [1, n], of which it must hold all, no more."""
+        """Whether the cache is probed behind a prefix [1, n], which it must hold, and no more."""
         return self.rate is None and ends_with(self.tokenizer, ids, self.ends)[0]
 
     def behind(self, row: int, ids: Tensor, scores: Tensor) -> Tensor:
