@@ -53,10 +53,10 @@ from harness.record import header
 
 def run_study(options: argparse.Namespace) -> None:
     study = Study(options)
-    facts, room = study.results.facts, study.room
+    facts, room = study.store.facts, study.room
     print(header(facts))
     print(
-        f"{len(study.cells())} cells, {len(study.results.done())} of them done; a sequence has up"
+        f"{len(study.cells())} cells, {len(study.store.done())} of them done; a sequence has up"
         f" to {facts['context']} tokens, {room.context_bytes / 2**20:.2f} MiB",
         flush=True,
     )

@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness.kv import add_kv
 from harness.record import header, meta
+from harness.store import Row, Store
 from kvcomp import METHODS
 from kvcomp.cli.common import load, pick_device, pick_dtype
 from kvcomp.cli.output import check_output
@@ -36,7 +37,6 @@ from language import answers, calibrated, facts, free, loss, premises
 from language.questions import kinds
 from language.rounding import KINDS
 from language.stack import stackable
-from language.store import Row, Store
 
 DEFAULTS = [name for name in METHODS if name != "delethink"]
 SMOKE = {"model": "reasoner", "tokens": 64, "windows": 2, "batch": 2, "budgets": ["3/4"]}

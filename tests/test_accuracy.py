@@ -83,7 +83,7 @@ def test_a_bound_that_is_too_small_is_a_row_with_the_reason():
     names = ("full", "h2o", "louis-kv", "delethink", "delta")
     found = study("--methods", *names, "--budgets", "8", "--seeds", "1", "--steps", "8")
     found.run()
-    rows = {row["method"]: row for row in found.results.rows}
+    rows = {row["method"]: row for row in found.store.rows}
     assert set(rows) == set(names)
     for name in ("h2o", "louis-kv", "delethink"):
         assert rows[name]["reason"] and "right" not in rows[name]
@@ -323,7 +323,7 @@ def test_a_preset_runs_its_methods(folder, tmp_path, monkeypatch):
     command = ["--preset", preset.name, "--problems", str(problems), "--json", str(path)]
     found = study.Study(command_line.parse(command, ""))
     found.run()
-    full, half, fixed = found.results.rows
+    full, half, fixed = found.store.rows
     assert full["method"] == "full" and full["generated"][0] <= 24 and full["reason"] is None
     assert half["method"] == "h2o 50%" and fixed["method"] == "h2o 32"
     assert f"budget={round((40 + full['generated'][0]) / 2)}," in half["parameters"]

@@ -9,8 +9,8 @@ from statistics import mean
 from typing import Any, Protocol, get_type_hints
 
 from accuracy.sizes import Room, fit
-from accuracy.summary import Row
 from evaluation.preset import Preset
+from harness.store import Row
 from kvcomp import METHODS, Method
 from kvcomp.cli.settings import parse
 

@@ -8,21 +8,32 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from accuracy.plans import EqualBytes, Plan, Published, own_fields
-from accuracy.results import Cell, Results
 from accuracy.sizes import keeps_all
-from accuracy.summary import Row, Summary, summarize
+from accuracy.summary import Summary, summarize
 from accuracy.workload import Workload
 from evaluation.published import PRESETS
 from harness.kv import labels, parted
 from harness.record import meta
+from harness.store import Row, Store, stored
 
+BENCHMARK = "accuracy-study"
 ROUNDING = 1.01  # rows of a batch are of different lengths, and an index grows in steps
+
+
+class Cell(NamedTuple):
+    """One batch of problems under one method at one bound."""
+
+    method: str
+    bound: str
+    seed: int
+    batch: int
 
 
 class Study:
@@ -49,14 +60,14 @@ class Study:
         else:
             self.plan = Published(PRESETS[options.preset], room)
         facts = meta(
-            "accuracy-study",
+            BENCHMARK,
             self.work.device.type,
             context=int(room.place.seen) + 1,
             prompt=room.place.prompt,
             context_bytes=room.context_bytes,
             token_bytes=room.token_bytes,
         )
-        self.results = Results(options.json, settings, facts)
+        self.store = Store(options.json, Cell._fields, settings, facts)
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that what is there early is of all methods and bounds."""
@@ -70,7 +81,7 @@ class Study:
 
     def run(self) -> None:
         """The cells that are not done, as many as the options allow."""
-        cells, done = self.cells(), self.results.done()
+        cells, done = self.cells(), self.store.done()
         left = [cell for cell in cells if cell not in done]
         before, step = len(cells) - len(left), 1 / self.work.new_tokens
         with _bar() as bar:
@@ -78,7 +89,7 @@ class Study:
             for count, cell in enumerate(left[: self.options.cells], before + 1):
                 bar.update(total, description=f"{cell.method} {cell.bound}")
                 row = self.row(cell, lambda: bar.advance(total, step))
-                self.results.add(row)
+                self.store.add(row)
                 bar.update(total, completed=count)
                 print(summarize([row])[0].line(self.room.context_bytes), flush=True)
 
@@ -97,7 +108,7 @@ class Study:
             "reason": None,
         }
         try:
-            method = self.plan.method(name, kv, cell.bound, self.results.rows)
+            method = self.plan.method(name, kv, cell.bound, self.store.rows)
             row["parameters"] = str(method)
             grades, generated, report, trace = self.work.decode(
                 method, kv, problems, cell.seed, tick
@@ -128,7 +139,7 @@ class Study:
     def summaries(self) -> list[Summary]:
         """Of all cells so far, method by method."""
         order = {name: place for place, (name, _) in enumerate(self.plan.pairs())}
-        found = summarize(self.results.rows)
+        found = summarize(self.store.rows)
         return sorted(found, key=lambda each: order.get(parted(each.method)[0], len(order)))
 
     def _alpha(self, plan: EqualBytes) -> float | None:
@@ -136,7 +147,7 @@ class Study:
         graded; None: what was published for the model. One for all bounds."""
         if self.options.alpha is not None:
             return self.options.alpha
-        before = Results.stored(self.options.json)
+        before = stored(self.options.json, BENCHMARK)
         if before is not None:
             return before["meta"]["settings"].get("alpha")
         if not (self.work.walks and {"lazy-eviction", "raas"} & set(plan.methods)):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 from accuracy.intervals import bootstrap, wilson
+from harness.store import Row
 
-Row = dict[str, Any]
 KEYS = ("method", "baseline", "bound", "bound_bytes", "published")  # what rows of a line share
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from accuracy.intervals import wilson
 from harness.record import meta
+from harness.store import Row, Store
 from kvcomp import Method
 from language.lineup import Lineup, measured, together
 from language.loss import PROMPT_SHARE
 from language.questions import Question, Writer, kinds
 from language.settings import settings
-from language.store import Row, Store
 
 KEY = ("method", "bound")
 DENSE = "dense"  # the row that says what the model answers by itself

@@ -14,12 +14,12 @@ from typing import Any
 
 from accuracy.intervals import bootstrap
 from harness.record import meta
+from harness.store import Row, Store
 from kvcomp import METHODS, Delta, Method
 from kvcomp.reading import Dense, windows
 from language.lineup import Contender, Lineup, measured, together
 from language.loss import PROMPT_SHARE
 from language.settings import by_window, places, settings
-from language.store import Row, Store
 
 KEY = ("method", "bound")
 MEASURED = {"lazy-eviction": "alpha", "delta": "delta_layers"}  # all other fields are given

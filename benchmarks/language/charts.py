@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from drawing import COLORS, by, plt, title
+from harness.store import Row
 from language.loss import summaries
-from language.store import Row
 
 OURS = ("delta", "lazy-eviction", "louis-kv")
 GREY = "#7F7F7F"

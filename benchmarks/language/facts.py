@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from harness.record import meta
+from harness.store import Row, Store
 from kvcomp import METHODS, Method, patch
 from kvcomp.methods.eviction import Eviction
 from language.capture import Attention
@@ -24,7 +25,6 @@ from language.lineup import Contender, Lineup
 from language.loss import PROMPT_SHARE
 from language.questions import Question, Writer
 from language.settings import settings
-from language.store import Row, Store
 
 KEY = ("method", "bound")
 KIND = "pass-key"

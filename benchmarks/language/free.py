@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accuracy.intervals import bootstrap
 from harness.record import meta
+from harness.store import Row, Store
 from kvcomp import Full, Method, patch
 from kvcomp.cache import Report
 from kvcomp.reading import windows
@@ -19,7 +20,6 @@ from language.loss import PROMPT_SHARE
 from language.rounding import rounding
 from language.settings import places, settings
 from language.stack import Stack, stackable
-from language.store import Row, Store
 
 KEY = ("method", "bound")
 GRAM = 8  # tokens: a run of so many that came before is a repetition

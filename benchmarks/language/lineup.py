@@ -12,6 +12,7 @@ from torch import Tensor
 
 from accuracy.sizes import Room, keeps_all
 from harness.kv import labels, parted
+from harness.store import Row, Store
 from kvcomp import METHODS, Method
 from kvcomp.cache import Report
 from kvcomp.cli.settings import parse
@@ -21,7 +22,6 @@ from kvcomp.reading import read
 from language.rounding import KINDS, rounding
 from language.sizes import sized
 from language.stack import Stack, stackable
-from language.store import Row, Store
 
 
 @dataclass(frozen=True)

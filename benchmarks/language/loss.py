@@ -8,11 +8,11 @@ from typing import Any
 
 from accuracy.intervals import bootstrap
 from harness.record import meta
+from harness.store import Row, Store
 from kvcomp import Method
 from kvcomp.reading import Dense, windows
 from language.lineup import Contender, Lineup, measured, together
 from language.settings import by_window, places, settings
-from language.store import Row, Store
 
 PROMPT_SHARE = 8  # of a window: so that a quarter of its bytes can hold the prompt, and more
 KEY = ("method", "bound", "first")

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from harness.store import Row
 from kvcomp import Delta
 from kvcomp.reading import Window
 from language.capture import Attention
-from language.store import Row
 
 EVERY = 32  # steps between those that are looked at, where not all are
 SHARE = 4  # a set is a quarter of the tokens seen

@@ -6,8 +6,8 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from harness.store import Row
 from kvcomp.reading import Window, checksums
-from language.store import Row
 
 
 def settings(model: Any, options: Namespace, prompt: int, **more: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The JSON of a part, row by row: a run that was interrupted goes on."""
+"""The JSON of a long benchmark, row by row: a run that was interrupted goes on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Row = dict[str, Any]
 
 
 class Store:
-    """Rows, each known by what `key` fields say.
+    """Rows, each known by what `key` fields say, in a file that each new one replaces as a whole.
 
     Args:
         path: None keeps them in memory only.
         settings: what all rows have in common; a file with others is refused.
-        facts: of this run, for the file's meta.
+        facts: of this run, for the file's meta; a file of another benchmark is refused.
 
     Raises:
         ValueError: the file is something else, or was begun with other settings.
@@ -29,14 +29,10 @@ class Store:
     ) -> None:
         self.path, self.key, self.settings, self.facts = path, key, settings, facts
         self.rows: list[Row] = []
-        if path is None or not path.exists():
+        content = stored(path, facts["benchmark"])
+        if content is None:
             return
-        try:
-            content = json.loads(path.read_text())
-            before = content["meta"]["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"kvcomp.language: {path} is no result of this benchmark") from None
-        now = json.loads(json.dumps(settings))
+        before, now = content["meta"]["settings"], json.loads(json.dumps(settings))
         changed = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
             for name in {**before, **now}
@@ -44,8 +40,8 @@ class Store:
         ]
         if changed:
             raise ValueError(
-                f"kvcomp.language: {path} was begun with other settings ({'; '.join(changed)}):"
-                " use another file, or those"
+                f"kvcomp: {path} was begun with other settings ({'; '.join(changed)}): use"
+                " another file, or those"
             )
         self.rows = content["rows"]
 
@@ -58,3 +54,23 @@ class Store:
             beside = self.path.with_name(self.path.name + ".part")
             write_json(beside, {**self.facts, "settings": self.settings}, self.rows)
             os.replace(beside, self.path)
+
+
+def stored(path: Path | None, benchmark: str) -> dict[str, Any] | None:
+    """What the file holds of an earlier run of this benchmark; None: there is no file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if path is None or not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        meta = content["meta"]
+        if meta["benchmark"] == benchmark and isinstance(meta["settings"], dict):
+            return content
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"kvcomp: {path} is something else than a result of this benchmark ({benchmark})"
+    )
