@@ -157,7 +157,9 @@ BAD = [
     (["--strategy", "pdr", "--strategy", "dser"], "one at most that leads, got 'pdr and dser'"),
     (["--strategy", "pdr", "--strategy", "pdr"], "each once"),
     (["--strategy", "stand", "--strategy", "short-m"], "one at most that leads"),
-    (["--with", "pdr.drafts=1"], "--with: expected NAME.OPTION=VALUE"),
+    (["--with", "pdr.drafts=1"], "--with pdr.drafts=1: expected --strategy pdr too"),
+    (["--with", "pdr"], "--with: expected NAME.OPTION=VALUE"),
+    (["--strategy", "sr", "--with", "sr.again=x"], "sr: again: expected a prompt with"),
     (["--strategy", "pdr", "--with", "pdr.mood=1"], "'pdr' has no option 'mood'"),
     (["--strategy", "pdr", "--with", "pdr.drafts=x"], "--with pdr.drafts=x: expected a value"),
     (["--strategy", "short-m", "--with", "short-m.m=9"], "short_m_at_k: m: expected in 1..k=8"),
@@ -176,9 +178,48 @@ def test_bad_input(folder, problems, tmp_path, capsys, more, match):
     assert not log.exists() or log.read_text() == ""
 
 
-def test_generate_refuses_what_drives(folder, capsys):
+def test_generate_refuses_what_drives_and_what_is_not_compiled(folder, capsys):
     assert cli.main(["generate", folder, "--prompt", "so", "--strategy", "pdr"]) == 2
     assert "got 'pdr'; use kvcomp think" in capsys.readouterr().err
+    stand = ["--strategy", "stand", "--strategy", "cgrs", "--compile"]
+    assert cli.main(["generate", folder, "--prompt", "so", *stand]) == 2
+    assert "--compile: expected no stand and no cgrs" in capsys.readouterr().err
+
+
+def test_what_a_later_problem_has_no_room_for_is_said_first(folder, tmp_path, capsys):
+    """Of 512 positions the second prompt leaves 4."""
+    long = [{"id": 0, "prompt": "so"}, {"id": 1, "ids": [40] * 508}]
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in long))
+    more = ["--strategy", "latent-trajectory", "--with", "latent-trajectory.block=2"]
+    more += ["--with", "latent-trajectory.at=5"]
+    assert think(folder, str(path), tmp_path, *more) == (2, None)
+    said = "problem '1': latent-trajectory.at: expected fewer than the 4 tokens of a row, got 5"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_an_answer_that_cannot_be_compared_is_refused(folder, tmp_path, capsys):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"id": 0, "prompt": "so", "answer": [7]}) + "\n")
+    assert think(folder, str(path), tmp_path) == (2, None)
+    assert "problem number 0: answer: expected text or a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("total_tokens", "many"), ("votes", {"7": "two"}), ("lengths", 3), ("answer", 7)],
+)
+def test_a_log_with_a_wrong_field_is_refused(folder, problems, tmp_path, capsys, field, value):
+    assert think(folder, problems, tmp_path)[0] == 0
+    log = tmp_path / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[2][field] = value
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = log.read_text()
+    assert think(folder, problems, tmp_path)[0] == 2
+    assert f"line 3 is damaged: {field}: expected" in capsys.readouterr().err
+    assert log.read_text() == before
 
 
 def test_rounds_need_a_text(model, tmp_path):

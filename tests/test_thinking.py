@@ -333,6 +333,19 @@ def test_lazy_probes_only_where_a_word_is_about_to_come(head, words):
         assert cgrs.probes == probes
 
 
+def test_beams_keep_the_certainty_of_their_own_text(head, words):
+    """Rows that change places take their rates along; another text begins without any."""
+    with kvcomp.patch(head([40]), kvcomp.Full()) as run:
+        cgrs = thinking.Cgrs(run, words, rate=0.0)
+        cgrs.rate = None  # so that nothing is probed here, as no paragraph ends
+        one, two = torch.tensor([[40, 41], [40, 42]]), torch.zeros(2, 128)
+        cgrs(one, two)
+        cgrs._rates = [0.0, 1.0]
+        found = cgrs(torch.tensor([[40, 42, 43], [40, 41, 43]]), two)
+        assert found[0, WORDS.index("Wait")] < -1e30 and not found[1].any()
+        assert not cgrs(torch.tensor([[50, 51, 52, 53], [40, 41, 43, 44]]), two).any()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_probes_change_nothing_where_they_suppress_nothing(model, words, name):
     """A random model is never certain: its tokens are those without, though it was probed."""

@@ -101,9 +101,14 @@ def generate(
     from kvcomp.hf import patch
     from kvcomp.hf.compiled import for_generate
     from kvcomp.hf.positions import fitting
-    from kvcomp.thinking import GumbelNoise, Stand
+    from kvcomp.thinking import STRATEGIES, GumbelNoise, Stand
 
     chosen = choose(strategy or [], options or [], while_decoding=True)
+    if compiled and (growing := [name for name in chosen.names if STRATEGIES[name].grows]):
+        raise ValueError(
+            f"kvcomp: --compile: expected no {' and no '.join(growing)}, whose cache must grow,"
+            " got --compile"
+        )
     network, tokenizer = load(model, where, kind)
     inputs = encode(tokenizer, text, chat).to(where)
     columns = inputs["input_ids"].shape[1]

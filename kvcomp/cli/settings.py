@@ -134,8 +134,10 @@ def choose(names: list[str], settings: list[str], *, while_decoding: bool = Fals
     for setting in settings:
         name, _, rest = setting.partition(".")
         option, _, text = rest.partition("=")
-        if name not in names:
+        if name not in STRATEGIES or "=" not in rest:
             raise ValueError(f"kvcomp: --with: expected NAME.OPTION=VALUE, got {setting!r}")
+        if name not in names:
+            raise ValueError(f"kvcomp: --with {setting}: expected --strategy {name} too, got none")
         kinds = STRATEGIES[name].options
         if option not in kinds:
             has = ", ".join(kinds)

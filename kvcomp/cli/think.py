@@ -92,6 +92,12 @@ def think(
         temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens
     )
     wanted = read_problems(problems)
+    for number, each in enumerate(wanted):
+        if not isinstance(each.get("answer"), str | int | float | None):
+            raise ValueError(
+                f"kvcomp: problem number {number}: answer: expected text or a number, got"
+                f" {each['answer']!r}"
+            )
     network, tokenizer = load(model, where, kind)
     with patch(network, chosen_method, kv=kept) as run:
         try:

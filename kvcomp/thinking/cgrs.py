@@ -99,7 +99,7 @@ class Cgrs(LogitsProcessor):
 
     def begin(self, rows: int) -> None:
         """Another generation of so many rows begins."""
-        self._columns = 0
+        self._text: Tensor | None = None  # [rows, columns] of the latest step
         self._rates = [self.rate or 0.0] * rows  # p of each since its last paragraph ended
         self._rows = list(range(rows))  # their numbers when decoding began
         self._counted = [0] * rows  # columns up to which `suppressed` has counted
@@ -109,12 +109,25 @@ class Cgrs(LogitsProcessor):
         self._rates = [self._rates[row] for row in rows.tolist()]
         self._rows = [self._rows[row] for row in rows.tolist()]
         self._counted = [self._counted[row] for row in rows.tolist()]
+        self._text = None if self._text is None else self._text[rows.to(self._text.device)]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if input_ids.shape[1] != self._columns + 1 or len(input_ids) != len(self._rates):
-            self.begin(len(input_ids))
-        self._columns = input_ids.shape[1]
+        self._follow(input_ids)
         return self._of(list(range(len(input_ids))), input_ids, scores)
+
+    def _follow(self, ids: Tensor) -> None:
+        """Find the rows of the step before; beams change places, and another text begins anew."""
+        text, before = self._text, ids[:, :-1]
+        if text is None or text.shape != before.shape:
+            self.begin(len(ids))
+        elif not torch.equal(text, before):
+            same = (before[:, None] == text[None]).all(2)
+            if bool(same.any(1).all()):
+                origin = same.int().argmax(1).tolist()
+                self._rates = [self._rates[row] for row in origin]
+            else:
+                self.begin(len(ids))
+        self._text = ids
 
     def looks(self, ids: Tensor) -> bool:
         """Whether the cache is probed behind a prefix [1, n], which it must hold, and no more."""

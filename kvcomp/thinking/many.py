@@ -16,7 +16,7 @@ from kvcomp.hf.run import Run
 from kvcomp.journal import Journal, require_field, require_keys
 from kvcomp.problems import prepare
 from kvcomp.progress import progress_bar
-from kvcomp.thinking.checks import require
+from kvcomp.thinking.checks import is_count, require
 from kvcomp.thinking.rows import Sampling
 from kvcomp.thinking.strategies import STRATEGIES, Chosen
 from kvcomp.thinking.votes import AnswerOf, Result, boxed
@@ -46,6 +46,14 @@ class Log(Journal):
         for name in ("id", "hash", "text"):
             require_field(isinstance(line[name], str), name, "text", line[name])
         require_field(line["id"] not in self.done, "id", "each problem once", line["id"])
+        answer, votes, lengths = (line[name] for name in ("answer", "votes", "lengths"))
+        require_field(isinstance(answer, str | None), "answer", "text or null", answer)
+        for name in ("sequential_tokens", "total_tokens", "steps", "finished", "rows"):
+            require_field(is_count(line[name]), name, "a number of at least 0", line[name])
+        good = isinstance(votes, dict) and all(map(is_count, votes.values()))
+        require_field(good, "votes", "numbers of at least 0", votes)
+        good = isinstance(lengths, list) and all(map(is_count, lengths))
+        require_field(good, "lengths", "a list of numbers of at least 0", lengths)
         found = Result(**{name: line[name] for name in FIELDS})
         self.done[line["id"]] = line["hash"], found
 
@@ -92,8 +100,6 @@ def think(
             f"at least one token, and ids below the {words} of the model",
             max(problem.ids, default="none"),
         )
-        where = f"kvcomp.thinking: problem {problem.id!r}"
-        fitting(run.model.config, run.method, len(problem.ids), 1, where)
     questions = {str(each["id"]): _question(each) for each in wanted}
     for name, (question, _) in questions.items():
         require(
@@ -103,6 +109,18 @@ def think(
             "something else",
         )
     drawn = Sampling(**sampling)
+    for problem in todo:
+        where = f"problem {problem.id!r}"
+        chosen.require_room(
+            fitting(
+                run.model.config,
+                run.method,
+                len(problem.ids),
+                drawn.max_new_tokens,
+                f"kvcomp.thinking: {where}",
+            ),
+            where,
+        )
     chosen.made(run, tokenizer, 0, "processor")  # what is wrong with them is said before the log
     given = {
         "strategies": list(chosen.names),

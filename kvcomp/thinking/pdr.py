@@ -63,6 +63,7 @@ def pdr(
     Raises:
         ValueError: a value out of range, or a prompt without its fields, or with others.
     """
+    _check("pdr", workspace, first=first, again=again, summary=summary)
     require(
         len(drafts) > 0 and all(is_count(each, 1) for each in drafts) and drafts[-1] == 1,
         "pdr: drafts",
@@ -71,10 +72,6 @@ def pdr(
     )
     require(writer in WRITERS, "pdr: writer", f"one of {', '.join(WRITERS)}", writer)
     require(is_count(keep, 1), "pdr: keep", "drafts, at least 1", keep)
-    require(is_count(workspace, 1), "pdr: workspace", "tokens, at least 1", workspace)
-    for name, prompt in (("first", first), ("again", again), ("summary", summary)):
-        needed = ["question"] if name == "first" else ["question", "carry"]
-        require_fields(prompt, needed, f"pdr: {name}")
     result = Result("", None, {})
     rng = random.Random(seed)
     carries: list[str] = []
@@ -113,6 +110,7 @@ def sr(
 ) -> Result:
     """Sequential refinement: `rounds` drafts one after another, each with the one before at hand.
     The other arguments are those of `pdr`."""
+    _check("sr", workspace, first=first, again=again)
     require(is_count(rounds, 1), "sr: rounds", "at least 1", rounds)
     one: dict[str, Any] = {
         "drafts": (1,) * rounds,
@@ -121,6 +119,13 @@ def sr(
         "workspace": workspace,
     }
     return pdr(ask, question, **one, answer_of=answer_of, first=first, again=again)
+
+
+def _check(where: str, workspace: int, **prompts: str) -> None:
+    require(is_count(workspace, 1), f"{where}: workspace", "tokens, at least 1", workspace)
+    for name, prompt in prompts.items():
+        needed = ["question"] if name == "first" else ["question", "carry"]
+        require_fields(prompt, needed, f"{where}: {name}")
 
 
 def _best(replies: Sequence[Reply], answer_of: AnswerOf) -> list[Reply]:

@@ -43,11 +43,15 @@ class Strategy:
             "rounds", which drive the model by prompt ids, and by texts that they ask.
         call: what makes it, or runs it.
         make: (run, tokenizer, columns of the prompt, options) -> a processor or loop.
+        grows: it needs a cache that grows, so no compiled step.
+        acts_at: an option that counts tokens, at which it acts.
     """
 
     kind: str
     call: Callable[..., Any]
     make: Callable[[Run, Any, int, Mapping[str, Any]], Any] | None = None
+    grows: bool = False
+    acts_at: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -67,14 +71,16 @@ def _by_prompt(kind: Callable[..., Any]) -> Callable[[Run, Any, int, Mapping[str
 
 # In the order in which processors act: what forces a token comes last.
 STRATEGIES: dict[str, Strategy] = {
-    "cgrs": Strategy("processor", Cgrs, lambda run, words, columns, o: Cgrs(run, words, **o)),
+    "cgrs": Strategy(
+        "processor", Cgrs, lambda run, words, columns, o: Cgrs(run, words, **o), grows=True
+    ),
     "concise-hint": Strategy("processor", ConciseHint, _by_prompt(ConciseHint)),
     "stop-scale": Strategy("processor", StopScale, _by_prompt(StopScale)),
     "budget-forcing": Strategy("processor", BudgetForcing, _by_prompt(BudgetForcing)),
-    "stand": Strategy("loop", Stand, lambda run, words, columns, o: Stand(**o)),
+    "stand": Strategy("loop", Stand, lambda run, words, columns, o: Stand(**o), grows=True),
     "majority": Strategy("rows", majority),
     "short-m": Strategy("rows", short_m_at_k),
-    "latent-trajectory": Strategy("rows", latent_trajectory),
+    "latent-trajectory": Strategy("rows", latent_trajectory, acts_at="at"),
     "pdr": Strategy("rounds", pdr),
     "sr": Strategy("rounds", sr),
     "dser": Strategy("rounds", dser),
@@ -105,6 +111,15 @@ class Chosen:
                 require(option in known, f"{name}", f"one of {', '.join(known)}", option)
         leading = [name for name in self.names if STRATEGIES[name].kind != "processor"]
         require(len(leading) < 2, "strategy", "one at most that leads", " and ".join(leading))
+
+    def require_room(self, tokens: int, where: str) -> None:
+        """Raise ValueError unless every strategy acts before the last token of a row of so many."""
+        for name in self.names:
+            if (option := STRATEGIES[name].acts_at) is not None:
+                own = inspect.signature(STRATEGIES[name].call).parameters[option].default
+                at = self.options.get(name, {}).get(option, own)
+                known = f"fewer than the {tokens} tokens of a row"
+                require(at < tokens, f"{where}: {name}.{option}", known, at)
 
     @property
     def leading(self) -> str | None:

@@ -28,8 +28,8 @@ def end_of_thinking(tokenizer: Any, tag: str | None = None, *, caller: str = "th
         if tag is None:
             raise ValueError(
                 f"kvcomp.thinking: {caller}: expected a model that marks its thoughts with one of"
-                f" {', '.join(TAGS)}, got a tokenizer without any; pass end=TEXT, a token that ends"
-                " its thoughts"
+                f" {', '.join(TAGS)}, got a tokenizer without any; pass end=TEXT (--with"
+                " NAME.end=TEXT), a token that ends its thoughts"
             )
     return one_token(tokenizer, tag, "end", caller)
 
