@@ -152,6 +152,46 @@ def test_generate_takes_strategies_that_act_while_decoding(folder, capsys):
     assert WORDS.index("</think>") in shown
 
 
+@pytest.mark.parametrize(
+    ("cls", "name", "fields", "found"),
+    [
+        (kvcomp.LazyEviction, "lazy-eviction", {"budget": 16}, ("window", "alpha")),
+        (kvcomp.LouisKV, "louis-kv", {"budget": 16, "sinks": 4, "local": 4}, ("tau",)),
+        (
+            kvcomp.Delta,
+            "delta",
+            {"budget": 16, "page_size": 4, "recent": 1, "warmup": 1},
+            ("delta_layers",),
+        ),
+    ],
+)
+def test_a_method_calibrated_on_what_a_strategy_writes(
+    model, folder, problems, tmp_path, capsys, cls, name, fields, found
+):
+    more = ["--temperature", "0", "--max-new-tokens", "40", "--strategy", "cgrs"]
+    _, rows = think(folder, problems, tmp_path, *more, log="dense.jsonl")
+    given = {"answers": [row["text"] for row in rows], "tokenizer": toy_tokenizer()}
+    given |= {"num_delta": 1, "every": 4} if cls is kvcomp.Delta else {}
+    method = cls.calibrate(model, [each["prompt"] for each in PROBLEMS], **given, **fields)
+    values = {field: getattr(method, field) for field in (*fields, *found)}
+    words = {
+        field: ",".join(map(str, x)) if isinstance(x, tuple) else x for field, x in values.items()
+    }
+    flags = [word for field, x in words.items() for word in ("--set", f"{field}={x}")]
+    more += ["--method", name, *flags, "--strategy", "stand"]
+    code, rows = think(folder, problems, tmp_path, *more, log="sparse.jsonl")
+    assert code == 0, capsys.readouterr().err
+    log = (tmp_path / "sparse.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["settings"]["method"] == repr(method)
+    with kvcomp.patch(model, method) as run:
+        chosen = Chosen(["cgrs", "stand"])
+        greedy = {"temperature": 0, "max_new_tokens": 40, "log": tmp_path / "python.jsonl"}
+        same = thinking.think(run, toy_tokenizer(), PROBLEMS, chosen, **greedy)
+    assert [row["text"] for row in rows] == [each.text for each in same.values()]
+    command = ["generate", folder, "--prompt", PROBLEMS[0]["prompt"], "--no-chat", "--temperature"]
+    assert cli.main([*command, "0", "--max-new-tokens", "40", *more[6:], "--device", "cpu"]) == 0
+
+
 BAD = [
     (["--strategy", "hope"], "--strategy: expected one of cgrs,"),
     (["--strategy", "pdr", "--strategy", "dser"], "one at most that leads, got 'pdr and dser'"),
