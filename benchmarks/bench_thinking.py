@@ -15,10 +15,13 @@ Parts:
     cgrs        what tentative answers cost: tokens fed for them, and time, with and without `lazy`
     hint        time of hints at the end of a sentence and of hints put back, to none
     stop        tokens of a thought against the bias of its end, and within a forced budget
+    follow      a leader and a drafter: tokens by each, hand-overs, what reading the other's costs
     rounds      tokens and K/V of PDR and SR beside one row of as many tokens
     stand       tokens per second of a method with Stand and without, in turn; with --text also of a
                 model that writes prose
-    packed      seconds of prompts of different lengths in one row, against left padding
+    packed      seconds and peak memory of prompts of different lengths in one row, against padding
+
+With --text, `cgrs`, `hint`, `stop`, `follow` and `packed` take a model that writes prose instead.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from following import follow
 from packing import packed
+from prose import PROSE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
 
 import kvcomp
@@ -310,6 +315,7 @@ PARTS = {
     "hint": hint,
     "stop": stop,
     "rounds": rounds,
+    "follow": follow,
     "stand": stand,
     "packed": packed,
 }
@@ -337,12 +343,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--text",
         metavar="MODEL",
-        help="stand, packed: a model that writes prose, such as smollm2-135m",
+        help="cgrs, hint, stop, follow, stand, packed: a model that writes prose, such as"
+        " smollm2-135m",
     )
     add("--only-text", action="store_true", help="stand: without the reasoner")
     add("--contexts", type=int, nargs="+", default=[512, 6144], metavar="N", help="stand")
-    add("--new", type=int, default=256, metavar="N", help="stand: tokens of a row")
-    add("--rounds", type=int, default=3, metavar="N", help="stand: of the contenders in turn")
+    add("--new", type=int, default=256, metavar="N", help="stand, prose: tokens of a row")
+    add("--rounds", type=int, default=3, metavar="N", help="of timed contenders in turn")
     add("--threads", type=int, default=1)
     add("--json", type=Path, metavar="FILE")
     add("--smoke", action="store_true", help="one problem, few rows, short walks")
@@ -363,7 +370,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(header(facts), flush=True)
     rows: list[Row] = []
     for part in options.part:
-        for row in PARTS[part](model, tokenizer, options):
+        if options.text and part in PROSE:
+            found = PROSE[part](options)
+        else:
+            found = PARTS[part](model, tokenizer, options)
+        for row in found:
             print(line(row), flush=True)
             rows.append(row)
     if options.json:

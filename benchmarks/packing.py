@@ -1,17 +1,23 @@
-"""Part `packed` of bench_thinking.py: prompts of several lengths, packed, padded, one by one."""
+"""Part `packed` of bench_thinking.py: prompts of several lengths, packed, padded, one by one.
+
+Padded are all to the longest, or pairs of like lengths to the longer; and all once more by
+transformers alone, on a copy of the model that kvcomp does not patch.
+"""
 
 from __future__ import annotations
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 import kvcomp
+from harness.memory import peak
 from kvcomp import models
 from kvcomp.hf.prefill import prefill
 
@@ -27,32 +33,46 @@ def packed(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict
     words = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, words, (n,), generator=generator) for n in lengths]
-    longest = max(lengths)
-    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
-    mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    seconds: dict[str, list[float]] = {"padded": [], "one by one": [], "packed": []}
+    last = {"use_cache": True, "logits_to_keep": 1}
+    pairs = [rows[place : place + 2] for place in range(0, len(rows), 2)]
+    stock = deepcopy(model)
     with kvcomp.patch(model, kvcomp.Full()) as run, torch.no_grad():
-        last = {"use_cache": True, "logits_to_keep": 1}
         calls: dict[str, Callable[[], Any]] = {
-            "padded": lambda: model(ids, attention_mask=mask.long(), position_ids=places, **last),
+            "padded": lambda: model(**padded(rows), **last),
+            "padded, transformers": lambda: stock(**padded(rows), **last),
+            "padded in pairs": lambda: [model(**padded(pair), **last) for pair in pairs],
             "one by one": lambda: [model(row[None], **last) for row in rows],
             "packed": lambda: prefill(run, [row.tolist() for row in rows]),
         }
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(options.rounds):
             for name, call in calls.items():
                 began = time.perf_counter()
                 call()
                 seconds[name].append(time.perf_counter() - began)
+        peaks = {name: peak(call) for name, call in calls.items()}
+    longest, of_pairs = max(lengths), sum(2 * max(map(len, pair)) for pair in pairs)
+    tokens = {name: len(lengths) * longest for name in calls if "padded" in name}
+    tokens["padded in pairs"] = of_pairs
     base = seconds["padded"]
     return [
         {
             "part": "packed",
             "contender": name,
-            "tokens": len(lengths) * longest if name == "padded" else sum(lengths),
+            "tokens": tokens.get(name, sum(lengths)),
             "seconds": statistics.median(each),
             "ratio": statistics.median(base) / statistics.median(each),
             "ratio_min": min(base) / min(each),
+            "peak_bytes": peaks[name],
         }
         for name, each in seconds.items()
     ]
+
+
+def padded(rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rows of ids [n] as a model takes them, padded on the left."""
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+    mask = torch.arange(longest) >= longest - torch.tensor([len(row) for row in rows])[:, None]
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": mask.long(), "position_ids": places}

@@ -172,6 +172,9 @@ def test_strategies_of_long_reasoning(tmp_path):
     assert means == sorted(means, reverse=True)
     forced = of["stop", "budget 8..16"]
     assert 8 <= forced["shortest"] <= forced["longest"] <= 16
+    assert of["follow", "reasoner lead 0"]["led"] == 0
+    assert of["follow", "reasoner lead all"]["led"] == 1
+    assert 0 < of["follow", "reasoner lead 5"]["led"] < of["follow", "reasoner lead 15"]["led"] < 1
     drafts, chain = of["rounds", "pdr 8, 4, 1"], of["rounds", "sr 3"]
     assert drafts["tokens"] > drafts["path"] and chain["tokens"] == chain["path"]
 
