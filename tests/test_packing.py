@@ -66,6 +66,23 @@ def test_each_prompt_sees_itself_alone(inner):
                 torch.testing.assert_close(kept, layer.keys[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_up_to_32_tokens_have_the_bits_of_separate_prompts(dtype):
+    """As many go through the linear layers of kvcomp, whose bits do not depend on their number."""
+    model, rows = tiny_model("llama").to(dtype), prompts((5, 9, 3, 12))
+    with kvcomp.patch(model, Full()) as run:
+        cache, logits = prefill(run, rows)
+        for row, ids in enumerate(rows):
+            own = run.new_cache()
+            assert torch.equal(
+                logits[row], model(torch.tensor([ids]), past_key_values=own).logits[0, -1].float()
+            )
+            for got, layer in zip(cache.kv.layers, own.kv.layers, strict=True):
+                assert torch.equal(got.keys[row, :, : len(ids)], layer.keys[0, :, : len(ids)])
+                assert torch.equal(got.values[row, :, : len(ids)], layer.values[0, :, : len(ids)])
+
+
 def test_ragged_rows_are_packed_and_decode_as_padded_ones(monkeypatch):
     """No token of padding goes through the model, and the rows say what `generate` says."""
     model, given = tiny_model("llama"), padded(prompts())

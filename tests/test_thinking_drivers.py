@@ -147,6 +147,35 @@ def test_short_m_takes_as_many_steps_as_the_mth_shortest_thought(model, words):
     assert every.finished >= 2
 
 
+@pytest.mark.parametrize("name", ["full", "lazy"])
+def test_the_shortest_thoughts_and_their_vote_are_the_same_under_stand(model, words, name):
+    """Rows of one prompt that accept drafts of their own number: "first" counts tokens, so who wins
+    does not depend on whose drafts were right."""
+    ids, m = prompt()["input_ids"].repeat(8, 1), 3
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 60, "do_sample": True}
+    given |= {"temperature": 0.8, "top_k": 8, "eos_token_id": WORDS.index("b"), "pad_token_id": 0}
+    given["logits_processor"] = [thinking.StopScale(words, 20, bias=3.0, end="b")]
+
+    def best(out):
+        ended = [row.index(WORDS.index("b")) for row in out if WORDS.index("b") in row]
+        texts = [words.decode(row) for row in out if WORDS.index("b") in row]
+        order = sorted(range(len(ended)), key=lambda row: ended[row])[:m]
+        answers = [str(len(texts[row]) % 3) for row in order]
+        return [ended[row] for row in order], thinking.vote(answers, [ended[row] for row in order])
+
+    with kvcomp.patch(model, METHODS[name]) as run:
+        noise = thinking.GumbelNoise(4)
+        processors = [*given.pop("logits_processor"), noise]
+        plain = model.generate(ids, logits_processor=processors, **given)[:, 20:].tolist()
+        stand = thinking.Stand(sure=0.0, seed=4, adapt=False)
+        for _ in range(2):  # by the second time the table knows the text
+            again = model.generate(
+                ids, logits_processor=processors[:1], custom_generate=stand, **given
+            )
+        assert run.report().tokens_accepted
+    assert best(again[:, 20:].tolist()) == best(plain) and len(best(plain)[0]) == m
+
+
 def test_no_thought_that_was_cut_off_has_a_vote(model, words):
     never = [thinking.StopScale(words, 20, bias=-100.0)]
     with kvcomp.patch(model, kvcomp.Full()) as run:

@@ -125,6 +125,20 @@ def test_rounds_of_a_model(model, words, name):
     assert pdr.total_tokens > pdr.sequential_tokens > 60 and dser.rows == 10
 
 
+def test_rounds_hold_a_prompt_a_workspace_and_one_draft(model, words):
+    """However many rounds there are."""
+    config = model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    for rounds in (2, 4):
+        with kvcomp.patch(model, kvcomp.Full()) as run:
+            ask = thinking.Ask(run, words, chat=False, max_new_tokens=30, **WARM)
+            again = "{question}{carry}"
+            found = thinking.sr(ask, "so what", rounds=rounds, workspace=10, again=again)
+            held = run.report().kv_bytes_peak / per_token
+        most = len(words("so what")["input_ids"]) + 10 + 30
+        assert most // 2 < held <= most < found.total_tokens
+
+
 # --- trajectories ---------------------------------------------------------------------------------
 
 
