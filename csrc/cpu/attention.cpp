@@ -236,34 +236,26 @@ class Kernel {
       rows.read_words(words);
       rows_.codes.split_words(words, rows.count, k_scale, v_scale);
     }
-    // Rows of q behind the first few find the tile in L1, and what is next on its way.
     const auto *fetch_k = layout_.scattered ? next.k : rows.v,
                *fetch_v = layout_.scattered ? next.v : next.k;
-    for (int first = 0; first < walk.rows; first += kRows) {
-      const int count = std::min(walk.rows - first, kRows), at = head * walk.rows + first;
-      const std::size_t offset = std::size_t(at) * p_.head_dim;
-      qk_(scratch.q + offset, count, p_.head_dim, rows.k, rows.count,
-          first == 0 ? fetch_k : nullptr, p_.scale, scratch.logits);
-      for (int row = 0; coded_ && row < count; ++row) {
-        const float* q = scratch.q + offset + std::size_t(row) * p_.head_dim;
-        rows_.codes.multiply(scratch.logits + row * kTile, k_scale, q[p_.head_dim - 1], rows.count);
-      }
-      if (p_.softcap > 0) rows_.cap(scratch.logits, count, rows.count, p_.softcap);
-      for (int row = 0; row < count; ++row) {
-        finish_logits(rows, walk.batch, row_of(walk, head, first + row),
-                      scratch.logits + row * kTile);
-      }
-      rows_.softmax(scratch.logits, count, rows.count, state.max + at, state.sum + at,
-                    scratch.rescale);
-      const auto* fetch = first == 0 ? fetch_v : nullptr;
-      float* acc = state.acc + std::size_t(at) * p_.value_dim;
-      if (coded_) {
-        rows_.codes.pv(scratch.logits, v_scale, count, p_.value_dim, rows.v, rows.count, fetch,
-                       scratch.rescale, acc);
-      } else {
-        typed_.pv(scratch.logits, count, p_.value_dim, rows.v, rows.count, fetch, scratch.rescale,
-                  acc);
-      }
+    const int at = head * walk.rows;  // of a state's rows
+    const float* q = scratch.q + std::size_t(at) * p_.head_dim;
+    float *logits = scratch.logits, *acc = state.acc + std::size_t(at) * p_.value_dim;
+    qk_(q, walk.rows, p_.head_dim, rows.k, rows.count, fetch_k, p_.scale, logits);
+    for (int row = 0; coded_ && row < walk.rows; ++row) {
+      rows_.codes.multiply(logits + row * kTile, k_scale, q[std::size_t(row + 1) * p_.head_dim - 1],
+                           rows.count);
+    }
+    if (p_.softcap > 0) rows_.cap(logits, walk.rows, rows.count, p_.softcap);
+    for (int row = 0; row < walk.rows; ++row) {
+      finish_logits(rows, walk.batch, row_of(walk, head, row), logits + row * kTile);
+    }
+    rows_.softmax(logits, walk.rows, rows.count, state.max + at, state.sum + at, scratch.rescale);
+    if (coded_) {
+      rows_.codes.pv(logits, v_scale, walk.rows, p_.value_dim, rows.v, rows.count, fetch_v,
+                     scratch.rescale, acc);
+    } else {
+      typed_.pv(logits, walk.rows, p_.value_dim, rows.v, rows.count, fetch_v, scratch.rescale, acc);
     }
   }
 

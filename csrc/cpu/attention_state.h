@@ -11,7 +11,6 @@ namespace kvcomp::cpu {
 using simd::kTile;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int kRows = 16;  // rows of q in work at a time: their logits stay in L1
 
 constexpr std::size_t lines(std::size_t floats) { return (floats + 15) / 16 * 16; }
 
@@ -29,18 +28,18 @@ struct State {
 // What a part works with besides the states of the walks that its borders cut.
 struct Scratch {
   State walk, span;             // of the spans so far, and of the one in work
-  float *q, *logits, *rescale;  // prepared q [rows, D], [kRows, kTile], [kRows]
+  float *q, *logits, *rescale;  // prepared q [rows, D], [rows, kTile], [rows]
 
   Scratch(float* memory, int rows, int head_dim, int value_dim)
       : walk(memory, rows),
         span(memory + State::size(rows, value_dim), rows),
         q(memory + 2 * State::size(rows, value_dim)),
         logits(q + lines(std::size_t(rows) * head_dim)),
-        rescale(logits + kRows * kTile) {}
+        rescale(logits + std::size_t(rows) * kTile) {}
 
   static std::size_t size(int rows, int head_dim, int value_dim) {
-    return 2 * State::size(rows, value_dim) + lines(std::size_t(rows) * head_dim) + kRows * kTile +
-           kRows;
+    return 2 * State::size(rows, value_dim) + lines(std::size_t(rows) * head_dim) +
+           std::size_t(rows) * kTile + lines(rows);
   }
 };
 

@@ -1,5 +1,28 @@
 // Attention over the rows of a tile: logits, softmax, and the sum of values. Part of rows.inl.
 
+// Heads and vectors whose sums stay in registers: with 32 of these, 24, else 8.
+constexpr int kSharedHeads = kLanes == 16 ? 6 : 4;
+constexpr int kSharedVectors = kLanes == 16 ? 4 : 2;
+
+// Calls f with the first of each block of heads and, as a type, their number: blocks of like size,
+// as few as hold kMost each.
+template <int kMost, class F>
+inline void for_heads(int num_heads, F f) {
+  static_assert(kMost <= 6);
+  for (int h = 0, n; h < num_heads; h += n) {
+    const int left = num_heads - h, blocks = (left + kMost - 1) / kMost;
+    n = (left + blocks - 1) / blocks;
+    switch (n) {
+      case 1: f(h, Count<1>{}); break;
+      case 2: f(h, Count<2>{}); break;
+      case 3: f(h, Count<3>{}); break;
+      case 4: f(h, Count<4>{}); break;
+      case 5: f(h, Count < kMost<5 ? 1 : 5>{}); break;
+      case 6: f(h, Count < kMost<6 ? 1 : 6>{}); break;
+    }
+  }
+}
+
 // --- q k^T -------------------------------------------------------------------------------------
 
 // How a step of a row multiplies q: in fp32, in the order of load_pair. An instruction set with a
@@ -58,9 +81,15 @@ class Fetch {
   int row_bytes_ = 0, at_ = 0;  // of row_, where the next line begins
 };
 
+// For those who find their rows in L1.
+struct NoFetch {
+  template <int>
+  void beside(int) {}
+};
+
 // H heads against kLanes / H rows at a time: kLanes sums in registers, reduced together.
-template <class T, int H>
-void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count, Fetch& fetch,
+template <class T, int H, class F>
+void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count, F fetch,
               float scale, float* logits) {
   using D = Dot<T>;
   using Query = typename D::Query;
@@ -70,11 +99,13 @@ void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count
   for (int t = 0; t < count; t += R) {
     Vec sums[kLanes];
     UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zero();
+    const T* at[R];
+    UNROLL for (int r = 0; r < R; ++r) at[r] = static_cast<const T*>(rows[t + r]);
     int i = 0;
     for (; i + D::kStep <= head_dim; i += D::kStep) {
       const auto row = [&](int r) {
-        fetch.beside<D::kStep * sizeof(T)>(i * sizeof(T));
-        return D::row(static_cast<const T*>(rows[t + r]) + i);
+        fetch.template beside<D::kStep * sizeof(T)>(i * sizeof(T));
+        return D::row(at[r] + i);
       };
       const auto query = [&](int h) { return D::query(q + h * stride_q + i); };
       if constexpr (R < H) {  // what there is less of stays in registers, beside the sums
@@ -95,8 +126,8 @@ void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count
     }
     if (i < head_dim) {
       UNROLL for (int r = 0; r < R; ++r) {
-        fetch.beside<kLanes * sizeof(T)>(i * sizeof(T));
-        const auto k = D::half_row(static_cast<const T*>(rows[t + r]) + i);
+        fetch.template beside<kLanes * sizeof(T)>(i * sizeof(T));
+        const auto k = D::half_row(at[r] + i);
         UNROLL for (int h = 0; h < H; ++h) {
           sums[h * R + r] = D::half_add(D::half_query(q + h * stride_q + i), k, sums[h * R + r]);
         }
@@ -119,18 +150,17 @@ void prepare_q(const void* q, int head_dim, float* prepared) {
 template <class T>
 void qk(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, int count,
         RowPointers fetch_rows, float scale, float* logits) {
-  Fetch fetch(fetch_rows, head_dim * sizeof(T));
-  for (int h = 0, n; h < num_heads; h += n, fetch = {}) {  // later heads find the rows in L1
-    n = min(num_heads - h, 4);
-    const float* q = prepared_q + h * head_dim;
-    float* x = logits + h * kTile;
-    switch (n) {
-      case 1: qk_heads<T, 1>(q, head_dim, rows, count, fetch, scale, x); break;
-      case 2: qk_heads<T, 2>(q, head_dim, rows, count, fetch, scale, x); break;
-      case 3: qk_heads<T, 3>(q, head_dim, rows, count, fetch, scale, x); break;
-      case 4: qk_heads<T, 4>(q, head_dim, rows, count, fetch, scale, x); break;
+  for_heads<4>(num_heads, [&](int h, auto heads) {
+    const auto multiply = [&](auto fetch) {
+      qk_heads<T, heads.value>(prepared_q + h * head_dim, head_dim, rows, count, fetch, scale,
+                               logits + h * kTile);
+    };
+    if (h == 0 && fetch_rows) {
+      multiply(Fetch(fetch_rows, head_dim * sizeof(T)));
+    } else {
+      multiply(NoFetch());
     }
-  }
+  });
 }
 
 // --- soft cap ----------------------------------------------------------------------------------
@@ -186,31 +216,62 @@ void softmax(float* logits, int num_heads, int count, float* max, float* sum, fl
 
 // --- probs v -----------------------------------------------------------------------------------
 
+// How rows are weighed and added up: one at a time in fp32. An instruction set with a dot product
+// of its own specialises it.
+template <class T>
+struct Values {
+  static constexpr int kRows = 1;  // at once
+  using Weights = const float*;    // of a head
+
+  static void weigh(const float* probs, int, Weights& weights) { weights = probs; }
+  static Vec weight(Weights weights, int t) { return broadcast(weights[t]); }
+  template <int>
+  static Pair pair(const T* const* rows) {
+    return load_pair(*rows);
+  }
+  template <int>
+  static Vec half(const T* const* rows) {
+    return load(*rows);
+  }
+  static Vec add(Vec weight, Vec v, Vec sum) { return fma(weight, v, sum); }
+};
+
 // N vectors of a row from `column` on, for H heads: H * N sums in registers over all rows. They
 // start from zero, not from acc: rounding then grows with the number of tiles, not of tokens.
 template <class T, int H, int N>
 void pv_block(const float* probs, int head_dim, RowPointers rows, int count, Fetch& fetch,
               const float* rescale, int column, float* acc) {
+  using W = Values<T>;
+  typename W::Weights weights[H];
+  UNROLL for (int h = 0; h < H; ++h) W::weigh(probs + h * kTile, count, weights[h]);
   Vec sums[H][N];
   UNROLL for (int h = 0; h < H; ++h) { UNROLL for (int n = 0; n < N; ++n) sums[h][n] = zero(); }
-  for (int t = 0; t < count; ++t) {
-    fetch.beside<N * kLanes * sizeof(T)>(column * sizeof(T));
-    const T* row = static_cast<const T*>(rows[t]) + column;
+  const auto add = [&](int t, auto number) __attribute__((always_inline)) {  // of rows
+    constexpr int R = number.value;
+    const T* row[R];
+    UNROLL for (int r = 0; r < R; ++r) {
+      fetch.beside<N * kLanes * sizeof(T)>(column * sizeof(T));
+      row[r] = static_cast<const T*>(rows[t + r]) + column;
+    }
     Vec v[N];
     if constexpr (N == 1) {
-      v[0] = load(row);
+      v[0] = W::template half<R>(row);
     } else {
       UNROLL for (int n = 0; n < N; n += 2) {
-        const Pair pair = load_pair(row + n * kLanes);
+        const Pair pair = W::template pair<R>(row);
         v[n] = pair.a;
         v[n + 1] = pair.b;
+        UNROLL for (int r = 0; r < R; ++r) row[r] += 2 * kLanes;
       }
     }
     UNROLL for (int h = 0; h < H; ++h) {
-      const Vec p = broadcast(probs[h * kTile + t]);
-      UNROLL for (int n = 0; n < N; ++n) sums[h][n] = fma(p, v[n], sums[h][n]);
+      const Vec weight = W::weight(weights[h], t);
+      UNROLL for (int n = 0; n < N; ++n) sums[h][n] = W::add(weight, v[n], sums[h][n]);
     }
-  }
+  };
+  int t = 0;
+  for (; t + W::kRows <= count; t += W::kRows) add(t, Count<W::kRows>{});
+  if (t < count) add(t, Count<1>{});
   UNROLL for (int h = 0; h < H; ++h) {
     UNROLL for (int n = 0; n < N; ++n) {
       float* sum = acc + h * head_dim + column + n * kLanes;
@@ -220,7 +281,7 @@ void pv_block(const float* probs, int head_dim, RowPointers rows, int count, Fet
 }
 
 // As many vectors at once as there are sums, then half as many of what is left.
-template <class T, int H, int N = kSums / H / 2 * 2>
+template <class T, int H, int N = H <= 4 ? kSums / H / 2 * 2 : kSharedVectors>
 void pv_heads(const float* probs, int head_dim, RowPointers rows, int count, Fetch& fetch,
               const float* rescale, float* acc, int column = 0) {
   for (; column + N * kLanes <= head_dim; column += N * kLanes) {
@@ -235,17 +296,11 @@ template <class T>
 void pv(const float* probs, int num_heads, int head_dim, RowPointers rows, int count,
         RowPointers fetch_rows, const float* rescale, float* acc) {
   Fetch fetch(fetch_rows, head_dim * sizeof(T));
-  for (int h = 0, n; h < num_heads; h += n, fetch = {}) {  // later heads find the rows in L1
-    n = min(num_heads - h, 4);
-    const float *p = probs + h * kTile, *alpha = rescale + h;
-    float* sums = acc + h * head_dim;
-    switch (n) {
-      case 1: pv_heads<T, 1>(p, head_dim, rows, count, fetch, alpha, sums); break;
-      case 2: pv_heads<T, 2>(p, head_dim, rows, count, fetch, alpha, sums); break;
-      case 3: pv_heads<T, 3>(p, head_dim, rows, count, fetch, alpha, sums); break;
-      case 4: pv_heads<T, 4>(p, head_dim, rows, count, fetch, alpha, sums); break;
-    }
-  }
+  for_heads<kSharedHeads>(num_heads, [&](int h, auto heads) {
+    pv_heads<T, heads.value>(probs + h * kTile, head_dim, rows, count, fetch, rescale + h,
+                             acc + h * head_dim);
+    fetch = {};  // later heads find the rows in L1
+  });
 }
 
 // --- whole rows --------------------------------------------------------------------------------

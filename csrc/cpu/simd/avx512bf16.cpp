@@ -40,6 +40,64 @@ struct Dot<Bfloat16> {
 };
 
 template <class T>
+struct Values;
+
+struct Places {  // of a pair in two rows: the first and every `step`-th element behind it
+  alignas(64) std::int16_t at[32];
+  constexpr Places(int first, int step) : at() {
+    for (int i = 0; i < 16; ++i) {
+      at[2 * i] = static_cast<std::int16_t>(first + step * i);
+      at[2 * i + 1] = static_cast<std::int16_t>(32 + first + step * i);
+    }
+  }
+};
+constexpr Places kEven{0, 2}, kOdd{1, 2}, kFirst{0, 1};
+
+// Two rows at once: their weights are rounded to bf16, which the values are already.
+template <>
+struct Values<Bfloat16> {
+  static constexpr int kRows = 2;
+  struct Weights {
+    alignas(64) Bfloat16 of[kTile];
+  };
+
+  static void weigh(const float* probs, int count, Weights& weights) {
+    for (int t = 0; t < count; t += 2 * kLanes) {
+      const Pair p = {load(probs + t), load(probs + t + kLanes)};
+      _mm512_store_si512(weights.of + t, (__m512i)_mm512_cvtne2ps_pbh(p.b.x, p.a.x));
+    }
+    if (count % 2) weights.of[count] = {};
+  }
+  static Vec weight(const Weights& weights, int t) {
+    float both;
+    __builtin_memcpy(&both, weights.of + t, sizeof both);
+    return broadcast(both);
+  }
+  template <int R>
+  static Pair pair(const Bfloat16* const* rows) {
+    const __m512i a = _mm512_loadu_si512(rows[0]);
+    const __m512i b = R == 2 ? _mm512_loadu_si512(rows[R - 1]) : _mm512_setzero_si512();
+    return {between(a, kEven, b), between(a, kOdd, b)};  // as load_pair orders them
+  }
+  template <int R>
+  static Vec half(const Bfloat16* const* rows) {
+    const __m512i a = _mm512_zextsi256_si512(load_bits(rows[0]));
+    const __m512i b =
+        R == 2 ? _mm512_zextsi256_si512(load_bits(rows[R - 1])) : _mm512_setzero_si512();
+    return between(a, kFirst, b);
+  }
+  static Vec add(Vec weight, Vec v, Vec sum) {
+    return {_mm512_dpbf16_ps(sum.x, (__m512bh)_mm512_castps_si512(weight.x),
+                             (__m512bh)_mm512_castps_si512(v.x))};
+  }
+
+ private:
+  static Vec between(__m512i a, const Places& places, __m512i b) {
+    return {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, _mm512_load_si512(places.at), b))};
+  }
+};
+
+template <class T>
 struct Packed;
 
 template <>

@@ -44,9 +44,6 @@ void pack(RowPointers rows, int head_dim, float* packed) {
   }
 }
 
-// Heads and vectors whose sums stay in registers: with 32 of these, 24, else 8.
-constexpr int kSharedHeads = kLanes == 16 ? 6 : 4;
-constexpr int kSharedVectors = kLanes == 16 ? 4 : 2;
 constexpr int kPackedChunk = 96;  // steps of a tile that stay in L1 for all heads
 
 template <class T, int H>
@@ -74,29 +71,13 @@ void qk_block(const float* q, int head_dim, const float* packed, int steps, bool
   }
 }
 
-// Calls f with the number of heads, as a type, of each block of heads.
-template <class F>
-inline void for_shared_heads(int num_heads, F f) {
-  for (int h = 0, n; h < num_heads; h += n) {
-    n = min(num_heads - h, kSharedHeads);
-    switch (n) {
-      case 1: f(h, Count<1>{}); break;
-      case 2: f(h, Count<2>{}); break;
-      case 3: f(h, Count<3>{}); break;
-      case 4: f(h, Count<4>{}); break;
-      case 5: f(h, Count < kSharedHeads<5 ? 4 : 5>{}); break;
-      case 6: f(h, Count<kSharedHeads>{}); break;
-    }
-  }
-}
-
 template <class T>
 void qk_packed(const float* prepared_q, int num_heads, int head_dim, const float* packed,
                float scale, float* logits) {
   const int all = (head_dim + kPackedAtOnce<T> - 1) / kPackedAtOnce<T> * kLanes;
   for (int s = 0; s < all; s += kPackedChunk) {
     const int steps = min(all - s, kPackedChunk);
-    for_shared_heads(num_heads, [&](int h, auto heads) {
+    for_heads<kSharedHeads>(num_heads, [&](int h, auto heads) {
       qk_block<T, heads.value>(prepared_q + h * head_dim + s, head_dim, packed + s * kTile, steps,
                                s == 0, scale, logits + h * kTile);
     });
@@ -109,7 +90,7 @@ void pv_shared_columns(const float* probs, int num_heads, int width, RowPointers
                        const float* rescale, float* acc, int column) {
   Fetch nothing;
   for (; column + N * kLanes <= width; column += N * kLanes) {
-    for_shared_heads(num_heads, [&](int h, auto heads) {
+    for_heads<kSharedHeads>(num_heads, [&](int h, auto heads) {
       pv_block<T, heads.value, N>(probs + h * kTile, width, rows, count, nothing, rescale + h,
                                   column, acc + h * width);
     });
