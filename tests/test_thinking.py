@@ -333,6 +333,18 @@ def test_lazy_probes_only_where_a_word_is_about_to_come(head, words):
         assert cgrs.probes == probes
 
 
+def test_the_cache_of_another_run_is_not_probed(model, words):
+    ends = ("w",)
+    with kvcomp.patch(model, kvcomp.Full()) as run:
+        kept = run.new_cache()
+        model(ids(), past_key_values=kept)
+        other = thinking.Cgrs(run, words, ends=ends)
+    with kvcomp.patch(model, kvcomp.Full()) as run:
+        with pytest.raises(ValueError, match="Cgrs: run: expected the run under which the model"):
+            decode(model, ids(seed=9), other)
+        decode(model, ids(seed=9), thinking.Cgrs(run, words, ends=ends, answer=1), tokens=4)
+
+
 def test_beams_keep_the_certainty_of_their_own_text(head, words):
     """Rows that change places take their rates along; another text begins without any."""
     with kvcomp.patch(head([40]), kvcomp.Full()) as run:

@@ -23,7 +23,7 @@ from kvcomp.hf.run import Run
 from kvcomp.hf.static_run import StaticRun
 from kvcomp.hf.trial import trial
 from kvcomp.thinking.checks import is_count, is_number, require, require_texts
-from kvcomp.thinking.words import ends_with, spellings
+from kvcomp.thinking.words import TAIL, ends_with, spellings
 
 WORDS = ("Wait", "But", "Alternatively", "Alternative", "Hmm")
 PROBE = "\n\n**Final Answer:** \\boxed{"
@@ -161,9 +161,22 @@ class Cgrs(LogitsProcessor):
             ended &= torch.isin(scores.argmax(1), self.words).cpu()
         asked = torch.tensor(rows)[ended]
         if len(asked):
+            self._check(rows, ids)
             for row, sure in zip(asked.tolist(), self._probe(asked).tolist(), strict=True):
                 self.certainties.append(sure)
                 self._rates[row] = max(0.0, (sure - self.delta) / (1 - self.delta))
+
+    def _check(self, rows: list[int], ids: Tensor) -> None:
+        """Raise ValueError where the latest cache of the run is one of another text."""
+        cache = self.run.latest
+        known = None if cache is None else cache.text.known(cache.columns)
+        if cache is not None and known is not None:
+            seen, same = cache.kv.layers[0].seen().to(known.device), len(known) > max(rows)
+            for row, given in zip(rows if same else [], ids.to(known.device), strict=False):
+                own = known[row, seen[row]][-TAIL:]  # without the gaps that drafts leave
+                same &= torch.equal(own, given[-len(own) :])
+            expected = "the run under which the model decodes"
+            require(same, "Cgrs: run", expected, "one whose latest cache has another text")
 
     def _probe(self, rows: Tensor) -> Tensor:
         """C of rows [R], by answers that are decoded greedily and thrown away."""
