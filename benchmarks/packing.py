@@ -45,12 +45,10 @@ def packed(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict
             "packed": lambda: prefill(run, [row.tolist() for row in rows]),
         }
         seconds: dict[str, list[float]] = {name: [] for name in calls}
+        peaks: dict[str, int] = {}  # of the last round
         for _ in range(options.rounds):
             for name, call in calls.items():
-                began = time.perf_counter()
-                call()
-                seconds[name].append(time.perf_counter() - began)
-        peaks = {name: peak(call) for name, call in calls.items()}
+                peaks[name] = peak(lambda call=call, found=seconds[name]: timed(call, found))
     longest, of_pairs = max(lengths), sum(2 * max(map(len, pair)) for pair in pairs)
     tokens = {name: len(lengths) * longest for name in calls if "padded" in name}
     tokens["padded in pairs"] = of_pairs
@@ -67,6 +65,12 @@ def packed(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict
         }
         for name, each in seconds.items()
     ]
+
+
+def timed(call: Callable[[], Any], seconds: list[float]) -> None:
+    began = time.perf_counter()
+    call()
+    seconds.append(time.perf_counter() - began)
 
 
 def padded(rows: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
