@@ -64,6 +64,26 @@ def test_votes_of_rows():
         assert shown[row["contender"]] == [f"{row['accuracy']:.0%}", *ratios, f"{row['path']:.0f}"]
 
 
+def test_hints_on_a_model_that_writes_prose():
+    rows = [row for row in rows_of("thinking/prose-words") if row["part"] == "hint"]
+    shown = table(ROOT / "docs" / "thinking.md", "| answers of at most 256 tokens, greedy |")
+    names = [name.replace("ConciseHint, ", "") for name in shown]
+    assert names == [row["contender"].partition(" ")[2] for row in rows]
+    assert list(shown.values()) == [
+        [f"{row['tokens']:.0f}", f"{row['hints']:.1f}", f"{row['ended']} of {row['of']}"]
+        for row in rows
+    ]
+
+
+def test_the_likelier_the_end_the_shorter_are_answers():
+    rows = [row for row in rows_of("thinking/prose-words") if row["part"] == "stop"]
+    means = [row["mean"] for row in rows if " bias " in row["contender"]]
+    assert len(means) == 5 and means == sorted(means, reverse=True) and means[-1] < means[0]
+    forced = rows[-1]
+    low, high = map(int, forced["contender"].split()[-1].split(".."))
+    assert low <= forced["shortest"] <= forced["longest"] <= high
+
+
 def test_a_decode_step():
     names = {
         "transformers, its default cache": "hf dynamic",

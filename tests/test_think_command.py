@@ -103,11 +103,14 @@ def test_an_interrupted_run_goes_on_from_its_log(
     assert log.read_text() == before
 
 
-@pytest.mark.parametrize("strategy", ["short-m", "stand"])
-def test_ctrl_c_leaves_a_whole_log_and_the_model_as_it_was(
-    model, folder, problems, tmp_path, capsys, monkeypatch, strategy
+@pytest.mark.parametrize(
+    ("strategy", "signum"),
+    [("short-m", signal.SIGINT), ("stand", signal.SIGTERM), ("sr", signal.SIGHUP)],
+)
+def test_a_signal_leaves_a_whole_log_and_the_model_as_it_was(
+    model, folder, problems, tmp_path, capsys, monkeypatch, strategy, signum
 ):
-    """A signal of the system in the middle of the second problem."""
+    """One of the system, in the middle of the second problem."""
     more = ["--strategy", strategy, "--temperature", "0"]
     _, whole = think(folder, problems, tmp_path, *more, log="whole.jsonl")
     (tmp_path / "out.jsonl").unlink()
@@ -119,13 +122,14 @@ def test_ctrl_c_leaves_a_whole_log_and_the_model_as_it_was(
         if log.exists() and log.read_text().count("\n") == 2:  # the settings, and one problem
             forwards.append(1)
             if len(forwards) == 3:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signum)
         return own(*args, **given)
 
     with monkeypatch.context() as patched:
         patched.setitem(model.model.__dict__, "forward", forward)
         code, rows = think(folder, problems, tmp_path, *more)
-        assert (code, rows) == (130, None) and "repeat the command" in capsys.readouterr().err
+        assert (code, rows) == (128 + signum, None)
+        assert "repeat the command" in capsys.readouterr().err
         assert model.model.__dict__["forward"] is forward
     assert model.config._attn_implementation != "kvcomp"
     assert [json.loads(line).get("id") for line in log.read_text().splitlines()] == [None, "0"]
