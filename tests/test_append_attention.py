@@ -5,6 +5,7 @@ import torch
 
 from kvcomp.ops import OPS
 from kvcomp.selftest.case import HALF_AND_FULL, attention_inputs, ints
+from kvcomp.selftest.code_cases import codes_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 SLOTS, HEADS, KV_HEADS, COUNT, SCALE = 1104, 6, 2, 7, 0.11
@@ -23,11 +24,11 @@ def table(page_size):
     return order.argsort(-1).int()
 
 
-def one_by_one(name, q, k, v, lens, page_ids, page_size):
+def one_by_one(name, q, k, v, lens, page_ids, page_size, words=None):
     """Each query alone, after the tokens that it sees."""
     decode, count = OPS["decode_attention"].impl(name), q.shape[1]
     rows = [
-        decode(q[:, i], k, v, lens - (count - 1 - i), page_ids, page_size, SCALE, None)
+        decode(q[:, i], k, v, lens - (count - 1 - i), page_ids, page_size, SCALE, None, words)
         for i in range(count)
     ]
     return tuple(torch.stack(parts, 1) for parts in zip(*rows, strict=True))
@@ -63,6 +64,29 @@ def test_the_bits_of_plain_steps(dtype, layout, page_size, threads):
             rows = (x[row : row + 1] for x in (q, k, v, lens))
             alone = append(*rows, None, None, pages, where[1], SCALE, None)
             same(alone, (x[row : row + 1] for x in got))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4])
+@pytest.mark.parametrize("dim", [32, 64, 80, 128])
+def test_the_bits_of_plain_steps_over_codes(dim, group):
+    """Also where scales are below 0, or not finite: then one token poisons those who see it."""
+    q, k, v = attention_inputs(
+        len(LENS), KV_HEADS * group * COUNT, KV_HEADS, SLOTS, dim, torch.float32
+    )
+    q, lens = q.unflatten(1, (COUNT, KV_HEADS * group)), ints(LENS)
+    k, v, words = codes_of(k, v)
+    scales = words.view(torch.float16).unflatten(-1, (SLOTS, 2))
+    scales[0, 0, 70:90] *= -1
+    scales[0, 1, 600, 1] = scales[1, 1, 511, 0] = torch.nan  # seen by all queries, and by four
+    given = q, k, v, lens, None, None, None, 1, SCALE, None, words
+    got = OPS["append_attention"].impl("cpu")(*given)
+    for a, b in zip(got, one_by_one("cpu", q, k, v, lens, None, 1, words), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    exact = OPS["append_attention"].reference(q.double(), *given[1:])
+    for a, b in zip(got, exact, strict=True):
+        torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-3, equal_nan=True)
+    poisoned = got[0].isnan().any(-1).unflatten(-1, (KV_HEADS, group))[..., 0]
+    assert poisoned.sum((1, 2)).tolist() == [COUNT, 4, 0, 0]
 
 
 def test_the_bits_of_fewer_queries(threads):

@@ -44,8 +44,7 @@ class Kernel {
         rows_(simd::rows()),
         typed_(typed(rows_, p_.q_dtype)),
         coded_(p_.kv_dtype == ScalarType::i8),
-        qk_(coded_ ? rows_.codes.qk : typed_.qk),
-        store_(coded_ ? typed_.narrow : typed_.store),
+        query_size_(coded_ ? rows_.codes.query_size(p_.head_dim) : p_.head_dim),
         walks_(params),
         layout_(walks_.layout()) {}
 
@@ -60,7 +59,7 @@ class Kernel {
                                 {std::int64_t{threads} * kPartsPerThread, work / kGrain, total}));
     const int rows = walks_.state_rows();
     state_size_ = State::size(rows, p_.value_dim);
-    scratch_size_ = Scratch::size(rows, p_.head_dim, p_.value_dim);
+    scratch_size_ = Scratch::size(rows, query_size_, p_.value_dim);
     const std::size_t cut_size = find_cuts(parts);
     static thread_local Workspace workspace;
     scratches_ = workspace.get(parts * scratch_size_ + cut_size);
@@ -121,7 +120,7 @@ class Kernel {
     const std::int64_t begin = walks_.part_begin(part, parts);
     const std::int64_t end = walks_.part_begin(part + 1, parts);
     if (begin == end) return;
-    const Scratch scratch(scratches_ + part * scratch_size_, walks_.state_rows(), p_.head_dim,
+    const Scratch scratch(scratches_ + part * scratch_size_, walks_.state_rows(), query_size_,
                           p_.value_dim);
     TileRows rows[2];
     TileRows *current = &rows[0], *next = &rows[1];
@@ -211,9 +210,10 @@ class Kernel {
     const char* q = static_cast<const char*>(p_.q) + walk.batch * p_.stride_q_b * size;
     for_each_row(walk, [&](int index, Row row) {
       const char* from = q + (row.query * m_.stride_q_m + row.head * p_.stride_q_h) * size;
-      float* into = prepared + std::size_t(index) * p_.head_dim;
+      float* into = prepared + std::size_t(index) * query_size_;
       if (!coded_) return typed_.prepare_q(from, p_.head_dim, into);
-      float wide[std::end(kHeadSizes)[-1]];
+      float wide[simd::kMostQuery];
+      static_assert(std::end(kHeadSizes)[-1] <= simd::kMostQuery);
       typed_.widen(from, p_.head_dim, wide);
       rows_.codes.prepare_q(wide, p_.head_dim, into);
     });
@@ -239,12 +239,13 @@ class Kernel {
     const auto *fetch_k = layout_.scattered ? next.k : rows.v,
                *fetch_v = layout_.scattered ? next.v : next.k;
     const int at = head * walk.rows;  // of a state's rows
-    const float* q = scratch.q + std::size_t(at) * p_.head_dim;
+    const float* q = scratch.q + std::size_t(at) * query_size_;
     float *logits = scratch.logits, *acc = state.acc + std::size_t(at) * p_.value_dim;
-    qk_(q, walk.rows, p_.head_dim, rows.k, rows.count, fetch_k, p_.scale, logits);
-    for (int row = 0; coded_ && row < walk.rows; ++row) {
-      rows_.codes.multiply(logits + row * kTile, k_scale, q[std::size_t(row + 1) * p_.head_dim - 1],
-                           rows.count);
+    if (coded_) {
+      rows_.codes.qk(q, walk.rows, p_.head_dim, rows.k, rows.count, fetch_k, p_.scale, k_scale,
+                     logits);
+    } else {
+      typed_.qk(q, walk.rows, p_.head_dim, rows.k, rows.count, fetch_k, p_.scale, logits);
     }
     if (p_.softcap > 0) rows_.cap(logits, walk.rows, rows.count, p_.softcap);
     for (int row = 0; row < walk.rows; ++row) {
@@ -307,9 +308,15 @@ class Kernel {
   void store(const Walk& walk, const State& state) const {
     for_each_row(walk, [&](int index, Row row) {
       const std::int64_t at = out_row(walk.batch, row);
-      const float sum = state.sum[index];
-      store_(state.acc + std::size_t(index) * p_.value_dim, sum == 0.0f ? 0.0f : 1.0f / sum,
-             p_.value_dim, static_cast<char*>(p_.out) + at * p_.value_dim * size_of(p_.q_dtype));
+      const float sum = state.sum[index], factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+      float* acc = state.acc + std::size_t(index) * p_.value_dim;
+      char* out = static_cast<char*>(p_.out) + at * p_.value_dim * size_of(p_.q_dtype);
+      if (coded_) {
+        rows_.codes.arrange(acc, p_.value_dim);
+        typed_.narrow(acc, factor, p_.value_dim, out);
+      } else {
+        typed_.store(acc, factor, p_.value_dim, out);
+      }
       p_.lse[at] = sum == 0.0f ? -kInfinity : state.max[index] + std::log(sum);
     });
   }
@@ -327,8 +334,7 @@ class Kernel {
   const simd::Rows& rows_;
   const simd::TypedRows& typed_;  // of q and out
   const bool coded_;              // K and V are codes
-  decltype(simd::TypedRows::qk) qk_;
-  decltype(simd::TypedRows::store) store_;
+  const int query_size_;          // floats of a prepared row
   const Walks walks_;
   // Memory delivers rows in sequence best when K and V are fetched by turns, 8 to 16 KiB each, and
   // each while the other is in work; scattered rows take longer and are fetched a tile ahead.

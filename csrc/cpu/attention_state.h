@@ -28,17 +28,17 @@ struct State {
 // What a part works with besides the states of the walks that its borders cut.
 struct Scratch {
   State walk, span;             // of the spans so far, and of the one in work
-  float *q, *logits, *rescale;  // prepared q [rows, D], [rows, kTile], [rows]
+  float *q, *logits, *rescale;  // prepared q [rows, query_size], [rows, kTile], [rows]
 
-  Scratch(float* memory, int rows, int head_dim, int value_dim)
+  Scratch(float* memory, int rows, int query_size, int value_dim)
       : walk(memory, rows),
         span(memory + State::size(rows, value_dim), rows),
         q(memory + 2 * State::size(rows, value_dim)),
-        logits(q + lines(std::size_t(rows) * head_dim)),
+        logits(q + lines(std::size_t(rows) * query_size)),
         rescale(logits + std::size_t(rows) * kTile) {}
 
-  static std::size_t size(int rows, int head_dim, int value_dim) {
-    return 2 * State::size(rows, value_dim) + lines(std::size_t(rows) * head_dim) +
+  static std::size_t size(int rows, int query_size, int value_dim) {
+    return 2 * State::size(rows, value_dim) + lines(std::size_t(rows) * query_size) +
            std::size_t(rows) * kTile + lines(rows);
   }
 };

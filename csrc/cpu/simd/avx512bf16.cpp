@@ -112,11 +112,18 @@ struct Packed<Bfloat16> {
 };
 
 #include "rows.inl"
+// and then
+#include "codes_bytes.inl"
+
+constexpr Rows with_bytes(Rows rows) {
+  rows.codes = code_rows<AsBytes>();
+  return rows;
+}
 
 }  // namespace
 
 const Rows& avx512bf16_rows() {
-  static constexpr Rows table = make_rows("avx512bf16");
+  static constexpr Rows table = with_bytes(make_rows("avx512bf16"));
   return table;
 }
 

@@ -13,23 +13,29 @@ constexpr int kWeightBound = 32767;
 struct Weights {
   std::int16_t integers[kTile];
   float unit;
-  bool finite;  // all of them; if not, integers are 0
+  bool whole;  // integers stand for all of them; if not, they are 0
+
+  void put(int t, Vec x) { store_ints(integers + t, x); }
 };
 
-inline void weigh(const float* probs, const float* scales, int count, Weights& weights) {
-  Vec largest = broadcast(power_of_two(kLeastExponent)), nothing = zero();
-  for (int t = 0; t < count; t += kLanes) {
-    const Vec x = load(probs + t) * load(scales + t);
-    largest = max(max(x, zero() - x), largest);
-    nothing = fma(x, zero(), nothing);  // NaN where x is not finite
+// Weights that are infinite, NaN or below 0 do not become integers.
+template <class W>
+void weigh(const float* probs, const float* scales, int count, W& weights) {
+  Vec x[kTile / kLanes], largest = broadcast(power_of_two(kLeastExponent));
+  constexpr unsigned kAll = (1u << kLanes) - 1;
+  unsigned positive = kAll;
+  UNROLL for (int i = 0; i < kTile / kLanes; ++i) {
+    const int t = i * kLanes;
+    x[i] = t < count ? load(probs + t) * load(scales + t) : zero();
+    largest = max(x[i], largest);
+    positive &= at_least(x[i], zero());
   }
   const float top = reduce_max(largest);
-  weights.finite = reduce_add(nothing) == 0.0f;
-  weights.unit = weights.finite ? top / kWeightBound : 0.0f;
+  weights.whole = positive == kAll && top < kInfinity;
+  weights.unit = weights.whole ? top / kWeightBound : 0.0f;
   const Vec factor = broadcast(kWeightBound / top);
-  for (int t = 0; t < count; t += kLanes) {
-    const Vec x = weights.finite ? load(probs + t) * load(scales + t) * factor : zero();
-    store_ints(weights.integers + t, x);
+  UNROLL for (int i = 0; i < kTile / kLanes; ++i) {
+    weights.put(i * kLanes, weights.whole ? x[i] * factor : zero());
   }
 }
 
@@ -91,28 +97,58 @@ void add_floats(const float* weights, int head_dim, RowPointers rows, int count,
   pv_heads<Code, 1>(weights, head_dim, rows, count, none, &rescale, acc);
 }
 
+// How codes are multiplied: as pairs of int16. Bit h of what `add` returns says whether integers do
+// not stand for the weights of head h, and nothing was added.
+struct AsPairs {
+  static int query_size(int head_dim) { return head_dim; }
+  static void prepare(const float* q, int head_dim, float* prepared) {
+    prepare_query(q, head_dim, prepared);
+  }
+
+  template <int H, int D>
+  static void multiply(const float* prepared_q, int head_dim, RowPointers rows, int count,
+                       Fetch& fetch, float scale, const float* k_scale, float* logits) {
+    qk_codes_heads<H, D>(prepared_q, head_dim, rows, count, fetch, scale, k_scale, logits);
+  }
+
+  template <int H>
+  static unsigned add(const float* probs, const float* scales, int head_dim, RowPointers rows,
+                      int count, Fetch& fetch, const float* rescale, float* acc, int column = 0) {
+    Weights weights[H];
+    unsigned left = 0;
+    for (int h = 0; h < H; ++h) {
+      weigh(probs + h * kTile, scales, count, weights[h]);
+      left |= !weights[h].whole << h;
+    }
+    add_codes_heads<H>(weights, head_dim, rows, count, fetch, rescale, acc, column);
+    return left;
+  }
+  static void arrange(float*, int) {}  // sums are in the order of elements
+};
+
+template <class Way>
 void add_codes(const float* probs, const float* scales, int num_heads, int head_dim,
                RowPointers rows, int count, RowPointers fetch_rows, const float* rescale,
                float* acc) {
-  constexpr int kHeads = 4;
-  Weights weights[kHeads];
   Fetch fetch(fetch_rows, head_dim);
-  for (int h = 0, n; h < num_heads; h += n, fetch = {}) {  // later heads find the rows in L1
-    n = min(num_heads - h, kHeads);
-    for (int i = 0; i < n; ++i) weigh(probs + (h + i) * kTile, scales, count, weights[i]);
-    const float* alpha = rescale + h;
-    float* sums = acc + h * head_dim;
-    switch (n) {
-      case 1: add_codes_heads<1>(weights, head_dim, rows, count, fetch, alpha, sums); break;
-      case 2: add_codes_heads<2>(weights, head_dim, rows, count, fetch, alpha, sums); break;
-      case 3: add_codes_heads<3>(weights, head_dim, rows, count, fetch, alpha, sums); break;
-      case 4: add_codes_heads<4>(weights, head_dim, rows, count, fetch, alpha, sums); break;
+  for_heads<4>(num_heads, [&](int h, auto heads) {
+    unsigned left = Way::template add<heads.value>(probs + h * kTile, scales, head_dim, rows, count,
+                                                   fetch, rescale + h, acc + h * head_dim);
+    fetch = {};  // later heads find the rows in L1
+    for (; left; ++h, left >>= 1) {
+      if (left % 2 == 0) continue;
+      float weights[kTile], *row = acc + h * head_dim;  // which is rescaled by now
+      for (int t = 0; t < count; ++t) weights[t] = probs[h * kTile + t] * scales[t];
+      Way::arrange(row, head_dim);
+      add_floats(weights, head_dim, rows, count, row);
+      Way::arrange(row, head_dim);
     }
-    for (int i = 0; i < n; ++i) {
-      if (weights[i].finite) continue;
-      float floats[kTile];
-      for (int t = 0; t < count; ++t) floats[t] = probs[(h + i) * kTile + t] * scales[t];
-      add_floats(floats, head_dim, rows, count, sums + i * head_dim);  // which are rescaled by now
-    }
-  }
+  });
+}
+
+template <class Way>
+constexpr CodeRows code_rows() {
+  return {&Way::query_size, &Way::prepare, &qk_codes<Way>,
+          &add_codes<Way>,  &Way::arrange, &add_floats,
+          &split_words,     &quantize,     &turn};
 }

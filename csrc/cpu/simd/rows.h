@@ -11,6 +11,7 @@ namespace kvcomp::simd {
 inline constexpr int kTile = 64;  // tokens between two rescalings; a multiple of every vector
 inline constexpr int kCentreBlock = 12;   // a multiple of the centres that `nearest` takes at once
 inline constexpr int kMostCentre = 1024;  // elements of a row that `nearest` takes
+inline constexpr int kMostQuery = 512;    // elements of a query that meets codes
 inline constexpr int kLinearRows = 8;     // the most rows of `linear`
 inline constexpr int kRowStep = 32;  // a multiple of the elements of a row that are read at once
 
@@ -108,25 +109,26 @@ struct TypedRows {
 
 // Loops over rows of codes.
 struct CodeRows {
-  // q [D] -> prepared [D floats of space]: integers for qk, and behind them, as the last float,
-  // what one of them is worth; NaN where an element is not finite.
+  // Floats that a prepared query takes.
+  int (*query_size)(int head_dim);
+
+  // q [D] -> prepared: integers for qk, and what one of them is worth, NaN where an element is not
+  // finite.
   void (*prepare_q)(const float* q, int head_dim, float* prepared);
 
-  // As those of TypedRows, of codes: logits without the scales of K, values with theirs, whose list
-  // is as long as a tile; acc is in the order of elements.
+  // As those of TypedRows, of codes and with their scales, whose lists are as long as a tile. acc
+  // is in an order of its own, and `arrange` puts a row of it into the order of elements, in place.
   void (*qk)(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, int count,
-             RowPointers fetch, float scale, float* logits);
+             RowPointers fetch, float scale, const float* k_scale, float* logits);
   void (*pv)(const float* probs, const float* scales, int num_heads, int head_dim, RowPointers rows,
              int count, RowPointers fetch, const float* rescale, float* acc);
+  void (*arrange)(float* acc, int head_dim);
 
   // acc [D] += sum over t of weights[t] * rows[t], in fp32.
   void (*add)(const float* weights, int head_dim, RowPointers rows, int count, float* acc);
 
   // The scales of K and V in words, count <= kTile, behind them zeros to kTile.
   void (*split_words)(const std::uint32_t* words, int count, float* k_scale, float* v_scale);
-
-  // x[t] *= factors[t] * factor, t < count.
-  void (*multiply)(float* x, const float* factors, float factor, int count);
 
   // row [D] -> codes [D]; returns the fp16 scale with which they were made, NaN where an element is
   // not finite or the scale would not be.

@@ -97,17 +97,12 @@ constexpr TypedRows typed_rows() {
           &pack<T>,      &qk_packed<T>, &pv_shared<T>,  &norm<T>};
 }
 
-constexpr CodeRows code_rows() {
-  return {&prepare_query, &qk<Code>, &add_codes, &add_floats,
-          &split_words,   &multiply, &quantize,  &turn};
-}
-
 constexpr Rows make_rows(const char* isa) {
   return {isa,
           typed_rows<float>(),
           typed_rows<Half>(),
           typed_rows<Bfloat16>(),
-          code_rows(),
+          code_rows<AsPairs>(),
           &cap,
           &softmax,
           &accumulate,
