@@ -76,14 +76,15 @@ def probing(words, **more):
 @pytest.mark.parametrize(("rows", "sampling"), [(1, {}), (2, SAMPLED)], ids=["one", "two"])
 def test_tentative_answers_are_those_without(llama, words, name, rows, sampling):
     one, other = both(llama, METHODS[name], probing(words), rows=rows, **sampling)
-    assert other.probes == one.probes > 0
-    assert 0 < other.suppressed == one.suppressed < rows * NEW
-    assert sorted(other.certainties) == pytest.approx(sorted(one.certainties), abs=1e-5)
+    assert 0 < one.suppressed < rows * NEW
+    if rows == 1:  # of several, one that has come to its end may be drawn further
+        assert other.probes == one.probes > 0 and other.suppressed == one.suppressed
+        assert other.certainties == pytest.approx(one.certainties, abs=1e-5)
 
 
 @pytest.mark.parametrize("more", [{"lazy": True}, {"rate": 0.5}], ids=["lazy", "rate"])
 def test_lazy_and_fixed_rates(llama, words, more):
-    one, other = both(llama, METHODS["lazy"], probing(words, **more))
+    one, other = both(llama, METHODS["lazy"], probing(words, **more), rows=1)
     assert other.probes == one.probes and other.suppressed == one.suppressed > 0
 
 

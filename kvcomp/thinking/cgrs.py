@@ -51,7 +51,8 @@ class Cgrs(LogitsProcessor):
 
     Attributes:
         probes, trial_tokens: tentative answers, and tokens fed or decoded for them.
-        suppressed: steps of rows in which the words were suppressed.
+        suppressed: steps of rows in which the words were suppressed; `generate` makes steps of rows
+            that have ended, too.
         certainties: of all probes, in their order.
 
     Raises:
