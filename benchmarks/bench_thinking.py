@@ -17,8 +17,9 @@ Parts:
     stop        tokens of a thought against the bias of its end, and within a forced budget
     follow      a leader and a drafter: tokens by each, hand-overs, what reading the other's costs
     rounds      tokens and K/V of PDR and SR beside one row of as many tokens
-    stand       tokens per second of a method with Stand and without, in turn; with --text also of a
-                model that writes prose
+    stand       tokens per second of a method with Stand and without; with --text also of prose
+    drafted     what drafts change: right tokens, tokens in a forward, selections, recall, link, K/V
+    chunks      tokens in a forward at the beginning of Delethink's chunks: table kept, or emptied
     packed      seconds and peak memory of prompts of different lengths in one row, against padding
 
 With --text, `cgrs`, `hint`, `stop`, `follow` and `packed` take a model that writes prose instead.
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from drafted import chunks, drafted
 from following import follow
 from packing import packed
 from prose import PROSE
@@ -45,7 +47,7 @@ import kvcomp
 from harness.record import header, meta, write_json
 from kvcomp import reasoner, thinking
 from kvcomp.reasoner import task
-from speculation import stand
+from speculation import options_of_stand, stand
 
 NODES = 8
 TIGHT = 64  # tokens of a cache that is too small for a walk
@@ -328,6 +330,8 @@ PARTS = {
     "rounds": rounds,
     "follow": follow,
     "stand": stand,
+    "drafted": drafted,
+    "chunks": chunks,
     "packed": packed,
 }
 
@@ -357,8 +361,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="cgrs, hint, stop, follow, stand, packed: a model that writes prose, such as"
         " smollm2-135m",
     )
-    add("--only-text", action="store_true", help="stand: without the reasoner")
-    add("--contexts", type=int, nargs="+", default=[512, 6144], metavar="N", help="stand")
+    options_of_stand(add)
     add("--new", type=int, default=256, metavar="N", help="stand, prose: tokens of a row")
     add("--rounds", type=int, default=3, metavar="N", help="of timed contenders in turn")
     add("--threads", type=int, default=1)
@@ -367,7 +370,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.smoke:
         options.problems, options.rows, options.steps, options.at = 1, 4, 8, 16
-        options.contexts, options.new, options.rounds = [128], 24, 1
+        options.contexts, options.new, options.rounds, options.walks = [128], 24, 1, [1]
     return options
 
 

@@ -24,9 +24,20 @@ QUESTION = (
     "A farmer has 17 sheep and buys 5 more each week. How many are there after 6 weeks? Explain."
 )
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+PROMPT = 101  # tokens of the prompt of a walk
 PAGES = Path(__file__).parents[1] / "docs"
 FIRST = "lazy_eviction.md"  # and on from there
 SUMMARY = "Summarize the following text in detail, paragraph by paragraph.\n\n"
+
+
+def options_of_stand(add: Any) -> None:
+    """The options of this part, and of `drafted` and `chunks`."""
+    add("--only-text", action="store_true", help="stand: without the reasoner")
+    add("--text-rows", type=int, default=4, metavar="N", help="stand: rows of it that are sampled")
+    add("--methods", nargs="+", choices=methods(), metavar="NAME", help="stand: of the reasoner")
+    add("--walks", type=int, nargs="+", default=[1, 2, 3], metavar="SEED", help="of the reasoner")
+    add("--beyond", action="store_true", help="stand: contexts the reasoner was not trained for")
+    add("--contexts", type=int, nargs="+", default=[512, 6144], metavar="N", help="tokens before")
 
 
 class Clock(StoppingCriteria):
@@ -41,10 +52,15 @@ class Clock(StoppingCriteria):
 
 
 def methods() -> dict[str, kvcomp.Method]:
+    """Under a budget of 256 the reasoner soon errs, behind 3903 tokens after 16; what it writes
+    then repeats less. Under 1024 it writes right walks longer."""
     return {
         "full": kvcomp.Full(),
         "delta": kvcomp.Delta(budget=256),
+        "delta-1024": kvcomp.Delta(budget=1024),
         "lazy-eviction": kvcomp.LazyEviction(budget=256, window=64),
+        "louiskv": kvcomp.LouisKV(budget=512),
+        "delethink": kvcomp.Delethink(chunk=256, carry=128, head=32, max_chunks=None),
     }
 
 
@@ -75,76 +91,110 @@ def without_drafts() -> thinking.Stand:
     return alone
 
 
+def walk(tokenizer: Any, seed: int, longest: int) -> Tensor:
+    """A walk with its prompt, [1, more than longest] ids."""
+    steps = max(2048, longest // task.TOKENS_PER_STEP + 1)
+    found = task.make_problem(16, steps, seed=seed)
+    return tokenizer(found.prompt + " " + found.gold(), return_tensors="pt").input_ids
+
+
 def stand(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The reasoner greedy; with --text, a model that writes prose, greedy and four rows sampled:
-    of a summary, and of the answer to one short question."""
-    walk = task.make_problem(16, 2048, seed=1)
-    words = tokenizer(walk.prompt + " " + walk.gold(), return_tensors="pt").input_ids
+    """The reasoner greedy, on some walks; with --text, a model that writes prose, greedy and four
+    rows sampled: of a summary, and of the answer to one short question."""
     found = []
     longest = model.config.max_position_embeddings - options.new - 1
-    for context in [] if options.only_text else [min(n, longest) for n in options.contexts]:
-        for name in methods():
-            case = {"model": "reasoner", "method": name, "context": context, "rows": 1}
-            found.append(measured(model, words[:, :context], case, GREEDY, options))
+    contexts = options.contexts if options.beyond else [min(n, longest) for n in options.contexts]
+    for context in [] if options.only_text else contexts:
+        walks = [walk(tokenizer, seed, context)[:, :context] for seed in options.walks]
+        for name in options.methods or methods():
+            texts, size = walks, context
+            if name == "delethink":  # which encodes nothing but the prompt, and then its carry
+                texts = [ids[:, :PROMPT] for ids in walks]
+                size = PROMPT
+            case = {"model": "reasoner", "method": name, "context": size, "rows": 1}
+            found.append(measured(model, texts, case, GREEDY, options))
     if options.text:
         path = models.resolve(options.text)
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         tokenizer = AutoTokenizer.from_pretrained(path)
+        batch = options.text_rows
         summaries = [summary(tokenizer, context) for context in options.contexts]
-        cases = [(ids, *each) for ids in summaries for each in ((1, GREEDY), (4, SAMPLED))]
-        for ids, rows, sampling in [*cases, (question(tokenizer), 4, ASKED)]:
+        cases = [(ids, *each) for ids in summaries for each in ((1, GREEDY), (batch, SAMPLED))]
+        for ids, rows, sampling in [*cases, (question(tokenizer), batch, ASKED)]:
             size = {"context": ids.shape[1], "rows": rows}
             case = {"model": options.text, "method": "full", **size}
-            found.append(measured(model, ids, case, sampling, options))
+            found.append(measured(model, [ids], case, sampling, options))
     return found
 
 
+class Contender:
+    """What the runs of one loop have taken: seconds from the first token on, tokens decoded and
+    accepted."""
+
+    def __init__(self, loop: Any) -> None:
+        self.loop = loop
+        self.seconds: list[float] = []
+        self.decoded = self.accepted = 0
+        self.tokens: list[Tensor] = []
+
+    def run(self, run: Any, ids: Tensor, filled: Any, noise: int, **given: Any) -> None:
+        before, clock = run.report(), Clock()
+        own = {} if self.loop is None else {"custom_generate": self.loop()}
+        cache = {} if filled is None else {"past_key_values": deepcopy(filled)}
+        out = run.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            eos_token_id=run.model.config.vocab_size if filled is None else None,  # none at all
+            pad_token_id=0,
+            stopping_criteria=[clock],
+            logits_processor=[thinking.GumbelNoise(noise)],
+            **given,
+            **cache,
+            **own,
+        )
+        assert clock.began is not None
+        self.seconds.append(time.perf_counter() - clock.began)
+        self.tokens.append(out[:, ids.shape[1] :])
+        after = run.report()
+        self.decoded += after.tokens_decoded - before.tokens_decoded
+        self.accepted += after.tokens_accepted - before.tokens_accepted
+
+
 def measured(
-    model: Any, ids: Tensor, case: dict, sampling: dict, options: argparse.Namespace
+    model: Any, texts: list[Tensor], case: dict, sampling: dict, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Contenders in turn over copies of one cache; seconds from the first token on."""
-    prompt, ids = ids, ids.repeat(case["rows"], 1)
-    loops = {
-        "plain": None,
-        "stand": partial(thinking.Stand, together=False),
-        "alone": without_drafts,
+    """Contenders in turn over copies of one cache for each text. Under Delethink, whose chunks
+    begin behind a prompt, a text is no longer than one."""
+    every = {
+        "plain": Contender(None),
+        "stand": Contender(partial(thinking.Stand, together=False)),
+        "alone": Contender(without_drafts),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    spent: dict[str, tuple[int, int]] = {}
-    tokens: dict[str, Tensor] = {}
-    with kvcomp.patch(model, methods()[case["method"]]) as run, torch.no_grad():
-        filled = run.new_cache()
-        run.decoder(prompt[:, :-1], past_key_values=filled)
-        filled.batch_repeat_interleave(case["rows"])
-        for turn in range(options.rounds):
-            for name, loop in loops.items():
-                before, clock = run.report(), Clock()
-                noise = thinking.GumbelNoise(turn)
-                own = {} if loop is None else {"custom_generate": loop()}
-                out = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    past_key_values=deepcopy(filled),
-                    max_new_tokens=options.new,
-                    eos_token_id=None,
-                    stopping_criteria=[clock],
-                    logits_processor=[noise],
-                    **sampling,
-                    **own,
-                )
-                assert clock.began is not None
-                seconds[name].append(time.perf_counter() - clock.began)
-                tokens[name] = out[:, ids.shape[1] :]
-                after = run.report()
-                decoded, accepted = spent.get(name, (0, 0))
-                spent[name] = (
-                    decoded + after.tokens_decoded - before.tokens_decoded,
-                    accepted + after.tokens_accepted - before.tokens_accepted,
-                )
-    decoded, accepted = spent["stand"]
-    rate = {n: case["rows"] * (options.new - 1) / statistics.median(s) for n, s in seconds.items()}
-    same = (tokens["plain"] == tokens["stand"]).float().cumprod(1).mean()
-    pairs = list(zip(seconds["plain"], seconds["stand"], strict=True))
+    given = {"max_new_tokens": options.new, **sampling}
+    for prompt in texts:
+        ids = prompt.repeat(case["rows"], 1)
+        with kvcomp.patch(model, methods()[case["method"]]) as run, torch.no_grad():
+            filled = None
+            if case["method"] != "delethink":
+                filled = run.new_cache()
+                run.decoder(prompt[:, :-1], past_key_values=filled)
+                filled.batch_repeat_interleave(case["rows"])
+            for turn in range(options.rounds):
+                for contender in every.values():
+                    contender.run(run, ids, filled, turn, **given)
+    return row_of(case, sampling, every, options)
+
+
+def row_of(
+    case: dict, sampling: dict, every: dict[str, Contender], options: argparse.Namespace
+) -> dict[str, Any]:
+    plain, own = every["plain"], every["stand"]
+    tokens = case["rows"] * (options.new - 1)
+    rate = {name: tokens / statistics.median(each.seconds) for name, each in every.items()}
+    texts = list(zip(plain.tokens, own.tokens, strict=True))
+    same = [float((one == other).float().cumprod(1).mean()) for one, other in texts]
+    pairs = [one / other for one, other in zip(plain.seconds, own.seconds, strict=True)]
+    walks = [pairs[i : i + options.rounds] for i in range(0, len(pairs), options.rounds)]
     return {
         "part": "stand",
         "contender": f"{case['model']} {case['method']} {case['context']} x{case['rows']}",
@@ -153,10 +203,10 @@ def measured(
         "temperature": sampling["temperature"],
         "plain_tokens_per_second": rate["plain"],
         "stand_tokens_per_second": rate["stand"],
-        "ratio": rate["stand"] / rate["plain"],
-        "ratios": [plain / own for plain, own in pairs],
-        "ratio_min": min(seconds["plain"]) / min(seconds["stand"]),
+        "ratio": statistics.median(pairs),
+        "ratios": [statistics.median(each) for each in walks],
+        "ratio_min": min(plain.seconds) / min(own.seconds),
         "ratio_without_drafts": rate["alone"] / rate["plain"],
-        "tokens_per_forward": decoded / max(decoded - accepted, 1),
-        "same_tokens": float(same),
+        "tokens_per_forward": own.decoded / max(own.decoded - own.accepted, 1),
+        "same_tokens": statistics.mean(same),
     }

@@ -1,7 +1,6 @@
 """Stand: the tokens of decoding one by one, in fewer forwards; and draws that are the seed's."""
 
 import math
-import statistics
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from kvcomp.thinking.drafts import Draft, Trust
 from kvcomp.thinking.ngrams import Entry, NgramTable
 from kvcomp.thinking.noise import gumbel
 from kvcomp.thinking.nucleus import Nucleus
-from kvcomp.thinking.pace import Pace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -221,63 +219,6 @@ def test_a_text_is_read_when_something_is_looked_up():
         assert entry.tokens[0] == other.tokens[0] or entry.probs[0] == pytest.approx(entry.probs[1])
         assert not entry.said
     assert len(read) == len(learnt)
-
-
-def paced(seconds, hopes, right, forwards=400):
-    """The drafts of the last forwards, which take seconds(drafts); a share of drafts is right."""
-    pace, found = Pace(), []
-    for _ in range(forwards):
-        drafts = 0 if pace.rests else pace.drafts(1, 1.0, hopes)
-        found.append(drafts)
-        hoped = sum(hopes[:drafts])
-        gained = 1 + right * hoped
-        pace.note(1 + drafts, seconds(drafts), drafts, hoped, right * hoped, gained)
-    return found[forwards // 2 :]
-
-
-def test_as_many_drafts_as_pay_are_checked():
-    sure, unsure = [0.95**n for n in range(1, 8)], [0.5**n for n in range(1, 8)]
-    assert statistics.mode(paced(lambda drafts: 1 + 0.05 * drafts, sure, 1.0)) == 7
-    assert statistics.mode(paced(lambda drafts: 1 + 0.2 * drafts, unsure, 1.0)) in (1, 2)
-    assert statistics.mode(paced(lambda drafts: 1.0, unsure, 1.0)) == 7
-
-
-def test_nothing_is_drafted_where_it_loses():
-    """Few drafts are right, or forwards take too long."""
-    sure = [0.95**n for n in range(1, 8)]
-    for seconds, right in (
-        (lambda drafts: 1 + drafts, 1.0),
-        (lambda drafts: 1.2 + drafts / 9, 0.0),
-    ):
-        found = paced(seconds, sure, right)
-        assert found.count(0) > 0.9 * len(found)
-
-
-def test_drafts_are_tried_again():
-    """When they begin to be right, and wherever that is."""
-    sure, pace, found = [0.95**n for n in range(1, 8)], Pace(), []
-    for forward in range(1200):
-        drafts = 0 if pace.rests else pace.drafts(1, 1.0, sure)
-        hoped, right = sum(sure[:drafts]), float(forward > 500)
-        pace.note(1 + drafts, 1 + 0.1 * drafts, drafts, hoped, right * hoped, 1 + right * hoped)
-        found.append(drafts)
-    assert sum(found[:500]) < 250
-    assert statistics.mode(found[800:]) == 7
-
-
-@pytest.mark.parametrize(("rows", "most"), [(1, 48), (4, 8)])
-def test_drafting_that_takes_more_than_it_wins_rests(rows, most):
-    """Whatever number of drafts is chosen: the time that choosing takes counts too. Several rows
-    begin with a rest, and lose little by each trial."""
-    sure, pace, drafted = [0.95**n for n in range(1, 8)], Pace(rows), []
-    for _ in range(400):
-        drafts = 0 if pace.rests else pace.drafts(rows, rows, sure)
-        drafted.append(not pace.rests)
-        hoped = sum(sure[:drafts])
-        seconds = 1.0 if pace.rests else 2.0 + 0.1 * drafts
-        pace.note(rows + drafts, seconds, drafts, hoped, 0.1 * hoped, 1 + 0.1 * hoped / rows)
-    assert sum(drafted) <= most and any(drafted[100:])
-    assert drafted[0] == (rows == 1)
 
 
 def test_trust_is_the_share_that_was_right():

@@ -80,7 +80,7 @@ class Decoding:
             self.offset = last + 1 - cache.kv.layers[0].logical_lens[:, None].to(last.device)
         self.table.read(self.rows[0])  # copies of one prompt, or one of several
         self.known = [self.prompt] * len(self.rows)
-        if not self.rests:
+        if len(self.rows) == 1 or not self.rests:
             self.table.catch_up()
         mask = model_kwargs.get("attention_mask")
         nothing = [Draft() for _ in self.rows]
