@@ -1,5 +1,6 @@
 """kvcomp think and the strategies of kvcomp generate: files, logs, interrupts, bad input."""
 
+import copy
 import importlib
 import json
 import os
@@ -293,6 +294,27 @@ def test_a_loop_in_place_of_the_one_of_generate(folder, problems, tmp_path, monk
     assert code == 0 and [row["text"] for row in rows] == [row["text"] for row in other]
     assert [row["total_tokens"] for row in rows] == [row["total_tokens"] for row in other]
     assert [row["steps"] for row in rows] == [row["steps"] for row in other]
+
+
+def test_the_models_own_generation_config_asks_for_no_more_than_one_plain_row(
+    model, folder, problems, tmp_path, capsys
+):
+    """Beams, penalties and outputs of steps, as some models on the hub have them."""
+    greedy = ["--temperature", "0", "--strategy", "stand"]
+    _, plain = think(folder, problems, tmp_path, *greedy, log="a.jsonl")
+    other, where = copy.deepcopy(model), str(tmp_path / "model")
+    other.generation_config.update(num_beams=3, repetition_penalty=1.5, num_return_sequences=2)
+    other.generation_config.update(return_dict_in_generate=True, output_scores=True)
+    other.save_pretrained(where)
+    toy_tokenizer().save_pretrained(where)
+    assert think(where, problems, tmp_path, *greedy, log="b.jsonl") == (0, plain)
+    capsys.readouterr()
+    command = ["--prompt", "so", "--method", "full", "--max-new-tokens", "12", "--temperature", "0"]
+    for more in ([], ["--strategy", "cgrs"], ["--strategy", "stand"]):
+        assert cli.main(["generate", where, *command, *more, "--device", "cpu"]) == 0
+        shown = capsys.readouterr()
+        assert "own num_beams=3 is not used: one answer is streamed" in shown.err
+        assert toy_tokenizer()(shown.out.strip())["input_ids"]
 
 
 def test_speculation_gives_the_answers_of_one_row(folder, problems, tmp_path):

@@ -23,6 +23,13 @@ from kvcomp.cli.settings import (
 )
 from kvcomp.cli.stopping import Stopped, exit_code
 
+# One row of ids, whatever the generation config of a model asks for.
+ONE: dict[str, Any] = {
+    **dict.fromkeys(("num_beams", "num_return_sequences"), 1),
+    **dict.fromkeys(("return_dict_in_generate", "output_scores", "output_logits"), False),
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), False),
+}
+
 
 def generate(
     model: Annotated[
@@ -111,6 +118,9 @@ def generate(
         )
     network, tokenizer = load(model, where, kind)
     inputs = encode(tokenizer, text, chat).to(where)
+    beams = network.generation_config.num_beams or 1
+    if beams > 1:
+        say_aside(f"kvcomp: the model's own num_beams={beams} is not used: one answer is streamed")
     columns = inputs["input_ids"].shape[1]
     most = fitting(network.config, chosen_method, columns, max_new_tokens, "kvcomp: --prompt")
     room = None
@@ -130,7 +140,7 @@ def generate(
             nonlocal code
             try:
                 out = network.generate(
-                    **inputs, max_new_tokens=most, streamer=streamer, **sampling, **more
+                    **inputs, max_new_tokens=most, streamer=streamer, **ONE, **sampling, **more
                 )
                 if most < max_new_tokens and out.shape[1] == columns + most:
                     say_aside(

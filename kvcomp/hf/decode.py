@@ -52,6 +52,9 @@ def decode_all(
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                num_beams=1,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
             )
             outputs.append(out[0, ids.shape[1] :])
     return outputs

@@ -29,6 +29,20 @@ from kvcomp.hf.wrapper import first_position
 from kvcomp.methods import Delethink
 from kvcomp.thinking.checks import is_count, is_number, require
 
+# What the generation config of a model may ask for, and `Rows` does not do.
+NOT_ASKED: dict[str, Any] = {
+    **dict.fromkeys(("num_beams", "num_return_sequences"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "length_penalty"), 1.0),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length"), 0),
+    **dict.fromkeys(("return_dict_in_generate", "renormalize_logits", "output_scores"), False),
+    **dict.fromkeys(("output_logits", "output_attentions", "output_hidden_states"), False),
+    **dict.fromkeys(("min_new_tokens", "min_p", "typical_p", "top_h", "epsilon_cutoff")),
+    **dict.fromkeys(("eta_cutoff", "bad_words_ids", "sequence_bias", "suppress_tokens")),
+    **dict.fromkeys(("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "guidance_scale", "stop_strings")),
+    **dict.fromkeys(("watermarking_config", "prompt_lookup_num_tokens", "max_time")),
+}
+
 # Logits processors, or a function that makes them for prompts of so many columns.
 Processors = Sequence[Any] | Callable[[int], Sequence[Any]]
 
@@ -77,8 +91,9 @@ class Sampling:
         )
 
     def for_generate(self) -> dict[str, Any]:
-        """Keyword arguments of transformers' `generate`."""
-        most = {"max_new_tokens": self.max_new_tokens}
+        """Keyword arguments of transformers' `generate`. Of the model's own generation config they
+        leave the ends, as `Rows` does."""
+        most = {"max_new_tokens": self.max_new_tokens, **NOT_ASKED}
         if not self.temperature:
             return most | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         warm = {"temperature": float(self.temperature), "top_p": self.top_p, "top_k": self.top_k}
