@@ -248,8 +248,11 @@ class Kernel {
       typed_.qk(q, walk.rows, p_.head_dim, rows.k, rows.count, fetch_k, p_.scale, logits);
     }
     if (p_.softcap > 0) rows_.cap(logits, walk.rows, rows.count, p_.softcap);
-    for (int row = 0; row < walk.rows; ++row) {
-      finish_logits(rows, walk.batch, row_of(walk, head, row), logits + row * kTile);
+    const int first_new = p_.seq_lens[walk.batch] - walks_.queries(walk.batch);
+    if (p_.logits || rows.position[rows.count - 1] >= first_new) {
+      for (int row = 0; row < walk.rows; ++row) {
+        finish_logits(rows, walk.batch, row_of(walk, head, row), first_new, logits + row * kTile);
+      }
     }
     rows_.softmax(logits, walk.rows, rows.count, state.max + at, state.sum + at, scratch.rescale);
     if (coded_) {
@@ -261,8 +264,7 @@ class Kernel {
   }
 
   // -inf for the new tokens that a query does not see; and what is wanted of the logits.
-  void finish_logits(const TileRows& rows, int batch, Row row, float* logits) const {
-    const int first_new = p_.seq_lens[batch] - walks_.queries(batch);
+  void finish_logits(const TileRows& rows, int batch, Row row, int first_new, float* logits) const {
     if (rows.position[rows.count - 1] >= first_new) {
       const std::uint64_t seen = m_.tail ? m_.tail[batch * m_.stride_tail_b + row.query]
                                          : ~(~std::uint64_t{1} << row.query);

@@ -75,6 +75,18 @@ class Fetch {
     }
   }
 
+  // The next kRows rows, of kBytes each: fewer instructions, of those who begin with whole rows.
+  template <int kRows, int kBytes>
+  [[gnu::always_inline]] void rows_beside() {
+    static_assert(kBytes % 64 == 0);
+    if (!next_) return;
+    UNROLL for (int r = 0; r < kRows; ++r) {
+      const char* row = static_cast<const char*>(next_[r]);
+      UNROLL for (int i = 0; i < kBytes; i += 64) __builtin_prefetch(row + i);
+    }
+    next_ += kRows;
+  }
+
  private:
   RowPointers next_ = nullptr;  // the rows after row_
   const char* row_ = nullptr;

@@ -87,9 +87,10 @@ void qk_codes_heads(const float* prepared_q, int any_dim, RowPointers rows, int 
         }
       }
     };
+    if constexpr (D > 0) fetch.rows_beside<R, D>();
     int i = 0;
     UNROLL for (; i + kStep <= head_dim; i += kStep) {
-      UNROLL for (int r = 0; r < R; ++r) fetch.beside<kStep>(i);
+      UNROLL for (int r = 0; D == 0 && r < R; ++r) fetch.beside<kStep>(i);
       add(i, load_codes, load_ints);
     }
     if (i < head_dim) {
@@ -133,20 +134,16 @@ void qk_codes(const float* prepared_q, int num_heads, int head_dim, RowPointers 
 // --- scales ------------------------------------------------------------------------------------
 
 void split_words(const std::uint32_t* words, int count, float* k_scale, float* v_scale) {
-  float both[2 * kTile];
-  const auto* halves = reinterpret_cast<const Half*>(words);
-  int i = 0;
-  for (; i + kLanes <= 2 * count; i += kLanes) store(both + i, load(halves + i));
-  if (i < 2 * count) {
-    Half rest[kLanes] = {};
-    __builtin_memcpy(rest, halves + i, (2 * count - i) * sizeof(Half));
-    store(both + i, load(rest));
-  }
+  Half low[kTile], high[kTile];
   for (int t = 0; t < count; ++t) {
-    k_scale[t] = both[2 * t];
-    v_scale[t] = both[2 * t + 1];
+    low[t] = {static_cast<std::uint16_t>(words[t])};
+    high[t] = {static_cast<std::uint16_t>(words[t] >> 16)};
   }
-  for (int t = count; t < kTile; ++t) k_scale[t] = v_scale[t] = 0.0f;
+  for (int t = count; t < kTile; ++t) low[t] = high[t] = {};
+  for (int t = 0; t < kTile; t += kLanes) {
+    store(k_scale + t, load(low + t));
+    store(v_scale + t, load(high + t));
+  }
 }
 
 // --- codes are made ----------------------------------------------------------------------------

@@ -124,7 +124,11 @@ void qk_bytes_heads(const float* prepared_q, int any_dim, RowPointers rows, int 
       Bytes k[2][4];
       UNROLL for (int g = 0; g < 2; ++g) load_keys(rows + t + 4 * g, column, head_dim, k[g]);
       UNROLL for (int i = 0; i < 4; ++i) {
-        UNROLL for (int j = 0; j < 2; ++j) fetch.beside<kBytes>(column);
+        if constexpr (D == 0) {
+          UNROLL for (int j = 0; j < 2; ++j) fetch.beside<kBytes>(column);
+        } else {
+          fetch.rows_beside<2 * kBytes / D, D>();
+        }
         UNROLL for (int h = 0; h < H; ++h) {
           const std::int8_t* q = query[h]->bytes + column * 8 + i * 2 * kBytes;
           const Bytes q_high = load_bytes(q), q_low = load_bytes(q + kBytes);
@@ -172,16 +176,21 @@ struct ByteWeights {
 
 // N of the four vectors that kBytes columns make, for H heads. Vector i has the columns 4 * i to
 // 4 * i + 3 of each quarter, four tokens of each.
-template <int H, int N>
-void add_bytes_block(const ByteWeights* weights, int head_dim, RowPointers rows, int count,
+template <int H, int N, int D>
+void add_bytes_block(const ByteWeights* weights, int any_dim, RowPointers rows, int count,
                      Fetch& all_fetch, const float* rescale, int column, int part, float* acc) {
+  const int head_dim = D ? D : any_dim;
   Bytes high[H][N], low[H][N];
   UNROLL for (int h = 0; h < H; ++h) {
     UNROLL for (int n = 0; n < N; ++n) high[h][n] = low[h][n] = _mm512_setzero_si512();
   }
   Fetch fetch = all_fetch;              // in registers
   for (int t = 0; t < count; t += 4) {  // behind the count the list goes on, with weight 0
-    UNROLL for (int i = 0; i < N; ++i) fetch.beside<kBytes>(0);
+    if constexpr (D > 0) {
+      fetch.rows_beside<N * kBytes / D, D>();
+    } else {
+      UNROLL for (int i = 0; i < N; ++i) fetch.beside<kBytes>(0);
+    }
     const auto row = [&](int i) { return static_cast<const Code*>(rows[t + i]) + column; };
     const Bytes a = load_bytes(row(0)), b = load_bytes(row(1));
     const Bytes c = load_bytes(row(2)), d = load_bytes(row(3));
@@ -241,10 +250,18 @@ struct AsBytes {
       left |= !weights[h].whole << h;
     }
     int column = 0;
-    for (; column + kBytes <= head_dim; column += kBytes) {
-      for (int part = 0; part < 4 / N; ++part) {
-        add_bytes_block<H, N>(weights, head_dim, rows, count, fetch, rescale, column, part, acc);
+    const auto add_columns = [&](auto dim) {
+      for (; column + kBytes <= head_dim; column += kBytes) {
+        for (int part = 0; part < 4 / N; ++part) {
+          add_bytes_block<H, N, dim.value>(weights, head_dim, rows, count, fetch, rescale, column,
+                                           part, acc);
+        }
       }
+    };
+    switch (head_dim) {
+      case 64: add_columns(Count<64>{}); break;
+      case 128: add_columns(Count<128>{}); break;
+      default: add_columns(Count<0>{});
     }
     if (column < head_dim) {
       AsPairs::add<H>(probs, scales, head_dim, rows, count, fetch, rescale, acc, column);
