@@ -355,12 +355,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", type=int, default=8, metavar="K", help="of one problem")
     add("--steps", type=int, default=40, metavar="N", help="of a walk, at most; four tokens each")
     add("--at", type=int, default=40, metavar="N", help="tokens at which trajectories are ranked")
-    add(
-        "--text",
-        metavar="MODEL",
-        help="cgrs, hint, stop, follow, stand, packed: a model that writes prose, such as"
-        " smollm2-135m",
-    )
+    add("--text", metavar="MODEL", help="one that writes prose, such as smollm2-135m")
     options_of_stand(add)
     add("--new", type=int, default=256, metavar="N", help="stand, prose: tokens of a row")
     add("--rounds", type=int, default=3, metavar="N", help="of timed contenders in turn")
