@@ -109,6 +109,8 @@ def stand(model: Any, tokenizer: Any, options: argparse.Namespace) -> list[dict[
         for name in options.methods or methods():
             texts, size = walks, context
             if name == "delethink":  # which encodes nothing but the prompt, and then its carry
+                if context != contexts[0]:
+                    continue
                 texts = [ids[:, :PROMPT] for ids in walks]
                 size = PROMPT
             case = {"model": "reasoner", "method": name, "context": size, "rows": 1}

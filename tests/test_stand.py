@@ -88,6 +88,22 @@ def test_other_models(kind):
     assert torch.equal(got, plain) and report.verifications
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_forwards_of_many_rows_stay_within_those_that_give_the_same_bits(llama, together):
+    """On a CPU 32 rows times tokens do, in 16 bits: eight rows have 24 drafts between them."""
+    ids, sizes = IDS[1:].repeat(8, 1), []
+    hook = (
+        llama.get_decoder()
+        .layers[0]
+        .register_forward_pre_hook(lambda module, given: sizes.append(given[0].shape[:2].numel()))
+    )
+    stand = Stand(sure=0.0, seed=5, adapt=False, together=together)
+    with hook, kvcomp.patch(llama, Full()) as run:
+        generate(llama, ids, None, custom_generate=stand, do_sample=True, temperature=0.7)
+        accepted = run.report().tokens_accepted
+    assert accepted and 24 < max(sizes[1:]) <= 32
+
+
 def test_rows_end_where_they_end_without(llama):
     """At a token, at the length and at a criterion of the user's; pads behind."""
     with kvcomp.patch(llama, Full()):

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvcomp.hf.cache import Cache
 from kvcomp.hf.chunked_cache import ChunkedCache
 from kvcomp.hf.prefill import TYPES
+from kvcomp.ops.linear_rows import MAX_ROWS
 from kvcomp.thinking.drafts import Draft
 from kvcomp.thinking.draws import Drawn, Draws
 from kvcomp.thinking.pace import Pace
@@ -52,6 +53,10 @@ class Decoding:
         self.pace = Pace(len(self.rows)) if stand.adapt else None
         self.known = [0] * len(self.rows)  # tokens of each that the table has seen
         self.together = stand.together
+        # Tokens of a forward. On a CPU as many as give the bits of one by one, see `linear_rows`.
+        self.widest = 2**31
+        if ids.device.type == "cpu" and len(ids) <= MAX_ROWS:
+            self.widest = MAX_ROWS
 
     def run(self, cache: Any, streamer: Any, model_kwargs: dict) -> None:
         seen = int(cache.get_seq_length())
@@ -135,6 +140,8 @@ class Decoding:
         longest = self.table.orders[0]
         left = [self.most - len(row) for row in self.rows]
         most = max(int(min(self.drafter.depth, cache.room - 1, max(left) - 1)), 0)
+        if not self.apart:
+            most = min(most, self.widest // len(self.rows) - 1)
         drafts = [Draft() for _ in self.rows]
         numbers = [number for number, ended in enumerate(self.ended) if not ended]
         rows = [(n, len(self.rows[n]), self.rows[n][-longest:]) for n in numbers]
@@ -164,8 +171,6 @@ class Decoding:
     def _apart(self, numbers: list[int], found: list[Draft]) -> list[int]:
         """Drafts of each row, where each takes its own. What is won for a row that is behind counts
         more, since the last one ends the batch."""
-        if self.pace is None:
-            return [len(draft) for draft in found]
         behind = min(len(self.rows[number]) for number in numbers)
         weights = [math.exp((behind - len(self.rows[n])) / LEAD) for n in numbers]
         values = [
@@ -174,7 +179,10 @@ class Decoding:
             for chance in draft.chances
         ]
         values.sort(key=lambda each: -each[0])  # stable: the first drafts of a row stay before
-        count = self.pace.drafts(len(numbers), sum(weights), [value for value, _ in values])
+        count = min(len(values), self.widest - len(numbers))
+        if self.pace is not None:
+            hopes = [value for value, _ in values[:count]]
+            count = self.pace.drafts(len(numbers), sum(weights), hopes)
         chosen = [place for _, place in values[:count]]
         return [chosen.count(place) for place in range(len(found))]
 
