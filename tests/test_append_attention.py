@@ -140,3 +140,24 @@ def test_the_cuda_kernel_gives_the_bits_of_plain_steps(dtype, count):
     short = ints([40, 150])  # one split, whatever the length
     got = append(q, k, v, short, None, None, None, 1, SCALE, None)
     same(got, one_by_one("cuda-host", q, k, v, short, None, 1))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_logits_of_a_cache_larger_than_the_processors(offset):
+    """They are written past the caches, whole lines of them: a short prefix has the same."""
+    attend, generator = OPS["decode_attention"].impl("cpu"), torch.Generator().manual_seed(0)
+    length, prefix = (1 << 15) + 21, 200  # 32 MiB of K and V
+    k = torch.randn(1, 1, length, 256, generator=generator).bfloat16()
+    q = torch.randn(1, 3, 256, generator=generator).bfloat16()
+
+    def logits_of(first):
+        logits = torch.full((1, 3, length + 16 + offset), torch.nan)[..., offset:]
+        lens = torch.tensor([first], dtype=torch.int32)
+        attend(q, k, k, lens, None, 1, SCALE, logits)
+        assert logits[..., first:].isnan().all()
+        return logits[..., :first]
+
+    whole = logits_of(length)
+    assert torch.equal(whole[..., :prefix], logits_of(prefix))
+    want = torch.einsum("bhd,btd->bht", q.float(), k[:, 0].float()) * SCALE
+    torch.testing.assert_close(whole, want, rtol=1e-3, atol=1e-3)

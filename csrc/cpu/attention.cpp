@@ -27,6 +27,9 @@
 namespace kvcomp::cpu {
 namespace {
 
+// K and V of so many bytes displace the logits, which are read after them, from the caches: keeping
+// them there would only cost the reads of their lines before they are written.
+constexpr std::int64_t kCaches = 32 << 20;
 constexpr int kAhead = 2;  // tiles for whose pieces memory is asked before they are fetched
 
 // A walk that lies in several parts.
@@ -46,7 +49,8 @@ class Kernel {
         coded_(p_.kv_dtype == ScalarType::i8),
         query_size_(coded_ ? rows_.codes.query_size(p_.head_dim) : p_.head_dim),
         walks_(params),
-        layout_(walks_.layout()) {}
+        layout_(walks_.layout()),
+        stream_logits_(p_.logits && walks_.kv_bytes() >= kCaches) {}
 
   void run() {
     constexpr std::int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
@@ -167,6 +171,7 @@ class Kernel {
       if (number > walk_begin) merge(scratch.walk, scratch.span, walk);
       if (whole) store(walk, scratch.walk);
     }
+    if (stream_logits_) std::atomic_thread_fence(std::memory_order_seq_cst);
   }
 
   // Where the tiles of a part begin for whose pieces memory has not been asked, and the spans left.
@@ -276,7 +281,12 @@ class Kernel {
     float* out = static_cast<float*>(p_.logits) + batch * p_.stride_logits_b +
                  row.query * m_.stride_logits_m + row.head * p_.stride_logits_h;
     if (rows.position[rows.count - 1] - rows.position[0] == rows.count - 1) {
-      std::copy_n(logits, rows.count, out + rows.position[0]);
+      out += rows.position[0];
+      if (stream_logits_) {
+        rows_.stream(logits, rows.count, out);
+      } else {
+        std::copy_n(logits, rows.count, out);
+      }
     } else {
       for (int t = 0; t < rows.count; ++t) out[rows.position[t]] = logits[t];
     }
@@ -341,6 +351,7 @@ class Kernel {
   // Memory delivers rows in sequence best when K and V are fetched by turns, 8 to 16 KiB each, and
   // each while the other is in work; scattered rows take longer and are fetched a tile ahead.
   const Layout& layout_;
+  const bool stream_logits_;
   std::size_t state_size_, scratch_size_;
   Cut* cuts_;
   const int* cut_at_;  // [parts + 1] which walk the border before a part cuts, -1: none

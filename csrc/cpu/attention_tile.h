@@ -30,7 +30,9 @@ struct Layout {
 
  private:
   // Of a head that make a tile: several heads of a token are many bytes as it is, and codes few.
-  int elements() const { return (heads_together > 1 ? 2048 : 8192) * (coded ? 2 : 1); }
+  int elements() const {
+    return (heads_together > 1 ? 2048 : scattered ? 8192 : 4096) * (coded ? 2 : 1);
+  }
 };
 
 // A tile's rows of one KV head.

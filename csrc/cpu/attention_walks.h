@@ -35,14 +35,18 @@ class Walks {
     for (int b = 0; b < p_.batch; ++b) {
       first_span.push_back(first_span.back() + std::int64_t{num_walks(b)} * num_spans(b));
       work_ += std::int64_t{p_.seq_lens[b]} * queries(b) * p_.num_heads * p_.head_dim;
+      tokens_ += p_.seq_lens[b];
     }
     first_span_ = first_span.data();
   }
 
   const Layout& layout() const { return layout_; }
-  int group() const { return group_; }                          // G
-  int state_rows() const { return state_rows_; }                // of the largest walk
-  std::int64_t work() const { return work_; }                   // multiply-adds of qk
+  int group() const { return group_; }            // G
+  int state_rows() const { return state_rows_; }  // of the largest walk
+  std::int64_t work() const { return work_; }     // multiply-adds of qk
+  std::int64_t kv_bytes() const {
+    return tokens_ * p_.num_kv_heads * (p_.head_dim + p_.value_dim) * size_of(p_.kv_dtype);
+  }
   std::int64_t total() const { return first_span_[p_.batch]; }  // spans
 
   // Of a sequence.
@@ -96,7 +100,7 @@ class Walks {
   const DecodeAttentionParams& p_;
   const Layout layout_;
   const int group_, state_rows_;
-  std::int64_t work_ = 0;
+  std::int64_t work_ = 0, tokens_ = 0;
   const std::int64_t* first_span_;  // [B + 1] spans of all walks before a sequence
 };
 

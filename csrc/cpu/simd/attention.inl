@@ -162,16 +162,18 @@ void prepare_q(const void* q, int head_dim, float* prepared) {
 template <class T>
 void qk(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, int count,
         RowPointers fetch_rows, float scale, float* logits) {
+  // Of the rows to fetch, each block of heads takes its share: a multiple of what it reads at once.
+  const auto share = [&](int h) {
+    return fetch_rows ? (count * h / num_heads + kLanes - 1) / kLanes * kLanes : 0;
+  };
   for_heads<4>(num_heads, [&](int h, auto heads) {
-    const auto multiply = [&](auto fetch) {
-      qk_heads<T, heads.value>(prepared_q + h * head_dim, head_dim, rows, count, fetch, scale,
-                               logits + h * kTile);
+    const int from = share(h), fetching = min(share(h + heads.value) - from, count);
+    const auto multiply = [&](int first, int number, auto fetch) {
+      qk_heads<T, heads.value>(prepared_q + h * head_dim, head_dim, rows + first, number, fetch,
+                               scale, logits + h * kTile + first);
     };
-    if (h == 0 && fetch_rows) {
-      multiply(Fetch(fetch_rows, head_dim * sizeof(T)));
-    } else {
-      multiply(NoFetch());
-    }
+    if (fetching > 0) multiply(0, fetching, Fetch(fetch_rows + from, head_dim * sizeof(T)));
+    if (fetching < count) multiply(fetching, count - fetching, NoFetch());
   });
 }
 

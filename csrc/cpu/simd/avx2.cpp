@@ -136,6 +136,7 @@ inline Vec load_first(const float* p, int n) {
   return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane))};
 }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v.x); }
+inline void store_past(float* p, Vec v) { _mm256_stream_ps(p, v.x); }
 
 inline __m128i load_bits(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
 inline void store_bits(void* p, __m128i bits) { _mm_storeu_si128(static_cast<__m128i*>(p), bits); }

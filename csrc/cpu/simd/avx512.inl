@@ -100,6 +100,7 @@ inline int compress_ids(std::int32_t* out, unsigned mask, int first) {
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps((1u << n) - 1, p)}; }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v.x); }
+inline void store_past(float* p, Vec v) { _mm512_stream_ps(p, v.x); }
 
 inline __m256i load_bits(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));

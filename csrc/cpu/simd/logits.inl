@@ -1,5 +1,18 @@
 // What becomes of a step's logits: page scores, and hits with their replay. Part of rows.inl.
 
+// --- kept logits -------------------------------------------------------------------------------
+
+void stream(const float* from, int count, float* to) {
+  constexpr int kLine = 64 / sizeof(float);
+  int i = 0;
+  if (reinterpret_cast<std::uintptr_t>(to) % 64 == 0) {
+    for (; i + kLine <= count; i += kLine) {
+      UNROLL for (int j = i; j < i + kLine; j += kLanes) store_past(to + j, load(from + j));
+    }
+  }
+  if (i < count) __builtin_memcpy(to + i, from + i, (count - i) * sizeof(float));
+}
+
 // --- page scores -------------------------------------------------------------------------------
 
 void token_scores(const float* logits, std::int64_t stride, const float* lse, int num_heads,

@@ -153,6 +153,10 @@ struct Rows {
   // acc[i] = acc[i] * factor + x[i] * weight for i < count, count a multiple of 16.
   void (*accumulate)(float* acc, float factor, const float* x, float weight, int count);
 
+  // to[t] = from[t], t < count, whole lines of `to` past the caches. Until the thread synchronises
+  // by a fence, others need not see them.
+  void (*stream)(const float* from, int count, float* to);
+
   // tokens[t] = max (or sum) over heads of exp(logits[h * stride + t] - lse[h]), t < count. tokens
   // has room for a multiple of 16.
   void (*token_scores)(const float* logits, std::int64_t stride, const float* lse, int num_heads,

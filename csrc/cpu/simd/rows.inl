@@ -10,7 +10,8 @@
 //   masks           above(a, b), at_least(a, b), equal(a, b): bit i is lane i;
 //                   compress(float*, mask, Vec) and compress_ids(int32*, mask, first id): write
 //                   the marked lanes, return how many
-//   memory          load(p) and store(p, Vec) of each element type; load_first(float*, n) with
+//   memory          load(p) and store(p, Vec) of each element type; store_past(float*, Vec), past
+//                   the caches, to whole lines; load_first(float*, n) with
 //                   zeros after n; load_pair(p) and store_pair(p, Pair) of 2 * kLanes elements in
 //                   whatever order is cheapest, for codes their own
 //   Ints16          2 * kLanes int16: load_codes and load_ints, load_half_codes and load_half_ints
@@ -106,6 +107,7 @@ constexpr Rows make_rows(const char* isa) {
           &cap,
           &softmax,
           &accumulate,
+          &stream,
           &token_scores,
           &sum,
           &hit_bits,

@@ -126,6 +126,7 @@ inline Vec load_first(const float* p, int n) {
 inline void store(float* p, Vec v) {
   for (int i = 0; i < kLanes; ++i) p[i] = v.x[i];
 }
+inline void store_past(float* p, Vec v) { store(p, v); }
 
 inline float widen(Bfloat16 x) { return float_of(static_cast<std::uint32_t>(x.bits) << 16); }
 inline Bfloat16 narrow(float x, Bfloat16) {
