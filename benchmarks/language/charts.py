@@ -61,7 +61,8 @@ def over_bytes(axis: Axes, rows: list[Row], colors: dict[str, str]) -> None:
             axis.plot(x, y, "-o", ms=5, lw=2, color=colors[name], zorder=3)
         else:
             axis.plot(x, y, "-o", ms=3, lw=0.9, color="#BBBBBB", label=label)
-            axis.annotate(name, (x[-1], y[-1]), (4, 0), textcoords="offset points", fontsize=6)
+            if len(points) > 1:  # single points lie too close together for names
+                axis.annotate(name, (x[-1], y[-1]), (4, 0), textcoords="offset points", fontsize=6)
             label = None
     axis.set_yscale("log")
     axis.set_xlabel("bytes on the device, % of all (delta: tokens of a sparse layer)")

@@ -17,8 +17,8 @@ inline void for_heads(int num_heads, F f) {
       case 2: f(h, Count<2>{}); break;
       case 3: f(h, Count<3>{}); break;
       case 4: f(h, Count<4>{}); break;
-      case 5: f(h, Count < kMost<5 ? 1 : 5>{}); break;
-      case 6: f(h, Count < kMost<6 ? 1 : 6>{}); break;
+      case 5: f(h, Count<(kMost < 5 ? 1 : 5)>{}); break;
+      case 6: f(h, Count<(kMost < 6 ? 1 : 6)>{}); break;
     }
   }
 }
