@@ -55,6 +55,28 @@ def test_attention_of_an_engine():
     }
 
 
+def test_speed_of_several_tokens_in_a_forward():
+    """Each ratio that docs/thinking.md shows, in the order of the tables."""
+    names = ("stand-reasoner", "stand-reasoner-more", "stand-32k", "stand-eight-rows")
+    names += ("stand-smollm2",)  # whose greedy rows are shown
+    rows = [row for name in names for row in rows_of(f"thinking/{name}")]
+    ratio = {(row["method"], row["rows"], row["context"]): f"{row['ratio']:.2f}" for row in rows}
+    assert all(row["same_tokens"] == 1 for row in rows)
+    page = ROOT / "docs" / "thinking.md"
+    methods = ("full", "delta", "delta-1024", "lazy-eviction", "louiskv")
+    reasoner = {(row["method"], row["context"]): row for row in rows if row["model"] == "reasoner"}
+    want = [
+        [f"{reasoner[each]['ratio']:.2f}" if each in reasoner else "" for each in columns]
+        for columns in ([(method, n) for n in (512, 3903, 32768)] for method in methods)
+    ]
+    *shown, chunks = table(page, "| reasoner, method |").values()
+    assert shown == want and chunks == [ratio["delethink", 1, 101], "", ""]
+    prose = table(page, "| SmolLM2-135M, `Full` |").values()
+    assert list(prose) == [
+        [ratio.get(("full", count, n), "") for n in (56, 513, 6145)] for count in (1, 4, 8)
+    ]
+
+
 def test_votes_of_rows():
     rows = [x for x in rows_of("thinking/reasoner") if x["part"] == "votes"]
     shown = table(ROOT / "docs" / "thinking.md", "| contender | right |")
