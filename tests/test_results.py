@@ -203,8 +203,8 @@ def test_the_readme():
 @pytest.mark.parametrize(
     "name, corner, least",
     [
-        ("eight_bits", "| attention over 16K tokens |", 1.35),
-        ("eight_bits-avx2", "| attention over 16K tokens, AVX2 |", 1.35),
+        ("eight_bits", "| attention over 16K tokens |", {"128": 1.6, "64": 1.5}),
+        ("eight_bits-avx2", "| attention over 16K tokens, AVX2 |", {"128": 1.4, "64": 1.3}),
     ],
 )
 def test_attention_over_eight_bits(name, corner, least):
@@ -217,8 +217,7 @@ def test_attention_over_eight_bits(name, corner, least):
             )
             ratio = eight["ratios"]["16 bits"]
             assert cell == f"{wide['ms'] * 1e3:.0f} → {eight['ms'] * 1e3:.0f} µs, {ratio:.2f}x"
-        dense = measured[f"B=1 {heads} n=16384", "cpu 8"]
-        assert dense["ratios"]["16 bits"] >= least
+            assert ratio >= (1.3 if variant else least[heads.rpartition("x")[2]])
 
 
 def test_steps_with_eight_bits():
