@@ -14,9 +14,7 @@ QUICK = 0.4  # the same, of one that was quicker than they are
 OFTEN = 0.1  # the same, in the share of drafts that are right
 AGAIN = 64  # forwards of trials after which what was not tried is forgotten, and so tried again
 HOPE = 0.5  # of the mean seconds of a trial, for a forward at rest, where none is known
-STEEP = (
-    0.05  # of the seconds of one token, for each more, where the sizes that are known do not say
-)
+STEEP = 0.05  # of the seconds of one token, for each more, where no two sizes are known
 TRIAL = 8  # forwards after which drafting is judged
 KEPT = 0.5  # of a trial of one row that has won counts for the next: drafts are right in bursts
 LOST = 0.5  # forwards; a trial of several rows that has lost more ends at once
