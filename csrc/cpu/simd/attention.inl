@@ -101,7 +101,7 @@ struct NoFetch {
 
 // H heads against kLanes / H rows at a time: kLanes sums in registers, reduced together.
 template <class T, int H, class F>
-void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count, F fetch,
+void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count, F& fetch,
               float scale, float* logits) {
   using D = Dot<T>;
   using Query = typename D::Query;
@@ -111,13 +111,11 @@ void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count
   for (int t = 0; t < count; t += R) {
     Vec sums[kLanes];
     UNROLL for (int i = 0; i < kLanes; ++i) sums[i] = zero();
-    const T* at[R];
-    UNROLL for (int r = 0; r < R; ++r) at[r] = static_cast<const T*>(rows[t + r]);
     int i = 0;
     for (; i + D::kStep <= head_dim; i += D::kStep) {
       const auto row = [&](int r) {
         fetch.template beside<D::kStep * sizeof(T)>(i * sizeof(T));
-        return D::row(at[r] + i);
+        return D::row(static_cast<const T*>(rows[t + r]) + i);
       };
       const auto query = [&](int h) { return D::query(q + h * stride_q + i); };
       if constexpr (R < H) {  // what there is less of stays in registers, beside the sums
@@ -139,7 +137,7 @@ void qk_heads(const float* prepared_q, int head_dim, RowPointers rows, int count
     if (i < head_dim) {
       UNROLL for (int r = 0; r < R; ++r) {
         fetch.template beside<kLanes * sizeof(T)>(i * sizeof(T));
-        const auto k = D::half_row(at[r] + i);
+        const auto k = D::half_row(static_cast<const T*>(rows[t + r]) + i);
         UNROLL for (int h = 0; h < H; ++h) {
           sums[h * R + r] = D::half_add(D::half_query(q + h * stride_q + i), k, sums[h * R + r]);
         }
@@ -168,7 +166,7 @@ void qk(const float* prepared_q, int num_heads, int head_dim, RowPointers rows, 
   };
   for_heads<4>(num_heads, [&](int h, auto heads) {
     const int from = share(h), fetching = min(share(h + heads.value) - from, count);
-    const auto multiply = [&](int first, int number, auto fetch) {
+    const auto multiply = [&](int first, int number, auto&& fetch) {
       qk_heads<T, heads.value>(prepared_q + h * head_dim, head_dim, rows + first, number, fetch,
                                scale, logits + h * kTile + first);
     };

@@ -64,12 +64,16 @@ inline void prepare_byte_query(const float* q, int head_dim, float* prepared) {
       high = _mm512_mask_broadcast_i64x4(high, half ? 0xf0 : 0x0f, _mm512_cvtepi16_epi8(above));
       low = _mm512_mask_broadcast_i64x4(low, half ? 0xf0 : 0x0f, _mm512_cvtepi16_epi8(x));
     }
-    UNROLL for (int vector = 0; vector < 4; ++vector) {
-      const auto same = static_cast<_MM_PERM_ENUM>(vector * 0x55);  // of a quarter's four
+    const auto store_vector = [&](auto vector) {
+      constexpr auto same = static_cast<_MM_PERM_ENUM>(vector.value * 0x55);  // of a quarter's four
       _mm512_store_si512(out, _mm512_shuffle_epi32(high, same));
       _mm512_store_si512(out + kBytes, _mm512_shuffle_epi32(low, same));
       out += 2 * kBytes;
-    }
+    };
+    store_vector(Count<0>{});
+    store_vector(Count<1>{});
+    store_vector(Count<2>{});
+    store_vector(Count<3>{});
   }
 }
 
