@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from thinking_steps import METHODS, decode, ids
 
 import kvcomp
 from kvcomp import thinking
 from kvcomp.testing.models import tiny_model
 from kvcomp.thinking.cgrs import certainty
+from thinking_steps import METHODS, decode, ids
 from toy_words import WORDS, toy_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from thinking_steps import METHODS, decode, ids
 from transformers import AutoTokenizer, LogitsProcessor
 
 import kvcomp
 from kvcomp import reasoner, thinking
 from kvcomp.hf.trial import trial
 from kvcomp.testing.models import tiny_model
+from thinking_steps import METHODS, decode, ids
 from toy_words import WORDS, toy_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
