@@ -33,10 +33,10 @@ from kvcomp.cli.common import load, pick_device, pick_dtype
 from kvcomp.cli.output import check_output
 from kvcomp.progress import passing_bar
 from kvcomp.reading import checksums, windows
-from language import answers, calibrated, facts, free, loss, premises
+from language import answers, calibrated, capture, facts, free, loss, premises
+from language.door import attends
 from language.questions import kinds
 from language.rounding import KINDS
-from language.stack import stackable
 
 DEFAULTS = [name for name in METHODS if name != "delethink"]
 SMOKE = {"model": "reasoner", "tokens": 64, "windows": 2, "batch": 2, "budgets": ["3/4"]}
@@ -97,7 +97,9 @@ def run_answers(options: argparse.Namespace) -> None:
 
 
 def run_facts(options: argparse.Namespace) -> None:
-    _run_cells(facts.Facts(*_full_attention("facts", options), options), facts.line, options)
+    _run_cells(
+        facts.Facts(*_attending("facts", options, {"full_attention"}), options), facts.line, options
+    )
 
 
 def run_free(options: argparse.Namespace) -> None:
@@ -115,12 +117,12 @@ def _loaded(options: argparse.Namespace) -> tuple[Any, Any]:
     return load(options.model, pick_device(options.device), pick_dtype(options.dtype))
 
 
-def _full_attention(part: str, options: argparse.Namespace) -> tuple[Any, Any]:
+def _attending(part: str, options: argparse.Namespace, kinds: set[str]) -> tuple[Any, Any]:
     model, tokenizer = _loaded(options)
-    if not stackable(model):
+    if not attends(model, kinds):
         raise ValueError(
-            f"kvcomp.language: --part {part}: expected a model with full attention everywhere, got"
-            f" {options.model}"
+            f"kvcomp.language: --part {part}: expected a model with layers of"
+            f" {' or '.join(sorted(kinds))} and plain logits, got {options.model}"
         )
     return model, tokenizer
 
@@ -150,7 +152,7 @@ def _run_cells(
 
 
 def run_premises(options: argparse.Namespace) -> None:
-    model, tokenizer = _full_attention("premises", options)
+    model, tokenizer = _attending("premises", options, capture.KINDS)
     chosen = windows(tokenizer, options.windows, options.tokens)
     settings = {
         "model": options.model,
@@ -192,7 +194,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         vars(options).update(SMOKE)
     if options.threads:
         torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision("medium")  # oneDNN's kernels; on CPUs as exact as MKL's
     try:
         check_output(options.json)
         everything = options.smoke and not options.json  # a file holds one part

@@ -17,7 +17,9 @@ from kvcomp import Full, LazyEviction, LouisKV, StreamingLLM, patch
 from kvcomp.cli.common import load
 from kvcomp.methods.cost import Place
 from kvcomp.reading import opening, read, scaled, windows
+from kvcomp.testing.models import tiny_model
 from language import answers, facts, free
+from language.capture import Attention
 from language.lineup import options
 from language.questions import Question, Writer, kinds
 from language.rounding import rounding
@@ -88,6 +90,19 @@ def test_a_run_goes_on_where_it_stopped(part, tmp_path, capsys):
     assert re.search(r"\d", last) and again.splitlines()[-1] == last
     assert bench_language.main([*args, "--tokens", "80"]) == 2
     assert "was begun with other settings" in capsys.readouterr().err
+    assert torch.get_float32_matmul_precision() == "highest"  # less is bf16 on some CPUs
+
+
+def test_captured_attention_is_that_of_the_layers_which_see_everything():
+    model = tiny_model("gemma3_text")
+    ids = torch.arange(3, 43)
+    model.set_attn_implementation("eager")
+    want = model(ids[None], output_attentions=True).attentions
+    full = [x for x, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+    captured = Attention(model, ids)
+    assert len(captured.layers) == len(full) == 3
+    for place, layer in enumerate(full):
+        torch.testing.assert_close(captured.probabilities(place, torch.arange(40)), want[layer][0])
 
 
 class Letters:

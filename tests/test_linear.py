@@ -71,6 +71,16 @@ def test_rows_have_the_same_bits_alone_together_and_under_any_number_of_threads(
         torch.set_num_threads(threads)
 
 
+def test_torchs_own_kernels_are_not_disturbed_between_calls():
+    """Both may use the tile registers, whose shapes are a state of the thread."""
+    x, weight = torch.randn(64, 160).bfloat16(), torch.randn(96, 160).bfloat16()
+    want = nn.functional.linear(x, weight)
+    for rows in (1, 16, 17, 32):
+        own = ops.linear_rows(x[:rows], weight)
+        torch.testing.assert_close(own, want[:rows], rtol=2e-2, atol=2e-2)
+        assert torch.equal(nn.functional.linear(x, weight), want)
+
+
 def test_gradients_are_torchs(calls):
     made = layer().requires_grad_(True)
     x = torch.randn(2, 40, requires_grad=True)

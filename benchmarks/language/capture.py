@@ -1,4 +1,5 @@
-"""The queries and keys of a window in every layer, from one forward pass of dense attention."""
+"""The queries and keys of a window in the layers that attend to everything, from one forward pass
+of dense attention."""
 
 from __future__ import annotations
 
@@ -10,20 +11,28 @@ from torch import Tensor
 
 from language.door import attending, causal
 
+KINDS = {"full_attention", "sliding_attention"}  # of layers in what can be captured
+
 
 class Attention:
     """The queries and keys of a model in a window.
 
     Attributes:
-        layers: (q [Hq, T, D], k [Hkv, T, D], scale) of each, rotated as they are attended.
+        layers: (q [Hq, T, D], k [Hkv, T, D], scale) of each layer with full attention, rotated as
+            they are attended.
     """
 
     def __init__(self, model: Any, ids: Tensor) -> None:
         self.layers: list[tuple[Tensor, Tensor, float]] = []
+        config = model.config.get_text_config()
+        self.window = getattr(config, "sliding_window", None)
+        self.kinds = getattr(config, "layer_types", None)
         with attending(model, self._attend), torch.no_grad():
             model.get_decoder()(ids[None], use_cache=False)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if self.kinds and self.kinds[layer] == "sliding_attention":
+            return causal(q, k, v, scale, self.window)
         self.layers.append((q[0].float(), k[0].float(), scale))
         return causal(q, k, v, scale)
 

@@ -32,9 +32,21 @@ def attending(model: Any, attend: Attend) -> Iterator[None]:
         _open.remove(attend)
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Dense causal attention: q [B, Hq, n, D] -> [B, n, Hq, D]."""
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+def attends(model: Any, kinds: set[str]) -> bool:
+    """Whether the layers of `model` are all of `kinds`, with plain logits."""
+    config = model.config.get_text_config()
+    own = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return own <= kinds and not getattr(config, "attn_logit_softcapping", None)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention to the newest `window` tokens, or all: q [B, Hq, n, D] -> [B, n, Hq, D]."""
+    seen = None
+    if window is not None:
+        seen = q.new_ones(q.shape[2], q.shape[2], dtype=torch.bool).tril().triu(1 - window)
+    out = scaled_dot_product_attention(
+        q, k, v, seen, is_causal=seen is None, scale=scale, enable_gqa=True
+    )
     return out.transpose(1, 2)
 
 

@@ -65,7 +65,7 @@ def delta(attention: Attention, plan: tuple[int, ...], page: int = 16) -> Row:
         return ((mass * mask).sum(-1) / mass.sum(-1)).mean().item()
 
     pairs = [[round(caught(masks[a], b), 4) for b in range(layers)] for a in range(layers)]
-    dense = {0, 1, *plan}
+    dense = {*range(plan[0]), *plan}  # the warm-up, and the Δ-layers
     sparse = [b for b in range(layers) if b not in dense]
     planner = {b: max(a for a in plan if a < b) for b in sparse}
     return {
@@ -123,7 +123,7 @@ def recurrence(attention: Attention, group: int, absence: int = 64) -> list[Row]
     return found
 
 
-def similarity(attention: Attention, group: int, dense_layers: int = 2) -> Row:
+def similarity(attention: Attention, group: int, dense_layers: int) -> Row:
     """Of successive queries: their cosine by layer, how often it is below tau, and how much of a
     KV head's best tokens the next step shares."""
     cosines, overlaps = [], []
@@ -173,14 +173,15 @@ def look(model: Any, window: Window) -> Row:
     ids = torch.tensor(window.ids, device=model.device)
     attention = Attention(model, ids)
     group = model.config.num_attention_heads // model.config.num_key_value_heads
-    plan = Delta().plan(len(attention.layers))
+    count = len(attention.layers)
+    plan = Delta().plan(count) if count > 3 else (0,)  # with a warm-up few layers leave none sparse
     head = model.get_output_embeddings().weight.float()
     return {
         "text": window.text,
         "first": window.first,
         "delta": delta(attention, plan),
         "recurrence": recurrence(attention, group),
-        "similarity": similarity(attention, group),
+        "similarity": similarity(attention, group, plan[0]),
         "carry": carry(model, head, window),
     }
 

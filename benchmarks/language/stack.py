@@ -16,7 +16,7 @@ from torch import Tensor
 from kvcomp import Method
 from kvcomp.cache import KVCache, Report
 from kvcomp.hf.rotation import key_rotation
-from language.door import attending, causal
+from language.door import attending, attends, causal
 from language.rounding import KINDS
 
 
@@ -108,5 +108,4 @@ class Stack:
 
 def stackable(model: Any) -> bool:
     """Whether every layer attends to everything, with plain logits."""
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and not getattr(model.config, "attn_logit_softcapping", None)
+    return attends(model, {"full_attention"})

@@ -8,7 +8,7 @@ from kvcomp.selftest.case import HALF_AND_FULL, Case, generator_for, on
 
 
 def linear_cases() -> list[Case]:
-    """Odd widths, weights and rows with gaps, up to 29 rows in one to three dimensions."""
+    """Odd widths, weights and rows with gaps, up to 32 rows in one to three dimensions."""
 
     def build(name, rows, width, outputs, bias=True, gap=0, transposed=False):
         def make(dtype, device):
@@ -29,7 +29,9 @@ def linear_cases() -> list[Case]:
         build("odd", (3,), 77, 21, gap=5),
         build("five-rows", (5,), 576, 35),
         build("eight-rows", (4, 2), 200, 33, transposed=True),
+        build("sixteen-rows", (16,), 64, 48),
         build("many-rows", (29,), 200, 531),
+        build("most-rows", (2, 16), 96, 64, bias=False),
         build("two-threads", (2, 1), 256, 1025),
         build("no-rows", (0, 1), 32, 8),
         build("no-outputs", (2,), 32, 0),

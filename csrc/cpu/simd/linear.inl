@@ -1,5 +1,30 @@
 // A matrix of weights against a few rows. Part of rows.inl.
 
+constexpr int kLinearRows = 8;
+
+// Floats between prepared rows: one line more than they need, since rows a multiple of 4 KiB apart
+// would displace each other in L1.
+constexpr std::int64_t linear_stride(std::int64_t width) { return padded(width) + 16; }
+
+inline std::int64_t linear_size(int num_rows, int width) { return num_rows * linear_stride(width); }
+
+// Behind its width a row has zeros.
+template <class T>
+void prepare_linear(const void* const* x, int num_rows, int width, float* prepared) {
+  using Query = typename Dot<T>::Query;
+  const int whole = width / kRowStep * kRowStep, rest = width - whole;
+  for (int r = 0; r < num_rows; ++r, prepared += linear_stride(width)) {
+    const T* row = static_cast<const T*>(x[r]);
+    auto* to = reinterpret_cast<Query*>(prepared);
+    Dot<T>::prepare(row, whole, to);
+    if (rest > 0) {
+      T last[kRowStep] = {};
+      __builtin_memcpy(last, row + whole, rest * sizeof(T));
+      Dot<T>::prepare(last, kRowStep, to + whole);
+    }
+  }
+}
+
 // kBytes of a row, from byte `at` on, into L1; where they are less than a line, by the first of it.
 template <int kBytes>
 [[gnu::always_inline]] inline void prefetch(const void* row, int at) {
@@ -85,8 +110,9 @@ void linear_block(const float* prepared_x, const T* weight, std::int64_t stride,
 }
 
 template <class T>
-void linear(const float* prepared_x, int num_rows, const void* weight, std::int64_t stride,
-            int width, std::int64_t count, const void* bias, void* y, std::int64_t stride_y) {
+void multiply_linear(const float* prepared_x, int num_rows, const void* weight, std::int64_t stride,
+                     int width, std::int64_t count, const void* bias, void* y,
+                     std::int64_t stride_y) {
   constexpr decltype(&linear_block<T, 1>) kBlocks[kLinearRows] = {
       &linear_block<T, 1>, &linear_block<T, 2>, &linear_block<T, 3>, &linear_block<T, 4>,
       &linear_block<T, 5>, &linear_block<T, 6>, &linear_block<T, 7>, &linear_block<T, 8>};

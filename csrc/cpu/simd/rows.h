@@ -1,7 +1,8 @@
 // The inner loops over rows that every instruction set provides, and the choice among them. The
 // loops are written once, in rows.inl, over the Vec that each of scalar.cpp, avx2.cpp, avx512.cpp
-// and avx512bf16.cpp defines. Those files are compiled with instructions that the machine may
-// lack, so they include nothing but this and keep everything else to themselves.
+// and avx512bf16.cpp defines; amx.cpp has its own for what tiles of numbers are made for. These
+// files are compiled with instructions that the machine may lack, so they include nothing but this
+// and keep everything else to themselves.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +13,11 @@ inline constexpr int kTile = 64;  // tokens between two rescalings; a multiple o
 inline constexpr int kCentreBlock = 12;   // a multiple of the centres that `nearest` takes at once
 inline constexpr int kMostCentre = 1024;  // elements of a row that `nearest` takes
 inline constexpr int kMostQuery = 512;    // elements of a query that meets codes
-inline constexpr int kLinearRows = 8;     // the most rows of `linear`
 inline constexpr int kRowStep = 32;  // a multiple of the elements of a row that are read at once
 
 inline constexpr std::int64_t padded(std::int64_t width) {
   return (width + kRowStep - 1) / kRowStep * kRowStep;
 }
-// Floats between the prepared rows of `linear`: one line more than they need, since rows a multiple
-// of 4 KiB apart would displace each other in L1.
-inline constexpr std::int64_t linear_stride(std::int64_t width) { return padded(width) + 16; }
 
 // Storage of the 16-bit types.
 struct Half {
@@ -44,9 +41,26 @@ inline constexpr int kLeastExponent = -100;
 // repeats one of its rows.
 using RowPointers = const void* const*;
 
+// A few rows through a matrix of weights, of one element type.
+struct Linear {
+  int most_rows;  // at once
+
+  // Floats that prepared rows take.
+  std::int64_t (*size)(int num_rows, int width);
+
+  // x[r] [width] for r < num_rows <= most_rows, in the order and type that `multiply` reads.
+  void (*prepare)(const void* const* x, int num_rows, int width, float* prepared);
+
+  // y[r * stride_y + o] = <x[r], w[o]> + bias[o] for o < count and r < num_rows; w[o] starts at
+  // weight + o * stride and has `width` elements, bias may be null. An element of y is the same
+  // bits whatever num_rows, count and its place among them are.
+  void (*multiply)(const float* prepared, int num_rows, const void* weight, std::int64_t stride,
+                   int width, std::int64_t count, const void* bias, void* y, std::int64_t stride_y);
+};
+
 // Loops over rows of one element type. D is head_dim: a multiple of 16.
 struct TypedRows {
-  // q [D] -> prepared [D floats of space], in the order and type that qk and linear multiply with.
+  // q [D] -> prepared [D floats of space], in the order and type that qk multiplies with.
   void (*prepare_q)(const void* q, int head_dim, float* prepared);
 
   // logits[h][t] = scale * <q[h], rows[t]> for t < count; logits [num_heads, kTile]. Each row is
@@ -78,12 +92,7 @@ struct TypedRows {
   // sums = <a, a>, <a, b> and <b, b>.
   void (*products)(const void* a, const void* b, int head_dim, float* sums);
 
-  // y[r * stride_y + o] = <x[r], w[o]> + bias[o] for o < count and r < num_rows <= kLinearRows;
-  // w[o] starts at weight + o * stride and has `width` elements, bias may be null. Rows of x are
-  // prepared, padded(width) long with zeros past their width, and linear_stride(width) apart. An
-  // element of y is the same bits whatever num_rows, count and its place among them are.
-  void (*linear)(const float* prepared_x, int num_rows, const void* weight, std::int64_t stride,
-                 int width, std::int64_t count, const void* bias, void* y, std::int64_t stride_y);
+  Linear linear;
 
   // A row to floats and back, times `factor`, in the order of its elements.
   void (*widen)(const void* row, int head_dim, float* out);
@@ -198,9 +207,10 @@ const Rows& scalar_rows();
 const Rows& avx2_rows();
 const Rows& avx512_rows();
 const Rows& avx512bf16_rows();
+const Rows& amx_rows();
 
-// The best set that this machine has and KVCOMP_ISA (scalar, avx2, avx512, avx512bf16) allows; the
-// variable is read once. Throws std::invalid_argument on another value.
+// The best set that this machine has and KVCOMP_ISA (scalar, avx2, avx512, avx512bf16, amx) allows;
+// the variable is read once. Throws std::invalid_argument on another value.
 const Rows& rows();
 
 }  // namespace kvcomp::simd

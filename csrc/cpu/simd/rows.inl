@@ -92,9 +92,10 @@ void rotate(void* row_, int half, const float* cos, const float* sin) {
 
 template <class T>
 constexpr TypedRows typed_rows() {
+  constexpr Linear linear{kLinearRows, &linear_size, &prepare_linear<T>, &multiply_linear<T>};
   return {&prepare_q<T>, &qk<T>,        &pv<T>,         &store_row<T>,
           &blend<T>,     &nearest<T>,   &rotate<T>,     &products<T>,
-          &linear<T>,    &widen_row<T>, &narrow_row<T>, &prepare_shared_q<T>,
+          linear,        &widen_row<T>, &narrow_row<T>, &prepare_shared_q<T>,
           &pack<T>,      &qk_packed<T>, &pv_shared<T>,  &norm<T>};
 }
 

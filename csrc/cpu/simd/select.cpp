@@ -1,4 +1,7 @@
 // Chooses the instruction set, once.
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -13,6 +16,15 @@ struct Isa {
   bool present;
   const Rows& (*rows)();
 };
+
+#ifdef __x86_64__
+// Tiles are a state so large that a process has to ask Linux for it.
+bool has_amx() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of <asm/prctl.h>
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
 
 const Rows& choose() {
   const Isa isas[] = {
@@ -29,6 +41,7 @@ const Rows& choose() {
        &avx512_rows},
       {"avx512bf16", __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"),
        &avx512bf16_rows},
+      {"amx", has_amx(), &amx_rows},
 #endif
   };
   const char* cap = std::getenv("KVCOMP_ISA");
