@@ -40,7 +40,7 @@ def test_calibrate_returns_a_delta_that_fits(llama):
     found = Delta.calibrate(
         llama, prompts, num_delta=2, max_new_tokens=20, every=5, budget=16, page_size=4, recent=2
     )
-    assert found.delta_layers[0] == found.warmup == 2
+    assert found.delta_layers[0] == found.num_warmup(6) == 1
     assert len(found.delta_layers) == 2
     found.check(6)
 
@@ -93,7 +93,7 @@ def test_calibrations_read_given_answers(llama):
     ]
     assert torch.allclose(torch.stack([x.mean() for x in found]), torch.tensor(single), atol=1e-4)
     pages = {"budget": 16, "page_size": 4, "recent": 2, "num_delta": 1, "every": 5}
-    assert Delta.calibrate(llama, prompts, answers=answers, **pages).delta_layers == (2,)
+    assert Delta.calibrate(llama, prompts, answers=answers, **pages).delta_layers == (1,)
     lazy = LazyEviction.calibrate(llama, prompts, answers=answers, alphas=(0.05,), budget=16)
     assert lazy.budget == 16 and lazy.window <= 4
     tau = LouisKV.calibrate(llama, prompts, answers=answers, budget=16, local=4, sinks=1).tau

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvcomp import METHODS, Delta, LazyEviction, ops
-from kvcomp.cache import KVCache
+from kvcomp.cache import KVCache, Report
 from kvcomp.hf.calibrate import best_layers
 from kvcomp.methods.retrieval import Retrieval
 
@@ -42,7 +42,7 @@ def decode(cache, steps, prompt=20, batch=2, seed=0):
             index = layer.position
             layer.append(k[index, :, :, step : step + 1], v[index, :, :, step : step + 1])
             outputs.append(cache.attend(layer, q[index, :, :, step], DIM**-0.5))
-    return torch.stack(outputs).unflatten(0, (steps, LAYERS))
+    return torch.stack(outputs).unflatten(0, (steps, -1))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -134,7 +134,30 @@ def test_published_and_planned_layers():
     assert Delta.for_model("DeepSeek-R1-Distill-Qwen-14B", budget=2048).delta_layers == (2, 6, 42)
     assert Delta.for_model("another", delta_layers=(2,)) == Delta(delta_layers=(2,))
     assert Delta().plan(28) == (2, 14, 22)
-    assert Delta().plan(4) == (2,)
+    assert Delta(delta_layers=(5, 14)).num_warmup(28) == 5
+    assert Delta.published("DeepSeek-R1-Distill-Qwen-7B").warmup == Delta().num_warmup(28) == 2
+
+
+@pytest.mark.parametrize("layers", range(2, 8))
+def test_delta_leaves_half_of_few_layers_sparse(layers):
+    """Models with sliding windows have few layers that attend to everything: Gemma 3 270M three."""
+    dense, planners = Delta().roles(layers)
+    assert 2 * len(dense) <= layers + 1 and planners
+    assert (dense, planners) == ({0}, {0}) or layers > 3
+
+
+def test_a_report_says_why_nothing_was_left_out():
+    def why(layers, prompt, **fields):
+        method = Delta(budget=16, page_size=4, recent=1, **fields)
+        cache = KVCache(method, layers)
+        decode(cache, 4, prompt, batch=1)
+        report = Report.of(method, cache.meter, 1.0, False)
+        assert (f": {report.why_dense}\n" in str(report)) == (report.why_dense is not None)
+        return report.why_dense
+
+    assert why(3, 40) is None
+    assert why(3, 8) == "no context was longer than the 16 tokens of the budget"
+    assert why(3, 40, warmup=2) == "all layers are dense with these settings"
 
 
 def test_best_layers_finds_the_best_set():

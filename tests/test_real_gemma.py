@@ -76,5 +76,12 @@ def test_a_covering_budget_is_stock_attention_over_padded_prompts(model, inputs,
         torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=0)
 
 
+def test_delta_leaves_two_of_the_three_layers_sparse(model, inputs):
+    with kvcomp.patch(model, kvcomp.Delta(budget=128)) as run:
+        greedy(model, {name: ids[1:] for name, ids in inputs.items()})
+    full, *sparse = (layer["tokens_attended"] for layer in run.report(layers=True).layers)
+    assert len(sparse) == 2 and max(sparse) <= 128 < 512 < full
+
+
 def test_undo_leaves_nothing(model, inputs, stock):
     assert torch.equal(greedy(model, inputs).sequences, stock.sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ class Report:
         tokens_attended: tokens that a layer attended to per query of a decoded token or a draft, on
             average.
         tokens_attended_dense: the same with dense attention.
+        why_dense: why a method that attends to a budget left nothing out; None if it did.
         kv_bytes_kept, kv_bytes_dense: bytes of K and V held now, and by a cache that keeps all.
         kv_bytes_peak: most bytes of K and V slots in use at once (rows times the longest row).
         tracking_bytes_peak: most bytes of notes that the method kept besides K and V.
@@ -67,6 +69,7 @@ class Report:
     decode_seconds: float = 0.0
     tokens_attended: float = 0.0
     tokens_attended_dense: float = 0.0
+    why_dense: str | None = None
     kv_bytes_kept: int = 0
     kv_bytes_dense: int = 0
     kv_bytes_peak: int = 0
@@ -112,7 +115,7 @@ class Report:
         stored = [int(n) * b for n, b in zip(meter.stored_rows, meter.row_bytes, strict=True)]
         before, after = (meter.recalls / max(meter.audits, 1)).tolist()
         rows = zip(read, meter.slot_bytes, kept, evicted, retrievals, fetched, strict=False)
-        return cls(
+        report = cls(
             method=str(method),
             tokens_decoded=meter.tokens_decoded,
             verifications=meter.verifications,
@@ -165,6 +168,9 @@ class Report:
             if layers
             else [],
         )
+        if report.tokens_decoded and report.attended_ratio > 1 - 1e-9:
+            report.why_dense = _why_dense(method.attention.dense_up_to, report.kept_peak)
+        return report
 
     @property
     def attended_ratio(self) -> float:
@@ -236,7 +242,8 @@ class Report:
                 f"  decoded   {self.tokens_decoded} tokens in {self.decode_seconds:.2f} s,"
                 f" {self.tokens_per_second:.1f} tokens/s",
                 f"  attended  {self.tokens_attended:.0f} tokens per step and layer,"
-                f" {self.attended_ratio:.0%} of dense ({self.tokens_attended_dense:.0f})",
+                f" {self.attended_ratio:.0%} of dense ({self.tokens_attended_dense:.0f})"
+                + (f": {self.why_dense}" if self.why_dense else ""),
                 f"  KV kept   {mebibytes(self.kv_bytes_kept)} of"
                 f" {mebibytes(self.kv_bytes_dense)} dense,"
                 f" peak {mebibytes(self.kv_bytes_peak)},"
@@ -249,6 +256,14 @@ class Report:
                 *([chunked] if self.boundaries else []),
             ]
         )
+
+
+def _why_dense(budget: float, longest: int) -> str | None:
+    if math.isinf(budget):  # of this method attention alone does not tell
+        return None
+    if longest <= budget:
+        return f"no context was longer than the {budget:.0f} tokens of the budget"
+    return "all layers are dense with these settings"
 
 
 def mebibytes(count: float) -> str:

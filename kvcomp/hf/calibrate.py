@@ -124,7 +124,7 @@ def calibrate_delta(
         model: a Hugging Face causal LM.
         prompts: texts (with `tokenizer`) or lists of token ids.
         answers: what follows each prompt, as text or token ids; None: decoded greedily.
-        num_delta: number of delta layers to place.
+        num_delta: number of delta layers to place, at most half of those above the warm-up.
         fields: the other fields of the result (budget, page_size, ...).
 
     Raises:
@@ -138,7 +138,9 @@ def calibrate_delta(
             f"{recorder.method.budget} tokens; decode more, or choose a smaller budget"
         )
     recall = torch.stack(recorder.recalls).mean(0)
-    chosen = best_layers(recall.tolist(), recorder.method.warmup, num_delta)
+    warmup = recorder.method.num_warmup(len(recall))
+    num_delta = min(num_delta, max(1, (len(recall) - warmup) // 2))
+    chosen = best_layers(recall.tolist(), warmup, num_delta)
     found = replace(recorder.method, delta_layers=chosen)
     usual = replace(recorder.method, delta_layers=recorder.method.plan(len(recall)))
     if found == usual or len(usual.plan(len(recall))) > num_delta:

@@ -37,7 +37,7 @@ PUBLISHED = {
     "DeepSeek-R1-Distill-Qwen-7B": (2, 14, 22),
     "DeepSeek-R1-Distill-Qwen-14B": (2, 6, 42),
 }
-PUBLISHED_FIELDS = {"page_size": 16, "sinks": 0}
+PUBLISHED_FIELDS = {"page_size": 16, "sinks": 0, "warmup": 2}
 SELECTS = ("query", "step")
 
 
@@ -49,7 +49,8 @@ class Delta(Method, name="delta"):
         budget: k = K * P, tokens that a sparse layer attends to, recent and first pages included.
         page_size: P, tokens per page; 16 in the paper.
         recent: L, newest pages, always in the set; a partial page counts.
-        warmup: W0, number of first layers that attend densely.
+        warmup: W0, number of first layers that attend densely; None: those below the first of
+            `delta_layers`, or without these 2, as published, but at most a quarter of the layers.
         delta_layers: D, the layers that select; None: the layer after the warm-up, and those at 1/2
             and 4/5 of the depth, like the published sets.
         sinks: first pages, always in the set; 0 in the paper.
@@ -63,7 +64,7 @@ class Delta(Method, name="delta"):
     budget: int = 1024
     page_size: int = 8  # P
     recent: int = 8  # L
-    warmup: int = 2  # W0
+    warmup: int | None = None  # W0
     delta_layers: tuple[int, ...] | None = None  # D
     sinks: int = 1
     select: str = field(default="query", repr=False)
@@ -75,7 +76,7 @@ class Delta(Method, name="delta"):
         super().__post_init__()
         self._require(self.page_size >= 1, "page_size", "at least 1 token")
         self._require(self.recent >= 1, "recent", "at least 1 page")
-        self._require(self.warmup >= 0, "warmup", "at least 0 layers")
+        self._require((self.warmup or 0) >= 0, "warmup", "at least 0 layers")
         require(
             self.group is None or isinstance(self.group, dist.ProcessGroup),
             "kvcomp.Delta: group",
@@ -127,34 +128,44 @@ class Delta(Method, name="delta"):
         return cls(budget=budget, page_size=4, recent=2 if budget >= 12 else 1, delta_layers=(2,))
 
     def check(self, num_layers: int) -> None:
-        outside = [x for x in self.delta_layers or () if not self.warmup <= x < num_layers]
-        if self.warmup >= num_layers:
+        first = self.warmup or 0
+        if first >= num_layers:
             raise ValueError(
-                f"kvcomp.Delta: warmup={self.warmup} needs more layers than the {num_layers} of"
-                " this model"
+                f"kvcomp.Delta: warmup={first} needs more layers than the {num_layers} of this"
+                " model"
             )
-        expected = f"layers from warmup={self.warmup} up to {num_layers - 1}"
-        self._require(not outside, "delta_layers", expected)
-        if self.delta_layers is not None and self.warmup not in self.delta_layers:
+        outside = [x for x in self.delta_layers or () if not first <= x < num_layers]
+        above = f"warmup={first}" if first else "0"
+        self._require(not outside, "delta_layers", f"layers from {above} up to {num_layers - 1}")
+        warmup = self.num_warmup(num_layers)
+        if self.delta_layers is not None and warmup not in self.delta_layers:
             raise ValueError(
-                f"kvcomp.Delta: delta_layers: the first must follow the {self.warmup} warm-up"
+                f"kvcomp.Delta: delta_layers: the first must follow the {warmup} warm-up"
                 f" layers directly, or the layers between have no pages; got {self.delta_layers}"
             )
+
+    def num_warmup(self, num_layers: int) -> int:
+        """W0 in a model of `num_layers` layers. Where only some layers attend to everything, they
+        are few, and the first of them is not the model's first."""
+        if self.warmup is not None:
+            return self.warmup
+        return min(self.delta_layers) if self.delta_layers else min(2, num_layers // 4)
 
     def plan(self, num_layers: int) -> tuple[int, ...]:
         """The delta layers in a model of `num_layers` layers."""
         if self.delta_layers is not None:
             return tuple(sorted(self.delta_layers))
-        places = [self.warmup]
+        places = [self.num_warmup(num_layers)]
         for share in (0.5, 0.8):
-            if (place := int(num_layers * share)) >= places[-1] + 2:  # a sparse layer between
+            place = int(num_layers * share)
+            if places[-1] + 2 <= place < num_layers - 1:  # a sparse layer below and above
                 places.append(place)
         return tuple(places)
 
     def roles(self, num_layers: int) -> tuple[frozenset[int], frozenset[int]]:
         """The layers that attend densely, and the layers among them that select pages."""
         delta_layers = self.plan(num_layers)
-        dense = frozenset((*range(self.warmup), *delta_layers))
+        dense = frozenset((*range(self.num_warmup(num_layers)), *delta_layers))
         # A delta layer selects if a sparse one comes next.
         planners = (x for x in delta_layers if x + 1 not in dense and x + 1 < num_layers)
         return dense, frozenset(planners)
