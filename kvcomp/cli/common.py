@@ -127,6 +127,10 @@ def _one_line(what: str, name: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError:
         raise
-    except (OSError, ValueError, ImportError) as error:  # messages of many lines, some very long
-        reason = textwrap.shorten(str(error).strip().partition("\n")[0], 240)
+    except Exception as error:  # whatever transformers makes of files that are not right
+        said = str(error).strip()
+        first = said.partition("\n")[0]  # some are very long
+        reason = textwrap.shorten(said if first.endswith(":") else first, 240)
+        if not isinstance(error, (OSError, ValueError, ImportError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"kvcomp: cannot load {what} {name!r}: {reason}") from error

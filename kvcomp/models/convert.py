@@ -60,8 +60,13 @@ def gguf_file(source: str) -> Path | None:
 
 
 def convert(file: Path, target: Path) -> None:
-    """Write the model and tokenizer of a GGUF file into the folder `target`, weights in bf16."""
+    """Write the model and tokenizer of a GGUF file into the folder `target`, weights in bf16.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     import torch
+    from safetensors import SafetensorError
 
     packed, tokenizer = read(file, dtype=torch.bfloat16)
     config, state = packed.config, packed.state_dict()
@@ -74,6 +79,9 @@ def convert(file: Path, target: Path) -> None:
     if left := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
         raise RuntimeError(f"kvcomp.models: {file.name} has no weights for {', '.join(left)}")
     model.generation_config = packed.generation_config
-    with contextlib.redirect_stderr(io.StringIO()):
-        model.save_pretrained(target)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            model.save_pretrained(target)
+    except SafetensorError as error:  # a full disk, which safetensors does not call an OSError
+        raise OSError(str(error)) from error
     tokenizer.save_pretrained(target)

