@@ -173,8 +173,7 @@ def look(model: Any, window: Window) -> Row:
     ids = torch.tensor(window.ids, device=model.device)
     attention = Attention(model, ids)
     group = model.config.num_attention_heads // model.config.num_key_value_heads
-    count = len(attention.layers)
-    plan = Delta().plan(count) if count > 3 else (0,)  # with a warm-up few layers leave none sparse
+    plan = Delta().plan(len(attention.layers))
     head = model.get_output_embeddings().weight.float()
     return {
         "text": window.text,
