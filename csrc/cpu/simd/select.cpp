@@ -1,6 +1,9 @@
 // Chooses the instruction set, once.
+#ifdef __x86_64__
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <stdexcept>
@@ -20,8 +23,10 @@ struct Isa {
 #ifdef __x86_64__
 // Tiles are a state so large that a process has to ask Linux for it.
 bool has_amx() {
-  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of <asm/prctl.h>
-  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of leaf 7 in edx
+  constexpr long kRequest = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM of <asm/prctl.h>
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTiles) &&
          syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 #endif
