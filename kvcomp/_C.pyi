@@ -8,6 +8,7 @@ class Backend:
     cuda: int
 
 head_sizes: tuple[int, ...]
+unlike_sizes: tuple[tuple[int, int], ...]  # of K and V
 
 def build_info() -> dict[str, Any]: ...
 def cpu_isa() -> str: ...

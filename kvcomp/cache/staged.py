@@ -3,8 +3,8 @@
 The K and V of m drafts are written into the slots behind `seq_lens`, where the next append
 overwrites them. Nothing else changes, so nothing has to be undone: `accept` appends accepted drafts
 one by one, as decode steps would, for methods that note each step; `accept_many` takes them at once
-for the others; and `unstage` drops the rest. This allows speculative decoding
-with methods that evict or retrieve.
+for the others; and `unstage` drops the rest. This allows speculative decoding with methods that
+evict or retrieve.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The first forward of a sequence goes to the user's own implementation, with the same tensors. A
 decode step goes to the method. In other forwards (a second turn, a prompt in chunks) the new tokens
-attend to the tokens that the cache keeps. Drafts (assisted decoding, `Cache.stage`) go
-to the method too, several steps at a time.
+attend to the tokens that the cache keeps. Drafts (assisted decoding, `Cache.stage`) go to the
+method too, several steps at a time.
 """
 
 from __future__ import annotations

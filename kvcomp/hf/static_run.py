@@ -26,10 +26,7 @@ from kvcomp.hf.text import first_difference
 from kvcomp.hf.wrapper import one_of
 from kvcomp.methods import Method
 
-COMPILED = (
-    "_compiled_call",
-    "_last_compile_config",
-)  # of a model's compiled steps
+COMPILED = ("_compiled_call", "_last_compile_config")  # of a model's compiled steps
 
 
 class StaticRun(Run):
@@ -78,7 +75,6 @@ class StaticRun(Run):
 
     def compile(self, *, freeze: bool = False, **options: Any) -> Callable:
         """Compile the model for your own loops: `step(ids, past_key_values=cache, ...)`.
-
 
         The first step compiles, which takes a minute or so, and so does the first one of each other
         batch size. Inductor keeps the code for other runs: for a CPU in a folder of kvcomp's cache,
@@ -295,9 +291,8 @@ class StaticRun(Run):
 
     def mask(self, *args: Any, q_length: int, attention_mask: Any = None, **kwargs: Any) -> Any:
         """None for decode steps, because the cache knows the valid tokens."""
-        if (
-            not self._inside and not self.wrapper.running
-        ):  # `generate` prepares masks ahead, and the forward makes its own
+        if not self._inside and not self.wrapper.running:
+            # `generate` prepares masks ahead, and the forward makes its own.
             return attention_mask if q_length > 1 else None
         if self.current is None:  # there is no cache, or a wrapper makes it
             return super().mask(*args, q_length=q_length, attention_mask=attention_mask, **kwargs)

@@ -15,17 +15,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-SOURCES: tuple[str, ...]
 SOURCES = (
-    "argparse",
-    "ast",
-    "collections",
-    "dataclasses",
-    "datetime",
-    "difflib",
-    "inspect",
+    *("argparse", "ast", "collections", "dataclasses", "datetime", "difflib", "inspect"),
+    *("optparse", "pathlib", "statistics", "subprocess", "tarfile", "typing", "zipfile"),
 )
-SOURCES += ("optparse", "pathlib", "statistics", "subprocess", "tarfile", "typing", "zipfile")
 
 
 def reference() -> str:

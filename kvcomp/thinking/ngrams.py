@@ -77,8 +77,8 @@ class NgramTable:
 
     def read(self, ids: Sequence[int], start: int = 0) -> None:
         """A text that is given, of which all before `start` is known: what came next in it was
-        sure, and nothing is known beside it. It is read when something is
-        looked up, as most runs rest most of the time."""
+        sure, and nothing is known beside it. It is read when something is looked up, as most runs
+        rest most of the time."""
         before = max(start - self.orders[0], 0)
         self._unread.append((list(ids[before:]), start - before))
 

@@ -25,13 +25,8 @@ from kvcomp.thinking.stopping import BudgetForcing, StopScale
 from kvcomp.thinking.trajectory import latent_trajectory
 from kvcomp.thinking.votes import AnswerOf, Result
 
-NOT_OPTIONS = (
-    "answer_of",
-    "place",
-    "processors",
-    "seed",
-    "streamer",
-)  # keyword arguments that are no settings
+# Keyword arguments that are no settings.
+NOT_OPTIONS = ("answer_of", "place", "processors", "seed", "streamer")
 
 
 @dataclass(frozen=True)
