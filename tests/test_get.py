@@ -268,8 +268,8 @@ def test_which_gguf_file_is_meant(tmp_path):
     one = tmp_path / "one.gguf"
     one.touch()
     assert convert.gguf_file(str(one)) == convert.gguf_file(str(tmp_path)) == one
-    (tmp_path / "two.gguf").touch()
-    with pytest.raises(ValueError, match=r"one GGUF file, got one.gguf, two.gguf"):
+    (tmp_path / "two.GGUF").touch()
+    with pytest.raises(ValueError, match=r"one GGUF file, got one.gguf, two.GGUF"):
         convert.gguf_file(str(tmp_path))
     (tmp_path / "config.json").touch()
     assert convert.gguf_file(str(tmp_path)) is None
@@ -292,6 +292,13 @@ def test_a_file_that_is_no_gguf_is_one_line(tmp_path, capsys):
     assert cli.main(["generate", str(wrong), "--prompt", "x"]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("kvcomp: error: cannot load model") and "\n" not in said
+
+
+@pytest.mark.parametrize("command", [["plan"], ["generate", "--prompt", "x"]], ids=lambda x: x[0])
+def test_a_gguf_file_that_is_not_there_is_no_name_of_a_hub(command, capsys):
+    assert cli.main([command[0], "folder/mistyped.gguf", *command[1:]]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("'folder/mistyped.gguf': no such folder or file\n")
 
 
 def test_chat_needs_a_template(capsys):

@@ -87,7 +87,8 @@ def load_tokenizer(name: str, what: str = "tokenizer") -> Any:
 def find(name: str, what: str) -> str:
     """The folder of a short name, else the name itself, which must exist if it is a path."""
     source = models.resolve(name)
-    if source.startswith((".", "/")) and not os.path.exists(source):
+    is_path = source.startswith((".", "/")) or source.lower().endswith(".gguf")
+    if is_path and not os.path.exists(source):
         raise ValueError(f"kvcomp: cannot load {what} {name!r}: no such folder or file")
     return source
 

@@ -50,7 +50,7 @@ def gguf_file(source: str) -> Path | None:
         return place
     if not place.is_dir() or (place / "config.json").exists():
         return None
-    files = sorted(place.glob("*.gguf"))
+    files = sorted(file for file in place.iterdir() if file.suffix.lower() == ".gguf")
     if len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise ValueError(
