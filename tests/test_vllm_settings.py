@@ -39,6 +39,7 @@ def test_settings():
         ("delta", "expected"),
         ({"budget": 64}, "expected"),
         ({"method": "louis-kv"}, "method: expected one of full, delta, lazy-eviction, sink-window"),
+        ({"method": ["delta"]}, "method: expected one of full"),
         ({"method": "delta", "pages": 3}, "delta has no field pages"),
         ({"method": "delta", "group": None}, "delta has no field group"),
         ({"method": "delta", "budget": 100}, "multiple of page_size"),
@@ -57,6 +58,16 @@ def test_settings_that_cannot_be(given, reason):
     assert str(caught.value).startswith("kvcomp.")
 
 
+@pytest.mark.parametrize(
+    "given", [{"KVComp": {"method": "full"}}, {"method": "delta", "budget": 1024}], ids=str
+)
+def test_a_key_that_vllm_would_pass_over(given):
+    """The server would be dense, and would not say so."""
+    with pytest.raises(ValueError, match=r'expected {"kvcomp": {"method": NAME'):
+        Settings.of(FakeConfig(additional_config=given))
+    assert Settings.of(FakeConfig(additional_config={"other": {"method": "full"}})) is None
+
+
 class FakeConfig:
     """The parts of a vLLM configuration that `Settings.refuse` looks at."""
 
@@ -68,6 +79,9 @@ class FakeConfig:
         self.block_size, self.cache_dtype, self.enable_prefix_caching = 128, "auto", False
         self.__dict__.update(changes)
         self.parallel_config = self.cache_config = self.model_config = self
+
+
+TRANSFER = SimpleNamespace(kv_connector="ExampleConnector")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +98,8 @@ class FakeConfig:
         ("full", {"block_size": 40}, "page_size=16, which does not divide"),
         ("sink-window", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
         ("lazy-eviction", {"enable_prefix_caching": True}, "--no-enable-prefix-caching"),
+        ("full", {"kv_transfer_config": TRANSFER}, "KV connectors and offloading"),
+        ("sink-window", {"kv_offloading_size": 1.0}, "KV connectors and offloading"),
     ],
 )
 def test_servers_that_cannot_run_a_method(method, change, reason):
@@ -243,6 +259,15 @@ def test_serve_names_the_command():
     assert line.endswith("--port 80\n")
     wanted = json.dumps({"kvcomp": {"method": "delta", "budget": 512, "page_size": 32}})
     assert f"--additional-config '{wanted}'" in line
+
+
+def test_serve_does_not_lose_the_method_to_a_second_configuration():
+    """Of two, vLLM takes the last."""
+    pytest.importorskip("typer")
+    for option in ("--additional-config={}", "--additional_config.other=1"):
+        done = command("serve", "model", "--dry-run", option)
+        assert done.returncode == 2
+        assert "kvcomp fills in --additional-config" in done.stderr.replace("\n", " ")
 
 
 @no_engine

@@ -40,6 +40,12 @@ def serve(
     """
     wanted = build_settings(method, budget, settings or [])
     Settings.read(wanted)
+    for option in context.args:  # vLLM would take the last one, and serve without the method
+        if option.replace("_", "-").startswith("--additional-c"):
+            raise ValueError(
+                f"kvcomp: serve: {option}: kvcomp fills in --additional-config; to add keys of"
+                " others, start vLLM by the command line that --dry-run prints"
+            )
     if not dry_run:
         try:
             check()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from kvcomp import Delta, Full, LazyEviction
-from kvcomp.checks import is_count, require
+from kvcomp.checks import is_count, require, require_one_of
 from kvcomp.methods.fields import check_types
 
 
@@ -74,7 +74,14 @@ class Settings:
             TypeError, ValueError: no such method or field, a value that the method refuses.
         """
         extra = getattr(vllm_config, "additional_config", None)
-        given = extra.get(cls.KEY) if isinstance(extra, Mapping) else None
+        extra = extra if isinstance(extra, Mapping) else {}
+        meant = [key for key in extra if str(key).strip().lower() == cls.KEY]
+        if meant not in ([], [cls.KEY]) or (not meant and extra.get("method") in list(METHODS)):
+            raise ValueError(
+                f'{WHERE}: additional_config: expected {{"{cls.KEY}": {{"method": NAME, ...}}}},'
+                f" got {dict(extra)!r}"
+            )
+        given = extra.get(cls.KEY)
         return None if given is None else cls.read(given)
 
     @classmethod
@@ -84,11 +91,7 @@ class Settings:
             raise ValueError(f'{WHERE}: expected {{"method": NAME, FIELD: VALUE}}, got {given!r}')
         fields = dict(given)
         name = fields.pop("method")
-        if name not in METHODS:
-            raise ValueError(
-                f"{WHERE}: method: expected one of {', '.join(METHODS)} (other methods need a"
-                f" cache of their own, which the engine does not have), got {name!r}"
-            )
+        require_one_of(METHODS, f"{WHERE}: method", name)
         kind = METHODS[name]
         known = {field.name for field in dataclasses.fields(kind) if field.name != "group"}
         page = {"page_size": fields.pop("page_size", cls.page_size)}  # the engine's by default
@@ -118,6 +121,8 @@ class Settings:
         parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
         block, model = cache.block_size, vllm_config.model_config
         heads = _head_sizes(getattr(model, "hf_text_config", None))
+        transfer = getattr(vllm_config, "kv_transfer_config", None)
+        connector = getattr(transfer, "kv_connector", None)
         reasons = {
             "pipeline parallelism: a stage would lack the pages that one below it selected": (
                 parallel.pipeline_parallel_size > 1
@@ -139,6 +144,10 @@ class Settings:
             "a model without attention": model is not None and model.is_attention_free,
             f"page_size={self.page_size}, which does not divide the blocks of {block} tokens": (
                 block is not None and block % self.page_size != 0
+            ),
+            "KV connectors and offloading, which have not been run": bool(
+                connector not in (None, "DecodeBenchConnector")  # it only fills blocks with noise
+                or getattr(cache, "kv_offloading_size", None)
             ),
             "prefix caching, as blocks leave a request while it runs; start with"
             " --no-enable-prefix-caching": self.frees and bool(cache.enable_prefix_caching),
