@@ -81,6 +81,9 @@ def load(name: str, device: str, dtype: str | None) -> tuple[Any, Any]:
 def load_tokenizer(name: str, what: str = "tokenizer") -> Any:
     from transformers import AutoTokenizer
 
+    if (file := convert.gguf_file(find(name, what))) is not None:
+        with _one_line(what, name):
+            return convert.tokenizer(file)
     return pretrained(AutoTokenizer, what, name)
 
 

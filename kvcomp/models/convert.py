@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kvcomp.models import gguf_tokens
+
 NEEDED = ("transformers", "gguf", "accelerate")  # what transformers reads a GGUF file with
 
 
@@ -16,6 +18,20 @@ def require() -> None:
     for name in NEEDED:
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"no module named {name!r}", name=name)
+
+
+def tokenizer(file: Path) -> Any:
+    """The tokenizer of a GGUF file, with all special tokens that the file has.
+
+    Raises:
+        ModuleNotFoundError: gguf, accelerate or transformers is missing.
+    """
+    require()
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    gguf_tokens.restore(found, file)
+    return found
 
 
 def read(file: Path, **options: Any) -> tuple[Any, Any]:
@@ -32,11 +48,11 @@ def read(file: Path, **options: Any) -> tuple[Any, Any]:
 
     where: dict[str, Any] = {"gguf_file": file.name}
     with contextlib.redirect_stderr(io.StringIO()):  # a bar that no setting turns off
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **where)
+        words = tokenizer(file)
         if hasattr(transformers, "GgufConfig"):  # where it could leave weights packed
             where["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **where, **options)
-    return model, tokenizer
+    return model, words
 
 
 def gguf_file(source: str) -> Path | None:
@@ -68,7 +84,7 @@ def convert(file: Path, target: Path) -> None:
     import torch
     from safetensors import SafetensorError
 
-    packed, tokenizer = read(file, dtype=torch.bfloat16)
+    packed, words = read(file, dtype=torch.bfloat16)
     config, state = packed.config, packed.state_dict()
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # or it cannot be saved: the weights are plain already
@@ -84,4 +100,4 @@ def convert(file: Path, target: Path) -> None:
             model.save_pretrained(target)
     except SafetensorError as error:  # a full disk, which safetensors does not call an OSError
         raise OSError(str(error)) from error
-    tokenizer.save_pretrained(target)
+    words.save_pretrained(target)
