@@ -113,3 +113,10 @@ def test_calibrate_finds_the_similarity_below_which_a_share_of_the_steps_lies(ll
     steps = 2 * (30 - 2) * 5  # an answer's first step has nothing to compare with
     retrievals = int(sum(run.meter.retrievals)) - 2 * 5
     assert retrievals / steps == pytest.approx(0.3, abs=0.03)
+
+
+def test_what_cannot_be_read_is_said(llama):
+    with pytest.raises(ValueError, match=r"prompts: expected at least one token in each"):
+        Delta.calibrate(llama, [[]], max_new_tokens=3)
+    with pytest.raises(ValueError, match=r"answers: expected one for each of the 2 prompts, got 1"):
+        Delta.calibrate(llama, [[3, 4], [5]], answers=[[6, 7]])

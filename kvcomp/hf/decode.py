@@ -92,6 +92,9 @@ def answer_losses(
 ) -> list[Tensor]:
     """`answer_loss` of each answer and token: [tokens - 1] fp32 on the CPU. Prompts and answers of
     the same lengths are read together."""
+    if len(prompts) != len(answers):
+        expected = f"one for each of the {len(prompts)} prompts"
+        raise ValueError(f"kvcomp: answers: expected {expected}, got {len(answers)}")
     rows = [_ids(model, prompt, tokenizer)[0] for prompt in prompts]
     alike: dict[tuple[int, int], list[int]] = {}
     for place, (row, answer) in enumerate(zip(rows, answers, strict=True)):
@@ -115,7 +118,11 @@ def answer_losses(
 def _ids(model: PreTrainedModel, prompt: Any, tokenizer: Any) -> Tensor:
     """[1, tokens] on the model's device."""
     if not isinstance(prompt, str):
-        return torch.as_tensor(prompt)[None].to(model.device)
-    if tokenizer is None:
+        ids = torch.as_tensor(prompt)[None]
+    elif tokenizer is None:
         raise ValueError("kvcomp: tokenizer: expected one, as prompts are texts, got None")
-    return tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    else:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+    if not ids.shape[1]:
+        raise ValueError("kvcomp: prompts: expected at least one token in each, got an empty one")
+    return ids.to(model.device)
