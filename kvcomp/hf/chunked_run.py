@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +42,15 @@ class ChunkedRun(Run):
     @property
     def encoding(self) -> bool:
         return getattr(self._thread, "encoding", False)
+
+    @contextmanager
+    def encodes(self) -> Iterator[None]:
+        """A context whose forwards fill a cache and decode nothing."""
+        self._thread.encoding = True
+        try:
+            yield
+        finally:
+            self._thread.encoding = False
 
     def new_cache(self) -> ChunkedCache:
         longest = getattr(self.config, "max_position_embeddings", None)
@@ -137,12 +147,8 @@ class ChunkedRun(Run):
 
     def _encode(self, cache: Cache, **given: Any) -> None:
         """Feed tokens to a context besides the user's own forward."""
-        self._thread.encoding = True
-        try:
-            with torch.no_grad():
-                self.decoder(**given, past_key_values=cache, use_cache=True)
-        finally:
-            self._thread.encoding = False
+        with self.encodes(), torch.no_grad():
+            self.decoder(**given, past_key_values=cache, use_cache=True)
 
     def _after_forward(self, output: Any) -> Any:
         """Like `Run._after_forward`. The caller gets its own cache back."""

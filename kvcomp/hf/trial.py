@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
@@ -78,11 +78,8 @@ def trial(run: Run, rows: Tensor, cache: Cache | None = None) -> Iterator[Trial]
 def _beside(run: Run) -> Iterator[None]:
     """A forward that is no step of any sequence; under Delethink, one over a context itself."""
     run.trying = True
-    if isinstance(run, ChunkedRun):
-        run._thread.encoding = True
     try:
-        yield
+        with run.encodes() if isinstance(run, ChunkedRun) else nullcontext():
+            yield
     finally:
         run.trying = False
-        if isinstance(run, ChunkedRun):
-            run._thread.encoding = False

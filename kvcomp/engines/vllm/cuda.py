@@ -30,6 +30,7 @@ from kvcomp.engines.vllm.managed import ManagedLayer
 from kvcomp.engines.vllm.placing import asked, check_others, page_sizes, place_layers
 from kvcomp.engines.vllm.settings import Settings
 from kvcomp.engines.vllm.step import Step
+from kvcomp.ops.decode_attention import logits_dtype
 
 
 class KvcompBackend(TritonAttentionBackend):
@@ -102,7 +103,7 @@ class KvcompBuilder(TritonAttentionMetadataBuilder):
             pages = -(-vllm_config.model_config.max_model_len // self.block_size)
             self.logits = torch.empty(
                 (batch, self.num_heads_q, pages * self.block_size),
-                dtype=_logits_dtype(kv_cache_spec.dtype, device),
+                dtype=logits_dtype(torch.empty(0, dtype=kv_cache_spec.dtype, device=device)),
                 device=device,
             )
 
@@ -191,9 +192,3 @@ def behind(batch: CommonAttentionMetadata, row: int, token: int) -> CommonAttent
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )
-
-
-def _logits_dtype(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """As `kvcomp.ops.decode_attention.logits_dtype`: 16 bits beside K and V of 16 on a GPU."""
-    on_gpu = torch.device(device).type == "cuda"
-    return torch.float16 if on_gpu and dtype != torch.float32 else torch.float32
