@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kvcomp.models import gguf_tokens
+from kvcomp.models import gguf_digits, gguf_tokens
 
 NEEDED = ("transformers", "gguf", "accelerate")  # what transformers reads a GGUF file with
 
@@ -21,7 +21,7 @@ def require() -> None:
 
 
 def tokenizer(file: Path) -> Any:
-    """The tokenizer of a GGUF file, with all special tokens that the file has.
+    """The tokenizer of a GGUF file, with its special tokens and its way to split digits.
 
     Raises:
         ModuleNotFoundError: gguf, accelerate or transformers is missing.
@@ -31,6 +31,7 @@ def tokenizer(file: Path) -> Any:
 
     found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     gguf_tokens.restore(found, file)
+    gguf_digits.split(found, file)
     return found
 
 
