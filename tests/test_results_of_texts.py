@@ -259,6 +259,44 @@ def test_the_bounds_on_real_text(reproduce, corner, files):
         assert held == ("yes" if all(within) else "no"), label
 
 
+def premises_of(name):
+    """What the table says of a file."""
+    rows = rows_of(f"language/{name}")
+
+    def mean(pick):
+        return sum(map(pick, rows)) / len(rows)
+
+    def percent(pick):
+        return f"{100 * mean(pick):.1f} %"
+
+    def recurrence(row):
+        return next(each for each in row["recurrence"] if each["alpha"] == 0.001)
+
+    def delta(what):
+        return percent(lambda row: row["delta"][what])
+
+    def carried(count):
+        found = [each["carry"] for each in rows[0]["carry"]].index(count)
+        return f"{mean(lambda row: row['carry'][found]['nll']):.3f}"
+
+    steps = recurrence(rows[0])["of_tokens"]
+    return [
+        *map(delta, ("caught", "own", "newest", "random")),
+        percent(lambda row: recurrence(row)["recur_after_absence"]),
+        f"{mean(lambda row: recurrence(row)['longest_80']):.0f} of {steps} steps",
+        f"{mean(lambda row: row['similarity']['cosine']):.3f}",
+        percent(lambda row: row["similarity"]["trigger_rate"]["0.85"]),
+        percent(lambda row: row["similarity"]["overlap"]),
+        *map(carried, (64, 256, None)),
+    ]
+
+
+def test_the_premises_of_the_papers():
+    shown = table(ROOT / "docs" / "real-models.md", "| premises in figures |")
+    columns = map(premises_of, ("premises", "premises-2048", "premises-gemma"))
+    assert list(shown.values()) == [list(row) for row in zip(*columns, strict=True)]
+
+
 ANSWERS = [("answers", "| answered |"), ("late", "| answered late |")]
 
 
