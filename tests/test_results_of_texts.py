@@ -297,7 +297,11 @@ def test_the_premises_of_the_papers():
     assert list(shown.values()) == [list(row) for row in zip(*columns, strict=True)]
 
 
-ANSWERS = [("answers", "| answered |"), ("late", "| answered late |")]
+ANSWERS = [
+    ("answers", "| answered |"),
+    ("late", "| answered late |"),
+    ("late-2000", "| answered 2000 tokens later |"),
+]
 
 
 @pytest.mark.parametrize("name, corner", [each for each in ANSWERS if stored(each[0])])
