@@ -60,7 +60,10 @@ def outputs(impl: Callable, case: Case, args: Sequence) -> tuple[Tensor, ...]:
 def assert_close(
     actual: Tensor, truth: Tensor, fallback: Tensor, what: str, slack: float = 0.0
 ) -> None:
-    """`|actual - truth| <= 2 (|fallback - truth| + eps max|truth|) + slack` and equal infinities.
+    """`|actual - truth| <= 2 |fallback - truth| + n eps max|truth| + slack` and equal infinities.
+
+    n is 2, and 4 in fp32: there the outputs are sums, which every order rounds in another way, and
+    with the library of some CPUs those of the fallback happen to be nearly exact.
 
     Args:
         actual: the implementation's output.
@@ -85,7 +88,7 @@ def assert_close(
     error = (got - truth)[finite].abs().max().item()
     own = (fallback.double() - truth)[finite].abs().max().item()
     rounding = torch.finfo(actual.dtype).eps * truth[finite].abs().max().item()
-    budget = 2 * (own + rounding) + slack
+    budget = 2 * own + (4 if actual.dtype == torch.float32 else 2) * rounding + slack
     if error > budget:
         raise WrongResult(f"{what}: error {error:.3e} over the budget {budget:.3e}", error)
 
