@@ -27,11 +27,13 @@ def tokenizer(file: Path) -> Any:
         ModuleNotFoundError: gguf, accelerate or transformers is missing.
     """
     require()
+    from gguf import GGUFReader
     from transformers import AutoTokenizer
 
     found = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    gguf_tokens.restore(found, file)
-    gguf_digits.split(found, file)
+    fields = GGUFReader(file).fields
+    gguf_tokens.restore(found, fields)
+    gguf_digits.split(found, fields)
     return found
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 # Of tokenizer.ggml.pre: single digits first, and what lies between them as in GPT-2.
 DIGITS_FIRST = {"codeshell", "command-r", "exaone", "refact", "smollm", "starcoder"}
 
 
-def split(tokenizer: Any, file: Path) -> None:
+def split(tokenizer: Any, fields: dict[str, Any]) -> None:
     """Split text as the vocabulary of a GGUF file was made, where GPT-2's way took its place.
 
     transformers splits as GPT-2 does for every name that it does not know, so spaces before a
@@ -17,11 +16,11 @@ def split(tokenizer: Any, file: Path) -> None:
 
     Args:
         tokenizer: as transformers reads it from the file; changed in place.
+        fields: those of the file, as gguf's reader has them.
     """
-    from gguf import GGUFReader
     from tokenizers import pre_tokenizers
 
-    name = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    name = fields.get("tokenizer.ggml.pre")
     own = tokenizer.backend_tokenizer
     if name is None or name.contents() not in DIGITS_FIRST:
         return

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
 
-def restore(tokenizer: Any, file: Path) -> None:
+def restore(tokenizer: Any, fields: dict[str, Any]) -> None:
     """Give the special tokens of a GGUF file the ids that they have there.
 
     In a byte-level vocabulary transformers takes a token such as DeepSeek's <｜User｜>, which is
@@ -18,11 +17,10 @@ def restore(tokenizer: Any, file: Path) -> None:
 
     Args:
         tokenizer: as transformers reads it from the file; changed in place.
+        fields: those of the file, as gguf's reader has them.
     """
-    from gguf import GGUFReader
     from tokenizers import Tokenizer
 
-    fields = GGUFReader(file).fields
     if "tokenizer.ggml.token_type" not in fields:
         return
     if fields["tokenizer.ggml.model"].contents() != "gpt2":
