@@ -75,7 +75,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--cells", type=int, metavar="N", help="at most so many now; the same command goes on")
     add("--json", type=Path, metavar="FILE", help="one that is there already goes on")
     add("--smoke", action="store_true", help="tiny inputs: does it run?")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.smoke:
+        vars(options).update(SMOKE)
+    return options
 
 
 def run_loss(options: argparse.Namespace) -> None:
@@ -191,7 +194,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if options.smoke:
         print("smoke test: the inputs are too small for these figures to mean anything")
-        vars(options).update(SMOKE)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:

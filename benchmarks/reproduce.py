@@ -10,8 +10,9 @@
 Every file in results/cpu says in its `meta` which command wrote it, so there is no second list to
 keep. All commands are parsed before the first one runs. A result that fails does not stop the
 others; the last lines name it, and the exit code is 1. One that needs a package which is not
-installed is left out. The files go to --out under their old names, with their charts beside them;
-the stored ones stay as they are.
+installed is left out. Some need a model: `kvcomp get smollm2-135m` fetches it. With --smoke,
+commands that toy inputs make equal run once. The files go to --out under their old names, with
+their charts beside them; the stored ones stay as they are.
 """
 
 from __future__ import annotations
@@ -70,14 +71,19 @@ class Result:
     def has_charts(self) -> bool:
         return self.facts["benchmark"] in CHARTS
 
-    def parse(self) -> argparse.Namespace:
-        """The command as its script reads it today.
+    def parse(self, *more: str) -> argparse.Namespace:
+        """The command, with `more` options, as its script reads it today.
 
         Raises:
             SystemExit, ValueError: the script does not take it any more.
         """
         script, *options = self.words
-        return import_module(script.removesuffix(".py")).parse(options)
+        return import_module(script.removesuffix(".py")).parse([*options, *more])
+
+    def work(self, *more: str) -> str:
+        """What the command does with `more` options: the same for two that differ in words only."""
+        options = vars(self.parse(*more)) | {"json": None}
+        return f"{self.words[0]} {sorted(self.environment.items())} {sorted(options.items())}"
 
     def measure(self, out: Path, *more: str) -> int:
         """Run the command with `more` options; its exit code."""
@@ -164,10 +170,13 @@ def repeat(results: list[Result], out: Path, *, smoke: bool) -> int:
     if unreadable:
         print(*unreadable, sep="\n", file=sys.stderr)
         return len(unreadable)
+    more = ["--smoke"] * smoke
+    if smoke:
+        results = list({result.work(*more): result for result in reversed(results)}.values())[::-1]
     left_out, failed = [], []
     for result in results:
         print(f"=== {result.name}: {result.command}", flush=True)
-        code = result.measure(out, *["--smoke"] * smoke)
+        code = result.measure(out, *more)
         if code == NOT_INSTALLED:
             left_out.append(result.name)
         elif code:

@@ -104,6 +104,20 @@ def test_a_result_is_measured_by_its_own_command(reproduce, toy, more, capsys):
     assert (out / "toy/second.json").exists()
 
 
+def test_toy_inputs_make_some_commands_equal(reproduce, toy, capsys):
+    out = toy / "again"
+    assert reproduce.main(["toy", "--out", str(out), "--smoke"]) == 0
+    assert "1 of 1 results measured" in capsys.readouterr().out
+    assert (out / "toy/first.json").exists() and not (out / "toy/second.json").exists()
+
+
+def test_the_stored_commands_with_toy_inputs_cover_every_script_and_setting(reproduce):
+    works = {result.work("--smoke"): result for result in reproduce.stored().values()}
+    every = {(r.words[0], *r.environment.items()) for r in reproduce.stored().values()}
+    assert {(r.words[0], *r.environment.items()) for r in works.values()} == every
+    assert len(works) < len(reproduce.stored())
+
+
 def test_a_result_that_fails_does_not_stop_the_others(reproduce, toy, monkeypatch, capsys):
     facts = {"benchmark": "it", "command": "bench_it.py", "environment": {"IT_EXITS": "7"}}
     (toy / "stored/toy/bad.json").write_text(json.dumps({"meta": facts, "rows": []}))
