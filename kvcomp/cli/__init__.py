@@ -23,7 +23,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 from kvcomp import __version__
-from kvcomp.cli.delethink import delethink, trace
+from kvcomp.cli.delethink import delethink
 from kvcomp.cli.generate import generate
 from kvcomp.cli.get import get
 from kvcomp.cli.output import Refused, say, say_aside, silence
@@ -62,7 +62,6 @@ for command in (info, get, demo, generate, plan, think, delethink):
     app.command()(command)
 # What serve does not know is vLLM's.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
-app.command(hidden=True)(trace)  # the old name of delethink
 
 # What typer raises for a bad command line. typer has its own copy of click from some version on,
 # so the class is taken from where both have it: BadParameter, UsageError, ClickException.

@@ -1,10 +1,9 @@
-"""kvcomp delethink, and its old name, kvcomp trace."""
+"""kvcomp delethink."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import json
 import os
 from pathlib import Path
@@ -124,15 +123,6 @@ def delethink(
     rows = ({**dataclasses.asdict(t), "text": words.decode(t.output)} for t in run.traces)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     deliver(lambda: say(run), lambda: write(out, lines))
-
-
-@functools.wraps(delethink)
-def trace(**options: Any) -> None:
-    say_aside("kvcomp: warning: kvcomp trace is now called kvcomp delethink; use the new name")
-    delethink(**options)
-
-
-trace.__name__ = "trace"  # the name of its command
 
 
 def parse_extra(text: str | None) -> dict[str, Any]:

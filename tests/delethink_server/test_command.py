@@ -70,15 +70,6 @@ def hold_from(engine, count):
     return twist
 
 
-def test_the_old_name_of_the_command_warns(capsys, tmp_path):
-    Path("problems.jsonl").write_text(json.dumps(PROBLEMS[0]) + "\n")
-    url = ("--url", "127.0.0.1:1/v1", "--model", "served", "--tokenizer", "reasoner")
-    assert cli.main(["trace", *url, "--problems", "problems.jsonl", "--log", "log.jsonl"]) == 2
-    warning, error = capsys.readouterr().err.splitlines()
-    assert warning.startswith("kvcomp: warning: kvcomp trace is now called kvcomp delethink")
-    assert error.startswith("kvcomp: error: --url: expected http://")
-
-
 def test_traces_that_cannot_be_written_are_reported(engine, capsys, tmp_path):
     problems = tmp_path / "problems.jsonl"
     problems.write_text(json.dumps(PROBLEMS[0]) + "\n")

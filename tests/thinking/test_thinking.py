@@ -10,22 +10,11 @@ from transformers import AutoTokenizer, LogitsProcessor
 import kvcomp
 from kvcomp import reasoner, thinking
 from kvcomp.hf.trial import trial
-from kvcomp.testing.models import tiny_model
 from thinking_steps import METHODS, decode, ids
 from toy_words import WORDS, toy_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 END, WAIT, EOS = WORDS.index("</think>"), WORDS.index("Wait"), WORDS.index("<eos>")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama", num_hidden_layers=3)
-
-
-@pytest.fixture(scope="module")
-def words():
-    return toy_tokenizer()
 
 
 def state(cache):

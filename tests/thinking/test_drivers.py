@@ -16,16 +16,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 END = WORDS.index("</think>")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama", num_hidden_layers=3)
-
-
-@pytest.fixture(scope="module")
-def words():
-    return toy_tokenizer()
-
-
 # --- rows -----------------------------------------------------------------------------------------
 
 

@@ -10,19 +10,9 @@ from kvcomp import thinking
 from kvcomp.testing.models import tiny_model
 from kvcomp.thinking.cgrs import certainty
 from thinking_steps import METHODS, decode, ids
-from toy_words import WORDS, toy_tokenizer
+from toy_words import WORDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama", num_hidden_layers=3)
-
-
-@pytest.fixture(scope="module")
-def words():
-    return toy_tokenizer()
 
 
 def test_certainty():

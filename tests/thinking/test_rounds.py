@@ -7,23 +7,11 @@ import torch
 
 import kvcomp
 from kvcomp import thinking
-from kvcomp.testing.models import tiny_model
 from kvcomp.thinking import Reply, Rows, Sampling
 from kvcomp.thinking.trajectory import signals
 from thinking_rows import METHODS, WARM, prompt
-from toy_words import toy_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama", num_hidden_layers=3)
-
-
-@pytest.fixture(scope="module")
-def words():
-    return toy_tokenizer()
 
 
 # --- rounds ---------------------------------------------------------------------------------------
