@@ -12,11 +12,9 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 from transformers.cache_utils import Cache as TransformersCache
-from transformers.cache_utils import (
-    DynamicCache,
-    DynamicLayer,
-)
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvcomp.cache import KVCache, LayerCache, Meter
 from kvcomp.cache.rows import EightBits
@@ -61,7 +59,7 @@ class Cache(TransformersCache):
     @outlasting
     def __init__(
         self,
-        config,
+        config: PretrainedConfig,
         method: Method,
         meter: Meter | None = None,
         inv_freq: Tensor | None = None,

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from kvcomp.cache import StaticKVCache, StaticMeter
 from kvcomp.cache.rows import EightBits
 from kvcomp.cache.static import StaticLayerCache
@@ -46,7 +48,7 @@ class StaticCache(Cache):
 
     def __init__(
         self,
-        config,
+        config: PretrainedConfig,
         method: Method,
         meter: StaticMeter,
         max_tokens: int,
