@@ -1,7 +1,9 @@
 """The command line where a stream is full or closed, a reader leaves, or a signal stops it."""
 
+import asyncio
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ pytest.importorskip("typer")
 import kvcomp
 import kvcomp.demo
 from kvcomp import cli
+from kvcomp.cli.stopping import Stopped, run_async, signals_raise
 from kvcomp.reasoner import task
 
 PROBLEM = task.make_problem(nodes=4, steps=8, seed=1)
@@ -74,6 +77,33 @@ def test_an_interrupted_demo_shows_the_methods_that_are_done(call, tmp_path, mon
     ]
     if done:
         assert [row["method"] for row in json.loads(file.read_text())["rows"]] == [*names[:done]]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_cancels_what_runs_in_an_event_loop_and_raises_behind_it(signum):
+    """Raised at once, it would end whatever task or callback it met."""
+    ends = []
+
+    async def part():
+        try:
+            os.kill(os.getpid(), signum)
+            ends.append("not in the middle of a task")
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)
+            ends.append("cleaned up")
+
+    async def work():
+        await asyncio.gather(asyncio.create_task(part()))
+
+    with signals_raise():
+        with pytest.raises(Stopped) as stopped:
+            run_async(work())
+        assert ends == ["not in the middle of a task", "cleaned up"]
+        assert stopped.value.exit_code == 128 + signum
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signum)
+    assert signal.getsignal(signum) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import os
@@ -14,7 +13,7 @@ import typer
 from kvcomp.checks import require
 from kvcomp.cli.common import load_tokenizer
 from kvcomp.cli.output import check_distinct, check_output, deliver, say, say_aside, write
-from kvcomp.cli.stopping import Stopped
+from kvcomp.cli.stopping import Stopped, run_async
 
 
 def delethink(
@@ -98,13 +97,7 @@ def delethink(
     wanted = server.read_problems(problems)
     words = load_tokenizer(tokenizer or model)
 
-    def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """asyncio's own, but not of a signal that met a task, which ends the command anyway."""
-        if not isinstance(context.get("exception"), Stopped):
-            loop.default_exception_handler(context)
-
     async def work() -> server.Run:
-        asyncio.get_running_loop().set_exception_handler(report)
         key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers ask for none
         async with openai.AsyncOpenAI(
             base_url=url, api_key=key, timeout=timeout, max_retries=retries
@@ -116,7 +109,7 @@ def delethink(
             )  # fmt: skip
 
     try:
-        run = asyncio.run(work())
+        run = run_async(work())
     except (KeyboardInterrupt, Stopped):
         say_aside(f"kvcomp: stopped; finished chunks are in {log}: repeat the command to resume")
         raise
