@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import threading
 
 import pytest
 import torch
@@ -66,6 +67,48 @@ def test_one_graph_for_all_steps(kind, method):
             leaves = [node.args[0] for node in graphs[-1].graph.nodes if node.op == "output"]
             assert [len(outputs) for outputs in leaves] == [1], "more than the logits"
             assert cache.get_seq_length() == cache.kv.seen == 21 + STEPS - 1
+
+
+@BOTH
+def test_a_generate_within_another_has_a_cache_of_its_own(qwen3, method):
+    long, short = padded_batch(2), padded_batch(1)
+    inside = []
+
+    def asks(ids, scores):
+        if ids.shape[1] == 30:
+            inside.append(generate(qwen3, short))
+        return scores
+
+    with kvcomp.patch(qwen3, method, max_tokens=ROOM):
+        expected = generate(qwen3, long), generate(qwen3, short)
+        got = generate(qwen3, long, logits_processor=[asks]), *inside
+        again = generate(qwen3, long)
+    for one, other in zip((*expected, expected[0]), (*got, again), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_thread_beside_another_is_refused_and_changes_nothing(qwen3):
+    batch, errors = padded_batch(), []
+
+    def beside(ids, scores):
+        def decode():
+            for call in (lambda: generate(qwen3, batch), lambda: qwen3(batch["input_ids"])):
+                try:
+                    call()
+                except ValueError as error:
+                    errors.append(str(error))
+
+        if ids.shape[1] == 30:
+            thread = threading.Thread(target=decode)
+            thread.start()
+            thread.join()
+        return scores
+
+    with kvcomp.patch(qwen3, Full(), max_tokens=ROOM):
+        expected = generate(qwen3, batch)
+        assert torch.equal(generate(qwen3, batch, logits_processor=[beside]), expected)
+    assert len(errors) == 2
+    assert all("expected one thread at a time, but another one is" in error for error in errors)
 
 
 @BOTH

@@ -85,6 +85,7 @@ class Generation(Turns):
         @wraps(generate)
         def generating(*args: Any, **given: Any) -> Any:
             refuse_misplaced(given.get("custom_generate"), given.get("logits_processor"))
+            outer = getattr(self._running, "generates", None)  # it runs within that `generate`
             self._running.generates = lambda: None
             try:
                 return generate(*args, **given)
@@ -92,6 +93,8 @@ class Generation(Turns):
                 if (cache := self._running.generates()) is not None:
                     cache.drop_drafts()
                 raise
+            finally:
+                self._running.generates = outer
 
         return generating
 

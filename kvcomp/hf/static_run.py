@@ -7,7 +7,10 @@ method does every few steps, such as an eviction, runs on the host between two s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -33,10 +36,10 @@ class StaticRun(Run):
     """A run whose decode steps are one graph of fixed shapes and addresses.
 
     `generate` without a given cache reuses one cache, unless it returns the cache
-    (`return_dict_in_generate`). `new_cache()` allocates another one. Only one forward may run at a
-    time. Steps that run without the host, such as replays of a graph that you captured, are counted
-    but not timed; methods that evict need `with cache.step():` around each of them. Times include
-    compilation.
+    (`return_dict_in_generate`), or runs within another `generate`. `new_cache()` allocates another
+    one. One thread decodes at a time; another gets a ValueError meanwhile. Steps that run without
+    the host, such as replays of a graph that you captured, are counted but not timed; methods that
+    evict need `with cache.step():` around each of them. Times include compilation.
 
     Raises:
         TypeError, ValueError: as for `patch`, and for a method or a model whose steps depend on the
@@ -62,7 +65,9 @@ class StaticRun(Run):
         require(is_whole(max_tokens), where, "a number", max_tokens, TypeError)
         require(max_tokens >= 1, where, "at least 1", max_tokens)
         self.max_tokens = max_tokens
-        self._own: StaticCache | None = None  # of `generate`
+        self._own: StaticCache | None = None  # for the next `generate`, which takes it
+        self._lent: StaticCache | None = None  # to the running `generate`
+        self._decodes = threading.RLock()  # held by the thread that does
         self._decoding = False  # whether the running forward is a decode step
         self._inside = False  # whether a forward is running
         self._beside = False  # whether `_step` does the work of the host
@@ -170,11 +175,40 @@ class StaticRun(Run):
             )
         returned = generation_config.return_dict_in_generate
         if model_kwargs.get("past_key_values") is None and not returned:
-            if self._own is None:
-                self._own = self.new_cache()
-            self._own.reset()
-            model_kwargs["past_key_values"] = self._own
+            self._lent = self.new_cache() if self._own is None else self._own
+            self._own = None
+            self._lent.reset()
+            model_kwargs["past_key_values"] = self._lent
         super()._prepare_cache(generation_config, model_kwargs, mode)
+
+    def _generating(self, generate: Callable) -> Callable:
+        generating = super()._generating(generate)
+
+        @wraps(generate)
+        def alone(*args: Any, **given: Any) -> Any:
+            with self._alone():
+                outer, self._lent = self._lent, None
+                try:
+                    return generating(*args, **given)
+                finally:
+                    if self._lent is not None and not self._gate.closed:
+                        self._own = self._lent
+                    self._lent = outer
+
+        return alone
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A context in which no other thread may decode, whose steps would share its state."""
+        if not self._decodes.acquire(blocking=False):
+            raise ValueError(
+                "kvcomp: patch(max_tokens=...): expected one thread at a time, but another one is"
+                " decoding; wait for it, or leave max_tokens out"
+            )
+        try:
+            yield
+        finally:
+            self._decodes.release()
 
     def _get_compiled_call(self, compile_config: Any) -> Callable:
         """Replaces the model's own: its compiled forward plus the work of the host."""
@@ -192,7 +226,7 @@ class StaticRun(Run):
                 return self.model(**given)
             if past_key_values.broken:
                 raise ValueError(f"kvcomp: past_key_values: {BROKEN}")
-            with self._gate.forward():
+            with self._alone(), self._gate.forward():
                 past_key_values.text.add(input_ids, past_key_values.columns)
                 self._beside = True
                 try:
@@ -211,7 +245,8 @@ class StaticRun(Run):
 
     def _forward(self, forward: Callable, given: dict) -> Any:
         if not torch.compiler.is_compiling():
-            return super()._forward(forward, given)
+            with self._alone():
+                return super()._forward(forward, given)
         if self._needs_host and not self._beside:
             raise ValueError(
                 f"kvcomp: torch.compile: {type(self.method).__name__} evicts between steps,"
