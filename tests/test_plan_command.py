@@ -46,6 +46,16 @@ def test_command_prints_every_method(call, config_file):
     assert "does not fit, nor do the weights alone" in out
 
 
+def test_methods_that_need_more_layers_are_left_out_of_all(call, config_file):
+    config_file.write_text(json.dumps({**CONFIGS[QWEN3], "num_hidden_layers": 2}))
+    code, out, err = call(config_file, "--method", "all", "--device", "h200", "--json")
+    left_out = set(METHODS) - {row["method"] for row in json.loads(out)["rows"]}
+    assert code == 0 and left_out == {"arkvale", "cluster-kv", "free-kv", "quest"}
+    assert "left out: Quest: dense_layers: expected fewer than the 2 layers" in err
+    code, _, err = call(config_file, "--method", "quest", "--device", "h200")
+    assert code == 2 and "error: Quest: dense_layers: expected fewer than the 2" in err
+
+
 def test_its_page_shows_what_it_prints(call, tmp_path):
     """The table, and what is said about a batch of one, by the command that stands above them."""
     page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvcomp import LessIsMore, TidalDecode
+from kvcomp import LessIsMore, RandomPages, TidalDecode
 from slow.eviction import KV_HEADS, SCALE, new_cache
 from slow.retrieval_traces import Walk
 
@@ -72,9 +72,24 @@ def test_shared_tokens(method, choose, recent):
 
 
 def test_shared_tokens_read_what_they_say():
-    cache = new_cache(TidalDecode(budget=16, dense_layers=1), LAYERS)
-    assert cache.method.plan(LAYERS) == (1, 2) and TidalDecode().plan(28) == (2, 14)
+    cache = new_cache(TidalDecode(budget=16, dense_layers=0), LAYERS)
+    assert cache.method.plan(LAYERS) == (0, 2) and TidalDecode().plan(28) == (2, 14)
     trace = Walk(40, steps=10, layers=LAYERS)
     trace.run(cache)
     dense = sum(range(41, 51))
-    assert [int(n) for n in cache.meter.read_tokens] == [dense] * 3 + [160] * 2
+    assert [int(n) for n in cache.meter.read_tokens] == [dense, 160, dense, 160, 160]
+
+
+@pytest.mark.parametrize("method", [TidalDecode, LessIsMore, RandomPages])
+@pytest.mark.parametrize("layers, dense", [(2, 1), (3, 1), (4, 2), (30, None)])
+def test_shallow_models_are_not_all_dense(method, layers, dense):
+    """Gemma 3 270M has three layers that attend to everything."""
+    trace = Walk(40, steps=2, layers=layers)
+    small = {"page_size": 4} if method is RandomPages else {}
+    cache = new_cache(method(budget=16, recent=1, **small), layers)
+    trace.run(cache)
+    whole = [int(n) == 41 + 42 for n in cache.meter.read_tokens]
+    if dense is None:  # as published
+        dense = 3 if method is RandomPages else 4
+        assert whole[:3] == [True] * 3
+    assert sum(whole) == dense and whole[0] and not whole[-1]

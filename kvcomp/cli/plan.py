@@ -16,7 +16,7 @@ from kvcomp import METHODS, Method
 from kvcomp import plan as work
 from kvcomp.checks import require
 from kvcomp.cli.common import Kv, pick_device, pick_dtype, pick_kv, pretrained
-from kvcomp.cli.output import say, show
+from kvcomp.cli.output import say, say_aside, show
 from kvcomp.cli.plan_table import headline, notes, table
 from kvcomp.cli.settings import (
     Carry,
@@ -112,8 +112,11 @@ def plan(
 
     config = pretrained(AutoConfig, "config", model)
     size = None if weights is None else weights * 1e9
+    shape = shape_of(config, name=name, dtype=kind, weights=size)
+    if method in (None, [], ["all"]):
+        methods = fitting(methods, shape.layers)
     found = work.plan(
-        shape_of(config, name=name, dtype=kind, weights=size),
+        shape,
         find_device(device, bandwidth, memory),
         methods,
         context=context,
@@ -173,6 +176,20 @@ def build_methods(
             )
         )
     return built
+
+
+def fitting(methods: list[Method], num_layers: int) -> list[Method]:
+    """The methods that fit a model of `num_layers` layers; standard error says what others lack."""
+
+    def fits(method: Method) -> bool:
+        try:
+            method.check(num_layers)
+        except ValueError as error:
+            say_aside(f"kvcomp: left out: {str(error).removeprefix('kvcomp.')}")
+            return False
+        return True
+
+    return [method for method in methods if fits(method)]
 
 
 def find_device(name: str | None, bandwidth: float | None, memory: float | None) -> work.Device:

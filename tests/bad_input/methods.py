@@ -137,10 +137,12 @@ ROWS = [
     Bad(making(lambda: TidalDecode(recent=0)), "recent: expected 1 to budget=1024 tokens, got 0"),
     Bad(making(lambda: LessIsMore(budget=128, recent=129)), "recent: expected 1 to budget=128"),
     Bad(
-        making(lambda: KVCache(TidalDecode(selecting=(3,)), 8)), "dense_layers=2, which must select"
+        making(lambda: KVCache(TidalDecode(dense_layers=2, selecting=(3,)), 8)),
+        "dense_layers=2, which must select",
     ),
     Bad(making(lambda: KVCache(TidalDecode(selecting=(2, 8)), 8)), "up to 7, got"),
     Bad(making(lambda: KVCache(TidalDecode(selecting=()), 8)), "selecting: expected layers"),
+    Bad(making(lambda: KVCache(TidalDecode(selecting=(-1,)), 8)), "selecting: expected layers"),
     Bad(
         making(lambda: Delethink(**SHORT | {"chunk": 6})),
         "chunk: expected more than carry=6 tokens, got 6",

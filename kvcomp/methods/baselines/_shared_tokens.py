@@ -24,18 +24,22 @@ class SharedTokens(Method):
 
     Attributes:
         budget: tokens that a sparse layer attends to, the recent ones included.
-        dense_layers: number of first layers, which attend to everything and select nothing.
+        dense_layers: number of first layers, which attend to everything and select nothing; None:
+            those below the first of `selecting`, or without these 2, but at most a quarter of the
+            layers.
         selecting: layers that attend to everything and select; the first must directly follow the
-            dense layers. None: that layer and the middle layer.
+            dense layers. None: that layer and the middle layer, if layers between them and above
+            can use what they select.
     """
 
     budget: int = 1024
-    dense_layers: int = 2
+    dense_layers: int | None = None
     selecting: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(self.dense_layers >= 0, "dense_layers", "at least 0")
+        dense = self.dense_layers
+        self._require(dense is None or dense >= 0, "dense_layers", "at least 0, or None")
         fits = 1 <= self.num_recent <= self.budget
         self._require(fits, "recent", f"1 to budget={self.budget} tokens")
 
@@ -49,17 +53,24 @@ class SharedTokens(Method):
         """For short contexts and few layers."""
         return cls(budget=128 if budget is None else budget, selecting=(2,))
 
+    def num_dense(self, num_layers: int) -> int:
+        """The number of first layers that select nothing, of `num_layers` layers."""
+        if self.dense_layers is not None:
+            return self.dense_layers
+        return min(self.selecting) if self.selecting else min(2, num_layers // 4)
+
     def plan(self, num_layers: int) -> tuple[int, ...]:
         """The selecting layers in a model of `num_layers` layers."""
         if self.selecting is not None:
             return tuple(sorted(self.selecting))
-        return tuple(sorted({self.dense_layers, max(self.dense_layers, num_layers // 2)}))
+        first, middle = self.num_dense(num_layers), num_layers // 2
+        return (first, middle) if first + 2 <= middle < num_layers - 1 else (first,)
 
     def check(self, num_layers: int) -> None:
         plan = self.plan(num_layers)
-        first = self.dense_layers
+        first = self.num_dense(num_layers)
         self._require(
-            bool(plan) and plan[0] == first and plan[-1] < num_layers,
+            bool(plan) and 0 <= plan[0] == first and plan[-1] < num_layers,
             "selecting",
             f"layers from dense_layers={first}, which must select, up to {num_layers - 1}",
         )
@@ -72,7 +83,7 @@ class SharedTokens(Method):
         if at.seen <= self.budget:
             return super().step_bytes(at)
         selecting = len(self.plan(at.layers))
-        sparse = at.layers - self.dense_layers - selecting
+        sparse = at.layers - self.num_dense(at.layers) - selecting
         read = (at.layers - sparse) * at.seen + sparse * self.budget
         return StepBytes(
             read=read * at.token_bytes,
@@ -81,6 +92,7 @@ class SharedTokens(Method):
         )
 
     def start(self, cache: Cache) -> None:
+        cache.state.dense = self.num_dense(len(cache.layers))
         cache.state.selecting = frozenset(self.plan(len(cache.layers)))
         cache.state.tokens = None  # (token ids [B, 1 or Hkv, K], lens [B]) of this step
 
@@ -91,7 +103,7 @@ class SharedTokens(Method):
 
     def attend(self, layer: Layer, q: Tensor, scale: float) -> Tensor:
         state = layer.cache.state
-        if layer.max_len <= self.budget or layer.position < self.dense_layers:
+        if layer.max_len <= self.budget or layer.position < state.dense:
             return layer.attend(q, scale)[0]
         if layer.position not in state.selecting:
             ids, lens = (x.to(q.device) for x in state.tokens)
@@ -109,7 +121,7 @@ class SharedTokens(Method):
 
     def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         state, tokens = layer.cache.state, layer.max_len + layer.staged
-        if tokens <= self.budget or layer.position < self.dense_layers:
+        if tokens <= self.budget or layer.position < state.dense:
             return super().verify(layer, q, scale)
         if layer.position not in state.selecting:
             return layer.attend_apart(q, scale, *state.tokens, page_size=1)

@@ -33,14 +33,15 @@ class RandomPages(Method, name="random-pages", baseline=True):
         budget: tokens that a sparse layer attends to, the recent pages included.
         page_size: tokens in a page.
         recent: newest pages always in the set.
-        dense_layers: layers that read everything.
+        dense_layers: layers that read everything; None: the first 3, but at most a quarter of the
+            layers and one more, as many as DELTA's warm-up and its first delta layer.
         seed: seed of the draws; a new or reset cache repeats them.
     """
 
     budget: int = 1024
     page_size: int = 8
     recent: int = 8
-    dense_layers: tuple[int, ...] = (0, 1, 2)
+    dense_layers: tuple[int, ...] | None = None
     seed: int = 0
 
     in_step: ClassVar[bool] = True  # one generator draws for all rows
@@ -57,8 +58,14 @@ class RandomPages(Method, name="random-pages", baseline=True):
         """Pages of 4 and two recent pages, for short contexts; the dense layers are DELTA's."""
         return cls(budget=128 if budget is None else budget, page_size=4, recent=2)
 
+    def dense(self, num_layers: int) -> frozenset[int]:
+        """The layers that read everything, of `num_layers` layers."""
+        if self.dense_layers is not None:
+            return frozenset(self.dense_layers)
+        return frozenset(range(min(2, num_layers // 4) + 1))
+
     def check(self, num_layers: int) -> None:
-        inside = all(0 <= x < num_layers for x in self.dense_layers)
+        inside = all(0 <= x < num_layers for x in self.dense(num_layers))
         self._require(inside, "dense_layers", f"layers in 0..{num_layers - 1}")
 
     @property
@@ -68,7 +75,7 @@ class RandomPages(Method, name="random-pages", baseline=True):
     def step_bytes(self, at: Place) -> StepBytes:
         if at.seen <= self.budget:
             return super().step_bytes(at)
-        dense, pages = len(set(self.dense_layers)), self.budget // self.page_size
+        dense, pages = len(self.dense(at.layers)), self.budget // self.page_size
         sparse, selected = at.layers - dense, self.budget - -at.seen % self.page_size
         return StepBytes(
             read=(dense * at.seen + sparse * selected) * at.token_bytes,
@@ -81,11 +88,12 @@ class RandomPages(Method, name="random-pages", baseline=True):
         cache.state.pages = None
         cache.state.step = -1
         cache.state.ahead = None  # pages of the drafts, by draft
+        cache.state.dense = self.dense(len(cache.layers))
         for layer in cache.layers:
-            layer.shared_sets = layer.position not in self.dense_layers
+            layer.shared_sets = layer.position not in cache.state.dense
 
     def attend(self, layer: Layer, q: Tensor, scale: float) -> Tensor:
-        if layer.position in self.dense_layers or layer.max_len <= self.budget:
+        if layer.position in layer.cache.state.dense or layer.max_len <= self.budget:
             return layer.attend(q, scale)[0]
         self._draw_once(layer)
         page_ids, lens = layer.cache.state.pages
@@ -93,7 +101,7 @@ class RandomPages(Method, name="random-pages", baseline=True):
 
     def verify(self, layer: LayerCache, q: Tensor, scale: float) -> Tensor:
         tokens, state = layer.max_len + layer.staged, layer.cache.state
-        if layer.position in self.dense_layers or tokens <= self.budget:
+        if layer.position in state.dense or tokens <= self.budget:
             return super().verify(layer, q, scale)
         if state.ahead is None:
             generator = torch.Generator().set_state(state.generator.get_state())
@@ -107,7 +115,7 @@ class RandomPages(Method, name="random-pages", baseline=True):
         return layer.attend_apart(q, scale, *state.ahead, page_size=self.page_size)
 
     def accept(self, layer: LayerCache, index: int) -> None:
-        if layer.position not in self.dense_layers:
+        if layer.position not in layer.cache.state.dense:
             self._draw_once(layer)
 
     def end_verify(self, cache: Cache) -> None:
