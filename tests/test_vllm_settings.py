@@ -75,7 +75,7 @@ class FakeConfig:
         self.pipeline_parallel_size = self.decode_context_parallel_size = 1
         self.prefill_context_parallel_size = 1
         self.speculative_config = None
-        self.use_mla = self.is_attention_free = False
+        self.use_mla = self.is_attention_free = self.is_encoder_decoder = False
         self.block_size, self.cache_dtype, self.enable_prefix_caching = 128, "auto", False
         self.__dict__.update(changes)
         self.parallel_config = self.cache_config = self.model_config = self
@@ -116,6 +116,24 @@ def test_gemma_4_has_heads_of_two_sizes():
     settings.refuse(FakeConfig(hf_text_config=Qwen3Config()))
     with pytest.raises(ValueError, match="layers with heads of 256 and of 512"):
         settings.refuse(FakeConfig(hf_text_config=Gemma4TextConfig()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"delta_layers": [99]}, "delta_layers: expected layers from 0 up to 29, got .99,."),
+        ({"warmup": 30}, "warmup=30 needs more layers than the 30 of this model"),
+    ],
+)
+def test_layers_that_the_model_does_not_have(fields, reason):
+    """Its configuration says so before its weights are loaded."""
+    from transformers import Qwen3Config
+
+    settings = Settings.read({"method": "delta", **fields})
+    settings.refuse(FakeConfig())
+    settings.refuse(FakeConfig(hf_text_config=Qwen3Config(num_hidden_layers=100)))
+    with pytest.raises(ValueError, match=reason):
+        settings.refuse(FakeConfig(hf_text_config=Qwen3Config(num_hidden_layers=30)))
 
 
 ASKED = {"additional_config": {"kvcomp": {"method": "full"}}}

@@ -155,6 +155,9 @@ class Settings:
         for reason, applies in reasons.items():
             if applies:
                 raise ValueError(f"{WHERE}: cannot run {self.method!r} with {reason}")
+        most = getattr(getattr(model, "hf_text_config", None), "num_hidden_layers", None)
+        if most and not model.is_encoder_decoder:  # what fits fewer layers fits these
+            self.method.check(most)
 
 
 def _head_sizes(config: Any) -> list[int]:
