@@ -377,3 +377,16 @@ def test_a_dictionary_with_scores(llama):
     want = slow_logits(method, batch, output, slow.plain(llama))
     assert_close(torch.stack(out.scores, 1), want)
     assert_close(torch.stack(out.logits, 1), want)
+
+
+def test_positions_that_the_contexts_do_not_have_are_refused(llama):
+    """The output's go on from the contexts' own, so others would leave a gap behind the prompt."""
+    ids = torch.arange(3, 16)[None]
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    own = torch.arange(13)[None]
+    with kvcomp.patch(llama, Delethink(**SHORT)):
+        plain = llama.generate(ids, eos_token_id=NEVER, **given)
+        with pytest.raises(ValueError, match="delethink counts the positions"):
+            llama.generate(ids, eos_token_id=NEVER, position_ids=own + 3, **given)
+        same = llama.generate(ids, eos_token_id=NEVER, position_ids=own, **given)
+    assert torch.equal(same, plain)

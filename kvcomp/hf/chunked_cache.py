@@ -173,10 +173,12 @@ class ChunkedCache(ChunkedDrafts, TransformersCache):
             return self._with(given, self._enter_drafts(ids, encode))
         if self._is_prompt(ids):
             self._add_prompt(ids, mask)
-            if given.get("position_ids") is None:  # as those of the output will be
-                first = self.get_seq_length() - ids.shape[1]
-                positions = self._placed(first, ids.shape[1])["position_ids"]
-                given = given | {"position_ids": positions}
+            first = self.get_seq_length() - ids.shape[1]
+            placed = self._placed(first, ids.shape[1])  # as those of the output will be
+            if given.get("position_ids") is None:
+                given = given | {"position_ids": placed["position_ids"]}
+            else:
+                _check_positions(given["position_ids"], placed)
             return given | {"past_key_values": self.context}
         self._check_output(ids, mask)
         self._add_output(ids)
@@ -378,3 +380,16 @@ class ChunkedCache(ChunkedDrafts, TransformersCache):
 
     def _set_context(self, cache: Cache) -> None:
         self.context, self.layers = cache, cache.layers
+
+
+def _check_positions(given: Tensor, placed: dict[str, Any]) -> None:
+    """Raise ValueError if a prompt has other positions [B, n] than `placed`, from which those of
+    the output go on."""
+    differs = given != placed["position_ids"].to(given.device)
+    if (mask := placed["attention_mask"]) is not None:  # padding has any
+        differs &= mask[:, -given.shape[-1] :].bool().to(given.device)
+    if bool(differs.any()):
+        raise ValueError(
+            "kvcomp: position_ids: delethink counts the positions of each context from 0; expected"
+            " these, or none"
+        )
