@@ -88,3 +88,22 @@ def test_layers_that_stay_with_vllm_beside_managed_ones():
         check_others({"layers.3"}, spec, 4)
     with pytest.raises(ValueError, match=r"vLLM keeps layers.3, which reads all tokens"):
         check_others({"layers.3"}, leaving(spec, SinkWindow()), 16)
+
+
+@in_engine
+def test_pieces_behind_a_cut_attend_to_what_is_left():
+    """Of 40 tokens in pages of 4, in the second row tokens 8 to 23 are gone."""
+    from kvcomp.engines.vllm.prompts import Lost, PromptPlanner
+
+    metadata = SimpleNamespace(
+        seq_lens=torch.tensor([9, 10, 40], dtype=torch.int32),
+        block_table=torch.arange(60, dtype=torch.int32).view(3, 20),
+        query_start_loc=torch.tensor([0, 1, 6, 11], dtype=torch.int32),
+    )
+    planner = PromptPlanner(4, 2, 64, torch.float32)
+    plan = planner.plan(metadata, 1, 1, 10, 4, Lost(8, torch.tensor([0, 16])))
+    assert plan.seq_lens.tolist() == [10, 24] and plan.seq_lens.dtype == torch.int32
+    second = [*range(160, 168), *range(184, 200)]
+    assert plan.sources.tolist() == [*range(80, 90), *second]
+    assert plan.slots.tolist() == [*range(10), *range(128, 152)]
+    assert plan.query_start_loc.tolist() == [0, 5, 10]

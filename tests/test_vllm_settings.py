@@ -14,7 +14,7 @@ import torch
 import kvcomp
 from kvcomp.cache import KVCache
 from kvcomp.engines.vllm import VERSIONS, check, register
-from kvcomp.engines.vllm.lazy import LazyLayer, LazyStep, last_eviction
+from kvcomp.engines.vllm.lazy import LazyLayer, LazyStep, Requests, last_eviction
 from kvcomp.engines.vllm.settings import Settings, SinkWindow
 from kvcomp.engines.vllm.start import guard
 from kvcomp.engines.vllm.step import PlacedModel, Step
@@ -222,7 +222,7 @@ def test_a_block_table_loses_what_a_cache_loses():
     prompts, steps, most = (8, 32), 45, 20  # pages of a row
     table = torch.randperm(len(prompts) * most).view(len(prompts), most).int()
     pool = torch.full((layers, 2, kv_heads, len(prompts) * most * page, size), torch.nan)
-    placed = PlacedModel(method, layers, LazyLayer)
+    placed, requests = PlacedModel(method, layers, LazyLayer), Requests(method)
     caches = [KVCache(method, layers) for _ in prompts]
     logits = torch.empty(len(prompts), heads, most * page)
 
@@ -241,7 +241,7 @@ def test_a_block_table_loses_what_a_cache_loses():
             cache.prefill(layer, torch.randn(1, heads, prompt, size), scale)
     for step in range(steps):
         lens = torch.tensor([prompt + step + 1 for prompt in prompts], dtype=torch.int32)
-        plan = LazyStep.plan(method, table, lens, list(prompts), page, logits)
+        plan = LazyStep.plan(method, table, lens, requests.of(table[:, 0], lens), page, logits)
         assert max(plan.held) <= max(method.budget, 0 if step >= 8 else max(prompts)) + 8
         for index in range(layers):
             q, kv = torch.randn(2, heads, size), torch.randn(2, 2, kv_heads, 1, size)
@@ -260,6 +260,26 @@ def test_a_block_table_loses_what_a_cache_loses():
             for position in range(first * block, end * block):
                 pool[:, :, :, slot(row, position)] = torch.nan
     assert all(cache.layers[0].max_len <= 24 for cache in caches)
+
+
+def test_a_request_that_is_cut_while_it_is_processed_anew():
+    """vLLM shows a piece of one token as a decode step, so pieces may come behind a cut."""
+    requests = Requests(kvcomp.LazyEviction(budget=16, window=8))
+
+    def piece(start, end):
+        return requests.note(*(torch.tensor([n], dtype=torch.int32) for n in (7, start, end)))[0]
+
+    def step(length):
+        return requests.of(torch.tensor([7]), torch.tensor([length]))[0]
+
+    assert [piece(0, 30), piece(30, 31)] == [0, 0]
+    assert step(32) == (31, 0)  # cut at its end
+    assert step(33) == (31, 32)
+    assert piece(33, 39) == 32  # reads what was left
+    assert step(40) == (39, 32)
+    assert step(41) == (39, 40)
+    assert piece(0, 20) == 0  # another request, in the same page
+    assert step(21) == (20, 0)
 
 
 def command(*arguments):

@@ -24,10 +24,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from kvcomp import Delta, LazyEviction
 from kvcomp.engines.vllm import pages
 from kvcomp.engines.vllm.blocks import leaving
-from kvcomp.engines.vllm.lazy import LazyStep, PromptLengths
+from kvcomp.engines.vllm.lazy import LazyStep, Requests
 from kvcomp.engines.vllm.managed import ManagedLayer
 from kvcomp.engines.vllm.placing import asked, check_others, page_sizes, place_layers
-from kvcomp.engines.vllm.prompts import PromptPlanner, Prompts
+from kvcomp.engines.vllm.prompts import Lost, PromptPlanner, Prompts
 from kvcomp.engines.vllm.settings import Settings, SinkWindow
 from kvcomp.engines.vllm.sink_window import kept_pages
 from kvcomp.engines.vllm.step import Step
@@ -89,7 +89,8 @@ class KvcompBuilder(CPUAttentionMetadataBuilder):
         self.engine_block = vllm_config.cache_config.block_size
         self.planner = PromptPlanner(self.num_heads, self.num_kv_heads, self.head_dim, self.dtype)
         self.logits: Tensor | None = None
-        self.prompts = PromptLengths()
+        method = self.method
+        self.requests = Requests(method) if isinstance(method, LazyEviction) else None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -105,20 +106,30 @@ class KvcompBuilder(CPUAttentionMetadataBuilder):
         if decodes:
             metadata.step = self._step(metadata, decodes)
         if prompts:
-            self.prompts.note(metadata.block_table[decodes:, 0], metadata.seq_lens[decodes:])
+            lost = None if self.requests is None else self._lost(metadata, decodes, self.requests)
             metadata.prompts = self.planner.plan(
-                metadata, decodes, decode_tokens, prompt_tokens, self.block_size
+                metadata, decodes, decode_tokens, prompt_tokens, self.block_size, lost
             )
         return metadata
+
+    @staticmethod
+    def _lost(metadata: KvcompMetadata, first_row: int, requests: Requests) -> Lost | None:
+        """What the pieces of prompts from a row on cannot attend to any more."""
+        lens = metadata.seq_lens[first_row:]
+        before = lens - metadata.query_start_loc[first_row:].diff()
+        cuts = requests.note(metadata.block_table[first_row:, 0], before, lens)
+        budget = requests.method.budget
+        return Lost(budget, (cuts - budget).clamp(min=0)) if cuts.any() else None
 
     def _step(self, metadata: KvcompMetadata, count: int) -> Step:
         size, lens = self.block_size, metadata.seq_lens[:count]
         longest = int(lens.max())
         table = metadata.block_table[:count, : -(-longest // size)]
         if isinstance(self.method, LazyEviction):
-            prompts = self.prompts.of(table[:, 0], lens)
+            assert self.requests is not None
+            known = self.requests.of(table[:, 0], lens)
             logits = self._logits_for(count, table.shape[1] * size)
-            return LazyStep.plan(self.method, table, lens, prompts, size, logits)
+            return LazyStep.plan(self.method, table, lens, known, size, logits)
         step = Step(table=table, lens=lens, longest=longest, page_size=size)
         if isinstance(self.method, SinkWindow):
             step.kept = kept_pages(table, lens, size, self.engine_block, self.method)

@@ -32,27 +32,46 @@ def last_eviction(processed: int, whole: int, method: LazyEviction) -> int:
     return cut if cut > max(whole, method.budget) else 0
 
 
-class PromptLengths:
-    """Length of the prompt of each request, known by the first page of its table."""
+class Requests:
+    """Of each request, the length of its prompt, and its tokens when it was last cut (0: never).
+    The first page of its table names it.
 
-    def __init__(self) -> None:
-        self._lens: OrderedDict[int, int] = OrderedDict()
+    A request that was preempted is processed anew in pieces. vLLM shows a piece of one token as a
+    decode step, so it may cut the request in the middle; the pieces behind it then attend to what
+    is left.
+    """
 
-    def note(self, first_pages: Tensor, lens: Tensor) -> None:
-        """These requests [B] have pieces of their prompts in the batch, up to `lens` tokens [B]."""
-        for page, length in zip(first_pages.tolist(), lens.tolist(), strict=True):
-            self._lens.pop(page, None)
-            self._lens[page] = length
-        while len(self._lens) > REMEMBERED:
-            self._lens.popitem(last=False)
+    def __init__(self, method: LazyEviction) -> None:
+        self.method = method
+        self._known: OrderedDict[int, tuple[int, int]] = OrderedDict()
 
-    def of(self, first_pages: Tensor, lens: Tensor) -> list[int]:
-        """Of decode rows that have `lens` tokens [B], the new one included.
+    def note(self, first_pages: Tensor, before: Tensor, lens: Tensor) -> Tensor:
+        """These requests [B] have pieces of their prompts in the batch, tokens `before` [B] up to
+        `lens` [B]. When they were last cut, [B] int64."""
+        cuts = []
+        for page, start, length in zip(
+            first_pages.tolist(), before.tolist(), lens.tolist(), strict=True
+        ):
+            whole, cut = self._known.pop(page, (start, 0)) if start else (0, 0)
+            cuts.append(self._cut(start, whole, cut))
+            self._known[page] = length, cuts[-1]
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return torch.tensor(cuts)
+
+    def of(self, first_pages: Tensor, lens: Tensor) -> list[tuple[int, int]]:
+        """Prompt and last cut of decode rows that have `lens` tokens [B], the new one included.
 
         A request whose prompt was never seen begins now.
         """
-        pairs = zip(first_pages.tolist(), lens.tolist(), strict=True)
-        return [self._lens.setdefault(page, length - 1) for page, length in pairs]
+        found = []
+        for page, total in zip(first_pages.tolist(), lens.tolist(), strict=True):
+            whole, cut = self._known.setdefault(page, (total - 1, 0))
+            found.append((whole, self._cut(total - 1, whole, cut)))
+        return found
+
+    def _cut(self, processed: int, whole: int, before: int) -> int:
+        return last_eviction(processed, whole, self.method) or before
 
 
 @dataclass(kw_only=True)
@@ -78,21 +97,18 @@ class LazyStep(Step):
         method: LazyEviction,
         table: Tensor,
         lens: Tensor,
-        prompts: list[int],
+        known: list[tuple[int, int]],
         page: int,
         logits: Tensor,
     ) -> LazyStep:
-        """From [B, pages] int32 page ids, lengths [B] int32 and the rows' prompt lengths.
+        """From [B, pages] int32 page ids and lengths [B] int32.
 
         Args:
+            known: the rows' prompt lengths and last cuts (`Requests.of`).
             logits: [B, Hq, at least pages * page] fp32, to be written.
         """
         totals = lens.tolist()
-        cuts = [
-            last_eviction(total - 1, whole, method)
-            for total, whole in zip(totals, prompts, strict=True)
-        ]
-        after = torch.tensor(cuts)
+        after = torch.tensor([cut for _, cut in known])
         column = torch.arange(table.shape[1])
         used = (lens.long() + page - 1) // page
         inside = column < used[:, None]
@@ -103,7 +119,7 @@ class LazyStep(Step):
         ids = table.gather(1, order)
         listed = torch.where(torch.arange(order.shape[1]) < count[:, None], ids, -1)
         held = (lens - (used - count) * page).int()
-        whole = list(zip(totals, prompts, strict=True))
+        whole = [(total, prompt) for total, (prompt, _) in zip(totals, known, strict=True)]
         return cls(
             table=table,
             lens=lens,

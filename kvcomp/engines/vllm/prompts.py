@@ -67,6 +67,19 @@ class Prompts:
         )
 
 
+@dataclass
+class Lost:
+    """Tokens that are gone of requests that have pieces of their prompts in a batch.
+
+    Attributes:
+        first: tokens in front of those that are lost.
+        count: [rows] int64, how many are; 0: all tokens are there.
+    """
+
+    first: int
+    count: Tensor
+
+
 class PromptPlanner:
     """Makes a `Prompts` of the last rows of a batch; its scratch cache grows with them."""
 
@@ -77,18 +90,30 @@ class PromptPlanner:
         self.scratch: Tensor | None = None
 
     def plan(
-        self, metadata: Any, first_row: int, first_token: int, num_tokens: int, page_size: int
+        self,
+        metadata: Any,
+        first_row: int,
+        first_token: int,
+        num_tokens: int,
+        page_size: int,
+        lost: Lost | None = None,
     ) -> Prompts:
         """For rows from `first_row` on, whose queries begin at `first_token`.
 
         Args:
             metadata: vLLM's of the batch: seq_lens, block_table, query_start_loc.
+            lost: tokens that are left out.
         """
         lens = metadata.seq_lens[first_row:].long()
+        if lost is not None:
+            lens = lens - lost.count
         blocks = (lens + BLOCK - 1) // BLOCK
         starts = blocks.cumsum(0) - blocks
         row = torch.repeat_interleave(torch.arange(len(lens)), lens)
-        token = torch.arange(int(lens.sum())) - (lens.cumsum(0) - lens)[row]
+        place = torch.arange(int(lens.sum())) - (lens.cumsum(0) - lens)[row]
+        token = place
+        if lost is not None:
+            token = place + lost.count[row] * (place >= lost.first)
         table = metadata.block_table[first_row:]
         sources = table[row, token // page_size].long() * page_size + token % page_size
         total, widest = int(blocks.sum()), int(blocks.max())
@@ -96,7 +121,7 @@ class PromptPlanner:
             self.scratch = torch.zeros(
                 (total, self.num_kv_heads, 2 * BLOCK, self.head_size), dtype=self.dtype
             )
-        seq_lens = metadata.seq_lens[first_row:].contiguous()
+        seq_lens = lens.int()
         query_start_loc = (metadata.query_start_loc[first_row:] - first_token).contiguous()
         schedule = vllm_ops.cpu_attn_get_scheduler_metadata(
             num_reqs=len(lens),
@@ -116,7 +141,7 @@ class PromptPlanner:
             query_start_loc=query_start_loc,
             seq_lens=seq_lens,
             sources=sources,
-            slots=starts[row] * BLOCK + token,
+            slots=starts[row] * BLOCK + place,
             table=(starts[:, None] + torch.arange(widest)).clamp(max=total - 1).int(),
             schedule=schedule,
             scratch=self.scratch[:total],
