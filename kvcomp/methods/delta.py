@@ -23,6 +23,7 @@ from kvcomp.cache.view import Cache, Layer
 from kvcomp.checks import require
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
+from kvcomp.methods.depth import default_warmup
 from kvcomp.methods.fields import short_name
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class Delta(Method, name="delta"):
         are few, and the first of them is not the model's first."""
         if self.warmup is not None:
             return self.warmup
-        return min(self.delta_layers) if self.delta_layers else min(2, num_layers // 4)
+        return min(self.delta_layers) if self.delta_layers else default_warmup(num_layers)
 
     def plan(self, num_layers: int) -> tuple[int, ...]:
         """The delta layers in a model of `num_layers` layers."""

@@ -214,7 +214,10 @@ ROWS = [
     Bad(making(lambda: RKV(kernel=-1)), "RKV: kernel: expected at least 1 token, got -1"),
     Bad(making(lambda: RKV(trade_off=1.5)), "trade_off: expected 0 to 1, got 1.5"),
     Bad(making(lambda: RKV(similar=-2.0)), "similar: expected a cosine, -1 to 1, got -2.0"),
-    Bad(making(lambda: TidalDecode(dense_layers=-1)), "dense_layers: expected at least 0, got -1"),
+    Bad(
+        making(lambda: TidalDecode(dense_layers=-1)),
+        "dense_layers: expected at least 0, or None, got -1",
+    ),
     Bad(making(lambda: RandomPages(page_size=0)), "page_size: expected at least 1 token, got 0"),
     Bad(
         making(lambda: Delethink.example(2)), "Delethink: budget: expected at least 3 tokens, got 2"

@@ -11,6 +11,7 @@ from kvcomp import ops
 from kvcomp.cache.view import Cache, Layer
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
+from kvcomp.methods.depth import default_warmup
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -57,7 +58,7 @@ class SharedTokens(Method):
         """The number of first layers that select nothing, of `num_layers` layers."""
         if self.dense_layers is not None:
             return self.dense_layers
-        return min(self.selecting) if self.selecting else min(2, num_layers // 4)
+        return min(self.selecting) if self.selecting else default_warmup(num_layers)
 
     def plan(self, num_layers: int) -> tuple[int, ...]:
         """The selecting layers in a model of `num_layers` layers."""

@@ -18,6 +18,7 @@ from kvcomp import ops
 from kvcomp.cache.view import Cache, Layer
 from kvcomp.methods.base import Method
 from kvcomp.methods.cost import Place, StepBytes
+from kvcomp.methods.depth import default_warmup
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,7 +63,7 @@ class RandomPages(Method, name="random-pages", baseline=True):
         """The layers that read everything, of `num_layers` layers."""
         if self.dense_layers is not None:
             return frozenset(self.dense_layers)
-        return frozenset(range(min(2, num_layers // 4) + 1))
+        return frozenset(range(default_warmup(num_layers) + 1))
 
     def check(self, num_layers: int) -> None:
         inside = all(0 <= x < num_layers for x in self.dense(num_layers))
