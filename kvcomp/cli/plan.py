@@ -113,7 +113,7 @@ def plan(
     config = pretrained(AutoConfig, "config", model)
     size = None if weights is None else weights * 1e9
     shape = shape_of(config, name=name, dtype=kind, weights=size)
-    if method in (None, [], ["all"]):
+    if method in (None, [], ["all"]) and not settings:  # what was set and does not fit is an error
         methods = fitting(methods, shape.layers)
     found = work.plan(
         shape,
